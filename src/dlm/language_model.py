@@ -1,0 +1,298 @@
+"""A checkpoint ready to use: network, tokenizer and sampler behind `generate` and `stream`.
+
+The one place where networks, noise, text and samplers meet.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlm.errors import InputError
+from dlm.models import checkpoint
+from dlm.models.checkpoint import ModelConfig
+from dlm.models.transformer import Transformer
+from dlm.noise import schedule
+from dlm.noise.masked import MaskedNoise
+from dlm.protocols import Sampler
+from dlm.sampling import rules
+from dlm.sampling.autoregressive import AutoregressiveSampler
+from dlm.sampling.diffusion import DiffusionSampler
+from dlm.sampling.draw import Draw, generators
+from dlm.text import Tokenizer
+from dlm.trajectory import Canvas, Frame, Trajectory
+
+HOLE = re.compile(r"\\_|_|[^_\\]+|\\")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generated text and what it took. tokens and tokens_per_forward count what was generated, not the prompt."""
+
+    text: str
+    tokens: int
+    seconds: float
+    forwards: int
+    tokens_per_forward: float
+    steps: int
+    sampler: str
+    seed: int
+    model: str
+    trajectory: Trajectory = field(repr=False, compare=False)
+    row: int = 0
+
+    def __str__(self) -> str:
+        return self.text
+
+    def record(self) -> dict[str, Any]:
+        """The figures, as `dlm generate --json` prints them."""
+        names = ("text", "tokens", "seconds", "forwards", "tokens_per_forward", "steps", "sampler", "seed", "model")
+        return {name: getattr(self, name) for name in names}
+
+
+class LanguageModel:
+    """`dlm.load(name)` gives one. Attributes: network, config, tokenizer, noise, name."""
+
+    def __init__(self, network: Transformer, config: ModelConfig, tokenizer: Tokenizer, name: str = "model") -> None:
+        if tokenizer.vocab_size + 1 != config.network.vocab_size:
+            raise InputError(
+                f"{name}: the tokenizer has {tokenizer.vocab_size} tokens and a mask, the network {config.network.vocab_size} ids; "
+                "they belong to different checkpoints"
+            )
+        self.network, self.config, self.tokenizer, self.name = network, config, tokenizer, name
+        self.noise = MaskedNoise(config.network.vocab_size, config.mask_token_id, schedule.parse(config.noise["schedule"]))
+        self.defaults: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(cls, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:
+        """Load a directory, a bundled checkpoint or a hub id. InputError says what is missing or wrong."""
+        path = checkpoint.find(str(name))
+        network, config = checkpoint.load(path, device=device, dtype=dtype)
+        model = cls(network, config, Tokenizer.load(path), name=Path(name).name)
+        if (path / "generation_config.json").is_file():
+            model.defaults = json.loads((path / "generation_config.json").read_text(encoding="utf-8"))
+        return model
+
+    def save_pretrained(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write a checkpoint directory; `dtype=torch.bfloat16` halves it."""
+        generation = json.dumps(self.defaults, indent=2) + "\n"
+        files = {"tokenizer.json": self.tokenizer.inner.to_str(), "generation_config.json": generation, "README.md": self.card()}
+        checkpoint.save(directory, self.network.state_dict(), self.config, files=files, dtype=dtype)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload as a model repository, return its address. Needs a network and a hub token."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            api.upload_folder(repo_id=repo_id, folder_path=directory)
+        return str(url)
+
+    def card(self) -> str:
+        """The model card, Markdown with the hub's header."""
+        kind = "Masked diffusion" if self.is_diffusion else "Autoregressive"
+        return (
+            f"---\nlibrary_name: dlm\npipeline_tag: text-generation\n---\n# {self.name}\n\n{kind} language model, "
+            f"{self.network.parameters_count():,} parameters, window {self.window}, context {self.context}, trained with dlm.\n\n"
+            f"```python\nimport dlm\nprint(dlm.load({self.name!r}).generate(length=256, seed=0).text)\n```\n"
+        )
+
+    @property
+    def is_diffusion(self) -> bool:
+        return self.config.objective != "autoregressive"
+
+    @property
+    def window(self) -> int:
+        return self.config.network.window
+
+    @property
+    def context(self) -> int:
+        return self.config.context
+
+    def decode(self, frame: Frame, row: int = 0) -> str:
+        """Text of one row of a frame; what is still noise shows as █."""
+        return "".join("█" if i == self.tokenizer.mask_id else self.tokenizer.piece(i) for i in frame.tokens_BT[row].tolist())
+
+    def canvas(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        length: int | None = None,
+        max_new_tokens: int | None = None,
+        suffix: str = "",
+        template: str | None = None,
+    ) -> Canvas:
+        """Prompts, a suffix and holes as one Canvas, a row for each prompt.
+
+        length: tokens of the whole text, prompt and suffix included; max_new_tokens: of the new part alone.
+        template: a text in which every `_` is one token to fill (`\\_` is an underscore), instead of the other arguments.
+        """
+        if template is not None:
+            if prompt or suffix or length or max_new_tokens:
+                raise InputError("a template stands alone: put prompt, holes and suffix into it")
+            return Canvas.from_rows([self._template(template)], fill=self.tokenizer.mask_id)
+        if length is not None and max_new_tokens is not None:
+            raise InputError("give length or max_new_tokens, not both")
+        tail = self.tokenizer.encode(suffix)
+        rows: list[list[int | None]] = []
+        for text in [prompt] if isinstance(prompt, str) else prompt:
+            head = self.tokenizer.encode(text)
+            given = len(head) + len(tail)
+            new = max_new_tokens if max_new_tokens is not None else (length if length is not None else max(self.window, given + 64)) - given
+            if new < 1:
+                raise InputError(f"nothing to generate: the prompt and suffix have {given} tokens, the text is to have {given + new}")
+            if len(head) >= self.window and not self.context:
+                raise InputError(f"the prompt has {len(head)} tokens, the window {self.window} and no context: use at most {self.window - 1}")
+            rows.append([*head, *[None] * new, *tail])
+        return Canvas.from_rows(rows, fill=self.tokenizer.mask_id)
+
+    def _template(self, template: str) -> list[int | None]:
+        row: list[int | None] = []
+        text = ""
+        for part in HOLE.findall(template):
+            if part == "_":
+                row += [*self.tokenizer.encode(text), None]
+                text = ""
+            else:
+                text += "_" if part == "\\_" else part
+        row += self.tokenizer.encode(text)
+        if None not in row:
+            raise InputError("the template has no hole: write _ for every token to fill")
+        return row
+
+    def sampler(
+        self,
+        *,
+        steps: int | None = None,
+        sampler: str | None = None,
+        temperature: float | None = None,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        threshold: float = 0.9,
+        cache: bool = True,
+    ) -> Sampler:
+        """The sampler that these options mean for this model; unset ones come from generation_config.json."""
+        temperature = self.defaults.get("temperature", 1.0) if temperature is None else temperature
+        draw = Draw(temperature, top_k, top_p)
+        if not self.is_diffusion:
+            if sampler not in (None, "autoregressive"):
+                raise InputError(f"{self.name} is autoregressive: the sampler {sampler!r} needs a diffusion model")
+            make = self.network.cache if cache else None
+            return AutoregressiveSampler(self.network, self.tokenizer.mask_id, self.window, make, draw, self.context, self.name)
+        word = sampler or self.defaults.get("sampler", "ancestral")
+        budget = self.defaults.get("steps", self.window) if steps is None else steps
+        rule = rules.make(word, draw, threshold)
+        return DiffusionSampler(self.network, self.noise, self.window, rule, budget, self.context, self.name)
+
+    def stream(self, prompt: str | Sequence[str] = "", *, seed: int = 0, canvas: Canvas | None = None, **options: Any) -> Iterator[Frame]:
+        """Frames as they come. Options are those of `canvas` and `sampler`; `decode(frame)` gives the text."""
+        layout = {k: options.pop(k) for k in ("length", "max_new_tokens", "suffix", "template") if k in options}
+        canvas = self.canvas(prompt, **layout) if canvas is None else canvas
+        rng = generators(seed, len(canvas.tokens_BT))
+        yield from self.sampler(**options).steps(canvas.to(self.network.device), rng=rng)
+
+    def trajectory(self, canvas: Canvas, **meta: Any) -> Trajectory:
+        """An empty trajectory of this model, ready to `append` frames of a run on `canvas`."""
+        start_BT = torch.where(canvas.free_BT, self.tokenizer.mask_id, canvas.tokens_BT)
+        meta = {"model": self.name} | meta
+        return Trajectory(start_BT, canvas, pieces=_Pieces(self.tokenizer), mask_id=self.tokenizer.mask_id, meta=meta)
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        seed: int = 0,
+        streamer: Any = None,
+        callback: Callable[[Trajectory, Frame], None] | None = None,
+        **options: Any,
+    ) -> Any:
+        """A Generation, or a list of them for a list of prompts (row i draws with seed + i, alone or in any batch).
+
+        streamer: an object with put(tokens) and end(), and put_draft(tokens) for drafts, as in transformers; one prompt only.
+        callback(trajectory, frame): called after every step. Other options are those of `canvas` and `sampler`.
+        """
+        layout = {k: options.pop(k) for k in ("length", "max_new_tokens", "suffix", "template") if k in options}
+        canvas = self.canvas(prompt, **layout)
+        rows, free_BT = len(canvas.tokens_BT), canvas.free_BT
+        if streamer is not None and rows > 1:
+            raise InputError("a streamer takes one prompt at a time")
+        sampler = self.sampler(**options)
+        word = options.get("sampler") or (self.defaults.get("sampler", "ancestral") if self.is_diffusion else "autoregressive")
+        trajectory = self.trajectory(canvas, seed=seed, sampler=word)
+        if streamer is not None and bool((~free_BT[0]).any()):
+            streamer.put(canvas.tokens_BT[0][: int(free_BT[0].int().argmax())])
+        begin, frame = time.perf_counter(), None
+        for frame in sampler.steps(canvas.to(self.network.device), rng=generators(seed, rows)):
+            trajectory.append(frame)
+            if streamer is not None and hasattr(streamer, "put_draft"):
+                streamer.put_draft(trajectory.current_BT[0])
+            if callback is not None:
+                callback(trajectory, frame)
+        seconds = time.perf_counter() - begin
+        if streamer is not None:
+            streamer.put(trajectory.current_BT[0][int(free_BT[0].int().argmax()) :])
+            streamer.end()
+        return self._results(trajectory, canvas, seconds, word, seed, single=isinstance(prompt, str))
+
+    def _results(self, trajectory: Trajectory, canvas: Canvas, seconds: float, word: str, seed: int, *, single: bool) -> Any:
+        results = []
+        for row in range(len(canvas.tokens_BT)):
+            ids = trajectory.current_BT[row][canvas.valid_BT[row]].tolist()
+            new = int(canvas.free_BT[row].sum())
+            forwards = trajectory.forwards[-1]
+            results.append(
+                Generation(
+                    text=self.tokenizer.decode(ids),
+                    tokens=new,
+                    seconds=seconds,
+                    forwards=forwards,
+                    tokens_per_forward=new / max(1, forwards),
+                    steps=len(trajectory) - 1,
+                    sampler=word,
+                    seed=seed + row,
+                    model=self.name,
+                    trajectory=trajectory,
+                    row=row,
+                )
+            )
+        return results[0] if single else results
+
+    def predict(self, z_BT: Tensor, t_B: Tensor) -> Tensor:
+        """Logits (B, T, V) in float32, as the bounds of `dlm.noise.loss` want them."""
+        logits: Tensor = self.network(z_BT, t_B).float()
+        return logits
+
+
+class _Pieces(dict[int, str]):
+    """Pieces of a tokenizer, decoded when first shown."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def __missing__(self, token: int) -> str:
+        self[token] = self.tokenizer.piece(token)
+        return self[token]
+
+    def get(self, token: int, default: str = "") -> str:  # type: ignore[override]
+        return self[token] if 0 <= token < self.tokenizer.vocab_size else default
+
+    def __contains__(self, token: object) -> bool:
+        return isinstance(token, int) and 0 <= token < self.tokenizer.vocab_size
+
+
+def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """Load a checkpoint: a directory, a bundled name (`shakespeare-mask`) or a hub id."""
+    return LanguageModel.from_pretrained(name, device=device, dtype=dtype)

@@ -1,0 +1,1 @@
+"""Networks, their caches and their files; they know no noise."""

@@ -1,0 +1,73 @@
+"""Attention patterns as predicates over (query position, key position), and two backends that must agree.
+
+Shapes: B batch, H heads, G key-value heads, Q queries, T keys, K head dimension.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PATTERNS = ("full", "causal", "block_causal")
+
+
+def allowed(pattern: str, query: Tensor, key: Tensor, block_length: int) -> Tensor:
+    """bool, broadcast of `query` and `key` positions: may the query read the key?"""
+    if pattern == "causal":
+        return key <= query
+    if pattern == "block_causal":
+        return key // block_length <= query // block_length
+    return torch.ones_like(key <= query)
+
+
+def mask(
+    pattern: str, block_length: int, pos_BQ: Tensor, pos_BT: Tensor, valid_BT: Tensor | None, *, plain: bool
+) -> tuple[Tensor | None, bool]:
+    """(mask_B1QT or None, is_causal) for scaled_dot_product_attention. `plain`: positions are 0..T-1 in every row."""
+    if valid_BT is None and plain and pattern != "block_causal":
+        return None, pattern == "causal"
+    mask_BQT = allowed(pattern, pos_BQ[:, :, None], pos_BT[:, None, :], block_length)
+    if valid_BT is not None:
+        mask_BQT = mask_BQT & valid_BT[:, None, :]
+        # a padded query may find no key, which softmax turns into NaN; it reads itself, and nobody reads it
+        if mask_BQT.shape[1] == mask_BQT.shape[2]:
+            mask_BQT = mask_BQT | torch.eye(mask_BQT.shape[1], dtype=torch.bool, device=mask_BQT.device) & ~valid_BT[:, :, None]
+    return mask_BQT[:, None], False
+
+
+@lru_cache(maxsize=16)
+def _flex_mask(pattern: str, block_length: int, length: int, device: str) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return allowed(pattern, q, k, block_length)
+
+    return create_block_mask(predicate, None, None, length, length, device=device)
+
+
+@lru_cache(maxsize=1)
+def _flex(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if compiled else flex_attention
+
+
+def attend(q_BHQK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Tensor | None, is_causal: bool, dropout: float = 0.0) -> Tensor:
+    """Scaled dot-product attention, grouped keys repeated by the kernel."""
+    grouped = q_BHQK.shape[1] != k_BGTK.shape[1]
+    return F.scaled_dot_product_attention(
+        q_BHQK, k_BGTK, v_BGTK, attn_mask=mask, is_causal=is_causal, dropout_p=dropout, enable_gqa=grouped
+    )
+
+
+def attend_flex(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, pattern: str, block_length: int) -> Tensor:
+    """FlexAttention over a whole unpadded window: skips the blocks that the pattern leaves empty; compiled on a GPU."""
+    device = q_BHTK.device
+    block_mask = _flex_mask(pattern, block_length, q_BHTK.shape[2], str(device))
+    grouped = q_BHTK.shape[1] != k_BGTK.shape[1]
+    out: Tensor = _flex(device.type == "cuda")(q_BHTK, k_BGTK, v_BGTK, block_mask=block_mask, enable_gqa=grouped)
+    return out

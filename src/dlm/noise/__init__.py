@@ -1,0 +1,1 @@
+"""Forward processes and their bounds; torch only, no network and no tokenizer."""

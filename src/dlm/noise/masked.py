@@ -1,0 +1,72 @@
+"""Masked (absorbing) noise: a token is itself with probability alpha_t, else MASK.
+
+MD4, Shi et al. 2024 (arXiv 2406.04329); MDLM, Sahoo et al. 2024 (2406.07524).
+Shapes: B rows, T positions, V vocabulary including the mask token. Losses in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dlm.noise.schedule import Linear, NoiseSchedule
+
+
+def _per_row(t_B: Tensor, like: Tensor) -> Tensor:
+    return t_B.reshape(-1, *([1] * (like.dim() - 1)))
+
+
+@dataclass(frozen=True)
+class MaskedNoise:
+    """q(z_t = x) = alpha_t, else z_t = mask_id. vocab_size counts the mask token."""
+
+    vocab_size: int
+    mask_id: int
+    schedule: NoiseSchedule = field(default_factory=Linear)
+
+    def corrupt(self, x_BT: Tensor, t_B: Tensor, rng: torch.Generator) -> Tensor:
+        """Draw z_t given x. int64 (B, T)."""
+        keep_BT = torch.rand(x_BT.shape, generator=rng, device=x_BT.device) < _per_row(self.schedule.alpha(t_B), x_BT)
+        return torch.where(keep_BT, x_BT, self.mask_id)
+
+    def corrupt_count(self, x_BT: Tensor, count_B: Tensor, free_BT: Tensor, rng: torch.Generator) -> Tensor:
+        """Mask a uniformly random set of exactly count_B positions among the free ones. int64 (B, T)."""
+        order_BT = torch.rand(x_BT.shape, generator=rng, device=x_BT.device).masked_fill(~free_BT, 2.0)
+        rank_BT = order_BT.argsort(-1).argsort(-1)
+        return torch.where(rank_BT < count_B[:, None], self.mask_id, x_BT)
+
+    def prior(self, shape: tuple[int, int], rng: torch.Generator | None = None) -> Tensor:
+        """z_1: all masks (no draw is needed)."""
+        return torch.full(shape, self.mask_id, dtype=torch.long)
+
+    def log_probs(self, logits_BTV: Tensor, z_BT: Tensor, t_B: Tensor | None = None) -> Tensor:
+        """log mu(x | z) (B, T, V): MASK has probability 0, a visible token is certain (MDLM's SUBS)."""
+        mask_V = torch.arange(self.vocab_size, device=logits_BTV.device) == self.mask_id
+        logp_BTV = logits_BTV.masked_fill(mask_V, -torch.inf).log_softmax(-1)
+        certain_BTV = torch.where(z_BT[..., None] == torch.arange(self.vocab_size, device=z_BT.device), 0.0, -torch.inf)
+        return torch.where((z_BT == self.mask_id)[..., None], logp_BTV, certain_BTV.to(logp_BTV.dtype))
+
+    def posterior(self, logp_BTV: Tensor, z_BT: Tensor, t_B: Tensor, s_B: Tensor) -> Tensor:
+        """p(z_s | z_t), s < t, probabilities (B, T, V): a mask stays with (1 - alpha_s)/(1 - alpha_t), else it is drawn from mu."""
+        stay_B = (1 - self.schedule.alpha(s_B)) / (1 - self.schedule.alpha(t_B))
+        stay_B11 = _per_row(stay_B, logp_BTV).to(logp_BTV.dtype)
+        mask_V = (torch.arange(self.vocab_size, device=logp_BTV.device) == self.mask_id).to(logp_BTV.dtype)
+        masked_BT1 = (z_BT == self.mask_id)[..., None]
+        return torch.where(masked_BT1, (1 - stay_B11) * logp_BTV.exp() + stay_B11 * mask_V, logp_BTV.exp())
+
+    def cross_entropy(self, logp_BTV: Tensor, x_BT: Tensor, z_BT: Tensor) -> Tensor:
+        """-log mu(x | z) at masks, 0 where the token is visible (B, T)."""
+        nll_BT = -logp_BTV.gather(-1, x_BT[..., None]).squeeze(-1)
+        return torch.where(z_BT == self.mask_id, nll_BT, 0.0)
+
+    def nelbo(self, logp_BTV: Tensor, x_BT: Tensor, z_BT: Tensor, t_B: Tensor) -> Tensor:
+        """-alpha'_t / (1 - alpha_t) [z = MASK] (-log mu(x | z)) (B, T): the integrand of MD4 eq. 5, to be averaged over t ~ U(0, 1)."""
+        weight_B = -self.schedule.dalpha(t_B) / (1 - self.schedule.alpha(t_B))
+        return _per_row(weight_B, x_BT) * self.cross_entropy(logp_BTV, x_BT, z_BT)
+
+    def nelbo_step(self, logp_BTV: Tensor, x_BT: Tensor, z_BT: Tensor, t_B: Tensor, s_B: Tensor) -> Tensor:
+        """KL( q(z_s | z_t, x) || p(z_s | z_t) ) (B, T) for one step of a discrete grid, z drawn at t (MD4 section 2)."""
+        weight_B = (self.schedule.alpha(s_B) - self.schedule.alpha(t_B)) / (1 - self.schedule.alpha(t_B))
+        return _per_row(weight_B, x_BT) * self.cross_entropy(logp_BTV, x_BT, z_BT)

@@ -1,0 +1,33 @@
+"""Trainings worth repeating: a function that returns a TrainConfig, the measured result beside it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from dlm.errors import InputError
+from dlm.models.transformer import TransformerConfig
+from dlm.train.loop import TrainConfig
+
+SHAKESPEARE = "../shared/data/tinyshakespeare.txt"
+
+
+def shakespeare_mask() -> TrainConfig:
+    network = TransformerConfig(vocab_size=1, layers=6, heads=6, width=192)
+    return TrainConfig(data=SHAKESPEARE, network=network, steps=5000, batch=16, lr=2e-3)
+
+
+def shakespeare_ar() -> TrainConfig:
+    network = TransformerConfig(vocab_size=1, layers=6, heads=6, width=192, attention="causal")
+    return TrainConfig(data=SHAKESPEARE, network=network, objective="autoregressive", context=64, steps=5000, batch=16, lr=2e-3)
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {"shakespeare-mask": shakespeare_mask, "shakespeare-ar": shakespeare_ar}
+
+
+def find(name: str) -> TrainConfig:
+    """The recipe of that name; InputError suggests the nearest."""
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
+        raise InputError(f"no recipe {name!r}; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(RECIPES)}"))
+    return RECIPES[name]()

@@ -1,0 +1,67 @@
+"""Drawing tokens: temperature, top-k, top-p, and an inverse CDF in float64.
+
+Gumbel noise in float32 truncates the tails and lowers the entropy of what is drawn (Zheng et al. 2409.02908); one
+float64 uniform a position through the inverse CDF does not, and needs V times fewer random numbers.
+Shapes: B rows, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dlm.errors import InputError
+from dlm.protocols import RNG
+
+
+def generators(seed: int, rows: int) -> list[torch.Generator]:
+    """Row i draws with seed + i: the same numbers alone or in any batch."""
+    return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+
+
+def uniform(rng: RNG, count: int) -> Tensor:
+    """float64 (B, count), each row from its own generator."""
+    return torch.stack([torch.rand(count, generator=g, dtype=torch.float64) for g in rng])
+
+
+def categorical(logp_BTV: Tensor, u_BT: Tensor) -> Tensor:
+    """Tokens by inverse CDF in float64, int64 (B, T). logp need not be normalised; -inf is never drawn."""
+    cdf_BTV = logp_BTV.double().softmax(-1).cumsum(-1)
+    index_BT = torch.searchsorted(cdf_BTV, (u_BT.to(cdf_BTV.device) * cdf_BTV[..., -1])[..., None], right=True).squeeze(-1)
+    # u times the last sum can round up to it; the last token of positive probability is meant then
+    last_BT = logp_BTV.shape[-1] - 1 - (logp_BTV > -torch.inf).flip(-1).int().argmax(-1)
+    return torch.minimum(index_BT, last_BT)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How a token is taken from a distribution. temperature 0 takes the most likely one."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise InputError(f"temperature and top_k must be at least 0 and top_p in (0, 1], got {self}")
+
+    def shape(self, logp_BTV: Tensor) -> Tensor:
+        """The log-probabilities after temperature and truncation, float64, normalised. Temperature 0 is not a distribution."""
+        logp_BTV = (logp_BTV.double() / self.temperature).log_softmax(-1)
+        if self.top_k and self.top_k < logp_BTV.shape[-1]:
+            kth = logp_BTV.topk(self.top_k, -1).values[..., -1:]
+            logp_BTV = logp_BTV.masked_fill(logp_BTV < kth, -torch.inf)
+        if self.top_p < 1:
+            ordered, index = logp_BTV.sort(-1, descending=True)
+            before = ordered.exp().cumsum(-1) - ordered.exp()
+            ordered = ordered.masked_fill(before >= self.top_p, -torch.inf)
+            logp_BTV = torch.full_like(logp_BTV, -torch.inf).scatter(-1, index, ordered)
+        return logp_BTV.log_softmax(-1)
+
+    def __call__(self, logp_BTV: Tensor, rng: RNG) -> Tensor:
+        """int64 (B, T). Uses one uniform a position from each row's generator, none at temperature 0."""
+        if self.temperature == 0:
+            return logp_BTV.argmax(-1)
+        return categorical(self.shape(logp_BTV), uniform(rng, logp_BTV.shape[1]))

@@ -1,0 +1,94 @@
+"""Reverse moves for masked noise. A rule says which masks become tokens now, and draws them.
+
+Shapes: B rows, T positions of the window, V vocabulary, N steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dlm.errors import InputError
+from dlm.protocols import RNG, Rule, Step
+from dlm.sampling.draw import Draw, uniform
+
+
+def _ranked(score_BT: Tensor, open_BT: Tensor, count_B: Tensor) -> Tensor:
+    """bool (B, T): the count_B open positions of highest score."""
+    order_BT = score_BT.masked_fill(~open_BT, -torch.inf).argsort(-1, descending=True, stable=True)
+    rank_BT = torch.empty_like(order_BT).scatter_(-1, order_BT, torch.arange(score_BT.shape[-1], device=order_BT.device).expand_as(order_BT))
+    return (rank_BT < count_B[:, None]) & open_BT
+
+
+@dataclass(frozen=True)
+class Ancestral:
+    """The exact reverse chain of the grid (MD4 section 3, MDLM eq. 7): each mask is revealed in step t -> s with
+    (alpha_s - alpha_t) / (1 - alpha_t), whatever the network says.
+
+    So the step at which each position is revealed is drawn first, and the network is called only where one is.
+    """
+
+    draw: Draw = field(default_factory=Draw)
+
+    def due(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> Tensor:
+        """First step whose alpha exceeds a uniform draw; all that is left goes in the last step."""
+        u_BT = uniform(rng, open_BT.shape[1]).to(alphas_N)
+        return torch.searchsorted(alphas_N, u_BT, right=True).clamp(max=len(alphas_N) - 1)
+
+    def __call__(self, step: Step, rng: RNG) -> Tensor:
+        return torch.where(step.open_BT, self.draw(step.logp_BTV, rng), step.z_BT)
+
+
+@dataclass(frozen=True)
+class TopConfidence:
+    """The most confident drawn tokens, an equal share of the masks in each step left (LLaDA, Nie et al. 2502.09992, `low_confidence`)."""
+
+    draw: Draw = field(default_factory=Draw)
+
+    def due(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> None:
+        return None
+
+    def __call__(self, step: Step, rng: RNG) -> Tensor:
+        token_BT = self.draw(step.logp_BTV, rng)
+        confidence_BT = step.logp_BTV.gather(-1, token_BT[..., None]).squeeze(-1)
+        count_B = -(-step.open_BT.sum(-1) // step.left_B)
+        return torch.where(_ranked(confidence_BT, step.open_BT, count_B), token_BT, step.z_BT)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Every mask whose likeliest token has probability >= threshold, and at least one (Fast-dLLM, Wu et al. 2505.22618, alg. 1).
+
+    The number of steps follows from the text; a step limit forces the share that TopConfidence would take.
+    """
+
+    threshold: float = 0.9
+    draw: Draw = field(default_factory=Draw)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold <= 1:
+            raise InputError(f"threshold must lie in (0, 1], got {self.threshold}")
+
+    def due(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> None:
+        return None
+
+    def __call__(self, step: Step, rng: RNG) -> Tensor:
+        top_BT = step.logp_BTV.max(-1).values.exp().masked_fill(~step.open_BT, 0.0)
+        count_B = torch.maximum((top_BT >= self.threshold).sum(-1), -(-step.open_BT.sum(-1) // step.left_B))
+        return torch.where(_ranked(top_BT, step.open_BT, count_B), self.draw(step.logp_BTV, rng), step.z_BT)
+
+
+RULES = ("ancestral", "topk", "confidence")
+
+
+def make(word: str, draw: Draw, threshold: float = 0.9) -> Rule:
+    """The rule of a command-line word."""
+    if word == "ancestral":
+        return Ancestral(draw)
+    if word == "topk":
+        return TopConfidence(draw)
+    if word == "confidence":
+        return Threshold(threshold, draw)
+    raise InputError(f"unknown sampler {word!r}; known: {', '.join(RULES)}")

@@ -1,0 +1,31 @@
+"""A long text through a short window: which part of each row is active.
+
+Windows are tiles that overlap by `context`: tile n starts at n (window - context). Which tile a row works on depends on
+that row alone. Positions past the end of a row are noise that is never revealed, so the network always sees a full window,
+as in training, and for masks the conditional is exact: the future is left out, not denied.
+Shapes: B rows, L positions of the canvas, T positions of the window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def start(open_BL: Tensor, window: int, context: int) -> Tensor:
+    """Start of the tile in which the first open position of each row lies with `context` before it; int64 (B,)."""
+    first_B = open_BL.int().argmax(-1)
+    return (first_B - context).clamp(min=0) // (window - context) * (window - context)
+
+
+def take(x_BL: Tensor, start_B: Tensor, window: int, fill: int) -> Tensor:
+    """The window of every row (B, T), `fill` past the end."""
+    index_BT = start_B[:, None] + torch.arange(window, device=x_BL.device)
+    inside_BT = index_BT < x_BL.shape[1]
+    return torch.where(inside_BT, x_BL.gather(1, index_BT.clamp(max=x_BL.shape[1] - 1)), fill)
+
+
+def put(x_BL: Tensor, rows_A: Tensor, start_A: Tensor, values_AT: Tensor, where_AT: Tensor) -> None:
+    """Write the chosen window positions of the rows A back into the canvas."""
+    row, column = where_AT.nonzero(as_tuple=True)
+    x_BL[rows_A[row], start_A[row] + column] = values_AT[row, column]

@@ -1,0 +1,113 @@
+"""Text to tokens and back: characters, bytes, or any Hugging Face `tokenizer.json`, behind one class.
+
+The mask is one more id after the vocabulary and has no text, so no prompt can spell it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
+
+from dlm.errors import InputError
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` that never reads special tokens out of ordinary text."""
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        self.inner = inner
+        self.inner.encode_special_tokens = True  # "<|endoftext|>" in a prompt is text
+        self.inner.no_padding()
+        self.inner.no_truncation()
+        self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+        self.mask_id: int = self.vocab_size
+        self._closed = isinstance(inner.model, models.WordLevel) and inner.model.unk_token not in inner.get_vocab()
+        self._separable = self._closed or self.vocab_size == 256  # every token one character or byte: text may be cut anywhere
+        self._pieces: dict[int, str] = {}
+
+    @classmethod
+    def characters(cls, text: str) -> Tokenizer:
+        """One token for each distinct character of `text`, in code point order."""
+        if not text:
+            raise InputError("no text to take characters from: give a file that is not empty")
+        inner = tokenizers.Tokenizer(models.WordLevel({c: i for i, c in enumerate(sorted(set(text)))}))
+        inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        inner.decoder = decoders.Fuse()
+        return cls(inner)
+
+    @classmethod
+    def bytes(cls) -> Tokenizer:
+        """256 tokens, one for each byte of UTF-8."""
+        inner = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        inner.decoder = decoders.ByteLevel()
+        return cls(inner)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a `tokenizer.json`, or the one in a directory."""
+        path = Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_file():
+            raise InputError(f"{path} does not exist; a tokenizer is 'chars', 'bytes' or the path of a tokenizer.json")
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        except Exception as error:  # the Rust side raises bare Exception
+            raise InputError(f"{path} is not a tokenizer.json ({error})") from None
+
+    @classmethod
+    def make(cls, kind: str, text: str) -> Tokenizer:
+        """`chars` (of this text), `bytes`, or a path."""
+        return cls.characters(text) if kind == "chars" else cls.bytes() if kind == "bytes" else cls.load(kind)
+
+    def save(self, path: str | Path) -> None:
+        self.inner.save(str(path))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids. InputError names the characters that a closed vocabulary lacks."""
+        self._check(text)
+        ids: list[int] = self.inner.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_corpus(self, documents: Iterable[str]) -> np.ndarray:
+        """All documents in one int32 stream, encoded a few lines at a time so that a long file needs little memory."""
+        parts = []
+        for document in documents:
+            self._check(document)
+            size = 65536 if self._separable else len(document) or 1
+            chunks = [document[i : i + size] for i in range(0, len(document), size)]
+            for encoding in self.inner.encode_batch_fast(chunks, add_special_tokens=False):
+                parts.append(np.array(encoding.ids, dtype=np.int32))
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; masks have none."""
+        text: str = self.inner.decode([i for i in ids if i != self.mask_id], skip_special_tokens=False)
+        return text
+
+    def piece(self, token: int) -> str:
+        """What one token shows by itself."""
+        if token not in self._pieces:
+            self._pieces[token] = self.inner.decode([token], skip_special_tokens=False)
+        return self._pieces[token]
+
+    def pieces(self) -> dict[int, str]:
+        return {token: self.piece(token) for token in range(self.vocab_size)}
+
+    def fingerprint(self) -> str:
+        """Equal for equal tokenizers."""
+        return hashlib.sha256(self.inner.to_str().encode()).hexdigest()[:16]
+
+    def _check(self, text: str) -> None:
+        if not self._closed:
+            return
+        lacking = sorted(set(text) - set(self.inner.get_vocab()))
+        if lacking:
+            shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in lacking[:5]) + (" ..." if len(lacking) > 5 else "")
+            known = "".join(c for c in sorted(self.inner.get_vocab()) if c.isprintable())
+            raise InputError(f"this model has no token for {shown}; it knows: newline and {known}")

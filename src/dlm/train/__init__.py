@@ -1,0 +1,1 @@
+"""Data, optimiser and the loop."""

@@ -1,0 +1,108 @@
+"""Text on disk -> one stream of tokens -> windows.
+
+A batch is a function of (seed, step) alone, so a resumed run needs no reader state. Shapes: N tokens, B rows, T window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlm.errors import InputError
+from dlm.text import Tokenizer
+
+
+def read(source: str) -> list[str]:
+    """Documents of a text file, of every .txt below a folder, or of a Hugging Face data set.
+
+    A data set is `hf:NAME`, `hf:NAME:COLUMN` or `hf:NAME:COLUMN:SPLIT` (defaults: text, train).
+    """
+    if source.startswith("hf:"):
+        return _read_dataset(*source[3:].split(":"))
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*.txt") if p.is_file())
+        if not files:
+            raise InputError(f"{path} holds no .txt file")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise InputError(f"no data at {source}: give a text file, a folder of .txt files, or hf:DATASET")
+    documents = []
+    for file in files:
+        try:
+            documents.append(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file} is not UTF-8 text (byte {error.start})") from None
+    if not any(documents):
+        raise InputError(f"{source} is empty: give text to learn from")
+    return documents
+
+
+def _read_dataset(name: str, column: str = "text", split: str = "train") -> list[str]:
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise InputError("Hugging Face data sets need the data extra: pip install 'dlm[data]'") from None
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the library raises many kinds: network, name, format
+        raise InputError(f"data set {name!r} could not be loaded: {str(error).splitlines()[0]}") from None
+    if column not in rows.column_names:
+        raise InputError(f"data set {name!r} has no column {column!r}; it has {', '.join(rows.column_names)}")
+    return [str(text) for text in rows[column]]
+
+
+def split(documents: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
+    """First part trains, last part validates: by characters of a single text, by documents where there are many."""
+    if len(documents) >= 100:
+        cut = round(len(documents) * (1 - val_fraction))
+        return documents[:cut], documents[cut:]
+    text = "\n".join(documents)
+    cut = int(len(text) * (1 - val_fraction))
+    return [text[:cut]], [text[cut:]]
+
+
+def select(documents: list[str], part: str, val_fraction: float) -> list[str]:
+    """The `train` or `val` part of the split, or `all`."""
+    if part == "all":
+        return documents
+    if part not in ("train", "val"):
+        raise InputError(f"unknown split {part!r}; known: train, val, all")
+    return split(documents, val_fraction)[part == "val"]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A token stream and the windows cut from it."""
+
+    tokens_N: np.ndarray
+    window: int
+
+    def __post_init__(self) -> None:
+        if len(self.tokens_N) < self.window:
+            raise InputError(f"the data has {len(self.tokens_N)} tokens, less than one window of {self.window}: more text or a smaller window")
+
+    @classmethod
+    def encode(cls, documents: list[str], tokenizer: Tokenizer, window: int) -> Stream:
+        return cls(tokenizer.encode_corpus(documents), window)
+
+    def draw(self, batch: int, rng: torch.Generator) -> Tensor:
+        """Windows at uniformly random places, int64 (B, T)."""
+        starts_B = torch.randint(len(self.tokens_N) - self.window + 1, (batch,), generator=rng).numpy()
+        rows_BT = self.tokens_N[starts_B[:, None] + np.arange(self.window)]
+        return torch.from_numpy(rows_BT.astype(np.int64))
+
+    def windows(self) -> Tensor:
+        """Every whole window, side by side from the start, int64 (W, T); the last tokens that fill no window are left out."""
+        count = len(self.tokens_N) // self.window
+        return torch.from_numpy(self.tokens_N[: count * self.window].reshape(count, self.window).astype(np.int64))
+
+    def fingerprint(self) -> str:
+        """sha256 of the tokens, 16 hex digits."""
+        return hashlib.sha256(np.ascontiguousarray(self.tokens_N, dtype=np.int32).tobytes()).hexdigest()[:16]

@@ -1,0 +1,208 @@
+"""The exchange types: what goes into a sampler (Canvas), what comes out (Frame), and a whole run kept small (Trajectory).
+
+Shapes: B rows, T positions, E changes, S frames.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dlm.errors import InputError
+
+FORMAT = "dlm-trajectory-1"
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A batch of texts with holes: a prompt, an infill and a batch of both are the same thing.
+
+    tokens_BT: int64 token ids; what stands at a free position is ignored.
+    free_BT:   bool, True where the sampler writes.
+    valid_BT:  bool, False at padding, which lies on the right.
+    """
+
+    tokens_BT: Tensor
+    free_BT: Tensor
+    valid_BT: Tensor
+
+    def __post_init__(self) -> None:
+        if not self.tokens_BT.shape == self.free_BT.shape == self.valid_BT.shape or self.tokens_BT.dim() != 2:
+            raise ValueError("tokens_BT, free_BT and valid_BT need one shape (B, T)")
+        if bool((self.free_BT & ~self.valid_BT).any()):
+            raise ValueError("a free position lies in the padding")
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[int | None]], *, fill: int) -> Canvas:
+        """One list of token ids a row, None for a hole; shorter rows are padded on the right with `fill`."""
+        if not rows or not any(len(row) for row in rows):
+            raise InputError("an empty canvas: give a prompt or a length above 0")
+        width = max(len(row) for row in rows)
+        tokens_BT = torch.full((len(rows), width), fill, dtype=torch.long)
+        free_BT = torch.zeros(len(rows), width, dtype=torch.bool)
+        valid_BT = torch.zeros(len(rows), width, dtype=torch.bool)
+        for b, row in enumerate(rows):
+            tokens_BT[b, : len(row)] = torch.tensor([fill if x is None else x for x in row], dtype=torch.long)
+            free_BT[b, : len(row)] = torch.tensor([x is None for x in row], dtype=torch.bool)
+            valid_BT[b, : len(row)] = True
+        return cls(tokens_BT, free_BT, valid_BT)
+
+    def to(self, device: torch.device | str) -> Canvas:
+        return Canvas(self.tokens_BT.to(device), self.free_BT.to(device), self.valid_BT.to(device))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The state after one step. `settled` is a promise: the sampler does not change that position again.
+
+    t_B: noise level each row has reached (1 noise, 0 data); model: key of the model that took the step;
+    forwards: network calls so far in this run (a call for the whole batch counts once).
+    """
+
+    tokens_BT: Tensor
+    settled_BT: Tensor
+    t_B: Tensor
+    model: str
+    forwards: int
+
+
+class Trajectory:
+    """The frames of one run, stored as the changes between them.
+
+    Grows by `append`; frame 0 is the canvas before the first step. `pieces` maps a token id to what is shown for it.
+    """
+
+    def __init__(
+        self,
+        tokens_BT: Tensor,
+        canvas: Canvas,
+        *,
+        pieces: Mapping[int, str],
+        mask_id: int | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.start_BT = tokens_BT.cpu().clone()
+        self.free_BT, self.valid_BT = canvas.free_BT.cpu(), canvas.valid_BT.cpu()
+        self.mask_id, self.pieces, self.meta = mask_id, pieces, dict(meta or {})
+        self.t_SB: list[list[float]] = [[1.0] * len(tokens_BT)]
+        self.models: list[str] = [""]
+        self.forwards: list[int] = [0]
+        self.seconds: list[float] = [0.0]
+        self.current_BT = self.start_BT.clone()
+        self.changed_BT = torch.zeros_like(self.start_BT)  # frame of the last change, 0 = never
+        self.settled_BT = torch.full_like(self.start_BT, -1)  # frame of the promise, -1 = not yet
+        self.settled_BT[~self.free_BT] = 0
+        self._events: list[tuple[Tensor, Tensor, Tensor]] = []  # (row, position, token) of frame 1, 2, ...
+        self._born = time.perf_counter()
+
+    def __len__(self) -> int:
+        """Number of frames, the start included."""
+        return len(self.forwards)
+
+    def append(self, frame: Frame, *, seconds: float | None = None) -> None:
+        """Add a frame; `seconds` since the run began defaults to the clock."""
+        k, tokens_BT = len(self), frame.tokens_BT.cpu()
+        if tokens_BT.shape != self.current_BT.shape:
+            raise ValueError(f"frame of shape {tuple(tokens_BT.shape)} in a trajectory of {tuple(self.current_BT.shape)}")
+        rows, positions = (tokens_BT != self.current_BT).nonzero(as_tuple=True)
+        self._events.append((rows, positions, tokens_BT[rows, positions]))
+        self.current_BT = tokens_BT.clone()
+        self.changed_BT[rows, positions] = k
+        self.settled_BT[frame.settled_BT.cpu() & (self.settled_BT < 0)] = k
+        self.t_SB.append(frame.t_B.cpu().double().tolist())
+        self.models.append(frame.model)
+        self.forwards.append(frame.forwards)
+        self.seconds.append(time.perf_counter() - self._born if seconds is None else seconds)
+
+    def changes(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(row_E, position_E, token_E) that frame k changed against frame k - 1; frame 0 has none."""
+        none = torch.zeros(0, dtype=torch.long)
+        return self._events[k - 1] if k else (none, none, none)
+
+    def frames(self) -> Iterator[Frame]:
+        """Every frame from the start to the last, rebuilt from the changes."""
+        tokens_BT = self.start_BT.clone()
+        for k in range(len(self)):
+            rows, positions, tokens = self.changes(k)
+            tokens_BT[rows, positions] = tokens
+            settled_BT = (self.settled_BT >= 0) & (self.settled_BT <= k)
+            yield Frame(tokens_BT.clone(), settled_BT, torch.tensor(self.t_SB[k]), self.models[k], self.forwards[k])
+
+    def settle_step(self) -> Tensor:
+        """int64 (B, T): the frame of each position's last change, 0 where it never changed."""
+        return self.changed_BT.clone()
+
+    def piece(self, token: int, mask: str = "█") -> str:
+        """What is shown for one token id."""
+        return mask if token == self.mask_id else self.pieces.get(token, "\ufffd")
+
+    def text(self, row: int = 0, mask: str = "█") -> str:
+        """The last frame of one row, piece by piece."""
+        tokens = self.current_BT[row][self.valid_BT[row]].tolist()
+        return "".join(self.piece(token, mask) for token in tokens)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, to a temporary name first."""
+        empty = torch.zeros(0, dtype=torch.long)
+        counts = torch.tensor([len(rows) for rows, _, _ in self._events], dtype=torch.int32)
+        columns = list(zip(*self._events, strict=True)) or [(empty,), (empty,), (empty,)]
+        tensors = {name: torch.cat(column).to(torch.int32) for name, column in zip(("row", "position", "token"), columns, strict=True)}
+        tensors |= {"count": counts, "start": self.start_BT.to(torch.int32), "settled": self.settled_BT.to(torch.int32)}
+        tensors |= {"free": self.free_BT.contiguous(), "valid": self.valid_BT.contiguous()}
+        tensors["t"] = torch.tensor(self.t_SB)
+        used = set(self.start_BT.unique().tolist()) | set(tensors["token"].unique().tolist())
+        header = {
+            "pieces": {str(token): self.pieces[token] for token in sorted(used) if token in self.pieces},
+            "mask_id": self.mask_id,
+            "models": self.models,
+            "forwards": self.forwards,
+            "seconds": [round(s, 6) for s in self.seconds],
+            "meta": self.meta,
+        }
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(tensors, partial, metadata={"format": FORMAT, "header": json.dumps(header)})
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trajectory:
+        """Read what `save` wrote. InputError when the file is something else or damaged."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise InputError(f"{path} is not a trajectory saved by dlm")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            header = json.loads(metadata["header"])
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise InputError(f"{path} is not a whole trajectory file ({error}); make it again with --save") from None
+        start_BT = tensors["start"].long()
+        self = cls(
+            start_BT,
+            Canvas(start_BT, tensors["free"], tensors["valid"]),
+            pieces={int(token): piece for token, piece in header["pieces"].items()},
+            mask_id=header["mask_id"],
+            meta=header["meta"],
+        )
+        counts = tensors["count"].tolist()
+        for rows, positions, tokens in zip(*(tensors[n].long().split(counts) for n in ("row", "position", "token")), strict=True):
+            self._events.append((rows, positions, tokens))
+            self.current_BT[rows, positions] = tokens
+            self.changed_BT[rows, positions] = len(self._events)
+        self.settled_BT = tensors["settled"].long()
+        self.t_SB, self.models = tensors["t"].tolist(), header["models"]
+        self.forwards, self.seconds = header["forwards"], header["seconds"]
+        return self

@@ -1,0 +1,186 @@
+"""MATHS.md 5 for masked noise: exact bounds, schedule invariance, discrete to continuous, posteriors that compose."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from oracle import BayesDenoiser, Tiny
+from torch import Tensor
+
+from dlm.noise import loss, schedule
+from dlm.noise.masked import MaskedNoise
+
+EXACT = ["linear", "polynomial:2", "polynomial:0.7", "cosine"]
+
+
+def noise_of(tiny: Tiny, word: str) -> MaskedNoise:
+    return MaskedNoise(tiny.vocab + 1, tiny.mask_id, schedule.parse(word))
+
+
+def expected_integrand(tiny: Tiny, noise: MaskedNoise, t: float, s: float | None = None) -> float:
+    """E over x ~ p and z ~ q(z_t | x), enumerated, of the loss integrand (or of the step t -> s), nats per sequence."""
+    denoiser, alpha = BayesDenoiser(tiny), float(noise.schedule.alpha(torch.tensor(t, dtype=torch.float64)))
+    total = 0.0
+    for pattern_T in tiny.patterns():
+        z_ST = torch.where(pattern_T, tiny.mask_id, tiny.x_ST)
+        chance = (1 - alpha) ** int(pattern_T.sum()) * alpha ** int((~pattern_T).sum())
+        t_S = torch.full((len(z_ST),), t, dtype=torch.float64)
+        logp = noise.log_probs(denoiser(z_ST), z_ST, t_S)
+        if s is None:
+            nats_S = noise.nelbo(logp, tiny.x_ST, z_ST, t_S).sum(-1)
+        else:
+            nats_S = noise.nelbo_step(logp, tiny.x_ST, z_ST, t_S, torch.full_like(t_S, s)).sum(-1)
+        total += chance * float((tiny.p_S * nats_S).sum())
+    return total
+
+
+def integrated_bound(tiny: Tiny, noise: MaskedNoise, points: int = 64) -> float:
+    """Gauss-Legendre over alpha, where the integrand is a polynomial for every schedule."""
+    nodes, weights = np.polynomial.legendre.leggauss(points)
+    ends = noise.schedule.alpha(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+    total = 0.0
+    for node, weight in zip(nodes, weights, strict=True):
+        alpha = torch.tensor(ends[1] + (ends[0] - ends[1]) * (node + 1) / 2, dtype=torch.float64)
+        t = noise.schedule.inverse(alpha)
+        per_alpha = expected_integrand(tiny, noise, float(t)) / float(-noise.schedule.dalpha(t))
+        total += weight * per_alpha * (ends[0] - ends[1]) / 2
+    return total
+
+
+def end_terms(tiny: Tiny, noise: MaskedNoise) -> float:
+    """Prior and reconstruction, enumerated."""
+    alpha0, alpha1 = noise.schedule.alpha(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+    total = tiny.length * alpha1 * np.log(tiny.vocab)
+    denoiser = BayesDenoiser(tiny)
+    for pattern_T in tiny.patterns():
+        z_ST = torch.where(pattern_T, tiny.mask_id, tiny.x_ST)
+        chance = (1 - alpha0) ** int(pattern_T.sum()) * alpha0 ** int((~pattern_T).sum())
+        nll_ST = noise.cross_entropy(noise.log_probs(denoiser(z_ST), z_ST), tiny.x_ST, z_ST)
+        total += chance * float((tiny.p_S * nll_ST.sum(-1)).sum())
+    return total
+
+
+@pytest.mark.parametrize("word", EXACT)
+@pytest.mark.parametrize("shape", [(3, 3), (4, 2), (2, 4)])
+def test_bound_equals_entropy_with_the_bayes_denoiser(word: str, shape: tuple[int, int]) -> None:
+    tiny = Tiny(*shape, seed=1)
+    assert integrated_bound(tiny, noise_of(tiny, word)) == pytest.approx(tiny.entropy(), abs=1e-10)
+
+
+@pytest.mark.parametrize("word", ["geometric", "geometric:0.01,3", "log-linear", "log-linear:0.2"])
+def test_bound_with_its_end_terms_is_above_the_entropy_and_close_when_the_ends_are(word: str) -> None:
+    tiny = Tiny(3, 3, seed=2)
+    bound = integrated_bound(tiny, noise_of(tiny, word)) + end_terms(tiny, noise_of(tiny, word))
+    assert bound >= tiny.entropy() - 1e-10
+    if ":" not in word:
+        assert bound == pytest.approx(tiny.entropy(), abs=5e-3)
+
+
+@pytest.mark.parametrize("word", ["geometric:0.01,3", "log-linear:0.2"])
+def test_bound_depends_on_the_schedule_through_its_ends_alone(word: str) -> None:
+    tiny, noise = Tiny(3, 3, seed=3), noise_of(Tiny(3, 3, seed=3), word)
+    alpha0, alpha1 = noise.schedule.alpha(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+    linear = noise_of(tiny, "linear")
+    nodes, weights = np.polynomial.legendre.leggauss(64)
+    middle, half = (alpha0 + alpha1) / 2, (alpha0 - alpha1) / 2
+    same_ends = sum(w * half * expected_integrand(tiny, linear, 1 - (middle + half * n)) for n, w in zip(nodes, weights, strict=True))
+    assert integrated_bound(tiny, noise) == pytest.approx(same_ends, abs=1e-9)
+
+
+def test_discrete_bound_decreases_to_the_continuous_one() -> None:
+    tiny = Tiny(3, 3, seed=4)
+    for word in ("linear", "cosine"):
+        noise = noise_of(tiny, word)
+        bounds = []
+        for steps in (1, 2, 4, 8, 16, 64, 256):
+            bounds.append(sum(expected_integrand(tiny, noise, (i + 1) / steps, i / steps) for i in range(steps)))
+        assert all(a > b for a, b in zip(bounds, bounds[1:], strict=False)), (word, bounds)
+        assert bounds[-1] > tiny.entropy() and bounds[-1] - tiny.entropy() < 0.01 * (bounds[0] - tiny.entropy())
+
+
+def test_posterior_is_bayes_rule_and_composes() -> None:
+    tiny = Tiny(3, 2, seed=5)
+    noise = noise_of(tiny, "cosine")
+    t, s, r = (torch.tensor([v], dtype=torch.float64) for v in (0.9, 0.5, 0.2))
+    logits = torch.randn(1, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z_BT = torch.tensor([[tiny.mask_id, 1]])
+    logp = noise.log_probs(logits, z_BT)
+    at_s, at_r = noise.posterior(logp, z_BT, t, s), noise.posterior(logp, z_BT, t, r)
+    assert torch.allclose(at_s.sum(-1), torch.ones(1, 2, dtype=torch.float64))
+    assert torch.equal(at_s[0, 1], torch.tensor([0.0, 1, 0, 0], dtype=torch.float64))
+    stays = at_s[0, 0, tiny.mask_id]
+    from_s = noise.posterior(logp, z_BT, s, r)
+    composed = torch.cat([at_s[0, 0, :3] + stays * from_s[0, 0, :3], (stays * from_s[0, 0, 3])[None]])
+    assert torch.allclose(composed, at_r[0, 0], atol=1e-12)
+    # Bayes on the forward process for a known x: q(z_s | z_t = MASK, x)
+    alpha_t, alpha_s = (float(noise.schedule.alpha(v)) for v in (t, s))
+    known = torch.full((1, 2, 4), -torch.inf, dtype=torch.float64)
+    known[..., 2] = 0.0
+    visible = float(noise.posterior(known, z_BT, t, s)[0, 0, 2])
+    assert visible == pytest.approx(alpha_s * (1 - alpha_t / alpha_s) / (1 - alpha_t), abs=1e-12)
+
+
+def test_log_probs_never_gives_a_mask_and_carries_visible_tokens_over() -> None:
+    noise = MaskedNoise(5, 4)
+    z_BT = torch.tensor([[4, 2]])
+    logp = noise.log_probs(torch.randn(1, 2, 5), z_BT)
+    assert logp[0, 0, 4] == -torch.inf and torch.allclose(logp[0, 0].exp().sum(), torch.tensor(1.0))
+    assert logp[0, 1].exp().tolist() == [0, 0, 1, 0, 0]
+
+
+def test_corrupt_masks_the_right_share_and_nothing_else() -> None:
+    noise, rng = MaskedNoise(5, 4, schedule.Polynomial(2.0)), torch.Generator().manual_seed(0)
+    x_BT = torch.randint(4, (2, 50_000), generator=rng)
+    z_BT = noise.corrupt(x_BT, torch.tensor([0.3, 0.8], dtype=torch.float64), rng)
+    assert torch.equal(z_BT[z_BT != 4], x_BT[z_BT != 4])
+    assert (z_BT == 4).double().mean(-1).tolist() == pytest.approx([0.09, 0.64], abs=0.01)
+    count_B, free_BT = torch.tensor([1, 7]), torch.ones(2, 20, dtype=torch.bool)
+    free_BT[:, :10] = False
+    z_BT = noise.corrupt_count(x_BT[:, :20], count_B, free_BT, rng)
+    assert (z_BT == 4).sum(-1).tolist() == [1, 7] and not (z_BT == 4)[:, :10].any()
+
+
+def _estimates(tiny: Tiny, estimator: str, passes: int) -> Tensor:
+    noise, rng = noise_of(tiny, "linear"), torch.Generator().manual_seed(0)
+    predict = BayesDenoiser(tiny)
+    rows = torch.multinomial(tiny.p_S, passes, replacement=True, generator=rng)
+    x_BT, free_BT = tiny.x_ST[rows], torch.ones(passes, tiny.length, dtype=torch.bool)
+    if estimator == "discrete":
+        return loss.discrete(noise, predict, x_BT, free_BT, rng, 1000)
+    return {"continuous": loss.continuous, "any_order": loss.any_order}[estimator](noise, predict, x_BT, free_BT, rng)
+
+
+@pytest.mark.parametrize("estimator", ["continuous", "any_order", "discrete"])
+def test_monte_carlo_estimators_agree_with_the_entropy(estimator: str) -> None:
+    tiny = Tiny(3, 3, seed=6)
+    nats = _estimates(tiny, estimator, 20_000)
+    error = float(nats.std() / len(nats) ** 0.5)
+    assert float(nats.mean()) == pytest.approx(tiny.entropy(), abs=4 * error + 2e-3 * (estimator == "discrete"))
+    assert error < 0.05
+
+
+def test_integrating_the_time_out_lowers_the_variance() -> None:
+    tiny = Tiny(3, 3, seed=6)
+    assert _estimates(tiny, "any_order", 20_000).std() < 0.8 * _estimates(tiny, "continuous", 20_000).std()
+
+
+def test_autoregressive_loss_is_the_exact_likelihood() -> None:
+    tiny = Tiny(3, 2, seed=7)
+    noise = noise_of(tiny, "linear")
+    joint = tiny.p_S.view(3, 3)
+
+    def predict(z_BT: Tensor, t_B: Tensor) -> Tensor:
+        assert (z_BT[:, 0] == tiny.mask_id).all()
+        first = joint.sum(1).log().expand(len(z_BT), 3)
+        second = (joint / joint.sum(1, keepdim=True)).log()[z_BT[:, 1]]
+        logits = torch.stack([first, second], 1)
+        return torch.cat([logits, torch.full_like(logits[..., :1], 3.0)], -1)  # a mask logit must not matter
+
+    nats = loss.autoregressive(noise, predict, tiny.x_ST, torch.ones_like(tiny.x_ST, dtype=torch.bool))
+    assert torch.allclose(nats, -tiny.p_S.log(), atol=1e-10)
+
+
+def test_one_draw_spreads_the_levels_over_the_batch() -> None:
+    t_B = loss.draw_levels(8, torch.Generator().manual_seed(3))
+    assert torch.equal((t_B * 8).floor().sort().values, torch.arange(8, dtype=torch.float64))

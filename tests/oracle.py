@@ -1,0 +1,77 @@
+"""Brute force on a tiny distribution: everything that a noise process or sampler claims can be enumerated here.
+
+Shapes: S = V^T sequences of the data vocabulary V (the mask is id V), T positions.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Tiny:
+    """A random distribution over all sequences of T tokens from V, with correlations between positions."""
+
+    def __init__(self, vocab: int = 3, length: int = 3, seed: int = 0, concentration: float = 0.5) -> None:
+        self.vocab, self.length, self.mask_id = vocab, length, vocab
+        self.x_ST = torch.tensor(list(itertools.product(range(vocab), repeat=length)))
+        draws = np.random.default_rng(seed).dirichlet([concentration] * len(self.x_ST))
+        self.p_S = torch.tensor(draws, dtype=torch.float64)
+
+    def entropy(self) -> float:
+        """Nats of a whole sequence."""
+        return float(-(self.p_S * self.p_S.clamp(min=1e-300).log()).sum())
+
+    def index(self, x_BT: Tensor) -> Tensor:
+        """Position of each sequence in x_ST."""
+        return (x_BT * self.vocab ** torch.arange(self.length - 1, -1, -1)).sum(-1)
+
+    def patterns(self) -> Tensor:
+        """Every set of masked positions, bool (2^T, T)."""
+        return torch.tensor(list(itertools.product([False, True], repeat=self.length)))
+
+
+class BayesDenoiser:
+    """The exact posterior p(x_i | z) of a Tiny under masks, as log-probabilities for logits; V + 1 columns.
+
+    Counts its calls, so that a sampler's claim about network calls can be checked.
+    """
+
+    def __init__(self, tiny: Tiny) -> None:
+        self.tiny, self.calls = tiny, 0
+
+    def __call__(self, z_BQ: Tensor, t_B: Tensor | None = None, **_: object) -> Tensor:
+        self.calls += 1
+        tiny = self.tiny
+        z_BT = z_BQ[:, : tiny.length]
+        fits_BS = ((z_BT[:, None] == tiny.x_ST) | (z_BT[:, None] == tiny.mask_id)).all(-1)
+        weight_BS = fits_BS * tiny.p_S
+        weight_BS = weight_BS / weight_BS.sum(-1, keepdim=True).clamp(min=1e-300)
+        one_hot_STV = torch.nn.functional.one_hot(tiny.x_ST, tiny.vocab + 1).double()
+        probs_BTV = torch.einsum("bs,stv->btv", weight_BS, one_hot_STV)
+        return probs_BTV.clamp(min=1e-300).log()
+
+
+def total_variation(samples_NT: Tensor, tiny: Tiny) -> float:
+    """Distance between the histogram of samples and the distribution."""
+    counts_S = torch.bincount(tiny.index(samples_NT), minlength=len(tiny.p_S)).double()
+    return float((counts_S / counts_S.sum() - tiny.p_S).abs().sum() / 2)
+
+
+def chi_square_p(samples_NT: Tensor, probs_S: Tensor, tiny: Tiny) -> float:
+    """p-value of the samples under probs_S; cells with fewer than 5 expected are pooled."""
+    counts = torch.bincount(tiny.index(samples_NT), minlength=len(probs_S)).double()
+    expected = probs_S * counts.sum()
+    small = expected < 5
+    if bool(small.any()):
+        counts = torch.cat([counts[~small], counts[small].sum()[None]])
+        expected = torch.cat([expected[~small], expected[small].sum()[None]])
+    if expected[-1] == 0:
+        assert counts[-1] == 0
+        counts, expected = counts[:-1], expected[:-1]
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    half_dof = torch.tensor((len(counts) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(half_dof, statistic / 2))
