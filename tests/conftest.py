@@ -1,3 +1,48 @@
+"""Shared fixtures: small checkpoints with random weights, so that every verb can be run in a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
 import torch
 
+from dlm.language_model import LanguageModel
+from dlm.models.checkpoint import ModelConfig
+from dlm.models.transformer import Transformer, TransformerConfig
+from dlm.text import Tokenizer
+
 torch.set_num_threads(1)
+
+ALPHABET = "\n !,.:ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
+def make_model(
+    objective: str = "masked", *, window: int = 32, context: int = 8, alphabet: str = ALPHABET, **network: object
+) -> LanguageModel:
+    """A LanguageModel whose weights are random and far from the identity."""
+    tokenizer = Tokenizer.characters(alphabet)
+    attention = "full" if objective == "masked" else "causal"
+    sizes = {"layers": 2, "heads": 2, "width": 32, "window": window, "attention": attention} | network
+    config = TransformerConfig(vocab_size=tokenizer.vocab_size + 1, **sizes)  # type: ignore[arg-type]
+    network_ = Transformer(config)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network_.parameters():
+            parameter.normal_(0.0, 0.2, generator=rng)
+    settings = ModelConfig(network=config, mask_token_id=tokenizer.mask_id, objective=objective, context=context)
+    return LanguageModel(network_.eval().requires_grad_(False), settings, tokenizer, name=f"tiny-{objective}")
+
+
+@pytest.fixture(scope="session")
+def masked_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoints") / "tiny-masked"
+    make_model("masked").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def autoregressive_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoints") / "tiny-ar"
+    make_model("autoregressive").save_pretrained(path)
+    return path

@@ -1,8 +1,8 @@
 """Diffusion language models: train, sample, watch, measure.
 
-    import dlm
-    model = dlm.load("shakespeare-mask")
-    print(model.generate("ROMEO:", length=512, seed=0))
+import dlm
+model = dlm.load("shakespeare-mask")
+print(model.generate("ROMEO:", length=512, seed=0))
 """
 
 from __future__ import annotations

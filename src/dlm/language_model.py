@@ -102,12 +102,7 @@ class LanguageModel:
 
     def card(self) -> str:
         """The model card, Markdown with the hub's header."""
-        kind = "Masked diffusion" if self.is_diffusion else "Autoregressive"
-        return (
-            f"---\nlibrary_name: dlm\npipeline_tag: text-generation\n---\n# {self.name}\n\n{kind} language model, "
-            f"{self.network.parameters_count():,} parameters, window {self.window}, context {self.context}, trained with dlm.\n\n"
-            f"```python\nimport dlm\nprint(dlm.load({self.name!r}).generate(length=256, seed=0).text)\n```\n"
-        )
+        return checkpoint.card(self.config, self.name, self.network.parameters_count())
 
     @property
     def is_diffusion(self) -> bool:
@@ -150,11 +145,14 @@ class LanguageModel:
         for text in [prompt] if isinstance(prompt, str) else prompt:
             head = self.tokenizer.encode(text)
             given = len(head) + len(tail)
-            new = max_new_tokens if max_new_tokens is not None else (length if length is not None else max(self.window, given + 64)) - given
+            whole = max(self.window, given + 64) if length is None else length
+            new = whole - given if max_new_tokens is None else max_new_tokens
             if new < 1:
                 raise InputError(f"nothing to generate: the prompt and suffix have {given} tokens, the text is to have {given + new}")
             if len(head) >= self.window and not self.context:
-                raise InputError(f"the prompt has {len(head)} tokens, the window {self.window} and no context: use at most {self.window - 1}")
+                raise InputError(
+                    f"the prompt has {len(head)} tokens, the window {self.window} and no context: use at most {self.window - 1}"
+                )
             rows.append([*head, *[None] * new, *tail])
         return Canvas.from_rows(rows, fill=self.tokenizer.mask_id)
 

@@ -160,7 +160,7 @@ class Trajectory:
         tensors |= {"count": counts, "start": self.start_BT.to(torch.int32), "settled": self.settled_BT.to(torch.int32)}
         tensors |= {"free": self.free_BT.contiguous(), "valid": self.valid_BT.contiguous()}
         tensors["t"] = torch.tensor(self.t_SB)
-        used = set(self.start_BT.unique().tolist()) | set(tensors["token"].unique().tolist())
+        used = set(self.start_BT.flatten().tolist()) | set(tensors["token"].tolist())
         header = {
             "pieces": {str(token): self.pieces[token] for token in sorted(used) if token in self.pieces},
             "mask_id": self.mask_id,
@@ -185,7 +185,7 @@ class Trajectory:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise InputError(f"{path} is not a trajectory saved by dlm")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
             header = json.loads(metadata["header"])
         except (SafetensorError, json.JSONDecodeError) as error:
             raise InputError(f"{path} is not a whole trajectory file ({error}); make it again with --save") from None

@@ -106,6 +106,23 @@ def save(
             os.replace(file, directory / file.name)
 
 
+def generation_defaults(config: ModelConfig) -> dict[str, Any]:
+    """generation_config.json of a freshly trained model: one step for each token of a window."""
+    if config.objective == "autoregressive":
+        return {"sampler": "autoregressive", "temperature": 1.0}
+    return {"steps": config.network.window, "sampler": "ancestral", "temperature": 1.0}
+
+
+def card(config: ModelConfig, name: str, parameters: int) -> str:
+    """The model card, Markdown with the hub's header."""
+    kind = "Autoregressive" if config.objective == "autoregressive" else "Masked diffusion"
+    return (
+        f"---\nlibrary_name: dlm\npipeline_tag: text-generation\n---\n# {name}\n\n{kind} language model, "
+        f"{parameters:,} parameters, window {config.network.window}, context {config.context}, trained with dlm.\n\n"
+        f"```python\nimport dlm\nprint(dlm.load({name!r}).generate(length=256, seed=0).text)\n```\n"
+    )
+
+
 def load_config(path: Path) -> ModelConfig:
     try:
         data = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -117,10 +134,9 @@ def load_config(path: Path) -> ModelConfig:
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a directory, from one file or from shards."""
     index = path / "model.safetensors.index.json"
+    names = ["model.safetensors"]
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
     state: dict[str, torch.Tensor] = {}
     for name in names:
         if Path(name).name != name or not (path / name).is_file():

@@ -101,9 +101,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BQD: Tensor, cos: Tensor, sin: Tensor, mask: Any, is_causal: bool, cache: KVCache | None) -> Tensor:
         config, (batch, queries, _) = self.config, x_BQD.shape
-        q, k, v = (
-            linear(x_BQD).view(batch, queries, -1, config.head_dim).transpose(1, 2) for linear in (self.q, self.k, self.v)
-        )
+        q, k, v = (linear(x_BQD).view(batch, queries, -1, config.head_dim).transpose(1, 2) for linear in (self.q, self.k, self.v))
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -181,9 +179,9 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for block in self.blocks:
-            nn.init.zeros_(block.attention.out.weight)
-            nn.init.zeros_(block.mlp.down.weight)
+        for name, weight in self.named_parameters():
+            if name.endswith(("attention.out.weight", "mlp.down.weight")):
+                nn.init.zeros_(weight)
         if self.time is not None:
             nn.init.zeros_(self.time.linear.weight)
         if self.config.tied:

@@ -44,7 +44,10 @@ def end_terms(noise: MaskedNoise, predict: Predict, x_BT: Tensor, free_BT: Tenso
 def continuous(
     noise: MaskedNoise, predict: Predict, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, t_B: Tensor | None = None
 ) -> Tensor:
-    """The continuous-time bound with one time a row (MD4 eq. 5). (B,) nats."""
+    """The continuous-time bound with one time a row (MD4 eq. 5). (B,) nats.
+
+    Unbiased, but the weight (1/t for the linear schedule) has infinite variance at t = 0: prefer `any_order` where it applies.
+    """
     t_B = draw_levels(len(x_BT), rng) if t_B is None else t_B
     z_BT = torch.where(free_BT, noise.corrupt(x_BT, t_B, rng), x_BT)
     logp_BTV = noise.log_probs(predict(z_BT, t_B), z_BT, t_B)

@@ -40,10 +40,10 @@ class AutoregressiveSampler:
         rows, length = free_BL.shape
         text_BL = torch.where(free_BL, self.mask_id, canvas.tokens_BT)
         input_BL = torch.cat([torch.full_like(text_BL[:, :1], self.mask_id), text_BL], 1)  # input j predicts text j
-        open_BL, begin, forwards = free_BL.clone(), 0, 0
+        open_BL, begin = free_BL.clone(), 0
         cache, read = self._empty(rows), 0  # read: inputs of this window in the cache
         columns = free_BL.any(0).nonzero().squeeze(-1).tolist()
-        for column in columns:
+        for forwards, column in enumerate(columns, 1):
             if column - begin >= self.window:
                 begin = (column - self.context) // (self.window - self.context) * (self.window - self.context)
                 cache, read = self._empty(rows), 0
@@ -52,7 +52,6 @@ class AutoregressiveSampler:
                 tokens[:, 0] = self.mask_id
             logits_BV = self.denoiser(tokens, cache=cache)[:, -1].clone()
             read = column - begin + 1 if cache is not None else 0
-            forwards += 1
             logits_BV[:, self.mask_id] = -torch.inf
             rows_A = free_BL[:, column].nonzero().squeeze(-1)
             drawn_A = self.draw(logits_BV[rows_A, None].log_softmax(-1), [rng[b] for b in rows_A.tolist()]).squeeze(1)

@@ -17,8 +17,8 @@ from dlm.sampling.draw import Draw, uniform
 
 def _ranked(score_BT: Tensor, open_BT: Tensor, count_B: Tensor) -> Tensor:
     """bool (B, T): the count_B open positions of highest score."""
-    order_BT = score_BT.masked_fill(~open_BT, -torch.inf).argsort(-1, descending=True, stable=True)
-    rank_BT = torch.empty_like(order_BT).scatter_(-1, order_BT, torch.arange(score_BT.shape[-1], device=order_BT.device).expand_as(order_BT))
+    order_BT = score_BT.masked_fill(~open_BT, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    rank_BT = order_BT.argsort(-1)
     return (rank_BT < count_B[:, None]) & open_BT
 
 

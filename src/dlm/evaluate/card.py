@@ -1,0 +1,51 @@
+"""The evaluation card: everything needed to judge or repeat a number, saved beside it as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("dlm", "torch", "numpy", "tokenizers", "safetensors")
+
+
+def device_name(device: str | torch.device) -> str:
+    """GPU name, or the processor's as the system tells it."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def make(figures: dict[str, Any], *, device: str, dtype: str, seed: int, settings: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """The card of one measurement. `data` holds source, split and fingerprint."""
+    return {
+        "figures": figures,
+        "settings": settings,
+        "seed": seed,
+        "data": data,
+        "device": device_name(device),
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def write(card: dict[str, Any], path: str | Path) -> None:
+    """Save, to a temporary name first."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
