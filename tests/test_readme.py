@@ -29,7 +29,11 @@ def blocks() -> list[tuple[str, str, str]]:
 
 
 def run(words: list[str], cwd: Path) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT / "src"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "2",
+    }
     done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=environment, timeout=500)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
     return done.stdout

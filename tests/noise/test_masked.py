@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from oracle import BayesDenoiser, Tiny
 from torch import Tensor
 
 from dlm.noise import loss, schedule
 from dlm.noise.masked import MaskedNoise
+from oracle import BayesDenoiser, Tiny
 
 EXACT = ["linear", "polynomial:2", "polynomial:0.7", "cosine"]
 
@@ -95,7 +97,7 @@ def test_discrete_bound_decreases_to_the_continuous_one() -> None:
         bounds = []
         for steps in (1, 2, 4, 8, 16, 64, 256):
             bounds.append(sum(expected_integrand(tiny, noise, (i + 1) / steps, i / steps) for i in range(steps)))
-        assert all(a > b for a, b in zip(bounds, bounds[1:], strict=False)), (word, bounds)
+        assert all(a > b for a, b in itertools.pairwise(bounds)), (word, bounds)
         assert bounds[-1] > tiny.entropy() and bounds[-1] - tiny.entropy() < 0.01 * (bounds[0] - tiny.entropy())
 
 

@@ -33,7 +33,7 @@ class Mean:
 @torch.no_grad()
 def judge_bits(noise: MaskedNoise, predict: loss.Predict, samples_NT: Tensor, *, batch: int = 32) -> Mean:
     """Bits per token of the samples under an autoregressive judge with the same vocabulary (exact likelihood)."""
-    parts = [loss.autoregressive(noise, predict, x, torch.ones_like(x, dtype=torch.bool)) for x in samples_NT.split(batch)]
+    parts = [loss.autoregressive(noise, predict, x, torch.ones_like(x, dtype=torch.bool)) for x in torch.split(samples_NT, batch)]
     return Mean.of(torch.cat(parts) / samples_NT.shape[1] / math.log(2))
 
 

@@ -103,6 +103,7 @@ def save(
         for name, text in texts.items():
             (Path(temporary) / name).write_text(text, encoding="utf-8")
         for file in sorted(Path(temporary).iterdir(), key=lambda p: (p.suffix != ".safetensors", p.name == "config.json")):
+            file.chmod(0o644)  # safetensors writes for the owner alone
             os.replace(file, directory / file.name)
 
 

@@ -22,8 +22,21 @@ def read(source: str) -> list[str]:
 
     A data set is `hf:NAME`, `hf:NAME:COLUMN` or `hf:NAME:COLUMN:SPLIT` (defaults: text, train).
     """
+    if not source:
+        raise InputError("no data: give a text file, a folder of .txt files, or hf:DATASET")
     if source.startswith("hf:"):
-        return _read_dataset(*source[3:].split(":"))
+        name, column, part, *more = *source[3:].split(":"), "", ""
+        if not name or any(more):
+            raise InputError(f"{source} does not name a data set: write hf:NAME, hf:NAME:COLUMN or hf:NAME:COLUMN:SPLIT")
+        documents = _read_dataset(name, column or "text", part or "train")
+    else:
+        documents = _read_files(source)
+    if not any(documents):
+        raise InputError(f"{source} is empty: give text to learn from")
+    return documents
+
+
+def _read_files(source: str) -> list[str]:
     path = Path(source)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*.txt") if p.is_file())
@@ -36,15 +49,13 @@ def read(source: str) -> list[str]:
     documents = []
     for file in files:
         try:
-            documents.append(file.read_text(encoding="utf-8"))
+            documents.append(file.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
             raise InputError(f"{file} is not UTF-8 text (byte {error.start})") from None
-    if not any(documents):
-        raise InputError(f"{source} is empty: give text to learn from")
     return documents
 
 
-def _read_dataset(name: str, column: str = "text", split: str = "train") -> list[str]:
+def _read_dataset(name: str, column: str, split: str) -> list[str]:
     try:
         import datasets
     except ModuleNotFoundError:
@@ -52,10 +63,10 @@ def _read_dataset(name: str, column: str = "text", split: str = "train") -> list
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises many kinds: network, name, format
-        raise InputError(f"data set {name!r} could not be loaded: {str(error).splitlines()[0]}") from None
+        raise InputError(f"data set {name!r} could not be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None
     if column not in rows.column_names:
         raise InputError(f"data set {name!r} has no column {column!r}; it has {', '.join(rows.column_names)}")
-    return [str(text) for text in rows[column]]
+    return [str(text) for text in rows[column] if text is not None]
 
 
 def split(documents: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
@@ -83,14 +94,19 @@ class Stream:
 
     tokens_N: np.ndarray
     window: int
+    name: str = "data"
 
     def __post_init__(self) -> None:
         if len(self.tokens_N) < self.window:
-            raise InputError(f"the data has {len(self.tokens_N)} tokens, less than one window of {self.window}: more text or a smaller window")
+            raise InputError(
+                f"the {self.name} has {len(self.tokens_N)} tokens, less than one window of {self.window}: more text or a smaller window"
+            )
 
     @classmethod
-    def encode(cls, documents: list[str], tokenizer: Tokenizer, window: int) -> Stream:
-        return cls(tokenizer.encode_corpus(documents), window)
+    def encode(cls, documents: list[str], tokenizer: Tokenizer, window: int, name: str = "data") -> Stream:
+        """Documents one after another, a newline between them."""
+        lines = [document + "\n" for document in documents[:-1]] + documents[-1:]
+        return cls(tokenizer.encode_corpus(lines), window, name)
 
     def draw(self, batch: int, rng: torch.Generator) -> Tensor:
         """Windows at uniformly random places, int64 (B, T)."""

@@ -11,183 +11,46 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dlm.errors import InputError
 from dlm.models import checkpoint
 from dlm.models.checkpoint import ModelConfig
-from dlm.models.transformer import Transformer, TransformerConfig
+from dlm.models.transformer import Transformer
 from dlm.noise import loss, schedule
 from dlm.noise.masked import MaskedNoise
 from dlm.text import Tokenizer
 from dlm.train import data as reading
 from dlm.train import state
+from dlm.train.config import TrainConfig
+from dlm.train.log import Log
+from dlm.train.objective import Objective, RowsOf, levels_on, validate
 from dlm.train.optim import EMA, adamw, learning_rate
 
+__all__ = ["TrainConfig", "train"]
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """One run. `--set key=value` changes any field here or of the network."""
-
-    data: str = ""
-    val_fraction: float = 0.1
-    tokenizer: str = "chars"  # chars | bytes | path of a tokenizer.json
-    network: TransformerConfig = field(default_factory=lambda: TransformerConfig(vocab_size=1))
-    objective: str = "masked"  # masked | autoregressive
-    noise_schedule: str = "linear"
-    estimator: str = "any_order"  # any_order | continuous
-    context: int = 64
-    context_share: float = 0.5  # share of training windows whose first `context` tokens are given
-    steps: int = 5000
-    batch: int = 64  # windows per step over all processes
-    lr: float = 1e-3
-    warmup: int = 100
-    decay_share: float = 0.3
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    ema: float = 0.999
-    seed: int = 0
-    bf16: bool = False
-    compile: bool = False
-    tensorboard: bool = False
-    log_every: int = 20
-    eval_every: int = 250
-    eval_passes: int = 2  # Monte-Carlo passes over (a part of) the validation windows
-    eval_windows: int = 256
-    save_every: int = 250
-
-    def __post_init__(self) -> None:
-        if self.objective not in ("masked", "autoregressive"):
-            raise InputError(f"unknown objective {self.objective!r}; known: masked, autoregressive")
-        if self.estimator not in ("any_order", "continuous"):
-            raise InputError(f"unknown estimator {self.estimator!r}; known: any_order, continuous")
-        if self.estimator == "any_order" and self.network.time_conditioning:
-            raise InputError("a network with time_conditioning needs --set estimator=continuous")
-        if self.estimator == "any_order" and self.noise_schedule in ("geometric", "log-linear"):
-            raise InputError(f"the {self.noise_schedule} schedule does not run from 1 to 0: --set estimator=continuous")
-        if not 0 <= self.context < self.network.window:
-            raise InputError(f"context {self.context} must lie in 0 .. {self.network.window - 1}")
-        for name in ("steps", "batch", "log_every", "eval_every", "save_every", "eval_passes", "eval_windows"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        schedule.parse(self.noise_schedule)
-
-    def with_settings(self, settings: list[str]) -> TrainConfig:
-        """Apply `key=value` words; InputError for an unknown key or a value of another type."""
-        config = self
-        for word in settings:
-            key, equals, value = word.partition("=")
-            own = {f.name for f in fields(self)} - {"network"}
-            net = {f.name for f in fields(TransformerConfig)} - {"vocab_size"}
-            if not equals or key not in own | net:
-                raise InputError(f"--set {word}: known keys are {', '.join(sorted(own | net))}")
-            try:
-                parsed = _parse(value, getattr(config if key in own else config.network, key))
-                config = replace(config, **({key: parsed} if key in own else {"network": config.network.with_(**{key: parsed})}))
-            except InputError:
-                raise
-            except ValueError as error:
-                raise InputError(f"--set {word}: {error}") from None
-        return config
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> TrainConfig:
-        return cls(**(data | {"network": TransformerConfig(**data["network"]), "betas": tuple(data["betas"])}))
-
-
-def _parse(value: str, like: Any) -> Any:
-    if isinstance(like, bool):
-        if value.lower() not in ("true", "false", "1", "0"):
-            raise ValueError("give true or false")
-        return value.lower() in ("true", "1")
-    if isinstance(like, tuple):
-        return tuple(float(v) for v in value.split(","))
-    return type(like)(value)
+QUIET = 5.0  # seconds between the lines of a run that nobody watches in a terminal
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The generator of everything drawn at one step."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % (1 << 63))
-
-
-@dataclass
-class Objective:
-    """What is minimised and validated: the masked bound or the exact autoregressive loss, nats per predicted token."""
-
-    config: TrainConfig
-    noise: MaskedNoise
-
-    def __call__(self, network: nn.Module, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, t_B: Tensor) -> Tensor:
-        """(B,) nats per predicted token of each row."""
-
-        def predict(z_BT: Tensor, t_B: Tensor) -> Tensor:
-            logits: Tensor = network(z_BT, t_B).float()
-            return logits
-
-        if self.config.objective == "autoregressive":
-            nats_B = loss.autoregressive(self.noise, predict, x_BT, free_BT)
-        else:
-            estimate = loss.any_order if self.config.estimator == "any_order" else loss.continuous
-            nats_B = estimate(self.noise, predict, x_BT, free_BT, rng, t_B)
-        return nats_B / free_BT.sum(-1)
-
-    def free(self, rows: int, rng: torch.Generator) -> Tensor:
-        """Which positions are predicted: in a share of the rows the first `context` tokens are given."""
-        config = self.config
-        free_BT = torch.ones(rows, config.network.window, dtype=torch.bool)
-        if config.objective == "masked" and config.context and config.context_share:
-            given_B = torch.rand(rows, generator=rng) < config.context_share
-            free_BT[given_B, : config.context] = False
-        return free_BT
-
-
-@torch.no_grad()
-def validate(objective: Objective, network: nn.Module, windows_WT: Tensor, device: torch.device) -> tuple[float, float]:
-    """(nats per token, standard error over windows) on whole windows without context; the same masks at every call."""
-    config = objective.config
-    passes = 1 if config.objective == "autoregressive" else config.eval_passes
-    rng = torch.Generator().manual_seed(0)
-    parts = []
-    for _ in range(passes):
-        for x_BT in windows_WT.split(64):
-            free_BT, t_B = torch.ones_like(x_BT, dtype=torch.bool), loss.draw_levels(len(x_BT), rng)
-            device_rng = torch.Generator(device).manual_seed(int(torch.randint(1 << 62, (1,), generator=rng)))
-            parts.append(objective(network, x_BT.to(device), free_BT.to(device), device_rng, t_B.to(device)).cpu())
-    values = torch.cat(parts).double().view(passes, -1).mean(0)
-    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
-
-
-class _Stop:
-    """Ctrl-C and SIGTERM ask the loop to finish its step and save; a second Ctrl-C stops at once."""
-
-    def __enter__(self) -> _Stop:
-        self.asked = False
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def train(
@@ -206,122 +69,180 @@ def train(
     """
     out = Path(out)
     console = console or Console(stderr=True)
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else "no")
-    device, main = accelerator.device, accelerator.is_main_process
-    if config.batch % accelerator.num_processes:
-        raise InputError(f"batch {config.batch} does not divide over {accelerator.num_processes} processes")
+    device, main, ranks = accelerator.device, accelerator.is_main_process, accelerator.num_processes
+    if ranks < (launched := int(os.environ.get("WORLD_SIZE", 1))):
+        raise InputError(f"launched as {launched} processes that know nothing of each other: on CPUs set ACCELERATE_USE_CPU=true")
+    if config.batch % ranks:
+        raise InputError(f"batch {config.batch} does not divide over {ranks} processes")
     saved = out / state.FILE
     if resume and not saved.is_file():
         raise InputError(f"nothing to resume in {out}: train without --resume first")
     if not resume and saved.is_file():
         raise InputError(f"{out} holds a run already: add --resume, or choose another --out")
+    meta: dict[str, Any] = state.read_meta(saved) if resume else {"step": 0, "best": math.inf}
+    first, best = meta["step"], meta["best"]
+    if resume:
+        _require_same_network(config, meta["config"], out)
+    if first >= config.steps:
+        raise InputError(f"{out} is at step {first} of {config.steps} already: raise it with --set steps=N")
+
+    # data
     documents = reading.read(config.data)
-    tokenizer = Tokenizer.load(out) if resume else Tokenizer.make(config.tokenizer, "".join(documents))
+    tokenizer = Tokenizer.load(out) if resume else Tokenizer.make(config.tokenizer, "\n".join(documents))
     network_config = config.network.with_(vocab_size=tokenizer.vocab_size + 1)
-    parts = reading.split(documents, config.val_fraction)
-    train_stream, val_stream = (reading.Stream.encode(part, tokenizer, network_config.window) for part in parts)
-    noise = MaskedNoise(network_config.vocab_size, tokenizer.mask_id, schedule.parse(config.noise_schedule))
-    objective = Objective(config, noise)
+    parts = zip(("training", "validation"), reading.split(documents, config.val_fraction), strict=True)
+    streams = [reading.Stream.encode(part, tokenizer, network_config.window, name=f"{name} part") for name, part in parts]
+    train_stream, windows_WT = streams[0], streams[1].windows()[: config.eval_windows]
+    if len(windows_WT) < 2:
+        raise InputError(f"the validation part fills one window of {network_config.window}, two are needed: more text or val_fraction")
+    window_tokens = config.batch * network_config.window
+    epochs = window_tokens / len(train_stream.tokens_N)
+
+    # network, optimiser, average; accelerate wraps the first two for one process, DDP or FSDP2
     set_seed(config.seed)
     bare = Transformer(network_config)
     if config.compile:
         bare.compile()
+    fused = device.type == "cuda"
     network, optimizer = accelerator.prepare(
-        bare, adamw(bare, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+        bare, adamw(bare, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=fused)
     )
     inner = optimizer.optimizer
-    ema = EMA(network.parameters(), config.ema)
-    first, best = 0, math.inf
+    ema = EMA(network, config.ema)
     if resume:
-        meta = state.read_meta(saved)
-        first, best = meta["step"], meta["best"]
         state.load(saved, network, inner, ema)
-        if first >= config.steps:
-            raise InputError(f"{out} is at step {first} of {config.steps} already: raise it with --set steps=N")
+
+    # objective: this process takes the rows `own` of every batch
+    noise = MaskedNoise(network_config.vocab_size, tokenizer.mask_id, schedule.parse(config.noise_schedule))
+    per_rank = config.batch // ranks
+    own = slice(accelerator.process_index * per_rank, (accelerator.process_index + 1) * per_rank)
+    rows_noise = RowsOf(noise.vocab_size, noise.mask_id, noise.schedule, batch=config.batch, own=own)
+    validation, objective = Objective(config, noise), Objective(config, rows_noise)
+
+    # outputs
+    facts = {"parameters": bare.parameters_count(), "tokens": len(train_stream.tokens_N)}
     model_config = ModelConfig(
         network=network_config,
         mask_token_id=tokenizer.mask_id,
         objective=config.objective,
         noise={"process": "masked", "schedule": config.noise_schedule},
         context=config.context,
-        training=config.to_dict() | {"parameters": bare.parameters_count(), "tokens": len(train_stream.tokens_N)},
+        training=config.to_dict() | facts,
     )
-    windows_WT = val_stream.windows()[: config.eval_windows]
-    log = _Log(out, first, config.tensorboard, main)
-    figures: dict[str, Any] = {}
+    texts = {
+        "tokenizer.json": tokenizer.inner.to_str(),
+        "generation_config.json": json.dumps(checkpoint.generation_defaults(model_config), indent=2) + "\n",
+        "README.md": checkpoint.card(model_config, out.resolve().name, facts["parameters"]),
+    }
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        for left in out.glob(".saving-*"):  # of a run killed while it saved
+            shutil.rmtree(left, ignore_errors=True)
+    log = Log(out, first, tensorboard=config.tensorboard, main=main)
 
-    def save(step: int) -> None:
-        average = state.save(saved, network, inner, ema, {"step": step, "best": best, "config": config.to_dict()}, main=main)
+    def say(text: str) -> None:
         if main:
-            checkpoint.save(out, average, model_config, files=export_files(model_config, tokenizer, out.name))
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def save(step: int, recent_N: Tensor) -> None:
+        average = state.averaged(network, ema)
+        if main:  # the export first: whatever can be resumed can also be loaded
+            checkpoint.save(out, average, model_config, files=texts)
+        meta = {"step": step, "best": best, "recent": recent_N.tolist(), "config": config.to_dict()}
+        state.save(saved, network, inner, average, meta, main=main)
         accelerator.wait_for_everyone()
 
+    say(
+        f"{facts['parameters']:,} parameters, {facts['tokens']:,} training tokens (sha256 {train_stream.fingerprint()}), "
+        f"{config.steps * epochs:.1f} epochs, {ranks} process(es) on {device}, into {out}"
+    )
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     times = (TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
     progress = Progress(*columns, *times, console=console, disable=not (main and console.is_terminal))
-    per_rank = config.batch // accelerator.num_processes
-    own = slice(accelerator.process_index * per_rank, (accelerator.process_index + 1) * per_rank)
-    last = min(config.steps, stop_after or config.steps)
-    if main:
-        console.print(
-            f"{bare.parameters_count():,} parameters, {len(train_stream.tokens_N):,} training tokens "
-            f"(sha256 {train_stream.fingerprint()}), {config.steps * config.batch * network_config.window / len(train_stream.tokens_N):.1f} "
-            f"epochs, {accelerator.num_processes} process(es) on {device}, into {out}"
-        )
-    with _Stop() as stop, progress:
+    figures: dict[str, Any] = {"step": first}
+    recent = [torch.tensor(value, device=device) for value in meta.get("recent", [])]  # losses since the last line of the log
+    last = config.steps if stop_after is None else min(config.steps, stop_after)
+    interrupted = False
+    with _Stop(patient=ranks > 1) as stop, progress, log:
         task = progress.add_task("training", total=config.steps, completed=first, note="")
         network.train()
-        since, tokens_since = time.perf_counter(), 0
-        running: list[Tensor] = []
+        since, tokens_since, quiet_until = time.perf_counter(), 0, 0.0
         for step in range(first, last):
             rng = step_generator(config.seed, step)
-            torch.manual_seed(config.seed * 7919 + step)  # dropout
+            torch.manual_seed(config.seed * 7919 + step + accelerator.process_index * 1_000_000_007)  # dropout
             x_BT, t_B = train_stream.draw(config.batch, rng), loss.draw_levels(config.batch, rng)
             free_BT = objective.free(config.batch, rng)
-            mask_rng = torch.Generator(device).manual_seed(step_generator(config.seed + 1 + accelerator.process_index, step).initial_seed())
+            mask_rng = torch.Generator(device).manual_seed(step_generator(config.seed + 1, step).initial_seed())
             lr = learning_rate(step, peak=config.lr, steps=config.steps, warmup=config.warmup, decay_share=config.decay_share)
             for group in inner.param_groups:
                 group["lr"] = lr
-            nats_B = objective(network, x_BT[own].to(device), free_BT[own].to(device), mask_rng, t_B[own].to(device))
+            nats_B = objective(network, x_BT[own].to(device), free_BT[own].to(device), mask_rng, levels_on(device, t_B[own]))
             accelerator.backward(nats_B.mean())
             norm = accelerator.clip_grad_norm_(network.parameters(), config.clip)
             optimizer.step()
             optimizer.zero_grad()
             ema.update(step)
-            running.append(nats_B.detach().mean())
-            tokens_since += config.batch * network_config.window
+            recent.append(nats_B.detach().mean().float())
+            tokens_since += window_tokens
             done = step + 1
-            stopping = _any(accelerator, stop.asked) or done == last
-            if done % config.log_every == 0 or stopping:
-                value = accelerator.reduce(torch.stack(running).mean(), "mean").item()
+            interrupted = _any(accelerator, stop.asked)
+            stopping = interrupted or done == last
+            logging = done % config.log_every == 0 or done == config.steps
+            evaluating = done % config.eval_every == 0 or done == config.steps
+            saving = done % config.save_every == 0 or stopping
+
+            if logging or saving:
+                recent_N = accelerator.reduce(torch.stack(recent), "mean")
+                recent = list(recent_N)
+                nats, gradient = recent_N.mean().item(), float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+                if not math.isfinite(nats + gradient):
+                    raise InputError(
+                        f"the loss is {nats} and its gradient {gradient} at step {done}: lower --set lr (now {config.lr}); "
+                        "the last save is kept"
+                    )
+                figures |= {"step": done, "train_nats": nats}
+            if logging:
                 rate = tokens_since / (time.perf_counter() - since)
-                if not math.isfinite(value):
-                    raise InputError(f"the loss is {value} at step {done}: lower --set lr (now {config.lr}); the last save is kept")
-                figures |= {"step": done, "train_nats": value, "tokens_per_second": rate}
-                log.write(done, train_nats=value, lr=lr, gradient_norm=float(norm), tokens_per_second=rate)
-                running, since, tokens_since = [], time.perf_counter(), 0
-            if done % config.eval_every == 0 or stopping:
+                figures["tokens_per_second"] = rate
+                log.write(done, train_nats=nats, lr=lr, gradient_norm=gradient, tokens_per_second=rate)
+                if not console.is_terminal and (time.perf_counter() >= quiet_until or done == config.steps):
+                    eta = timedelta(seconds=round((config.steps - done) * window_tokens / rate))
+                    say(f"step {done}/{config.steps}: {nats:.4f} nats per token, {rate:,.0f} tokens/s, eta {eta}")
+                    quiet_until = time.perf_counter() + QUIET
+                recent, since, tokens_since = [], time.perf_counter(), 0
+            paused = time.perf_counter()
+            if evaluating:
                 network.eval()
                 with ema.swapped():
-                    nats, stderr = validate(objective, network, windows_WT, device)
-                    text = preview(bare, model_config, tokenizer) if preview and main and accelerator.num_processes == 1 else ""
+                    val_nats, stderr = validate(validation, network, windows_WT, device)
+                    text = preview(bare, model_config, tokenizer) if preview and ranks == 1 else ""
                 network.train()
-                best = min(best, nats)
-                figures |= {"val_nats": nats, "val_stderr": stderr, "best_val_nats": best}
-                log.write(done, val_nats=nats, val_stderr=stderr, epochs=done * config.batch * network_config.window / len(train_stream.tokens_N))
-                if main:
-                    console.print(f"step {done}: validation {nats:.4f} +- {stderr:.4f} nats per token" + (f"\n{text}" if text else ""))
-                since = time.perf_counter()
-            progress.update(task, completed=done, note=f"{figures.get('train_nats', math.nan):.3f} nats, {figures.get('tokens_per_second', 0):,.0f} tokens/s")
-            if done % config.save_every == 0 or stopping:
-                save(done)
-                since = time.perf_counter()
+                best = min(best, val_nats)
+                figures |= {"val_nats": val_nats, "val_stderr": stderr, "best_val_nats": best}
+                log.write(done, val_nats=val_nats, val_stderr=stderr, epochs=done * epochs)
+                say(f"step {done}: validation {val_nats:.4f} +- {stderr:.4f} nats per token" + (f"\n{text}" if text else ""))
+            rate_note = f"{figures.get('train_nats', math.nan):.3f} nats, {figures.get('tokens_per_second', 0):,.0f} tokens/s"
+            progress.update(task, completed=done, note=rate_note)
+            if saving:
+                save(done, torch.stack(recent) if recent else torch.empty(0))
+            since += time.perf_counter() - paused
             if stopping:
                 break
-    log.close()
-    if stop.asked and figures["step"] < config.steps:
+    if interrupted and figures["step"] < config.steps:
         raise KeyboardInterrupt(f"stopped at step {figures['step']}, saved; go on with --resume")
     return figures
+
+
+def _require_same_network(config: TrainConfig, before: dict[str, Any], out: Path) -> None:
+    now = config.to_dict()
+    free = ("vocab_size", "dropout", "backend")
+    pairs = [(key, now["network"].get(key), value) for key, value in before["network"].items() if key not in free]
+    pairs.append(("objective", now["objective"], before["objective"]))
+    wrong = [f"{key}={value}" for key, current, value in pairs if current != value]
+    if wrong:
+        raise InputError(f"{out} was begun with {', '.join(wrong)}: resume with --set {' --set '.join(wrong)}")
 
 
 def _any(accelerator: Accelerator, flag: bool) -> bool:
@@ -332,60 +253,26 @@ def _any(accelerator: Accelerator, flag: bool) -> bool:
     return bool(total.item() > 0)
 
 
-class _Log:
-    """log.jsonl, one object a line, and TensorBoard if asked. A resumed run drops the lines after the step it resumes from."""
+class _Stop:
+    """Ctrl-C and SIGTERM ask the loop to finish its step and save; a second Ctrl-C stops at once.
 
-    def __init__(self, out: Path, step: int, tensorboard: bool, main: bool) -> None:
-        self.file = self.board = None
-        if not main:
-            return
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / "log.jsonl"
-        kept = []
-        if step and path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    kept += [line] if json.loads(line)["step"] <= step else []
-                except json.JSONDecodeError:
-                    pass  # a kill may leave half a line
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
-        self.file = path.open("a", encoding="utf-8")
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ModuleNotFoundError:
-                raise InputError("TensorBoard logs need the viz extra: pip install 'dlm[viz]'") from None
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+    patient: it does not, for a launcher passes on the Ctrl-C that its processes have had already.
+    """
 
-    def write(self, step: int, **values: float) -> None:
-        if self.file:
-            self.file.write(json.dumps({"step": step} | values) + "\n")
-            self.file.flush()
-        for name, value in values.items():
-            if self.board:
-                self.board.add_scalar(name, value, step)
+    def __init__(self, patient: bool) -> None:
+        self.patient, self.asked = patient, False
+        self._before: dict[int, Any] = {}
 
-    def close(self) -> None:
-        for sink in (self.file, self.board):
-            if sink:
-                sink.close()
+    def __enter__(self) -> _Stop:
+        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+            self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        if not self.patient:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
-def export_files(config: ModelConfig, tokenizer: Tokenizer, name: str) -> dict[str, str]:
-    """The text files of a checkpoint beside its weights."""
-    generation = {"steps": config.network.window, "sampler": "ancestral", "temperature": 1.0}
-    if config.objective == "autoregressive":
-        generation = {"sampler": "autoregressive", "temperature": 1.0}
-    kind = "Masked diffusion" if config.objective == "masked" else "Autoregressive"
-    card = (
-        f"---\nlibrary_name: dlm\npipeline_tag: text-generation\n---\n# {name}\n\n{kind} language model, "
-        f"{config.training.get('parameters', 0):,} parameters, window {config.network.window}, context {config.context}, trained with dlm.\n"
-        f"\n```python\nimport dlm\nprint(dlm.load({name!r}).generate(length=256, seed=0).text)\n```\n"
-    )
-    return {
-        "tokenizer.json": tokenizer.inner.to_str(),
-        "generation_config.json": json.dumps(generation, indent=2) + "\n",
-        "README.md": card,
-    }
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

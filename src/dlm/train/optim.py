@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 
 def learning_rate(step: int, *, peak: float, steps: int, warmup: int, decay_share: float) -> float:
@@ -20,20 +21,24 @@ def learning_rate(step: int, *, peak: float, steps: int, warmup: int, decay_shar
     return peak * min(1.0, (steps - step) / decay)
 
 
-def adamw(network: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+def adamw(network: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float, fused: bool = False) -> torch.optim.AdamW:
     """Matrices decay; gains, biases and embeddings do not."""
     named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     decayed = [p for name, p in named if p.dim() >= 2 and "embed" not in name]
     plain = [p for name, p in named if p.dim() < 2 or "embed" in name]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=all(p.is_cuda for _, p in named) or None)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused or None)
 
 
 class EMA:
-    """Exponential moving average of parameters, warmed up so that early steps do not drag: decay min(d, (1+n)/(10+n))."""
+    """Exponential moving average of the parameters, sharded as they are.
 
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
-        self.parameters = list(parameters)
+    Warmed up so that the first steps do not drag: decay min(d, (1 + n) / (10 + n)) at step n.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network = network
+        self.parameters = list(network.parameters())
         self.decay = decay
         self.average = [p.detach().clone() for p in self.parameters]
 
@@ -56,3 +61,6 @@ class EMA:
     def _write(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
+        for module in self.network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward without a backward leaves gathered copies, now out of date

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +28,38 @@ from dlm.errors import InputError
 from dlm.train.optim import EMA
 
 FILE = "training.safetensors"
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+MOMENT = "optimizer.state."
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def weights(network: nn.Module) -> dict[str, Tensor]:
-    """Full tensors on the CPU (empty on ranks other than 0 where the network is sharded)."""
-    state: dict[str, Tensor] = get_model_state_dict(network, options=FULL)
-    return state
+    """Full copies on the CPU (none on ranks other than 0 where there are several); collective."""
+    state: dict[str, Any] = get_model_state_dict(network, options=FULL)
+    return {name: tensor.detach().clone() for name, tensor in state.items()}  # on a CPU they would be the parameters themselves
 
 
-def save(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, meta: dict[str, Any], *, main: bool) -> dict[str, Tensor]:
-    """Write everything that a resumed run needs; collective. Returns the averaged weights for export."""
-    tensors = {f"model.{k}": v for k, v in weights(network).items()}
+def averaged(network: nn.Module, ema: EMA) -> dict[str, Tensor]:
+    """The averaged weights, as `weights`; collective."""
     with ema.swapped():
-        average = weights(network)
+        return weights(network)
+
+
+def save(
+    path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor], meta: dict[str, Any], *, main: bool
+) -> None:
+    """Write everything that a resumed run needs; collective."""
+    moments: dict[str, Any] = get_optimizer_state_dict(network, optimizer, options=FULL)
+    tensors = {f"model.{k}": v for k, v in weights(network).items()}
     tensors |= {f"ema.{k}": v for k, v in average.items()}
-    moments = get_optimizer_state_dict(network, optimizer, options=FULL)
-    tensors |= {f"optimizer.{k}": v for k, v in moments.items() if isinstance(v, Tensor) and k.startswith("state.")}
+    for parameter, values in moments.get("state", {}).items():
+        tensors |= {f"{MOMENT}{parameter}.{name}": value.contiguous() for name, value in values.items()}
     if main:
-        partial = path.with_name(f".{path.name}.tmp")
-        try:
-            unshared = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-            save_file(unshared, partial, metadata={"meta": json.dumps(meta)})
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as temporary:
+            partial = Path(temporary) / path.name
+            save_file(tensors, partial, metadata={"meta": json.dumps(meta)})
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    return average
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -63,19 +69,23 @@ def read_meta(path: Path) -> dict[str, Any]:
             meta: dict[str, Any] = json.loads((file.metadata() or {})["meta"])
             return meta
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is no whole training state ({error}); start again without --resume") from None
+        raise InputError(f"{path} is no whole training state ({error}): delete it and train again") from None
 
 
 def load(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> None:
     """Put weights, average and moments back, bit for bit; collective."""
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no mapping)
 
-    def part(prefix: str) -> dict[str, Tensor]:
+    def part(prefix: str) -> dict[str, Any]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
     set_model_state_dict(network, part("ema."), options=FULL)
     ema.average = [p.detach().clone() for p in ema.parameters]
-    moments = get_optimizer_state_dict(network, optimizer, options=FULL) | part("optimizer.")
+    moments: dict[str, Any] = get_optimizer_state_dict(network, optimizer)  # for its groups: hyper-parameters and names
+    moments["state"] = defaultdict(dict)
+    for key, value in part(MOMENT).items():
+        parameter, _, name = key.rpartition(".")
+        moments["state"][parameter][name] = value
     set_optimizer_state_dict(network, optimizer, optim_state_dict=moments, options=FULL)
     set_model_state_dict(network, part("model."), options=FULL)

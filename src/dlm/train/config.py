@@ -1,0 +1,113 @@
+"""The settings of one training run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from dlm.errors import InputError
+from dlm.models.transformer import TransformerConfig
+from dlm.noise import schedule
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. `--set key=value` changes any field here or of the network. The defaults suit an hour on a laptop."""
+
+    data: str = ""
+    val_fraction: float = 0.1
+    tokenizer: str = "chars"  # chars | bytes | path of a tokenizer.json
+    network: TransformerConfig = field(default_factory=lambda: TransformerConfig(vocab_size=1, width=192))
+    objective: str = "masked"  # masked | autoregressive
+    noise_schedule: str = "linear"
+    estimator: str = "any_order"  # any_order | continuous
+    context: int = 64
+    context_share: float = 0.5  # share of training windows whose first `context` tokens are given
+    steps: int = 5000
+    batch: int = 16  # windows per step over all processes
+    lr: float = 2e-3
+    warmup: int = 100
+    decay_share: float = 0.3
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    ema: float = 0.999
+    seed: int = 0
+    bf16: bool = False
+    compile: bool = False
+    tensorboard: bool = False
+    log_every: int = 20
+    eval_every: int = 250
+    eval_passes: int = 2  # Monte-Carlo passes over (a part of) the validation windows
+    eval_windows: int = 256
+    save_every: int = 250
+
+    def __post_init__(self) -> None:
+        try:
+            schedule.parse(self.noise_schedule)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        if self.objective not in ("masked", "autoregressive"):
+            raise InputError(f"unknown objective {self.objective!r}; known: masked, autoregressive")
+        if self.objective == "autoregressive" and self.network.attention != "causal":
+            raise InputError("an autoregressive network that sees the future learns nothing: --set attention=causal")
+        if self.estimator not in ("any_order", "continuous"):
+            raise InputError(f"unknown estimator {self.estimator!r}; known: any_order, continuous")
+        if self.estimator == "any_order" and self.network.time_conditioning:
+            raise InputError("a network with time_conditioning needs --set estimator=continuous")
+        if self.estimator == "any_order" and self.noise_schedule.partition(":")[0] in ("geometric", "log-linear"):
+            raise InputError(f"the {self.noise_schedule} schedule does not run from 1 to 0: --set estimator=continuous")
+        if not 0 <= self.context < self.network.window:
+            raise InputError(f"context {self.context} must lie in 0 .. {self.network.window - 1}, below the window")
+        least = dict.fromkeys(("steps", "batch", "log_every", "eval_every", "save_every", "eval_passes"), 1)
+        for name, low in (least | {"eval_windows": 2, "warmup": 0, "seed": 0, "weight_decay": 0}).items():
+            if not getattr(self, name) >= low:
+                raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("context_share", "decay_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must lie in 0 .. 1, got {getattr(self, name)}")
+        if not 0 < self.val_fraction < 1:
+            raise InputError(f"val_fraction must lie between 0 and 1, got {self.val_fraction}")
+        if not 0 <= self.ema < 1 or not 0 <= self.network.dropout < 1:
+            raise InputError(f"ema ({self.ema}) and dropout ({self.network.dropout}) must be at least 0 and below 1")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise InputError(f"betas must be two numbers from 0 to below 1, as in 0.9,0.99; got {self.betas}")
+
+    def with_settings(self, settings: list[str]) -> TrainConfig:
+        """Apply `key=value` words together, in any order; InputError for an unknown key or a value that cannot be."""
+        own = {f.name for f in fields(self)} - {"network"}
+        net = {f.name for f in fields(TransformerConfig)} - {"vocab_size"}
+        changes: dict[str, Any] = {}
+        for word in settings:
+            key, equals, value = word.partition("=")
+            if not equals or key not in own | net:
+                raise InputError(f"--set {word}: known keys are {', '.join(sorted(own | net))}")
+            try:
+                changes[key] = _parse(value, getattr(self if key in own else self.network, key))
+            except ValueError as error:
+                raise InputError(f"--set {word}: {error}") from None
+        try:  # all at once: a window and a context may only fit together
+            network = self.network.with_(**{k: v for k, v in changes.items() if k in net})
+        except (ValueError, ZeroDivisionError) as error:
+            raise InputError(f"--set {' '.join(settings)}: {error}") from None
+        return replace(self, network=network, **{k: v for k, v in changes.items() if k in own})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TrainConfig:
+        return cls(**(data | {"network": TransformerConfig(**data["network"]), "betas": tuple(data["betas"])}))
+
+
+def _parse(value: str, like: Any) -> Any:
+    if isinstance(like, bool):
+        if value.lower() not in ("true", "false", "1", "0"):
+            raise ValueError("give true or false")
+        return value.lower() in ("true", "1")
+    if isinstance(like, tuple):
+        return tuple(float(v) for v in value.split(","))
+    return type(like)(value)

@@ -1,0 +1,57 @@
+"""The curve on disk: log.jsonl, one object a line, and TensorBoard if asked."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from dlm.errors import InputError
+
+
+class Log:
+    """Opened at `step`, it drops what a killed run wrote after its last save: later lines, half a line. Only `main` writes."""
+
+    def __init__(self, out: Path, step: int, *, tensorboard: bool, main: bool) -> None:
+        self.file: TextIO | None = None
+        self.board: Any = None
+        if not main:
+            return
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ModuleNotFoundError:
+                raise InputError("TensorBoard logs need the viz extra: pip install 'dlm[viz]'") from None
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        path = out / "log.jsonl"
+        kept = _until(path, step) if step and path.is_file() else []
+        partial = out / ".log.jsonl"
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(partial, path)
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, **values: float) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps({"step": step} | values) + "\n")
+            self.file.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for sink in (self.file, self.board):
+            if sink is not None:
+                sink.close()
+
+
+def _until(path: Path, step: int) -> list[str]:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            kept += [line] if json.loads(line)["step"] <= step else []
+    return kept

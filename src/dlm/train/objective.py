@@ -1,0 +1,84 @@
+"""What is minimised and what is validated. Shapes: B rows, T positions, W validation windows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dlm.noise import loss
+from dlm.noise.masked import MaskedNoise
+from dlm.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class RowsOf(MaskedNoise):
+    """Corrupts rows `own` of a batch just as the whole batch would have them: what is drawn does not depend on the number of processes."""
+
+    batch: int = field(kw_only=True)
+    own: slice = field(kw_only=True)
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        whole = rows.new_ones(self.batch, *rows.shape[1:])
+        whole[self.own] = rows
+        return whole
+
+    def corrupt(self, x_BT: Tensor, t_B: Tensor, rng: torch.Generator) -> Tensor:
+        return super().corrupt(self._whole(x_BT), self._whole(t_B), rng)[self.own]
+
+    def corrupt_count(self, x_BT: Tensor, count_B: Tensor, free_BT: Tensor, rng: torch.Generator) -> Tensor:
+        return super().corrupt_count(self._whole(x_BT), self._whole(count_B), self._whole(free_BT), rng)[self.own]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The masked bound or the exact autoregressive loss, nats per predicted token."""
+
+    config: TrainConfig
+    noise: MaskedNoise
+
+    def __call__(self, network: nn.Module, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, t_B: Tensor) -> Tensor:
+        """(B,) nats per predicted token of each row."""
+
+        def predict(z_BT: Tensor, t_B: Tensor) -> Tensor:
+            logits: Tensor = network(z_BT, t_B).float()
+            return logits
+
+        if self.config.objective == "autoregressive":
+            nats_B = loss.autoregressive(self.noise, predict, x_BT, free_BT)
+        else:
+            estimate = loss.any_order if self.config.estimator == "any_order" else loss.continuous
+            nats_B = estimate(self.noise, predict, x_BT, free_BT, rng, t_B)
+        return nats_B / free_BT.sum(-1)
+
+    def free(self, rows: int, rng: torch.Generator) -> Tensor:
+        """Which positions are predicted: in a share of the rows the first `context` tokens are given."""
+        config = self.config
+        free_BT = torch.ones(rows, config.network.window, dtype=torch.bool)
+        if config.objective == "masked" and config.context and config.context_share:
+            given_B = torch.rand(rows, generator=rng) < config.context_share
+            free_BT[given_B, : config.context] = False
+        return free_BT
+
+
+def levels_on(device: torch.device, t_B: Tensor) -> Tensor:
+    """Noise levels on the device, in float64 where it has that (mps has not)."""
+    return (t_B.float() if device.type == "mps" else t_B).to(device)
+
+
+@torch.no_grad()
+def validate(objective: Objective, network: nn.Module, windows_WT: Tensor, device: torch.device) -> tuple[float, float]:
+    """(nats per token, standard error over windows) on whole windows without context; the same masks at every call."""
+    config = objective.config
+    passes = 1 if config.objective == "autoregressive" else config.eval_passes
+    rng = torch.Generator().manual_seed(0)
+    parts = []
+    for _ in range(passes):
+        for x_BT in torch.split(windows_WT, 64):
+            free_BT, t_B = torch.ones_like(x_BT, dtype=torch.bool), loss.draw_levels(len(x_BT), rng)
+            device_rng = torch.Generator(device).manual_seed(int(torch.randint(1 << 62, (1,), generator=rng)))
+            parts.append(objective(network, x_BT.to(device), free_BT.to(device), device_rng, levels_on(device, t_B)).cpu())
+    values = torch.cat(parts).double().view(passes, -1).mean(0)
+    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()

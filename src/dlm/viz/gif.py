@@ -1,0 +1,260 @@
+"""A run as an animated GIF.
+
+Every colour is placed in one palette beforehand and characters are stamped as palette indices, so frames need no
+quantisation, share their colours exactly and compress well.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dlm.trajectory import Trajectory
+from dlm.viz import layout
+from dlm.viz.layout import Pane
+from dlm.viz.palette import COLD, DARK, LEVEL_SECONDS, RGB, Look, Theme, paint, rgb
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SHORTEST, SLOWEST = 4.0, 0.25  # seconds: a run of few steps is slowed to last this long, but no step longer than that
+SOFT = 6  # shades of an edge between two colours
+
+Cell = tuple[str, int, Look]
+"""A character, its width in cells and its look."""
+
+
+def write_gif(
+    panes: Sequence[Pane],
+    path: str | Path,
+    *,
+    row: int = 0,
+    fps: int = 20,
+    columns: int = 64,
+    rows: int = 24,
+    hold: float = 1.5,
+    max_frames: int = 200,
+    size: int = 30,
+    theme: Theme = DARK,
+) -> None:
+    """Write a looping GIF, to a temporary name first.
+
+    One picture for each step, plus the cooling at the end, `max_frames` in all: longer runs skip steps. One pane goes step
+    by step, several share the clock. columns, rows: cells of a pane at most (it scrolls if the text is longer); hold: seconds
+    the end stands still; size: font size in pixels. ModuleNotFoundError without the viz extra.
+    """
+    if find_spec("PIL") is None or find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("a GIF needs the viz extra: pip install 'dlm[viz]'")
+    import matplotlib
+
+    if not panes or min(fps, columns, rows, size) < 1:
+        raise ValueError("a GIF needs a pane, and fps, columns, rows and size of at least 1")
+    cooling = math.ceil(COLD * LEVEL_SECONDS * fps)
+    shown = max(2, min(max(len(run) for _, run in panes), max_frames - cooling))
+    delay = max(1 / fps, min(SLOWEST, SHORTEST / shown))
+    durations = [max(delay, 0.4)] + [delay] * (shown - 1) + [1 / fps] * (cooling - 1) + [1 / fps + hold]
+    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    stage = _Stage(panes, row, columns, rows, _Stamps(fonts, size, theme), delay)
+    images: Iterator[Image.Image] = stage.images(shown, cooling, 1 / fps)
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        next(images).save(
+            partial,
+            format="GIF",
+            save_all=True,
+            append_images=images,
+            duration=[round(100 * d) * 10 for d in durations],
+            loop=0,
+            optimize=True,
+            disposal=1,
+        )
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class _Stamps:
+    """Characters and captions as images of palette indices."""
+
+    def __init__(self, fonts: Path, size: int, theme: Theme) -> None:
+        from PIL import ImageFont
+
+        self.theme = theme
+        self.regular = ImageFont.truetype(fonts / "DejaVuSansMono.ttf", size)
+        self.slanted = ImageFont.truetype(fonts / "DejaVuSansMono-Oblique.ttf", size)
+        self.small = ImageFont.truetype(fonts / "DejaVuSansMono.ttf", max(8, round(size * 0.72)))
+        self.width, self.height = round(self.regular.getlength("M")), round(size * 1.5)
+        ascent, descent = self.regular.getmetrics()
+        self.baseline = (self.height - ascent - descent) // 2 + ascent
+        self.colors: list[RGB] = []
+        self._cells: dict[Cell, Image.Image] = {}
+        self.page = self.index(rgb(theme.page))
+
+    def index(self, color: RGB) -> int:
+        if color not in self.colors:
+            self.colors.append(color)
+        return self.colors.index(color)
+
+    def ramp(self, low: RGB, high: RGB) -> list[int]:
+        """256 indices from one colour to the other in SOFT + 1 shades."""
+        shades = []
+        for i in range(SOFT + 1):
+            red, green, blue = (round(a + (b - a) * i / SOFT) for a, b in zip(low, high, strict=True))
+            shades.append(self.index((red, green, blue)))
+        return [shades[round(coverage / 255 * SOFT)] for coverage in range(256)]
+
+    def cell(self, cell: Cell) -> Image.Image:
+        """One character on its ground; a mask is a filled block, so that no font need have one."""
+        if cell not in self._cells:
+            self._cells[cell] = self._draw(*cell)
+        return self._cells[cell]
+
+    def _draw(self, char: str, cells: int, look: Look) -> Image.Image:
+        from PIL import Image, ImageDraw
+
+        ink, ground = paint(look, self.theme)
+        page = rgb(self.theme.page)
+        box = (self.width * cells, self.height)
+        image = Image.new("L", box, self.page)
+        if ground != page:
+            fine = 4
+            block = Image.new("L", (box[0] * fine, box[1] * fine), 0)
+            top, edge = round(0.08 * box[1] * fine), 0.06 * self.width * fine
+            corners = (edge, top, block.width - 1 - edge, block.height - 1 - top)
+            ImageDraw.Draw(block).rounded_rectangle(corners, radius=0.2 * self.width * fine, fill=255)
+            image = block.resize(box, Image.Resampling.BOX).point(self.ramp(page, ground))
+        if look.kind != "mask" and not char.isspace():
+            glyph = Image.new("L", box, 0)
+            font = self.slanted if look.draft else self.regular
+            ImageDraw.Draw(glyph).text((0, self.baseline), char, fill=255, font=font, anchor="ls")
+            image.paste(
+                glyph.point(self.ramp(ground, ink)), mask=glyph.point([int(c > 255 / SOFT / 2) * 255 for c in range(256)])
+            )
+        return image
+
+    def caption(self, text: str, width: int, color: str) -> Image.Image:
+        from PIL import Image, ImageDraw
+
+        image = Image.new("L", (width, self.height), 0)
+        ImageDraw.Draw(image).text((0, self.baseline), text, fill=255, font=self.small, anchor="ls")
+        return image.point(self.ramp(rgb(self.theme.page), rgb(color)))
+
+    def palette(self) -> list[int]:
+        if len(self.colors) > 256:
+            raise ValueError(f"{len(self.colors)} colours do not fit a GIF")
+        return [channel for color in self.colors for channel in color]
+
+
+class _Stage:
+    """The panes, grown frame by frame, and the picture they are drawn on."""
+
+    def __init__(self, panes: Sequence[Pane], row: int, columns: int, rows: int, stamps: _Stamps, delay: float) -> None:
+        self.panes, self.row, self.stamps, self.delay = list(panes), row, stamps, delay
+        self.lines = [layout.wrap(layout.pieces(run, row), columns, words=True) for _, run in panes]
+        for lines in self.lines:
+            if len(lines) > 1 and not lines[-1]:
+                lines.pop()
+        self.rows = min(rows, max(len(lines) for lines in self.lines))
+        shortest = min(columns, 36)  # room for the caption
+        self.columns = [
+            min(columns, max([shortest] + [sum(max(1, g.width) for g in line) for line in lines])) for lines in self.lines
+        ]
+        self.head = int(any(label for label, _ in panes))
+        width, height = stamps.width, stamps.height
+        self.margin = 2 * width
+        self.lefts = [self.margin + width * (sum(self.columns[:i]) + 4 * i) for i in range(len(panes))]
+        self.top = height + round(1.25 * height * self.head)
+        self.foot = self.top + height * self.rows + height // 2
+        self.box = (self.lefts[-1] + width * self.columns[-1] + self.margin, self.foot + round(2.1 * height))
+        self.tops = [0] * len(panes)
+        self.drawn: list[dict[tuple[int, int], Cell]] = [{} for _ in panes]
+
+    def images(self, shown: int, cooling: int, tick: float) -> Iterator[Image.Image]:
+        """`shown` pictures of the run, then `cooling` of the end, `tick` seconds apart."""
+        from PIL import Image
+
+        canvas = Image.new("L", self.box, self.stamps.page)
+        for i, (label, _) in enumerate(self.panes):
+            width = self.stamps.width * self.columns[i]
+            canvas.paste(
+                self.stamps.caption(label, width, self.stamps.theme.quiet), (self.lefts[i], self.stamps.height * 3 // 4)
+            )
+        self._reserve()
+        seconds = self.delay * (shown - 1)
+        times = layout.clock(self.panes, seconds=seconds)
+        grown = [layout.empty(run) for _, run in self.panes]
+        frames = [run.frames() for _, run in self.panes]
+        for stream in frames:
+            next(stream)
+        for j in range(shown + cooling):
+            now = seconds * min(j, shown - 1) / (shown - 1)
+            after = tick * max(0, j - shown + 1)
+            for i, run in enumerate(grown):
+                while len(run) < bisect_right(times[i], now + 1e-6):
+                    run.append(next(frames[i]), seconds=now)
+                # times are of the picture here: a pane that ends early cools while the others go on
+                over = now - run.seconds[-1] if len(run) == len(times[i]) else 0.0
+                self._pane(canvas, i, run, over + after)
+            image = canvas.copy()
+            image.putpalette(self.stamps.palette())
+            yield image
+
+    def _reserve(self) -> None:
+        """Put every colour into the palette before the first picture is written."""
+        looks = [Look("mask"), Look("given"), Look("text"), Look("text", draft=True), *(Look("text", k) for k in range(COLD))]
+        for look in looks:
+            self.stamps.cell(("M", 1, look))
+        self.stamps.caption("", 1, self.stamps.theme.quiet)
+        self.stamps.index(rgb(self.stamps.theme.accent))
+        self.stamps.index(rgb(self.stamps.theme.line))
+
+    def _pane(self, canvas: Image.Image, i: int, run: Trajectory, after: float) -> None:
+        width, height = self.stamps.width, self.stamps.height
+        left = self.lefts[i]
+        cells = self._cells(i, run, after)
+        for (x, y), (_, span, _) in self.drawn[i].items():
+            if (x, y) not in cells or cells[x, y][1] != span:
+                corner = (left + x * width, self.top + y * height)
+                canvas.paste(self.stamps.page, (*corner, corner[0] + span * width, corner[1] + height))
+        for (x, y), cell in cells.items():
+            if self.drawn[i].get((x, y)) != cell:
+                canvas.paste(self.stamps.cell(cell), (left + x * width, self.top + y * height))
+        self.drawn[i] = cells
+        numbers, whole = layout.figures(run, self.row), self.panes[i][1]
+        room = width * self.columns[i]
+        thick = max(2, height // 15)
+        full = round(room * numbers.share)
+        for start, end, color in ((0, full, self.stamps.theme.accent), (full, room, self.stamps.theme.line)):
+            canvas.paste(self.stamps.index(rgb(color)), (left + start, self.foot, left + end, self.foot + thick))
+        facts = f"step {numbers.steps}/{len(whole) - 1}   {numbers.forwards} calls"
+        facts += f"   {whole.seconds[numbers.steps]:.1f} s" if len(self.panes) > 1 and whole.seconds[-1] else ""
+        canvas.paste(self.stamps.caption(facts, room, self.stamps.theme.quiet), (left, self.foot + height // 3))
+
+    def _cells(self, i: int, run: Trajectory, after: float) -> dict[tuple[int, int], Cell]:
+        """What stands at each (column, line) of the pane. The end is known, so characters stand at their final places."""
+        lines, looks = self.lines[i], layout.looks(run, self.row, after=after)
+        warm = [y for y, line in enumerate(lines) for g in line if looks[g.position].level < COLD]
+        top = self.tops[i] = layout.follow(self.tops[i], warm, self.rows, len(lines))
+        pieces = layout.pieces(run, self.row)
+        chars = [[char for char, _ in layout.glyphs(piece)] for piece in pieces]
+        used = [0] * len(pieces)  # glyphs of the position's present piece that are placed
+        cells: dict[tuple[int, int], Cell] = {}
+        for y, line in enumerate(lines):
+            x = 0
+            for glyph in line:
+                position, width = glyph.position, max(glyph.width, glyph.char == "\n")
+                n = used[position]
+                used[position] += 1
+                look = looks[position]
+                char = " " if look.kind == "mask" else chars[position][n] if n < len(chars[position]) else " "
+                char = ("" if glyph.char == "\n" else "\u21b5") if char == "\n" else char
+                if top <= y < top + self.rows and char and width and x + width <= self.columns[i]:
+                    cells[x, y - top] = (char, width, look)
+                x += width
+        return cells

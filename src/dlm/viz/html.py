@@ -1,0 +1,67 @@
+"""One self-contained page on which runs are replayed: no network, no build step."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from dlm.trajectory import Trajectory
+from dlm.viz import palette
+from dlm.viz.layout import Pane
+
+
+def write_html(panes: Sequence[Pane], path: str | Path, *, row: int = 0) -> None:
+    """Write the page, to a temporary name first. One scrubber moves all panes, which stand side by side."""
+    template = files("dlm.viz").joinpath("replay.html").read_text(encoding="utf-8")
+    data = json.dumps([_record(label, run, row) for label, run in panes], separators=(",", ":"))
+    for char in "<>&":  # inside a script element only these could end it; in JSON they have another spelling
+        data = data.replace(char, f"\\u{ord(char):04x}")
+    title = html.escape(" | ".join(label for label, _ in panes) or "run")
+    parts = {"/*palette*/": palette.css(), "{{title}}": title, "{{data}}": data}
+    page = re.sub("|".join(map(re.escape, parts)), lambda match: parts[match[0]], template)
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(page, encoding="utf-8", errors="replace")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _record(label: str, run: Trajectory, row: int) -> dict[str, Any]:
+    """One pane as plain data.
+
+    pieces: what tokens show, `mask` the index of the one that is noise, -1 for none; start: an index into pieces for each
+    position; free: 1 where the sampler writes; settled: the frame of the promise, -1 for none; events: for each frame after the
+    first, position and piece by turns; forwards and seconds: for each frame.
+    """
+    positions = run.valid_BT[row].nonzero().squeeze(-1).tolist()
+    place = {position: i for i, position in enumerate(positions)}
+    tokens = [run.start_BT[row].tolist()[position] for position in positions]
+    index: dict[int, int] = {}
+    for token in tokens:
+        index.setdefault(token, len(index))
+    events = []
+    for k in range(1, len(run)):
+        event = []
+        for b, position, token in zip(*(column.tolist() for column in run.changes(k)), strict=True):
+            if b == row and position in place:
+                event += [place[position], index.setdefault(token, len(index))]
+        events.append(event)
+    return {
+        "label": label,
+        "pieces": [run.piece(token) for token in index],
+        "mask": index.get(run.mask_id, -1) if run.mask_id is not None else -1,
+        "start": [index[token] for token in tokens],
+        "free": [int(run.free_BT[row, position]) for position in positions],
+        "settled": run.settled_BT[row][run.valid_BT[row]].tolist(),
+        "events": events,
+        "forwards": run.forwards,
+        "seconds": [round(s, 4) for s in run.seconds],
+    }

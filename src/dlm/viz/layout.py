@@ -1,0 +1,161 @@
+"""One row of a run as glyphs on lines: what each position shows, how it looks, where lines break."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+from rich.cells import get_character_cell_size
+
+from dlm.trajectory import Canvas, Trajectory
+from dlm.viz.palette import COLD, GIVEN, MASK, Look, level
+
+TEXT = [[Look("text", heat, draft) for draft in (False, True)] for heat in range(COLD + 1)]
+
+Pane = tuple[str, Trajectory]
+"""A label and a run."""
+
+
+class Glyph(NamedTuple):
+    """A visible character, the position whose token it belongs to, and its width in cells."""
+
+    position: int
+    char: str
+    width: int
+
+
+class Figures(NamedTuple):
+    """What a run has done so far in one row. settled and free count positions that the sampler writes."""
+
+    settled: int
+    free: int
+    steps: int
+    forwards: int
+    seconds: float
+
+    @property
+    def share(self) -> float:
+        return self.settled / self.free if self.free else 1.0
+
+    @property
+    def per_second(self) -> float:
+        return self.settled / self.seconds if self.seconds else 0.0
+
+    @property
+    def per_call(self) -> float:
+        return self.settled / self.forwards if self.forwards else 0.0
+
+
+def figures(run: Trajectory, row: int) -> Figures:
+    """Counted at the last frame."""
+    free_T = run.free_BT[row]
+    settled = int(((run.settled_BT[row] >= 0) & free_T).sum())
+    return Figures(settled, int(free_T.sum()), len(run) - 1, run.forwards[-1], run.seconds[-1])
+
+
+def pieces(run: Trajectory, row: int, mask: str = "█") -> list[str]:
+    """What each position of a row shows at the last frame; padding is left out."""
+    return [run.piece(token, mask) for token in run.current_BT[row][run.valid_BT[row]].tolist()]
+
+
+def looks(run: Trajectory, row: int, *, pace: float = 1.0, after: float = 0.0) -> list[Look]:
+    """How each position of a row looks at the last frame; padding is left out.
+
+    pace: seconds of the viewer to one of the run. after: seconds since the last frame, when the run is over.
+    """
+    valid_T = run.valid_BT[row]
+    last, now = len(run) - 1, run.seconds[-1]
+    heat = {}
+    for k in range(last, 0, -1):
+        heat[k] = level(math.inf if after else last - k, (now - run.seconds[k]) * pace + after)
+        if heat[k] == COLD:
+            break
+    result = []
+    for token, changed, settled, free in zip(
+        run.current_BT[row][valid_T].tolist(),
+        run.changed_BT[row][valid_T].tolist(),
+        run.settled_BT[row][valid_T].tolist(),
+        run.free_BT[row][valid_T].tolist(),
+        strict=True,
+    ):
+        if token == run.mask_id:
+            result.append(MASK)
+        elif not free:
+            result.append(GIVEN)
+        elif changed:
+            result.append(TEXT[heat.get(changed, COLD)][settled < 0])
+        else:
+            result.append(TEXT[COLD][settled < 0])
+    return result
+
+
+def visible(char: str) -> str:
+    """The character, or a picture of it when a terminal would act on it instead of showing it."""
+    code = ord(char)
+    if code < 32 and char != "\n":
+        return chr(0x2400 + code)
+    return "\ufffd" if code > 126 and unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") else char
+
+
+@cache
+def glyphs(piece: str) -> tuple[tuple[str, int], ...]:
+    """(character, cells) of what is visible of one piece; a line break takes no cell."""
+    shown = [visible(char) for char in piece.replace("\t", "    ")]
+    return tuple((char, 0 if char == "\n" else get_character_cell_size(char)) for char in shown)
+
+
+def wrap(shown: Sequence[str], columns: int, *, words: bool = False) -> list[list[Glyph]]:
+    """Lines of at most `columns` cells. A line break ends its line and stays its last glyph.
+
+    words: break after a space where one is near, which is steady only when the text no longer changes; a space may then
+    hang over the end of its line.
+    """
+    lines: list[list[Glyph]] = [[]]
+    used, cut = 0, 0  # cells of the line; glyphs of the line up to the last space
+    for position, piece in enumerate(shown):
+        for char, cells in glyphs(piece):
+            while used + cells > columns and lines[-1] and not (words and char == " "):
+                rest = lines[-1][cut:] if words and cut else []
+                lines[-1] = lines[-1][: len(lines[-1]) - len(rest)]
+                lines.append(rest)
+                used, cut = sum(g.width for g in rest), 0
+            lines[-1].append(Glyph(position, char, cells))
+            used += cells
+            if char == " ":
+                cut = len(lines[-1])
+            elif char == "\n":
+                lines.append([])
+                used, cut = 0, 0
+    return lines
+
+
+def follow(top: int, warm: Sequence[int], height: int, total: int) -> int:
+    """First line to show of `total` when `height` fit: stays at `top` unless the middle of the warm lines is out of view."""
+    if warm:
+        middle = sorted(warm)[len(warm) // 2]
+        if not top + height // 8 <= middle < top + height - height // 8:
+            top = middle - height // 2
+    return max(0, min(top, total - height))
+
+
+def empty(run: Trajectory) -> Trajectory:
+    """The same run at frame 0, to be grown again."""
+    canvas = Canvas(run.start_BT, run.free_BT, run.valid_BT)
+    return Trajectory(run.start_BT, canvas, pieces=run.pieces, mask_id=run.mask_id, meta=run.meta)
+
+
+def clock(panes: Sequence[Pane], *, seconds: float) -> list[list[float]]:
+    """When each frame of each pane is shown, the longest run lasting `seconds`.
+
+    One run goes step by step; several go as they went in time, or step by step if none has times.
+    """
+    times = [list(run.seconds) for _, run in panes]
+    longest = max(t[-1] for t in times)
+    if len(panes) == 1 or not longest:
+        times = [[float(k) for k in range(len(t))] for t in times]
+        longest = max(t[-1] for t in times)
+    scale = seconds / longest if longest else 0.0
+    return [[t * scale for t in column] for column in times]

@@ -1,0 +1,167 @@
+"""What a character looks like, given its state: the one source for terminal styles, CSS and GIF colours.
+
+A character that has just changed glows and cools to its settled colour. Masks are deep indigo, given text is quiet, and a
+draft (the sampler may still change it) is slanted, so that it can be told from settled text without colour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+from rich.style import Style
+
+RGB = tuple[int, int, int]
+
+COLD = 8
+"""Levels of heat: 0 has just changed, COLD glows no more."""
+
+LEVEL_SECONDS = 0.05
+"""A level lasts one frame or this long, whichever is longer, so that the glow of a quick run can be seen."""
+
+
+class Look(NamedTuple):
+    """How one character is drawn. kind: mask, given or text; level: 0 (hot) .. COLD; draft: not promised yet."""
+
+    kind: str
+    level: int = COLD
+    draft: bool = False
+
+
+MASK, GIVEN = Look("mask"), Look("given")
+
+
+def level(frames: float, seconds: float) -> int:
+    """Heat of a character that changed `frames` frames and `seconds` seconds ago."""
+    return max(0, min(COLD, int(min(frames, seconds / LEVEL_SECONDS + 1e-6))))
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours as #rrggbb. glow: (ink, ground) of the levels 0 .. COLD - 1."""
+
+    page: str
+    panel: str
+    line: str
+    text: str
+    quiet: str
+    accent: str
+    mask: str
+    given: str
+    draft: str
+    glow: tuple[tuple[str, str], ...]
+
+
+DARK = Theme(
+    page="#0e1016",
+    panel="#14171f",
+    line="#272b38",
+    text="#d9dce3",
+    quiet="#838a9c",
+    accent="#f2a93b",
+    mask="#2d2b63",
+    given="#7390b5",
+    draft="#a294dc",
+    glow=(
+        ("#221503", "#fff3d1"),
+        ("#221503", "#ffd680"),
+        ("#221503", "#f6ae45"),
+        ("#ffdca6", "#7c4a14"),
+        ("#ffd29a", "#543416"),
+        ("#f7cb9b", "#372619"),
+        ("#efcda8", "#231c19"),
+        ("#e5d5c1", "#181718"),
+    ),
+)
+
+LIGHT = Theme(
+    page="#fbfaf7",
+    panel="#ffffff",
+    line="#e2dfd6",
+    text="#23262e",
+    quiet="#6a7080",
+    accent="#c26a00",
+    mask="#c7c4ee",
+    given="#44698f",
+    draft="#6a57b8",
+    glow=(
+        ("#3b1d00", "#ffab1f"),
+        ("#3b1d00", "#ffbe4d"),
+        ("#3b1d00", "#ffcd75"),
+        ("#402404", "#ffd996"),
+        ("#3f290d", "#ffe4b4"),
+        ("#392a17", "#ffedcd"),
+        ("#322920", "#fff3e0"),
+        ("#2a2828", "#fdf8ee"),
+    ),
+)
+
+# A terminal does not tell its background: these read on black and on white. The hot levels bring their own ground.
+TERMINAL_MASK, TERMINAL_GIVEN, TERMINAL_DRAFT = "#6a63cf", "#5f87af", "#8a78c8"
+TERMINAL_HOT = (("#221503", "#ffe6a8"), ("#221503", "#ffcb66"), ("#221503", "#f6ae45"))
+TERMINAL_GLOW = ("#d58a1c", "#c3842f", "#b07f42", "#9f7a58", "#8f7868")
+QUIET, ACCENT = Style(dim=True), Style(color="#c98a1c")
+
+HEATMAP = (
+    *("#2f2c73", "#47327f", "#5f3788", "#793d8c", "#93458a", "#ac4f82"),
+    *("#c25c74", "#d46d62", "#e28250", "#ec9b47", "#f3b754", "#f7d37e"),
+)
+"""Background of a character by when it last changed: early to late."""
+
+
+@cache
+def terminal(look: Look, color: bool = True) -> Style:
+    """The rich style; without colour, freshness is bold and underline and a mask is dim."""
+    if look.kind != "text":
+        return Style(color=TERMINAL_MASK if look.kind == "mask" else TERMINAL_GIVEN) if color else QUIET
+    if not color:
+        return Style(bold=look.level < 6 or None, underline=look.level < 3 or None, italic=look.draft or None)
+    if look.level == COLD:
+        return Style(color=TERMINAL_DRAFT, italic=True) if look.draft else Style.null()
+    if look.level < len(TERMINAL_HOT):
+        ink, ground = TERMINAL_HOT[look.level]
+        return Style(color=ink, bgcolor=ground, bold=True, italic=look.draft or None)
+    return Style(color=TERMINAL_GLOW[look.level - len(TERMINAL_HOT)], bold=look.level < 5 or None, italic=look.draft or None)
+
+
+def paint(look: Look, theme: Theme = DARK) -> tuple[RGB, RGB]:
+    """(ink, ground) for a picture."""
+    if look.kind == "mask":
+        return rgb(theme.mask), rgb(theme.mask)
+    if look.kind == "given":
+        return rgb(theme.given), rgb(theme.page)
+    if look.level < COLD:
+        ink, ground = theme.glow[look.level]
+        return rgb(ink), rgb(ground)
+    return rgb(theme.draft if look.draft else theme.text), rgb(theme.page)
+
+
+def rgb(color: str) -> RGB:
+    return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)
+
+
+def css() -> str:
+    """Custom properties of both themes; classes m (mask), g (given), d (draft), f0 .. f7 (glow), h0 .. h11 (heat map)."""
+    rules = [
+        f":root{{color-scheme:dark light;{_properties(DARK)}}}",
+        f"@media (prefers-color-scheme:light){{:root{{{_properties(LIGHT)}}}}}",
+        ".m{background:var(--mask)}.g{color:var(--given)}.d{color:var(--draft);font-style:italic}",
+    ]
+    rules += [f".f{i}{{color:var(--ink{i});background:var(--glow{i})}}" for i in range(COLD)]
+    for i, ground in enumerate(HEATMAP):
+        ink = "#1d1006" if _luminance(ground) > 0.2 else "#f6f2ff"
+        rules.append(f".h{i}{{color:{ink};background:{ground}}}")
+    return "\n".join(rules)
+
+
+def _properties(theme: Theme) -> str:
+    names = ("page", "panel", "line", "text", "quiet", "accent", "mask", "given", "draft")
+    pairs = [f"--{name}:{getattr(theme, name)}" for name in names]
+    pairs += [f"--ink{i}:{ink};--glow{i}:{ground}" for i, (ink, ground) in enumerate(theme.glow)]
+    return ";".join(pairs)
+
+
+def _luminance(color: str) -> float:
+    linear = [(c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb(color)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -1,0 +1,26 @@
+"""Small real runs for the tests of pictures."""
+
+from __future__ import annotations
+
+import torch
+
+from dlm.trajectory import Canvas, Frame, Trajectory
+
+TEXT = "First Citizen:\nBefore we proceed any further, hear me speak, and let this line be longer than eighty cells.\n\nAll:\nSpeak."
+
+
+def run(text: str = TEXT, *, given: int = 5, steps: int = 10, revise: bool = False, until: int | None = None) -> Trajectory:
+    """`text` revealed in random order, one token a character; the first `given` are the prompt."""
+    alphabet = sorted(set(text))
+    x_BT = torch.tensor([[alphabet.index(c) for c in text]])
+    free_BT = torch.arange(x_BT.shape[1])[None] >= given
+    mask_id = len(alphabet)
+    z_BT = torch.where(free_BT, mask_id, x_BT)
+    made = Trajectory(z_BT, Canvas(x_BT, free_BT, torch.ones_like(free_BT)), pieces=dict(enumerate(alphabet)), mask_id=mask_id)
+    order = given + torch.randperm(x_BT.shape[1] - given, generator=torch.Generator().manual_seed(0))
+    for k in range(1, (until or steps) + 1):
+        settled_BT = ~free_BT
+        settled_BT[:, order[: len(order) * k // steps]] = True
+        z_BT = torch.where(settled_BT, x_BT, (x_BT + 1) % mask_id if revise else mask_id)
+        made.append(Frame(z_BT, settled_BT, torch.tensor([1 - k / steps]), "", k), seconds=k / 10)
+    return made
