@@ -6,7 +6,7 @@ import torch
 
 from dlm.trajectory import Canvas, Frame, Trajectory
 
-TEXT = "First Citizen:\nBefore we proceed any further, hear me speak, and let this line be longer than eighty cells.\n\nAll:\nSpeak."
+TEXT = "First Citizen:\nBefore we proceed any further, hear me speak, and let this be longer than eighty cells.\n\nAll:\nSpeak."
 
 
 def run(text: str = TEXT, *, given: int = 5, steps: int = 10, revise: bool = False, until: int | None = None) -> Trajectory:

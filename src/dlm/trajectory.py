@@ -173,6 +173,7 @@ class Trajectory:
         partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             save_file(tensors, partial, metadata={"format": FORMAT, "header": json.dumps(header)})
+            partial.chmod(0o644)  # safetensors writes for the owner alone
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

@@ -36,12 +36,12 @@ def test_learns_a_periodic_text(tmp_path: Path, kind: str) -> None:
     """Of a window of abab... only the first letter is news: log 2 over 16 tokens."""
     (tmp_path / "text.txt").write_text("ab" * 1500)
     settings = ("window=16", "batch=16", "steps=300", "warmup=20", "ema=0.9", "eval_windows=64", "eval_passes=8")
-    often = ("eval_every=300", "save_every=300", "log_every=100")
+    often = ("eval_every=300", "save_every=300", "log_every=10")
     figures = tiny.run(tmp_path / "text.txt", tmp_path / "run", f"objective={kind}", *settings, *often)
     entropy = math.log(2) / 16
     assert entropy - 4 * figures["val_stderr"] - 0.01 < figures["val_nats"] < entropy + 0.07
     losses = [line["train_nats"] for line in tiny.curve(tmp_path / "run") if "train_nats" in line]
-    assert losses[0] > 2 * losses[-1]
+    assert losses[0] > 5 * losses[-1]
 
 
 @pytest.mark.parametrize(
@@ -66,14 +66,12 @@ def test_variants_train(text: Path, tmp_path: Path, settings: tuple[str, ...]) -
     LanguageModel.from_pretrained(str(tmp_path / "run"))
 
 
-SLOW = "lr=0.001"
-
-
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of the compiler's own modules
 def test_compiled(text: Path, tmp_path: Path) -> None:
-    plain = tiny.run(text, tmp_path / "plain", "layers=1", "steps=4", SLOW)
-    compiled = tiny.run(text, tmp_path / "compiled", "layers=1", "steps=4", "compile=true", SLOW)
+    settings = ("layers=1", "steps=4", "eval_windows=4", "lr=0.001")
+    plain = tiny.run(text, tmp_path / "plain", *settings)
+    compiled = tiny.run(text, tmp_path / "compiled", *settings, "compile=true")
     assert compiled["val_nats"] == pytest.approx(plain["val_nats"], rel=1e-4)
     assert tiny.tensors(tmp_path / "plain").keys() == tiny.tensors(tmp_path / "compiled").keys()
 
@@ -201,7 +199,7 @@ def test_a_preview_may_hold_anything(text: Path, tmp_path: Path) -> None:
         ("time_conditioning=true", "needs --set estimator=continuous"),
         ("mlp=magic", "unknown mlp"),
         ("heads=0", "--set heads=0"),
-        ("heads=3", "heads"),
+        ("kv_heads=3", "--set kv_heads=3: 2 heads need"),
     ],
 )
 def test_settings_that_cannot_be(word: str, message: str) -> None:

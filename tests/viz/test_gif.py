@@ -43,7 +43,7 @@ def test_one_picture_a_step(tmp_path: Path) -> None:
     assert 4000 < sum(durations) < 7000
 
 
-@pytest.mark.parametrize(("steps", "most", "pictures"), [(90, 30, 30), (5, 200, 6 + COOLING), (90, 200, 91 + COOLING)])
+@pytest.mark.parametrize(("steps", "most", "pictures"), [(90, 30, 30), (5, 200, 6 + COOLING), (40, 200, 41 + COOLING)])
 def test_long_runs_skip_steps(tmp_path: Path, steps: int, most: int, pictures: int) -> None:
     write_gif([("", run(steps=steps))], tmp_path / "run.gif", max_frames=most, **SMALL)
     with Image.open(tmp_path / "run.gif") as image:
@@ -54,9 +54,10 @@ def test_panes_side_by_side_and_a_tall_text(tmp_path: Path) -> None:
     write_gif([("one", run())], tmp_path / "one.gif", **SMALL)
     write_gif([("one", run()), ("two", run(steps=3, revise=True))], tmp_path / "two.gif", theme=LIGHT, **SMALL)
     write_gif([("tall", run("line\n" * 100, steps=4))], tmp_path / "tall.gif", rows=5, **SMALL)
-    with Image.open(tmp_path / "one.gif") as one, Image.open(tmp_path / "two.gif") as two, Image.open(tmp_path / "tall.gif") as tall:
+    with Image.open(tmp_path / "one.gif") as one, Image.open(tmp_path / "two.gif") as two:
         assert two.width > 1.8 * one.width and two.height == one.height
         assert rgb(LIGHT.page) in colours(two)
+    with Image.open(tmp_path / "tall.gif") as tall:
         assert tall.height < 200
 
 

@@ -133,9 +133,8 @@ class _Stamps:
             glyph = Image.new("L", box, 0)
             font = self.slanted if look.draft else self.regular
             ImageDraw.Draw(glyph).text((0, self.baseline), char, fill=255, font=font, anchor="ls")
-            image.paste(
-                glyph.point(self.ramp(ground, ink)), mask=glyph.point([int(c > 255 / SOFT / 2) * 255 for c in range(256)])
-            )
+            touched = glyph.point([int(c > 255 / SOFT / 2) * 255 for c in range(256)])
+            image.paste(glyph.point(self.ramp(ground, ink)), mask=touched)
         return image
 
     def caption(self, text: str, width: int, color: str) -> Image.Image:
@@ -162,9 +161,8 @@ class _Stage:
                 lines.pop()
         self.rows = min(rows, max(len(lines) for lines in self.lines))
         shortest = min(columns, 36)  # room for the caption
-        self.columns = [
-            min(columns, max([shortest] + [sum(max(1, g.width) for g in line) for line in lines])) for lines in self.lines
-        ]
+        widths = [[sum(max(1, g.width) for g in line) for line in lines] for lines in self.lines]
+        self.columns = [min(columns, max([shortest, *column])) for column in widths]
         self.head = int(any(label for label, _ in panes))
         width, height = stamps.width, stamps.height
         self.margin = 2 * width
@@ -181,10 +179,8 @@ class _Stage:
 
         canvas = Image.new("L", self.box, self.stamps.page)
         for i, (label, _) in enumerate(self.panes):
-            width = self.stamps.width * self.columns[i]
-            canvas.paste(
-                self.stamps.caption(label, width, self.stamps.theme.quiet), (self.lefts[i], self.stamps.height * 3 // 4)
-            )
+            heading = self.stamps.caption(label, self.stamps.width * self.columns[i], self.stamps.theme.quiet)
+            canvas.paste(heading, (self.lefts[i], self.stamps.height * 3 // 4))
         self._reserve()
         seconds = self.delay * (shown - 1)
         times = layout.clock(self.panes, seconds=seconds)

@@ -49,7 +49,7 @@ class Panes:
 
     def _block(self, i: int, width: int, height: int, color: bool, ascii_only: bool) -> list[list[Segment]]:
         label, run = self.panes[i]
-        head = [[Segment(label[:width], Style(bold=True))]] if len(self.panes) > 1 else []
+        head = [_clip([Segment(label, Style(bold=True))], width)] if len(self.panes) > 1 else []
         numbers = layout.figures(run, self.row)
         shown = layout.pieces(run, self.row, _mask(ascii_only))
         looks = layout.looks(run, self.row, pace=self.pace, after=1.0 if numbers.settled == numbers.free else 0.0)
@@ -139,11 +139,9 @@ def replay(panes: Sequence[Pane], console: Console, *, row: int = 0, seconds: fl
     times = layout.clock(panes, seconds=seconds) if seconds is not None else [run.seconds for _, run in panes]
     pace = (seconds / longest if longest else 1.0) if seconds is not None else 1.0
     grown = [(label, layout.empty(run)) for label, run in panes]
-    steps = max(len(run) for _, run in panes) - 1
+    total = len(panes[0][1]) - 1 if len(panes) == 1 else None
     queue = heapq.merge(*(_due(i, run, times[i]) for i, (_, run) in enumerate(panes)), key=lambda item: item[0])
-    with LiveView(
-        grown, console, row=row, label=panes[0][0], total_steps=steps if len(panes) == 1 else None, pace=pace
-    ) as view:
+    with LiveView(grown, console, row=row, total_steps=total, pace=pace) as view:
         begin = time.perf_counter()
         for due, i, frame, at in queue:
             wait = begin + due - time.perf_counter()
@@ -164,11 +162,9 @@ def _mask(ascii_only: bool) -> str:
     return "#" if ascii_only else "░"
 
 
-def _progress(
-    numbers: layout.Figures, width: int, total_steps: int | None, ascii_only: bool, where: str
-) -> list[list[Segment]]:
+def _progress(numbers: layout.Figures, width: int, total: int | None, ascii_only: bool, where: str) -> list[list[Segment]]:
     """One line, or two where it is narrow; what does not fit is left out."""
-    step = f"step {numbers.steps}" + (f"/{total_steps}" if total_steps else "")
+    step = f"step {numbers.steps}" + (f"/{total}" if total else "")
     size = 16 if width >= 100 else 8
     full = int(numbers.share * size)
     solid, faint = ("=", "-") if ascii_only else ("━", "─")
