@@ -151,7 +151,8 @@ def show(
 
     if not run.is_file():
         raise InputError(f"no file {run}: make one with dlm generate --save {run}")
-    panes = [(run.stem, Trajectory.load(run))]
+    trajectory = Trajectory.load(run)
+    panes = [(", ".join(str(trajectory.meta[k]) for k in ("model", "sampler") if k in trajectory.meta), trajectory)]
     if html is not None:
         from dlm.viz.html import write_html
 
@@ -169,7 +170,7 @@ def show(
         if console.is_terminal:
             replay(panes, console, seconds=seconds)
         else:
-            sys.stdout.write(panes[0][1].text() + "\n")
+            sys.stdout.write(trajectory.text() + "\n")
 
 
 @app.command()

@@ -68,7 +68,11 @@ class LanguageModel:
                 "they belong to different checkpoints"
             )
         self.network, self.config, self.tokenizer, self.name = network, config, tokenizer, name
-        self.noise = MaskedNoise(config.network.vocab_size, config.mask_token_id, schedule.parse(config.noise["schedule"]))
+        try:
+            alpha = schedule.parse(config.noise["schedule"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"{name}: its config.json names no known noise schedule ({error})") from None
+        self.noise = MaskedNoise(config.network.vocab_size, config.mask_token_id, alpha)
         self.defaults: dict[str, Any] = {}
 
     @classmethod
@@ -77,8 +81,12 @@ class LanguageModel:
         path = checkpoint.find(str(name))
         network, config = checkpoint.load(path, device=device, dtype=dtype)
         model = cls(network, config, Tokenizer.load(path), name=Path(name).name)
-        if (path / "generation_config.json").is_file():
-            model.defaults = json.loads((path / "generation_config.json").read_text(encoding="utf-8"))
+        defaults = path / "generation_config.json"
+        if defaults.is_file():
+            try:
+                model.defaults = dict(json.loads(defaults.read_text(encoding="utf-8")))
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{defaults} is damaged ({error})") from None
         return model
 
     def save_pretrained(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:

@@ -187,9 +187,15 @@ class Trajectory:
                 if metadata.get("format") != FORMAT:
                     raise InputError(f"{path} is not a trajectory saved by dlm")
                 tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            header = json.loads(metadata["header"])
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise InputError(f"{path} is not a whole trajectory file ({error}); make it again with --save") from None
+            return cls._from_file(tensors, json.loads(metadata["header"]))
+        except InputError:
+            raise
+        except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"{path} is not a whole trajectory file ({reason}); make it again with --save") from None
+
+    @classmethod
+    def _from_file(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Trajectory:
         start_BT = tensors["start"].long()
         self = cls(
             start_BT,
@@ -199,11 +205,14 @@ class Trajectory:
             meta=header["meta"],
         )
         counts = tensors["count"].tolist()
-        for rows, positions, tokens in zip(*(tensors[n].long().split(counts) for n in ("row", "position", "token")), strict=True):
+        for rows, positions, tokens in zip(*(torch.split(tensors[n].long(), counts) for n in ("row", "position", "token")), strict=True):
             self._events.append((rows, positions, tokens))
             self.current_BT[rows, positions] = tokens
             self.changed_BT[rows, positions] = len(self._events)
         self.settled_BT = tensors["settled"].long()
         self.t_SB, self.models = tensors["t"].tolist(), header["models"]
         self.forwards, self.seconds = header["forwards"], header["seconds"]
+        lengths = {len(column) for column in (self.t_SB, self.models, self.forwards, self.seconds)}
+        if lengths != {len(counts) + 1} or self.settled_BT.shape != start_BT.shape or tensors["t"].shape[1:] != start_BT.shape[:1]:
+            raise ValueError("its parts differ in length")
         return self

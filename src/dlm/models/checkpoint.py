@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from dlm.errors import InputError
 from dlm.models.transformer import Transformer, TransformerConfig
 
+INDEX = "model.safetensors.index.json"
 SHARD = "14MB"  # below the size that code hosts and mail gateways refuse
 
 
@@ -44,6 +45,8 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, data: dict[str, Any], where: str) -> ModelConfig:
+        if not isinstance(data, dict):
+            raise InputError(f"{where}/config.json does not describe a model (it holds a {type(data).__name__})")
         if data.get("model_type") != "dlm":
             raise InputError(f"{where} is a checkpoint of kind {data.get('model_type')!r}, not one of dlm's")
         known = {f.name for f in fields(cls)} - {"network"}
@@ -102,9 +105,14 @@ def save(
         texts = files | {"config.json": json.dumps(config.to_json() | {"dtype": stored}, indent=2) + "\n"}
         for name, text in texts.items():
             (Path(temporary) / name).write_text(text, encoding="utf-8")
-        for file in sorted(Path(temporary).iterdir(), key=lambda p: (p.suffix != ".safetensors", p.name == "config.json")):
+        written = sorted(Path(temporary).iterdir(), key=lambda p: (p.suffix != ".safetensors", p.name == "config.json"))
+        for file in written:
             file.chmod(0o644)  # safetensors writes for the owner alone
             os.replace(file, directory / file.name)
+    # an index or shards of a former save of another size would be read instead of what is new
+    weights = [directory / INDEX, directory / "model.safetensors", *directory.glob("model-?????-of-?????.safetensors")]
+    for stale in {path.name for path in weights} - {file.name for file in written}:
+        (directory / stale).unlink(missing_ok=True)
 
 
 def generation_defaults(config: ModelConfig) -> dict[str, Any]:
@@ -120,7 +128,7 @@ def card(config: ModelConfig, name: str, parameters: int) -> str:
     return (
         f"---\nlibrary_name: dlm\npipeline_tag: text-generation\n---\n# {name}\n\n{kind} language model, "
         f"{parameters:,} parameters, window {config.network.window}, context {config.context}, trained with dlm.\n\n"
-        f"```python\nimport dlm\nprint(dlm.load({name!r}).generate(length=256, seed=0).text)\n```\n"
+        f"```python\nimport dlm\n\nprint(dlm.load({json.dumps(name)}).generate(length=256, seed=0).text)\n```\n"
     )
 
 
@@ -134,13 +142,16 @@ def load_config(path: Path) -> ModelConfig:
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a directory, from one file or from shards."""
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX
     names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{index} is damaged ({error}): fetch or train the checkpoint again") from None
     state: dict[str, torch.Tensor] = {}
     for name in names:
-        if Path(name).name != name or not (path / name).is_file():
+        if Path(str(name)).name != name or not (path / name).is_file():
             raise InputError(f"{path} lacks {name}: the checkpoint is not whole, fetch or train it again")
         try:
             state |= load_file(path / name)
@@ -155,7 +166,7 @@ def load(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype =
     state = load_weights(path)
     with torch.device("meta"):
         network = Transformer(config.network)
-    if config.network.tied:
+    if config.network.tied and "embed.weight" in state:
         state["head.weight"] = state["embed.weight"]
     shapes = {name: tuple(p.shape) for name, p in network.state_dict().items()}
     wrong = [n for n in shapes.keys() | state.keys() if shapes.get(n) != (tuple(state[n].shape) if n in state else None)]

@@ -43,16 +43,18 @@ class TransformerConfig:
     backend: str = "auto"  # auto | sdpa | flex
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "window", "layers", "heads", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         derived = {
             "kv_heads": self.kv_heads or self.heads,
             "head_dim": self.head_dim or self.width // self.heads,
             "mlp_width": self.mlp_width or (4 * self.width if self.mlp == "relu2" else -(-8 * self.width // 3 // 8) * 8),
         }
         for name, value in derived.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
             object.__setattr__(self, name, value)
-        for name in ("vocab_size", "window", "layers", "heads", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.heads % self.kv_heads or self.head_dim % 2:
             raise ValueError(f"{self.heads} heads need a divisor of kv_heads ({self.kv_heads}) and an even head_dim ({self.head_dim})")
         if self.mlp not in ("relu2", "swiglu"):
@@ -61,6 +63,8 @@ class TransformerConfig:
             raise ValueError(f"unknown attention {self.attention!r}; known: {', '.join(attention.PATTERNS)}")
         if self.attention == "block_causal" and (self.block_length < 1 or self.window % self.block_length):
             raise ValueError(f"block_length {self.block_length} must divide the window {self.window}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in 0 .. 1, got {self.dropout}")
         if self.backend not in ("auto", "sdpa", "flex"):
             raise ValueError(f"unknown attention backend {self.backend!r}; known: auto, sdpa, flex")
 
@@ -86,6 +90,13 @@ def rotate(x_BHQK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x_BHQK * cos.to(x_BHQK.dtype) + torch.cat([-second, first], -1) * sin.to(x_BHQK.dtype)
 
 
+class RMSNorm(nn.RMSNorm):
+    """The gain follows the input's dtype: under autocast a float32 gain would keep torch from its fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, None if self.weight is None else self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
@@ -96,8 +107,8 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.width, kv_inner, bias=config.qkv_bias)
         self.out = nn.Linear(inner, config.width, bias=False)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(self, x_BQD: Tensor, cos: Tensor, sin: Tensor, mask: Any, is_causal: bool, cache: KVCache | None) -> Tensor:
         config, (batch, queries, _) = self.config, x_BQD.shape
@@ -131,9 +142,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(config, layer)
-        self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -167,7 +178,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.time = TimeEmbedding(config.width) if config.time_conditioning else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.reset()

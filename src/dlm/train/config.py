@@ -71,8 +71,8 @@ class TrainConfig:
                 raise InputError(f"{name} must lie in 0 .. 1, got {getattr(self, name)}")
         if not 0 < self.val_fraction < 1:
             raise InputError(f"val_fraction must lie between 0 and 1, got {self.val_fraction}")
-        if not 0 <= self.ema < 1 or not 0 <= self.network.dropout < 1:
-            raise InputError(f"ema ({self.ema}) and dropout ({self.network.dropout}) must be at least 0 and below 1")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema must be at least 0 and below 1, got {self.ema}")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise InputError(f"betas must be two numbers from 0 to below 1, as in 0.9,0.99; got {self.betas}")
 
@@ -91,7 +91,7 @@ class TrainConfig:
                 raise InputError(f"--set {word}: {error}") from None
         try:  # all at once: a window and a context may only fit together
             network = self.network.with_(**{k: v for k, v in changes.items() if k in net})
-        except (ValueError, ZeroDivisionError) as error:
+        except ValueError as error:
             raise InputError(f"--set {' '.join(settings)}: {error}") from None
         return replace(self, network=network, **{k: v for k, v in changes.items() if k in own})
 

@@ -23,34 +23,27 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from dlm.errors import InputError
 from dlm.models import checkpoint
 from dlm.models.checkpoint import ModelConfig
 from dlm.models.transformer import Transformer
-from dlm.noise import loss, schedule
+from dlm.noise import schedule
 from dlm.noise.masked import MaskedNoise
 from dlm.text import Tokenizer
 from dlm.train import data as reading
 from dlm.train import state
 from dlm.train.config import TrainConfig
+from dlm.train.learner import Learner
 from dlm.train.log import Log
-from dlm.train.objective import Objective, RowsOf, levels_on, validate
-from dlm.train.optim import EMA, adamw, learning_rate
+from dlm.train.objective import Objective, validate
 
 __all__ = ["TrainConfig", "train"]
 
 QUIET = 5.0  # seconds between the lines of a run that nobody watches in a terminal
-
-
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """The generator of everything drawn at one step."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % (1 << 63))
 
 
 def train(
@@ -83,8 +76,7 @@ def train(
         raise InputError(f"{out} holds a run already: add --resume, or choose another --out")
     meta: dict[str, Any] = state.read_meta(saved) if resume else {"step": 0, "best": math.inf}
     first, best = meta["step"], meta["best"]
-    if resume:
-        _require_same_network(config, meta["config"], out)
+    changes = _changes(config, meta["config"], out) if resume else ""
     if first >= config.steps:
         raise InputError(f"{out} is at step {first} of {config.steps} already: raise it with --set steps=N")
 
@@ -100,26 +92,11 @@ def train(
     window_tokens = config.batch * network_config.window
     epochs = window_tokens / len(train_stream.tokens_N)
 
-    # network, optimiser, average; accelerate wraps the first two for one process, DDP or FSDP2
-    set_seed(config.seed)
-    bare = Transformer(network_config)
-    if config.compile:
-        bare.compile()
-    fused = device.type == "cuda"
-    network, optimizer = accelerator.prepare(
-        bare, adamw(bare, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=fused)
-    )
-    inner = optimizer.optimizer
-    ema = EMA(network, config.ema)
-    if resume:
-        state.load(saved, network, inner, ema)
-
-    # objective: this process takes the rows `own` of every batch
     noise = MaskedNoise(network_config.vocab_size, tokenizer.mask_id, schedule.parse(config.noise_schedule))
-    per_rank = config.batch // ranks
-    own = slice(accelerator.process_index * per_rank, (accelerator.process_index + 1) * per_rank)
-    rows_noise = RowsOf(noise.vocab_size, noise.mask_id, noise.schedule, batch=config.batch, own=own)
-    validation, objective = Objective(config, noise), Objective(config, rows_noise)
+    learner = Learner(config, network_config, noise, train_stream, accelerator)
+    bare, network, optimizer, ema = learner.bare, learner.network, learner.optimizer, learner.ema
+    if resume:
+        state.load(saved, network, optimizer, ema)
 
     # outputs
     facts = {"parameters": bare.parameters_count(), "tokens": len(train_stream.tokens_N)}
@@ -151,13 +128,15 @@ def train(
         if main:  # the export first: whatever can be resumed can also be loaded
             checkpoint.save(out, average, model_config, files=texts)
         meta = {"step": step, "best": best, "recent": recent_N.tolist(), "config": config.to_dict()}
-        state.save(saved, network, inner, average, meta, main=main)
+        state.save(saved, network, optimizer, average, meta, main=main)
         accelerator.wait_for_everyone()
 
     say(
         f"{facts['parameters']:,} parameters, {facts['tokens']:,} training tokens (sha256 {train_stream.fingerprint()}), "
         f"{config.steps * epochs:.1f} epochs, {ranks} process(es) on {device}, into {out}"
     )
+    if changes:
+        say(f"changed since the last save: {changes}")
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     times = (TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
     progress = Progress(*columns, *times, console=console, disable=not (main and console.is_terminal))
@@ -167,24 +146,10 @@ def train(
     interrupted = False
     with _Stop(patient=ranks > 1) as stop, progress, log:
         task = progress.add_task("training", total=config.steps, completed=first, note="")
-        network.train()
         since, tokens_since, quiet_until = time.perf_counter(), 0, 0.0
         for step in range(first, last):
-            rng = step_generator(config.seed, step)
-            torch.manual_seed(config.seed * 7919 + step + accelerator.process_index * 1_000_000_007)  # dropout
-            x_BT, t_B = train_stream.draw(config.batch, rng), loss.draw_levels(config.batch, rng)
-            free_BT = objective.free(config.batch, rng)
-            mask_rng = torch.Generator(device).manual_seed(step_generator(config.seed + 1, step).initial_seed())
-            lr = learning_rate(step, peak=config.lr, steps=config.steps, warmup=config.warmup, decay_share=config.decay_share)
-            for group in inner.param_groups:
-                group["lr"] = lr
-            nats_B = objective(network, x_BT[own].to(device), free_BT[own].to(device), mask_rng, levels_on(device, t_B[own]))
-            accelerator.backward(nats_B.mean())
-            norm = accelerator.clip_grad_norm_(network.parameters(), config.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            ema.update(step)
-            recent.append(nats_B.detach().mean().float())
+            loss, norm, lr = learner.update(step)
+            recent.append(loss)
             tokens_since += window_tokens
             done = step + 1
             interrupted = _any(accelerator, stop.asked)
@@ -196,7 +161,7 @@ def train(
             if logging or saving:
                 recent_N = accelerator.reduce(torch.stack(recent), "mean")
                 recent = list(recent_N)
-                nats, gradient = recent_N.mean().item(), float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+                nats, gradient = recent_N.mean().item(), float(norm)
                 if not math.isfinite(nats + gradient):
                     raise InputError(
                         f"the loss is {nats} and its gradient {gradient} at step {done}: lower --set lr (now {config.lr}); "
@@ -216,7 +181,7 @@ def train(
             if evaluating:
                 network.eval()
                 with ema.swapped():
-                    val_nats, stderr = validate(validation, network, windows_WT, device)
+                    val_nats, stderr = validate(Objective(config, noise), network, windows_WT, device)
                     text = preview(bare, model_config, tokenizer) if preview and ranks == 1 else ""
                 network.train()
                 best = min(best, val_nats)
@@ -235,14 +200,16 @@ def train(
     return figures
 
 
-def _require_same_network(config: TrainConfig, before: dict[str, Any], out: Path) -> None:
-    now = config.to_dict()
-    free = ("vocab_size", "dropout", "backend")
-    pairs = [(key, now["network"].get(key), value) for key, value in before["network"].items() if key not in free]
-    pairs.append(("objective", now["objective"], before["objective"]))
-    wrong = [f"{key}={value}" for key, current, value in pairs if current != value]
+def _changes(config: TrainConfig, before: dict[str, Any], out: Path) -> str:
+    """Settings that are not those of the last save, for people; InputError where the weights would not fit."""
+    now = json.loads(json.dumps(config.to_dict()))
+    old, new = ({key: value for key, value in c.items() if key != "network"} | c["network"] for c in (before, now))
+    changed = [key for key, value in old.items() if new.get(key) != value]
+    fixed = before["network"].keys() - {"vocab_size", "dropout", "backend"} | {"objective"}
+    wrong = [f"{key}={old[key]}" for key in changed if key in fixed]
     if wrong:
         raise InputError(f"{out} was begun with {', '.join(wrong)}: resume with --set {' --set '.join(wrong)}")
+    return ", ".join(f"{key} {old[key]} -> {new.get(key)}" for key in changed)
 
 
 def _any(accelerator: Accelerator, flag: bool) -> bool:

@@ -1,0 +1,70 @@
+"""One update of the weights: draw, corrupt, loss, gradient, step, average.
+
+Everything random at step n is a function of (seed, n). Shapes: B rows of the batch, T positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dlm.models.transformer import Transformer, TransformerConfig
+from dlm.noise import loss
+from dlm.noise.masked import MaskedNoise
+from dlm.train.config import TrainConfig
+from dlm.train.data import Stream
+from dlm.train.objective import Objective, RowsOf, levels_on
+from dlm.train.optim import EMA, adamw, learning_rate
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The generator of everything drawn at one step."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % (1 << 63))
+
+
+class Learner:
+    """Network, optimiser and average, wrapped by accelerate for one process, DDP or FSDP2.
+
+    Of every batch a process takes the rows `own`; what is drawn does not depend on how many there are.
+    """
+
+    def __init__(
+        self, config: TrainConfig, network: TransformerConfig, noise: MaskedNoise, stream: Stream, accelerator: Accelerator
+    ) -> None:
+        self.config, self.stream, self.accelerator, self.device = config, stream, accelerator, accelerator.device
+        set_seed(config.seed)
+        self.bare = Transformer(network)
+        if config.compile:
+            self.bare.compile()
+        fused = self.device.type == "cuda"
+        adam = adamw(self.bare, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=fused)
+        self.network, self.wrapped = accelerator.prepare(self.bare, adam)
+        self.optimizer: torch.optim.Optimizer = self.wrapped.optimizer
+        self.ema = EMA(self.network, config.ema)
+        share = config.batch // accelerator.num_processes
+        self.own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+        rows_noise = RowsOf(noise.vocab_size, noise.mask_id, noise.schedule, batch=config.batch, own=self.own)
+        self.objective = Objective(config, rows_noise)
+        self.network.train()
+
+    def update(self, step: int) -> tuple[Tensor, Tensor, float]:
+        """Step `step` of the run: (mean nats of this process's rows, gradient norm of all, learning rate)."""
+        config, own, device = self.config, self.own, self.device
+        rng = step_generator(config.seed, step)
+        x_BT, t_B = self.stream.draw(config.batch, rng), loss.draw_levels(config.batch, rng)
+        free_BT = self.objective.free(config.batch, rng)
+        mask_rng = torch.Generator(device).manual_seed(step_generator(config.seed + 1, step).initial_seed())
+        torch.manual_seed(config.seed * 7919 + step + self.accelerator.process_index * 1_000_000_007)  # dropout
+        lr = learning_rate(step, peak=config.lr, steps=config.steps, warmup=config.warmup, decay_share=config.decay_share)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        nats_B = self.objective(self.network, x_BT[own].to(device), free_BT[own].to(device), mask_rng, levels_on(device, t_B[own]))
+        self.accelerator.backward(nats_B.mean())
+        norm = self.accelerator.clip_grad_norm_(self.network.parameters(), config.clip)
+        self.wrapped.step()
+        self.wrapped.zero_grad()
+        self.ema.update(step)
+        return nats_B.detach().mean().float(), norm.full_tensor() if isinstance(norm, DTensor) else norm, lr
