@@ -34,7 +34,9 @@ def runs(draw: st.DrawFn) -> tuple[Canvas, list[Frame]]:
     for k in range(count):
         settled_BT = settled_BT | torch.tensor(draw(holes))
         t_B = torch.tensor(draw(st.lists(st.floats(0, 1), min_size=rows, max_size=rows)), dtype=torch.float64)
-        frames.append(Frame(torch.tensor(draw(grid)), settled_BT, t_B, draw(st.sampled_from(["big", "small"])), k + draw(st.integers(1, 3))))
+        frames.append(
+            Frame(torch.tensor(draw(grid)), settled_BT, t_B, draw(st.sampled_from(["big", "small"])), k + draw(st.integers(1, 3)))
+        )
     return canvas, frames
 
 

@@ -225,7 +225,7 @@ def evaluate(
     estimator: Annotated[str, typer.Option(help="any-order | continuous | discrete.")] = "any-order",
     passes: Annotated[int, typer.Option(help="Monte-Carlo passes over the text.")] = 4,
     steps: Annotated[int, typer.Option(help="Steps of the discrete estimator.")] = 256,
-    max_windows: Annotated[int | None, typer.Option(help="Only the first windows of the text.")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="At most this many windows, spread evenly over the text.")] = None,
     seed: Seed = 0,
     card: Annotated[Path | None, typer.Option(help="Where the evaluation card goes; default: runs/eval/MODEL-SPLIT.json.")] = None,
     as_json: Json = False,
@@ -244,7 +244,7 @@ def evaluate(
     for name in [model] + ([against] if against else []):
         lm = _load(name, device)
         stream = reading.Stream.encode(documents, lm.tokenizer, lm.window)
-        windows_WT = stream.windows()[:max_windows]
+        windows_WT = stream.windows(max_windows)
         characters = sum(len(lm.tokenizer.decode(row)) for row in windows_WT.tolist())
         kind = estimator if lm.is_diffusion else "autoregressive"
         bar = _bar(f"measuring {lm.name}", len(windows_WT) * (passes if lm.is_diffusion else 1))

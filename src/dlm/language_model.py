@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -213,17 +213,23 @@ class LanguageModel:
         """An empty trajectory of this model, ready to `append` frames of a run on `canvas`."""
         start_BT = torch.where(canvas.free_BT, self.tokenizer.mask_id, canvas.tokens_BT)
         meta = {"model": self.name} | meta
-        return Trajectory(start_BT, canvas, pieces=_Pieces(self.tokenizer), mask_id=self.tokenizer.mask_id, meta=meta)
+        return Trajectory(start_BT, canvas, pieces=self.tokenizer.pieces(), mask_id=self.tokenizer.mask_id, meta=meta)
+
+    @overload
+    def generate(self, prompt: str = "", **options: Any) -> Generation: ...
+
+    @overload
+    def generate(self, prompt: list[str], **options: Any) -> list[Generation]: ...
 
     def generate(
         self,
-        prompt: str | Sequence[str] = "",
+        prompt: str | list[str] = "",
         *,
         seed: int = 0,
         streamer: Any = None,
         callback: Callable[[Trajectory, Frame], None] | None = None,
         **options: Any,
-    ) -> Any:
+    ) -> Generation | list[Generation]:
         """A Generation, or a list of them for a list of prompts (row i draws with seed + i, alone or in any batch).
 
         streamer: an object with put(tokens) and end(), and put_draft(tokens) for drafts, as in transformers; one prompt only.
@@ -250,9 +256,10 @@ class LanguageModel:
         if streamer is not None:
             streamer.put(trajectory.current_BT[0][int(free_BT[0].int().argmax()) :])
             streamer.end()
-        return self._results(trajectory, canvas, seconds, word, seed, single=isinstance(prompt, str))
+        results = self._results(trajectory, canvas, seconds, word, seed)
+        return results[0] if isinstance(prompt, str) else results
 
-    def _results(self, trajectory: Trajectory, canvas: Canvas, seconds: float, word: str, seed: int, *, single: bool) -> Any:
+    def _results(self, trajectory: Trajectory, canvas: Canvas, seconds: float, word: str, seed: int) -> list[Generation]:
         results = []
         for row in range(len(canvas.tokens_BT)):
             ids = trajectory.current_BT[row][canvas.valid_BT[row]].tolist()
@@ -273,30 +280,12 @@ class LanguageModel:
                     row=row,
                 )
             )
-        return results[0] if single else results
+        return results
 
     def predict(self, z_BT: Tensor, t_B: Tensor) -> Tensor:
         """Logits (B, T, V) in float32, as the bounds of `dlm.noise.loss` want them."""
         logits: Tensor = self.network(z_BT, t_B).float()
         return logits
-
-
-class _Pieces(dict[int, str]):
-    """Pieces of a tokenizer, decoded when first shown."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-
-    def __missing__(self, token: int) -> str:
-        self[token] = self.tokenizer.piece(token)
-        return self[token]
-
-    def get(self, token: int, default: str = "") -> str:  # type: ignore[override]
-        return self[token] if 0 <= token < self.tokenizer.vocab_size else default
-
-    def __contains__(self, token: object) -> bool:
-        return isinstance(token, int) and 0 <= token < self.tokenizer.vocab_size
 
 
 def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:

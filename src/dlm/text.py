@@ -27,7 +27,8 @@ class Tokenizer:
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         self.mask_id: int = self.vocab_size
         self._closed = isinstance(inner.model, models.WordLevel) and inner.model.unk_token not in inner.get_vocab()
-        self._separable = self._closed or self.vocab_size == 256  # every token one character or byte: text may be cut anywhere
+        single_bytes = set(inner.get_vocab()) == set(pre_tokenizers.ByteLevel.alphabet())
+        self._separable = self._closed or single_bytes  # every token one character or byte: text may be cut anywhere
         self._pieces: dict[int, str] = {}
 
     @classmethod
@@ -110,4 +111,5 @@ class Tokenizer:
         if lacking:
             shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in lacking[:5]) + (" ..." if len(lacking) > 5 else "")
             known = "".join(c for c in sorted(self.inner.get_vocab()) if c.isprintable())
-            raise InputError(f"this model has no token for {shown}; it knows: newline and {known}")
+            newline = "newline and " if "\n" in self.inner.get_vocab() else ""
+            raise InputError(f"this model has no token for {shown}; it knows: {newline}{known}")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -161,3 +162,9 @@ def test_too_little_text_to_train(tmp_path: Path, size: int, message: str) -> No
     with fails(message):
         tiny.run(tiny.write_text(tmp_path / "text.txt", size), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_part_of_the_windows_is_spread_over_the_text() -> None:
+    stream = Stream(np.arange(100, dtype=np.int32), 10)
+    assert stream.windows(4)[:, 0].tolist() == [0, 30, 60, 90]
+    assert torch.equal(stream.windows(50), stream.windows())

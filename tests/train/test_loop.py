@@ -108,7 +108,7 @@ def test_validation_is_of_the_average(text: Path, tmp_path: Path) -> None:
     config = tiny.config(text)
     config = replace(config, network=model.config.network)
     documents = loop.reading.split(loop.reading.read(str(text)), config.val_fraction)[1]
-    windows_WT = loop.reading.Stream.encode(documents, model.tokenizer, model.window).windows()[: config.eval_windows]
+    windows_WT = loop.reading.Stream.encode(documents, model.tokenizer, model.window).windows(config.eval_windows)
     nats, stderr = objective.validate(objective.Objective(config, model.noise), model.network, windows_WT, torch.device("cpu"))
     assert nats == pytest.approx(figures["val_nats"], rel=1e-6)
     assert stderr == pytest.approx(figures["val_stderr"], rel=1e-5)

@@ -43,7 +43,9 @@ class DiffusionSampler:
         z_BL = torch.where(canvas.free_BT, mask_id, canvas.tokens_BT)
         open_BL = canvas.free_BT.clone()
         grid = torch.linspace(1, 0, self.budget + 1, dtype=torch.float64, device=device)
-        alphas_N = self.noise.schedule.alpha(grid[1:])
+        alphas_N = self.noise.schedule.alpha(grid)
+        # the chain starts with everything masked: where the schedule ends above 0, what it would have kept is not there
+        alphas_N = ((alphas_N - alphas_N[0]) / (1 - alphas_N[0]))[1:]
         start_B = torch.full((rows,), -1, device=device)
         clock_B = torch.zeros(rows, dtype=torch.long, device=device)
         due_BT = torch.zeros(rows, self.window, dtype=torch.long, device=device)

@@ -7,6 +7,7 @@ Shapes: B rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,12 +45,14 @@ class Draw:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise InputError(f"temperature and top_k must be at least 0 and top_p in (0, 1], got {self}")
+        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise InputError(f"temperature and top_k must be finite and at least 0 and top_p in (0, 1], got {self}")
 
     def shape(self, logp_BTV: Tensor) -> Tensor:
         """The log-probabilities after temperature and truncation, float64, normalised. Temperature 0 is not a distribution."""
-        logp_BTV = (logp_BTV.double() / self.temperature).log_softmax(-1)
+        logp_BTV = logp_BTV.double()
+        # the likeliest token is put at 0 first, so that it stays finite at any temperature
+        logp_BTV = ((logp_BTV - logp_BTV.amax(-1, keepdim=True)) / self.temperature).log_softmax(-1)
         if self.top_k and self.top_k < logp_BTV.shape[-1]:
             kth = logp_BTV.topk(self.top_k, -1).values[..., -1:]
             logp_BTV = logp_BTV.masked_fill(logp_BTV < kth, -torch.inf)

@@ -114,10 +114,16 @@ class Stream:
         rows_BT = self.tokens_N[starts_B[:, None] + np.arange(self.window)]
         return torch.from_numpy(rows_BT.astype(np.int64))
 
-    def windows(self) -> Tensor:
-        """Every whole window, side by side from the start, int64 (W, T); the last tokens that fill no window are left out."""
+    def windows(self, most: int | None = None) -> Tensor:
+        """Whole windows side by side from the start, int64 (W, T), `most` of them spread evenly over the text.
+
+        The last tokens that fill no window are left out.
+        """
         count = len(self.tokens_N) // self.window
-        return torch.from_numpy(self.tokens_N[: count * self.window].reshape(count, self.window).astype(np.int64))
+        rows_WT = self.tokens_N[: count * self.window].reshape(count, self.window)
+        if most is not None and most < count:  # the beginning of a text is not like its end
+            rows_WT = rows_WT[np.linspace(0, count - 1, most).round().astype(np.int64)]
+        return torch.from_numpy(rows_WT.astype(np.int64))
 
     def fingerprint(self) -> str:
         """sha256 of the tokens, 16 hex digits."""

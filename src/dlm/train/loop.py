@@ -86,7 +86,7 @@ def train(
     network_config = config.network.with_(vocab_size=tokenizer.vocab_size + 1)
     parts = zip(("training", "validation"), reading.split(documents, config.val_fraction), strict=True)
     streams = [reading.Stream.encode(part, tokenizer, network_config.window, name=f"{name} part") for name, part in parts]
-    train_stream, windows_WT = streams[0], streams[1].windows()[: config.eval_windows]
+    train_stream, windows_WT = streams[0], streams[1].windows(config.eval_windows)
     if len(windows_WT) < 2:
         raise InputError(f"the validation part fills one window of {network_config.window}, two are needed: more text or val_fraction")
     window_tokens = config.batch * network_config.window
