@@ -35,7 +35,8 @@ HOLE = re.compile(r"\\_|_|[^_\\]+|\\")
 
 @dataclass(frozen=True)
 class Generation:
-    """One generated text and what it took. tokens and tokens_per_forward count what was generated, not the prompt."""
+    """One generated text and what it took. tokens and tokens_per_forward count what was generated, not the prompt;
+    forwards counts network calls, each shared by the whole batch."""
 
     text: str
     tokens: int
@@ -67,6 +68,8 @@ class LanguageModel:
                 f"{name}: the tokenizer has {tokenizer.vocab_size} tokens and a mask, the network {config.network.vocab_size} ids; "
                 "they belong to different checkpoints"
             )
+        if config.mask_token_id != tokenizer.mask_id:
+            raise InputError(f"{name}: config.json puts the mask at {config.mask_token_id}, the tokenizer at {tokenizer.mask_id}")
         self.network, self.config, self.tokenizer, self.name = network, config, tokenizer, name
         try:
             alpha = schedule.parse(config.noise["schedule"])

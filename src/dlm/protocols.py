@@ -88,7 +88,8 @@ class Rule(Protocol):
     def due(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> Tensor | None:
         """The step (0 .. N - 1) at which each open position moves, if known before the network is asked; else None.
 
-        alphas_N: alpha at the end of each step. The loop calls the network only for steps in which something moves.
+        alphas_N: the chance that a position masked at t = 1 is revealed by the end of each step. The loop calls the
+        network only for steps in which something moves.
         """
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:

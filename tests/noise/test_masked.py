@@ -186,3 +186,10 @@ def test_autoregressive_loss_is_the_exact_likelihood() -> None:
 def test_one_draw_spreads_the_levels_over_the_batch() -> None:
     t_B = loss.draw_levels(8, torch.Generator().manual_seed(3))
     assert torch.equal((t_B * 8).floor().sort().values, torch.arange(8, dtype=torch.float64))
+
+
+def test_a_row_with_nothing_to_predict_costs_nothing() -> None:
+    tiny = Tiny(3, 3)
+    free_BT = torch.tensor([[True] * 3, [False] * 3])
+    nats = loss.any_order(noise_of(tiny, "linear"), BayesDenoiser(tiny), tiny.x_ST[:2], free_BT, torch.Generator().manual_seed(0))
+    assert nats[0] > 0 and nats[1] == 0

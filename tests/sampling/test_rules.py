@@ -25,7 +25,7 @@ from dlm.sampling.rules import Ancestral, Threshold, TopConfidence
 from dlm.trajectory import Canvas, Frame
 from oracle import BayesDenoiser, Tiny, chi_square_p, total_variation
 
-ROWS = 5000
+ROWS = 4000
 TINY = Tiny(3, 3, seed=0)
 RULES: dict[str, Rule] = {
     "ancestral": Ancestral(),
@@ -42,10 +42,14 @@ def noise_of(tiny: Tiny, word: str = "linear") -> MaskedNoise:
     return MaskedNoise(tiny.vocab + 1, tiny.mask_id, schedule.parse(word))
 
 
+def copies(row: list[int | None], fill: int, rows: int) -> Canvas:
+    one = Canvas.from_rows([row], fill=fill)
+    return Canvas(*(x.repeat(rows, 1) for x in (one.tokens_BT, one.free_BT, one.valid_BT)))
+
+
 def sample(tiny: Tiny, rule: Rule, steps: int, *, word: str = "linear", given: tuple[int | None, ...] = (), rows: int = ROWS) -> Tensor:
     """int64 (rows, T)."""
-    row = list(given) or [None] * tiny.length
-    canvas = Canvas.from_rows([row] * rows, fill=tiny.mask_id)
+    canvas = copies(list(given) or [None] * tiny.length, tiny.mask_id, rows)
     sampler = DiffusionSampler(BayesDenoiser(tiny), noise_of(tiny, word), tiny.length, rule, steps)
     *_, frame = sampler.steps(canvas, rng=generators(0, rows))
     assert frame.settled_BT.all()
@@ -120,9 +124,7 @@ def test_masks_are_revealed_when_the_chain_says(word: str) -> None:
     """In the step t -> s with (alpha_s - alpha_t) / (1 - alpha_t), and what the schedule leaves over in the last one."""
     rows, steps, noise = 1500, 5, MaskedNoise(6, 5, schedule.parse(word))
     denoiser = Noted(5, 12)
-    frames = DiffusionSampler(denoiser, noise, 12, Ancestral(), steps).steps(
-        Canvas.from_rows([[None] * 12] * rows, fill=5), rng=generators(0, rows)
-    )
+    frames = DiffusionSampler(denoiser, noise, 12, Ancestral(), steps).steps(copies([None] * 12, 5, rows), rng=generators(0, rows))
     before_BT, count_N = torch.full((rows, 12), 5), torch.zeros(steps, dtype=torch.float64)
     for frame in frames:
         busy_B = (before_BT == 5).any(-1)
@@ -215,7 +217,8 @@ class Noted:
         assert t_B is not None
         self.seen.append((z_BQ.clone(), t_B.clone()))
         shift_B = z_BQ.sum(-1) % self.table_TV.shape[1]
-        return torch.stack([self.table_TV.roll(int(shift), -1) for shift in shift_B])
+        columns_V = torch.arange(self.table_TV.shape[1])
+        return self.table_TV[:, (columns_V - shift_B[:, None]) % len(columns_V)].transpose(0, 1)
 
 
 def run(rule: Rule, steps: int, rows: list[list[int | None]], seed: int = 0, window: int = 12) -> tuple[Noted, list[Frame]]:

@@ -31,6 +31,10 @@ class AutoregressiveSampler:
     context: int = 0
     model: str = ""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.context < self.window:
+            raise InputError(f"context {self.context} must lie in 0 .. {self.window - 1} for a window of {self.window}")
+
     @torch.no_grad()
     def steps(self, canvas: Canvas, *, rng: RNG) -> Iterator[Frame]:
         """A frame for every column in which some row has a free position. InputError for text after a hole."""

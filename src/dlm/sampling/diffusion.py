@@ -53,7 +53,8 @@ class DiffusionSampler:
         while bool(open_BL.any()):
             rows_A = open_BL.any(-1).nonzero().squeeze(-1)
             start_A = windows.start(open_BL[rows_A], self.window, self.context)
-            z_AT = windows.take(z_BL[rows_A], start_A, self.window, mask_id)
+            # what pads a row is read as noise, like what lies past the end of the canvas: neighbours must not change an answer
+            z_AT = windows.take(z_BL[rows_A].masked_fill(~canvas.valid_BT[rows_A], mask_id), start_A, self.window, mask_id)
             open_AT = windows.take(open_BL[rows_A], start_A, self.window, False)
             free_AT = windows.take(canvas.free_BT[rows_A], start_A, self.window, False)
             entered_A = start_A != start_B[rows_A]  # rows that begin a window
