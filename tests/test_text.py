@@ -201,3 +201,11 @@ def test_a_damaged_tokenizer_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is not a tokenizer\.json") as error:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_character_that_a_subword_vocabulary_would_drop_is_told() -> None:
+    inner = tokenizers.Tokenizer(models.BPE({"h": 0, "i": 1, "hi": 2}, [("h", "i")]))
+    tokenizer = Tokenizer(inner)
+    assert tokenizer.encode("hi") == [2]
+    with pytest.raises(InputError, match=r"U\+00E9"):
+        tokenizer.encode("hi\u00e9")

@@ -13,7 +13,7 @@ SHAKESPEARE = "../shared/data/tinyshakespeare.txt"
 
 
 def shakespeare_mask() -> TrainConfig:
-    """2.7M parameters, 20.4 epochs, about two hours on one to two busy cores; <= 1.931 +- 0.009 nats per character on the validation split."""
+    """2.7M parameters, 20.4 epochs, about two hours of CPU; <= 1.931 +- 0.009 nats per character on the validation split."""
     return TrainConfig(data=SHAKESPEARE, steps=5000)
 
 

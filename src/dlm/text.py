@@ -72,7 +72,12 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids. InputError names the characters that a closed vocabulary lacks."""
         self._check(text)
-        ids: list[int] = self.inner.encode(text, add_special_tokens=False).ids
+        encoding = self.inner.encode(text, add_special_tokens=False)
+        read = {i for begin, end in encoding.offsets for i in range(begin, end)}
+        lost = sorted({c for i, c in enumerate(text) if i not in read and not c.isspace()})
+        if lost:  # a vocabulary without unknown token and byte fallback drops what it cannot spell
+            raise InputError(f"this model has no token for {', '.join(f'{c!r} (U+{ord(c):04X})' for c in lost[:5])}")
+        ids: list[int] = encoding.ids
         return ids
 
     def encode_corpus(self, documents: Iterable[str]) -> np.ndarray:
