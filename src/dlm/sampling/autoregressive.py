@@ -15,6 +15,7 @@ import torch
 
 from dlm.errors import InputError
 from dlm.protocols import RNG, Denoiser
+from dlm.sampling import windows
 from dlm.sampling.draw import Draw
 from dlm.trajectory import Canvas, Frame
 
@@ -32,8 +33,7 @@ class AutoregressiveSampler:
     model: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.context < self.window:
-            raise InputError(f"context {self.context} must lie in 0 .. {self.window - 1} for a window of {self.window}")
+        windows.check(self.window, self.context)
 
     @torch.no_grad()
     def steps(self, canvas: Canvas, *, rng: RNG) -> Iterator[Frame]:

@@ -33,8 +33,7 @@ class DiffusionSampler:
     def __post_init__(self) -> None:
         if self.budget < 1:
             raise InputError(f"steps must be at least 1, got {self.budget}")
-        if not 0 <= self.context < self.window:
-            raise InputError(f"context {self.context} must lie in 0 .. {self.window - 1} for a window of {self.window}")
+        windows.check(self.window, self.context)
 
     @torch.no_grad()
     def steps(self, canvas: Canvas, *, rng: RNG) -> Iterator[Frame]:

@@ -11,6 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dlm.errors import InputError
+
+
+def check(window: int, context: int) -> None:
+    """InputError unless a window that carries `context` tokens over moves on."""
+    if not 0 <= context < window:
+        raise InputError(f"context {context} must lie in 0 .. {window - 1} for a window of {window}")
+
 
 def start(open_BL: Tensor, window: int, context: int) -> Tensor:
     """Start of the tile in which the first open position of each row lies with `context` before it; int64 (B,)."""
