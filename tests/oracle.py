@@ -6,6 +6,7 @@ Shapes: S = V^T sequences of the data vocabulary V (the mask is id V), T positio
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -53,6 +54,34 @@ class BayesDenoiser:
         one_hot_STV = torch.nn.functional.one_hot(tiny.x_ST, tiny.vocab + 1).double()
         probs_BTV = torch.einsum("bs,stv->btv", weight_BS, one_hot_STV)
         return probs_BTV.clamp(min=1e-300).log()
+
+
+class ReplacementBayes:
+    """The exact posteriors of a Tiny under any noise whose kernel is a dense matrix q_XZ(t); V + 1 columns.
+
+    which: `leave-one-out` p(x_i | z without z_i), or `posterior` p(x_i | z).
+    """
+
+    def __init__(self, tiny: Tiny, kernel_of: Callable[[float], Tensor], which: str = "leave-one-out") -> None:
+        self.tiny, self.kernel_of, self.which, self.calls = tiny, kernel_of, which, 0
+
+    def __call__(self, z_BQ: Tensor, t_B: Tensor | None = None, **_: object) -> Tensor:
+        assert t_B is not None
+        self.calls += 1
+        tiny = self.tiny
+        z_BT, times = z_BQ[:, : tiny.length], t_B.tolist()
+        kernels = {t: self.kernel_of(t) for t in set(times)}
+        q_BXZ = torch.stack([kernels[t] for t in times])
+        fits_BST = q_BXZ[torch.arange(len(times))[:, None, None], tiny.x_ST, z_BT[:, None]]  # q(z_i | x_i) for each sequence
+        if self.which == "posterior":
+            weight_BST = fits_BST.prod(-1, keepdim=True).expand_as(fits_BST)
+        else:
+            others = [fits_BST[..., [j for j in range(tiny.length) if j != i]].prod(-1) for i in range(tiny.length)]
+            weight_BST = torch.stack(others, -1)
+        weight_BST = weight_BST * tiny.p_S[:, None]
+        weight_BST = weight_BST / weight_BST.sum(1, keepdim=True).clamp(min=1e-300)
+        one_hot_STV = torch.nn.functional.one_hot(tiny.x_ST, tiny.vocab + 1).double()
+        return torch.einsum("bst,stv->btv", weight_BST, one_hot_STV).clamp(min=1e-300).log()
 
 
 def total_variation(samples_NT: Tensor, tiny: Tiny) -> float:

@@ -20,10 +20,9 @@ from dlm.errors import InputError
 from dlm.models import checkpoint
 from dlm.models.checkpoint import ModelConfig
 from dlm.models.transformer import Transformer
-from dlm.noise import schedule
-from dlm.noise.masked import MaskedNoise
+from dlm.noise import process
 from dlm.protocols import Sampler
-from dlm.sampling import rules
+from dlm.sampling import choice
 from dlm.sampling.autoregressive import AutoregressiveSampler
 from dlm.sampling.diffusion import DiffusionSampler
 from dlm.sampling.draw import Draw, generators
@@ -36,7 +35,8 @@ HOLE = re.compile(r"\\_|_|[^_\\]+|\\")
 @dataclass(frozen=True)
 class Generation:
     """One generated text and what it took. tokens and tokens_per_forward count what was generated, not the prompt;
-    forwards counts network calls, each shared by the whole batch."""
+    forwards counts network calls, each shared by the whole batch. With until_settled: steps_saved, and expected_edits, how many of
+    the tokens the model itself expects that the saved steps would have changed."""
 
     text: str
     tokens: int
@@ -49,6 +49,8 @@ class Generation:
     model: str
     trajectory: Trajectory = field(repr=False, compare=False)
     row: int = 0
+    steps_saved: int | None = None
+    expected_edits: float | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -56,7 +58,8 @@ class Generation:
     def record(self) -> dict[str, Any]:
         """The figures, as `dlm generate --json` prints them."""
         names = ("text", "tokens", "seconds", "forwards", "tokens_per_forward", "steps", "sampler", "seed", "model")
-        return {name: getattr(self, name) for name in names}
+        adaptive = ("steps_saved", "expected_edits") if self.steps_saved is not None else ()
+        return {name: getattr(self, name) for name in (*names, *adaptive)}
 
 
 class LanguageModel:
@@ -72,10 +75,9 @@ class LanguageModel:
             raise InputError(f"{name}: config.json puts the mask at {config.mask_token_id}, the tokenizer at {tokenizer.mask_id}")
         self.network, self.config, self.tokenizer, self.name = network, config, tokenizer, name
         try:
-            alpha = schedule.parse(config.noise["schedule"])
+            self.noise = process.make(config.noise, config.network.vocab_size, config.mask_token_id)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(f"{name}: its config.json names no known noise schedule ({error})") from None
-        self.noise = MaskedNoise(config.network.vocab_size, config.mask_token_id, alpha)
+            raise InputError(f"{name}: its config.json describes no known noise ({error})") from None
         self.defaults: dict[str, Any] = {}
 
     @classmethod
@@ -189,21 +191,27 @@ class LanguageModel:
         temperature: float | None = None,
         top_p: float = 1.0,
         top_k: int = 0,
-        threshold: float = 0.9,
+        greedy_tail: int = 0,
+        until_settled: int = 0,
         cache: bool = True,
     ) -> Sampler:
-        """The sampler that these options mean for this model; unset ones come from generation_config.json."""
+        """The sampler that these options mean for this model; unset ones come from generation_config.json.
+
+        sampler: a word of `dlm.sampling.choice`, with its setting after a colon, as in `confidence:0.7`. greedy_tail: that many last
+        steps put the likeliest token everywhere. until_settled: stop a window once no token has changed for so many steps.
+        """
         temperature = self.defaults.get("temperature", 1.0) if temperature is None else temperature
         draw = Draw(temperature, top_k, top_p)
         if not self.is_diffusion:
-            if sampler not in (None, "autoregressive"):
-                raise InputError(f"{self.name} is autoregressive: the sampler {sampler!r} needs a diffusion model")
+            if sampler not in (None, "autoregressive") or greedy_tail or until_settled:
+                what = f"the sampler {sampler!r}" if sampler else "revising text"
+                raise InputError(f"{self.name} is autoregressive: {what} needs a diffusion model")
             make = self.network.cache if cache else None
             return AutoregressiveSampler(self.network, self.tokenizer.mask_id, self.window, make, draw, self.context, self.name)
         word = sampler or self.defaults.get("sampler", "ancestral")
         budget = self.defaults.get("steps", self.window) if steps is None else steps
-        rule = rules.make(word, draw, threshold)
-        return DiffusionSampler(self.network, self.noise, self.window, rule, budget, self.context, self.name)
+        rule = choice.make(word, draw, self.noise, greedy_tail)
+        return DiffusionSampler(self.network, self.noise, self.window, rule, budget, self.context, self.name, until_settled)
 
     def stream(self, prompt: str | Sequence[str] = "", *, seed: int = 0, canvas: Canvas | None = None, **options: Any) -> Iterator[Frame]:
         """Frames as they come. Options are those of `canvas` and `sampler`; `decode(frame)` gives the text."""
@@ -259,11 +267,12 @@ class LanguageModel:
         if streamer is not None:
             streamer.put(trajectory.current_BT[0][int(free_BT[0].int().argmax()) :])
             streamer.end()
-        results = self._results(trajectory, canvas, seconds, word, seed)
+        results = self._results(trajectory, canvas, seconds, word, seed, frame)
         return results[0] if isinstance(prompt, str) else results
 
-    def _results(self, trajectory: Trajectory, canvas: Canvas, seconds: float, word: str, seed: int) -> list[Generation]:
+    def _results(self, trajectory: Trajectory, canvas: Canvas, seconds: float, word: str, seed: int, last: Frame | None) -> list[Generation]:
         results = []
+        saved_B, doubt_B = (last.saved_B, last.doubt_B) if last is not None else (None, None)
         for row in range(len(canvas.tokens_BT)):
             ids = trajectory.current_BT[row][canvas.valid_BT[row]].tolist()
             new = int(canvas.free_BT[row].sum())
@@ -281,6 +290,8 @@ class LanguageModel:
                     model=self.name,
                     trajectory=trajectory,
                     row=row,
+                    steps_saved=None if saved_B is None else int(saved_B[row]),
+                    expected_edits=None if doubt_B is None else float(doubt_B[row]),
                 )
             )
         return results

@@ -19,26 +19,61 @@ RNG = Sequence[torch.Generator]
 """One generator a row, so that what a row draws does not depend on its neighbours."""
 
 
-@runtime_checkable
+class NoiseSchedule(Protocol):
+    """alpha decreases on [0, 1]; `alpha(0)` and `alpha(1)` are the end points, not always 1 and 0."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """alpha_t."""
+
+    def dalpha(self, t: Tensor) -> Tensor:
+        """d alpha / dt, negative."""
+
+    def inverse(self, alpha: Tensor) -> Tensor:
+        """The t with alpha(t) = alpha."""
+
+
 class NoiseProcess(Protocol):
     """A forward process q(z_t | x) that corrupts every token independently, and what follows from it."""
 
-    vocab_size: int
+    @property
+    def vocab_size(self) -> int:
+        """Tokens with the mask."""
+
+    @property
+    def mask_id(self) -> int: ...
+
+    @property
+    def schedule(self) -> NoiseSchedule: ...
 
     def corrupt(self, x_BT: Tensor, t_B: Tensor, rng: torch.Generator) -> Tensor:
         """Draw z_t given x; int64 (B, T)."""
 
-    def prior(self, shape: tuple[int, int], rng: torch.Generator) -> Tensor:
-        """Draw z_1; int64 of that shape."""
+    def renoise(self, z_BT: Tensor, s_B: Tensor, t_B: Tensor, u_BT: Tensor) -> Tensor:
+        """Draw z_t given z_s, s <= t, from one uniform a position; int64 (B, T)."""
+
+    def prior(self, u_BT: Tensor) -> Tensor:
+        """Draw z_1 from one uniform a position; int64 (B, T)."""
 
     def log_probs(self, logits_BTV: Tensor, z_BT: Tensor, t_B: Tensor) -> Tensor:
-        """Network output -> log mu(x | z, t), normalised, with what the process knows for certain put in."""
+        """Network output -> log mu(x_i | z without z_i), normalised, with what the process knows for certain put in."""
+
+    def denoised(self, logp_BTV: Tensor, z_BT: Tensor, t_B: Tensor) -> Tensor:
+        """log mu -> log p(x_i | z), z_i included."""
 
     def posterior(self, logp_BTV: Tensor, z_BT: Tensor, t_B: Tensor, s_B: Tensor) -> Tensor:
         """p(z_s | z_t) for s < t, probabilities (B, T, V)."""
 
     def nelbo(self, logp_BTV: Tensor, x_BT: Tensor, z_BT: Tensor, t_B: Tensor) -> Tensor:
         """Integrand of the continuous-time bound at t, nats per position (B, T)."""
+
+    def nelbo_step(self, logp_BTV: Tensor, x_BT: Tensor, z_BT: Tensor, t_B: Tensor, s_B: Tensor) -> Tensor:
+        """KL of one step of a discrete grid, nats per position (B, T)."""
+
+    def prior_cost(self, x_BT: Tensor) -> Tensor:
+        """KL( q(z_1 | x) || p(z_1) ), nats per position (B, T)."""
+
+    def cross_entropy(self, logp_BTV: Tensor, x_BT: Tensor, z_BT: Tensor, t_B: Tensor) -> Tensor:
+        """-log p(x_i | z) (B, T)."""
 
 
 class Cache(Protocol):
@@ -69,31 +104,36 @@ class Denoiser(Protocol):
 class Step:
     """What a rule sees: the active window of every row that moves now, each row at its own step.
 
-    z_BT: the state; open_BT: positions to consider (those due now, else all that are still noise); free_BT: every position
-    the sampler may write; logp_BTV: log mu(x | z); t_B -> s_B: the move; left_B: steps left, this one included.
+    z_BT: the state; open_BT: the positions that the rule writes; logp_BTV: log mu of `noise.log_probs`; t_B -> s_B: the move;
+    left_B: steps left, this one included, of `steps` for a window.
     """
 
     z_BT: Tensor
     open_BT: Tensor
-    free_BT: Tensor
     logp_BTV: Tensor
     t_B: Tensor
     s_B: Tensor
     left_B: Tensor
+    steps: int
+    noise: NoiseProcess
 
 
 class Rule(Protocol):
     """One reverse move inside the active window; a frozen dataclass, so that it prints and goes into the run record."""
 
-    def due(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> Tensor | None:
-        """The step (0 .. N - 1) at which each open position moves, if known before the network is asked; else None.
-
-        alphas_N: the chance that a position masked at t = 1 is revealed by the end of each step. The loop calls the
-        network only for steps in which something moves.
-        """
-
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         """The next z, int64 (B, T)."""
+
+
+@runtime_checkable
+class PlannedRule(Rule, Protocol):
+    """A rule that knows before the network is asked which position moves when; the loop skips the steps in which none does."""
+
+    def due(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> Tensor:
+        """The step (0 .. N - 1) at which each open position moves, int64 (B, T).
+
+        alphas_N: the chance that a position masked at t = 1 is revealed by the end of each step.
+        """
 
 
 class Sampler(Protocol):

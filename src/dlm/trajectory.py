@@ -66,7 +66,9 @@ class Frame:
     """The state after one step. `settled` is a promise: the sampler does not change that position again.
 
     t_B: noise level each row has reached (1 noise, 0 data); model: key of the model that took the step;
-    forwards: network calls so far in this run (a call for the whole batch counts once).
+    forwards: network calls so far in this run (a call for the whole batch counts once), 0 for the noise that a run starts from.
+    saved_B: steps that each row has not taken because its text had settled; doubt_B: how many of the tokens that were left
+    alone so the model expects to change, by its own probabilities.
     """
 
     tokens_BT: Tensor
@@ -74,6 +76,8 @@ class Frame:
     t_B: Tensor
     model: str
     forwards: int
+    saved_B: Tensor | None = None
+    doubt_B: Tensor | None = None
 
 
 class Trajectory:
@@ -110,10 +114,13 @@ class Trajectory:
         return len(self.forwards)
 
     def append(self, frame: Frame, *, seconds: float | None = None) -> None:
-        """Add a frame; `seconds` since the run began defaults to the clock."""
+        """Add a frame; `seconds` since the run began defaults to the clock. One before the first network call replaces the start."""
         k, tokens_BT = len(self), frame.tokens_BT.cpu()
         if tokens_BT.shape != self.current_BT.shape:
             raise ValueError(f"frame of shape {tuple(tokens_BT.shape)} in a trajectory of {tuple(self.current_BT.shape)}")
+        if frame.forwards == 0 and k == 1:
+            self.start_BT, self.current_BT = tokens_BT.clone(), tokens_BT.clone()
+            return
         rows, positions = (tokens_BT != self.current_BT).nonzero(as_tuple=True)
         self._events.append((rows, positions, tokens_BT[rows, positions]))
         self.current_BT = tokens_BT.clone()

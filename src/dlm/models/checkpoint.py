@@ -33,7 +33,7 @@ class ModelConfig:
 
     network: TransformerConfig
     mask_token_id: int
-    objective: str = "masked"  # masked | autoregressive
+    objective: str = "diffusion"  # diffusion | autoregressive
     noise: dict[str, Any] = field(default_factory=lambda: {"process": "masked", "schedule": "linear"})
     context: int = 0  # tokens of the last window that a long text carries into the next
     training: dict[str, Any] = field(default_factory=dict)
@@ -124,7 +124,7 @@ def generation_defaults(config: ModelConfig) -> dict[str, Any]:
 
 def card(config: ModelConfig, name: str, parameters: int) -> str:
     """The model card, Markdown with the hub's header."""
-    kind = "Autoregressive" if config.objective == "autoregressive" else "Masked diffusion"
+    kind = "Autoregressive" if config.objective == "autoregressive" else f"{config.noise['process'].capitalize()} diffusion"
     return (
         f"---\nlibrary_name: dlm\npipeline_tag: text-generation\n---\n# {name}\n\n{kind} language model, "
         f"{parameters:,} parameters, window {config.network.window}, context {config.context}, trained with dlm.\n\n"

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlm.noise.masked import MaskedNoise
+from dlm.protocols import NoiseProcess
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(z_BT, t_B) -> logits_BTV."""
@@ -26,37 +27,38 @@ def draw_levels(batch: int, rng: torch.Generator) -> Tensor:
     return (u + torch.arange(batch, device=rng.device, dtype=torch.float64) / batch) % 1.0
 
 
-def end_terms(noise: MaskedNoise, predict: Predict, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator) -> Tensor:
-    """Prior plus reconstruction term (B,), both 0 for a schedule that runs from exactly 1 to exactly 0.
-
-    The prior is MASK with 1 - alpha_1, else uniform over tokens, so it costs alpha_1 log(V - 1) a position.
-    """
+def end_terms(noise: NoiseProcess, predict: Predict, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator) -> Tensor:
+    """Prior plus reconstruction term (B,), both 0 for a schedule that runs from exactly 1 to exactly 0."""
     zero_B = torch.zeros(len(x_BT), device=x_BT.device, dtype=torch.float64)
     ends = noise.schedule.alpha(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    nats_B = free_BT.sum(-1) * ends[1].item() * torch.log(torch.tensor(noise.vocab_size - 1.0, dtype=torch.float64)).item()
+    nats_B = zero_B
+    if ends[1] > 0:
+        nats_B = nats_B + (noise.prior_cost(x_BT) * free_BT).sum(-1)
     if ends[0] < 1:
         z_BT = torch.where(free_BT, noise.corrupt(x_BT, zero_B, rng), x_BT)
-        nll_BT = noise.cross_entropy(noise.log_probs(predict(z_BT, zero_B), z_BT, zero_B), x_BT, z_BT)
+        nll_BT = noise.cross_entropy(noise.log_probs(predict(z_BT, zero_B), z_BT, zero_B), x_BT, z_BT, zero_B)
         nats_B = nats_B + (nll_BT * free_BT).sum(-1)
     return nats_B
 
 
 def continuous(
-    noise: MaskedNoise, predict: Predict, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, t_B: Tensor | None = None
+    noise: NoiseProcess, predict: Predict, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, u_B: Tensor | None = None
 ) -> Tensor:
-    """The continuous-time bound with one time a row (MD4 eq. 5). (B,) nats.
+    """The continuous-time bound with one time a row (MD4 eq. 5 for masks). (B,) nats. u_B: uniform draws.
 
-    Unbiased, but the weight (1/t for the linear schedule) has infinite variance at t = 0: prefer `any_order` where it applies.
+    Times are t = u^2 with weight 2u: the integrand grows as 1/t in a share t of the rows, so that uniform times would give
+    it infinite variance and a sample error that is too small.
     """
-    t_B = draw_levels(len(x_BT), rng) if t_B is None else t_B
+    u_B = draw_levels(len(x_BT), rng) if u_B is None else u_B
+    t_B = u_B.square().clamp(1e-12, 1 - 1e-6)
     z_BT = torch.where(free_BT, noise.corrupt(x_BT, t_B, rng), x_BT)
     logp_BTV = noise.log_probs(predict(z_BT, t_B), z_BT, t_B)
-    diffusion_B = (noise.nelbo(logp_BTV, x_BT, z_BT, t_B) * free_BT).sum(-1)
+    diffusion_B = 2 * u_B * (noise.nelbo(logp_BTV, x_BT, z_BT, t_B) * free_BT).sum(-1)
     return diffusion_B + end_terms(noise, predict, x_BT, free_BT, rng)
 
 
 def discrete(
-    noise: MaskedNoise, predict: Predict, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, steps: int, t_B: Tensor | None = None
+    noise: NoiseProcess, predict: Predict, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, steps: int, t_B: Tensor | None = None
 ) -> Tensor:
     """The bound of a sampler with `steps` equal steps in t; one step a row, times their number. (B,) nats; decreases as steps grow."""
     t_B = draw_levels(len(x_BT), rng) if t_B is None else t_B
@@ -86,7 +88,7 @@ def any_order(
     return nll_BT.sum(-1) * free_B / count_B.clamp(min=1)  # a row with nothing to predict costs nothing
 
 
-def autoregressive(noise: MaskedNoise, predict: Predict, x_BT: Tensor, free_BT: Tensor) -> Tensor:
+def autoregressive(noise: NoiseProcess, predict: Predict, x_BT: Tensor, free_BT: Tensor) -> Tensor:
     """Exact -log p(x) of a causal network that reads MASK as the start token and x shifted right. (B,) nats."""
     start_B1 = torch.full_like(x_BT[:, :1], noise.mask_id)
     logits_BTV = predict(torch.cat([start_B1, x_BT[:, :-1]], 1), torch.zeros(len(x_BT), device=x_BT.device))

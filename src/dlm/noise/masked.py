@@ -6,12 +6,14 @@ Shapes: B rows, T positions, V vocabulary including the mask token. Losses in na
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from dlm.noise.schedule import Linear, NoiseSchedule
+from dlm.noise.schedule import Linear
+from dlm.protocols import NoiseSchedule
 
 
 def _per_row(t_B: Tensor, like: Tensor) -> Tensor:
@@ -37,9 +39,14 @@ class MaskedNoise:
         rank_BT = order_BT.argsort(-1).argsort(-1)
         return torch.where(rank_BT < count_B[:, None], self.mask_id, x_BT)
 
-    def prior(self, shape: tuple[int, int], rng: torch.Generator | None = None) -> Tensor:
-        """z_1: all masks (no draw is needed)."""
-        return torch.full(shape, self.mask_id, dtype=torch.long)
+    def renoise(self, z_BT: Tensor, s_B: Tensor, t_B: Tensor, u_BT: Tensor) -> Tensor:
+        """Draw z_t given z_s, s <= t, from one uniform a position. int64 (B, T)."""
+        keep_B = self.schedule.alpha(t_B) / self.schedule.alpha(s_B)
+        return torch.where(u_BT < _per_row(keep_B, z_BT), z_BT, self.mask_id)
+
+    def prior(self, u_BT: Tensor) -> Tensor:
+        """z_1: all masks (the uniforms are not needed)."""
+        return torch.full_like(u_BT, self.mask_id, dtype=torch.long)
 
     def log_probs(self, logits_BTV: Tensor, z_BT: Tensor, t_B: Tensor | None = None) -> Tensor:
         """log mu(x | z) (B, T, V): MASK has probability 0, a visible token is certain (MDLM's SUBS)."""
@@ -56,7 +63,16 @@ class MaskedNoise:
         masked_BT1 = (z_BT == self.mask_id)[..., None]
         return torch.where(masked_BT1, (1 - stay_B11) * logp_BTV.exp() + stay_B11 * mask_V, logp_BTV.exp())
 
-    def cross_entropy(self, logp_BTV: Tensor, x_BT: Tensor, z_BT: Tensor) -> Tensor:
+    def denoised(self, logp_BTV: Tensor, z_BT: Tensor, t_B: Tensor) -> Tensor:
+        """log p(x_i | z) (B, T, V), which for masks is what `log_probs` gives."""
+        return logp_BTV
+
+    def prior_cost(self, x_BT: Tensor) -> Tensor:
+        """KL( q(z_1 | x) || p(z_1) ) (B, T). p(z_1): MASK with 1 - alpha_1, else uniform over tokens, so alpha_1 log(V - 1)."""
+        alpha = self.schedule.alpha(torch.ones((), dtype=torch.float64))
+        return (alpha * math.log(self.vocab_size - 1)).expand(x_BT.shape).to(x_BT.device)
+
+    def cross_entropy(self, logp_BTV: Tensor, x_BT: Tensor, z_BT: Tensor, t_B: Tensor | None = None) -> Tensor:
         """-log mu(x | z) at masks, 0 where the token is visible (B, T)."""
         nll_BT = -logp_BTV.gather(-1, x_BT[..., None]).squeeze(-1)
         return torch.where(z_BT == self.mask_id, nll_BT, 0.0)

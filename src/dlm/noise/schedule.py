@@ -9,23 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-
-class NoiseSchedule(Protocol):
-    """alpha decreases on [0, 1]; `alpha(0)` and `alpha(1)` are the end points, not always 1 and 0."""
-
-    def alpha(self, t: Tensor) -> Tensor:
-        """alpha_t."""
-
-    def dalpha(self, t: Tensor) -> Tensor:
-        """d alpha / dt, negative."""
-
-    def inverse(self, alpha: Tensor) -> Tensor:
-        """The t with alpha(t) = alpha."""
+from dlm.protocols import NoiseSchedule
 
 
 @dataclass(frozen=True)

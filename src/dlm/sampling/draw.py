@@ -36,6 +36,13 @@ def categorical(logp_BTV: Tensor, u_BT: Tensor) -> Tensor:
     return torch.minimum(index_BT, last_BT)
 
 
+def ranked(score_BT: Tensor, open_BT: Tensor, count_B: Tensor) -> Tensor:
+    """bool (B, T): the count_B open positions of highest score, the first of equals."""
+    order_BT = score_BT.masked_fill(~open_BT, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    rank_BT = order_BT.argsort(-1)
+    return (rank_BT < count_B[:, None]) & open_BT
+
+
 @dataclass(frozen=True)
 class Draw:
     """How a token is taken from a distribution. temperature 0 takes the most likely one."""
@@ -49,8 +56,11 @@ class Draw:
             raise InputError(f"temperature and top_k must be finite and at least 0 and top_p in (0, 1], got {self}")
 
     def shape(self, logp_BTV: Tensor) -> Tensor:
-        """The log-probabilities after temperature and truncation, float64, normalised. Temperature 0 is not a distribution."""
+        """The log-probabilities after temperature and truncation, float64, normalised; temperature 0 leaves the likeliest token."""
         logp_BTV = logp_BTV.double()
+        if self.temperature == 0:
+            best_BTV = torch.nn.functional.one_hot(logp_BTV.argmax(-1), logp_BTV.shape[-1])
+            return best_BTV.to(logp_BTV).log()
         # the likeliest token is put at 0 first, so that it stays finite at any temperature
         logp_BTV = ((logp_BTV - logp_BTV.amax(-1, keepdim=True)) / self.temperature).log_softmax(-1)
         if self.top_k and self.top_k < logp_BTV.shape[-1]:

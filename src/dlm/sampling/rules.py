@@ -1,4 +1,4 @@
-"""Reverse moves for masked noise. A rule says which masks become tokens now, and draws them.
+"""Reverse moves that unmask: a rule says which masks become tokens now, and draws them; what is written stays.
 
 Shapes: B rows, T positions of the window, V vocabulary, N steps.
 """
@@ -11,15 +11,8 @@ import torch
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.protocols import RNG, Rule, Step
-from dlm.sampling.draw import Draw, uniform
-
-
-def _ranked(score_BT: Tensor, open_BT: Tensor, count_B: Tensor) -> Tensor:
-    """bool (B, T): the count_B open positions of highest score."""
-    order_BT = score_BT.masked_fill(~open_BT, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    rank_BT = order_BT.argsort(-1)
-    return (rank_BT < count_B[:, None]) & open_BT
+from dlm.protocols import RNG, Step
+from dlm.sampling.draw import Draw, ranked, uniform
 
 
 @dataclass(frozen=True)
@@ -47,14 +40,11 @@ class TopConfidence:
 
     draw: Draw = field(default_factory=Draw)
 
-    def due(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> None:
-        return None
-
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         token_BT = self.draw(step.logp_BTV, rng)
         confidence_BT = step.logp_BTV.gather(-1, token_BT[..., None]).squeeze(-1)
         count_B = -(-step.open_BT.sum(-1) // step.left_B)
-        return torch.where(_ranked(confidence_BT, step.open_BT, count_B), token_BT, step.z_BT)
+        return torch.where(ranked(confidence_BT, step.open_BT, count_B), token_BT, step.z_BT)
 
 
 @dataclass(frozen=True)
@@ -71,24 +61,7 @@ class Threshold:
         if not 0 < self.threshold <= 1:
             raise InputError(f"threshold must lie in (0, 1], got {self.threshold}")
 
-    def due(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> None:
-        return None
-
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         top_BT = step.logp_BTV.max(-1).values.exp().masked_fill(~step.open_BT, 0.0)
         count_B = torch.maximum((top_BT >= self.threshold).sum(-1), -(-step.open_BT.sum(-1) // step.left_B))
-        return torch.where(_ranked(top_BT, step.open_BT, count_B), self.draw(step.logp_BTV, rng), step.z_BT)
-
-
-RULES = ("ancestral", "topk", "confidence")
-
-
-def make(word: str, draw: Draw, threshold: float = 0.9) -> Rule:
-    """The rule of a command-line word."""
-    if word == "ancestral":
-        return Ancestral(draw)
-    if word == "topk":
-        return TopConfidence(draw)
-    if word == "confidence":
-        return Threshold(threshold, draw)
-    raise InputError(f"unknown sampler {word!r}; known: {', '.join(RULES)}")
+        return torch.where(ranked(top_BT, step.open_BT, count_B), self.draw(step.logp_BTV, rng), step.z_BT)

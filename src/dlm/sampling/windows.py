@@ -1,8 +1,8 @@
 """A long text through a short window: which part of each row is active.
 
 Windows are tiles that overlap by `context`: tile n starts at n (window - context). Which tile a row works on depends on
-that row alone. Positions past the end of a row are noise that is never revealed, so the network always sees a full window,
-as in training, and for masks the conditional is exact: the future is left out, not denied.
+that row alone. The network always sees a full window, as in training: past the end of a row lies noise, which for masks is never
+revealed, and for replacement noise is denoised with the text and thrown away. So the future is left out, not denied.
 Shapes: B rows, L positions of the canvas, T positions of the window.
 """
 
@@ -26,11 +26,9 @@ def start(open_BL: Tensor, window: int, context: int) -> Tensor:
     return (first_B - context).clamp(min=0) // (window - context) * (window - context)
 
 
-def take(x_BL: Tensor, start_B: Tensor, window: int, fill: int) -> Tensor:
-    """The window of every row (B, T), `fill` past the end."""
-    index_BT = start_B[:, None] + torch.arange(window, device=x_BL.device)
-    inside_BT = index_BT < x_BL.shape[1]
-    return torch.where(inside_BT, x_BL.gather(1, index_BT.clamp(max=x_BL.shape[1] - 1)), fill)
+def take(x_BL: Tensor, start_B: Tensor, window: int) -> Tensor:
+    """The window of every row (B, T)."""
+    return x_BL.gather(1, start_B[:, None] + torch.arange(window, device=x_BL.device))
 
 
 def put(x_BL: Tensor, rows_A: Tensor, start_A: Tensor, values_AT: Tensor, where_AT: Tensor) -> None:

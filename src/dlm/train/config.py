@@ -7,7 +7,8 @@ from typing import Any
 
 from dlm.errors import InputError
 from dlm.models.transformer import TransformerConfig
-from dlm.noise import schedule
+from dlm.noise import process, schedule
+from dlm.noise.replacement import HEADS
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,13 @@ class TrainConfig:
     val_fraction: float = 0.1
     tokenizer: str = "chars"  # chars | bytes | path of a tokenizer.json
     network: TransformerConfig = field(default_factory=lambda: TransformerConfig(vocab_size=1, width=192))
-    objective: str = "masked"  # masked | autoregressive
+    objective: str = "diffusion"  # diffusion | autoregressive
+    noise: str = "masked"  # masked | uniform | semantic[:lead] | hybrid[:share of uniform noise]
     noise_schedule: str = "linear"
-    estimator: str = "any_order"  # any_order | continuous
+    clusters: str = ""  # of semantic noise: classes | MODEL:COUNT (k-means of its output embedding) | a JSON file
+    head: str = "leave-one-out"  # what the network gives under replacement noise: leave-one-out | posterior
+    estimator: str = "auto"  # any_order (masked noise without time) | continuous | auto: the first where it applies
+    init: str = ""  # a checkpoint of the same shape to begin with, instead of fresh weights
     context: int = 64
     context_share: float = 0.5  # share of training windows whose first `context` tokens are given
     steps: int = 5000
@@ -45,17 +50,24 @@ class TrainConfig:
     def __post_init__(self) -> None:
         try:
             schedule.parse(self.noise_schedule)
+            process.parse(self.noise)
         except ValueError as error:
             raise InputError(str(error)) from None
-        if self.objective not in ("masked", "autoregressive"):
-            raise InputError(f"unknown objective {self.objective!r}; known: masked, autoregressive")
+        if self.objective not in ("diffusion", "autoregressive"):
+            raise InputError(f"unknown objective {self.objective!r}; known: diffusion, autoregressive")
         if self.objective == "autoregressive" and self.network.attention != "causal":
             raise InputError("an autoregressive network that sees the future learns nothing: --set attention=causal")
-        if self.estimator not in ("any_order", "continuous"):
-            raise InputError(f"unknown estimator {self.estimator!r}; known: any_order, continuous")
+        if self.estimator not in ("auto", "any_order", "continuous"):
+            raise InputError(f"unknown estimator {self.estimator!r}; known: auto, any_order, continuous")
+        if self.head not in HEADS:
+            raise InputError(f"unknown head {self.head!r}; known: {', '.join(HEADS)}")
+        if (self.noise.partition(":")[0] == "semantic") != bool(self.clusters):
+            raise InputError("semantic noise, and no other, needs --set clusters=classes, MODEL:COUNT or a JSON file")
+        if self.estimator == "any_order" and self.noise != "masked":
+            raise InputError(f"{self.noise} noise has no any-order form: --set estimator=continuous")
         if self.estimator == "any_order" and self.network.time_conditioning:
             raise InputError("a network with time_conditioning needs --set estimator=continuous")
-        if self.estimator == "any_order" and self.noise_schedule.partition(":")[0] in ("geometric", "log-linear"):
+        if self.estimator == "any_order" and not self._ends_exactly:
             raise InputError(f"the {self.noise_schedule} schedule does not run from 1 to 0: --set estimator=continuous")
         if not 0 <= self.context < self.network.window:
             raise InputError(f"context {self.context} must lie in 0 .. {self.network.window - 1}, below the window")
@@ -75,6 +87,16 @@ class TrainConfig:
             raise InputError(f"ema must be at least 0 and below 1, got {self.ema}")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise InputError(f"betas must be two numbers from 0 to below 1, as in 0.9,0.99; got {self.betas}")
+
+    @property
+    def _ends_exactly(self) -> bool:
+        return self.noise_schedule.partition(":")[0] not in ("geometric", "log-linear")
+
+    @property
+    def any_order(self) -> bool:
+        """Whether the bound is estimated with the time integrated out."""
+        applies = self.noise == "masked" and not self.network.time_conditioning and self._ends_exactly
+        return self.estimator == "any_order" or (self.estimator == "auto" and applies)
 
     def with_settings(self, settings: list[str]) -> TrainConfig:
         """Apply `key=value` words together, in any order; InputError for an unknown key or a value that cannot be."""

@@ -11,9 +11,11 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dlm.errors import InputError
+from dlm.models import checkpoint
 from dlm.models.transformer import Transformer, TransformerConfig
 from dlm.noise import loss
-from dlm.noise.masked import MaskedNoise
+from dlm.noise.process import Process
 from dlm.train.config import TrainConfig
 from dlm.train.data import Stream
 from dlm.train.objective import Objective, RowsOf, levels_on
@@ -25,6 +27,15 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % (1 << 63))
 
 
+def beginning(name: str, network: TransformerConfig) -> dict[str, Tensor]:
+    """Weights of the checkpoint that a run begins with. InputError where they do not fit."""
+    loaded, _ = checkpoint.load(checkpoint.find(name))
+    state, shapes = loaded.state_dict(), {k: v.shape for k, v in Transformer(network).state_dict().items()}
+    if {k: v.shape for k, v in state.items()} != shapes:
+        raise InputError(f"init={name} has another size, vocabulary or kind of network than this run")
+    return state
+
+
 class Learner:
     """Network, optimiser and average, wrapped by accelerate for one process, DDP or FSDP2.
 
@@ -32,11 +43,13 @@ class Learner:
     """
 
     def __init__(
-        self, config: TrainConfig, network: TransformerConfig, noise: MaskedNoise, stream: Stream, accelerator: Accelerator
+        self, config: TrainConfig, network: TransformerConfig, noise: Process, stream: Stream, accelerator: Accelerator
     ) -> None:
         self.config, self.stream, self.accelerator, self.device = config, stream, accelerator, accelerator.device
         set_seed(config.seed)
         self.bare = Transformer(network)
+        if config.init:
+            self.bare.load_state_dict(beginning(config.init, network))
         if config.compile:
             self.bare.compile()
         fused = self.device.type == "cuda"
@@ -46,8 +59,7 @@ class Learner:
         self.ema = EMA(self.network, config.ema)
         share = config.batch // accelerator.num_processes
         self.own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-        rows_noise = RowsOf(noise.vocab_size, noise.mask_id, noise.schedule, batch=config.batch, own=self.own)
-        self.objective = Objective(config, rows_noise)
+        self.objective = Objective(config, RowsOf(noise, batch=config.batch, own=self.own))
         self.network.train()
 
     def update(self, step: int) -> tuple[Tensor, Tensor, float]:

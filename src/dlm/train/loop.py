@@ -31,14 +31,14 @@ from dlm.errors import InputError
 from dlm.models import checkpoint
 from dlm.models.checkpoint import ModelConfig
 from dlm.models.transformer import Transformer
-from dlm.noise import schedule
-from dlm.noise.masked import MaskedNoise
+from dlm.noise import process
 from dlm.text import Tokenizer
 from dlm.train import data as reading
 from dlm.train import state
 from dlm.train.config import TrainConfig
 from dlm.train.learner import Learner
 from dlm.train.log import Log
+from dlm.train.noising import noise_settings
 from dlm.train.objective import Objective, validate
 
 __all__ = ["TrainConfig", "train"]
@@ -92,7 +92,8 @@ def train(
     window_tokens = config.batch * network_config.window
     epochs = window_tokens / len(train_stream.tokens_N)
 
-    noise = MaskedNoise(network_config.vocab_size, tokenizer.mask_id, schedule.parse(config.noise_schedule))
+    settings = checkpoint.load_config(out).noise if resume else noise_settings(config, tokenizer)
+    noise = process.make(settings, network_config.vocab_size, tokenizer.mask_id)
     learner = Learner(config, network_config, noise, train_stream, accelerator)
     bare, network, optimizer, ema = learner.bare, learner.network, learner.optimizer, learner.ema
     if resume:
@@ -104,7 +105,7 @@ def train(
         network=network_config,
         mask_token_id=tokenizer.mask_id,
         objective=config.objective,
-        noise={"process": "masked", "schedule": config.noise_schedule},
+        noise=settings,
         context=config.context,
         training=config.to_dict() | facts,
     )
@@ -205,7 +206,7 @@ def _changes(config: TrainConfig, before: dict[str, Any], out: Path) -> str:
     now = json.loads(json.dumps(config.to_dict()))
     old, new = ({key: value for key, value in c.items() if key != "network"} | c["network"] for c in (before, now))
     changed = [key for key, value in old.items() if new.get(key) != value]
-    fixed = before["network"].keys() - {"vocab_size", "dropout", "backend"} | {"objective"}
+    fixed = before["network"].keys() - {"vocab_size", "dropout", "backend"} | {"objective", "noise", "clusters", "head", "init"}
     wrong = [f"{key}={old[key]}" for key in changed if key in fixed]
     if wrong:
         raise InputError(f"{out} was begun with {', '.join(wrong)}: resume with --set {' --set '.join(wrong)}")

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dlm.noise import loss
 from dlm.noise.masked import MaskedNoise
+from dlm.noise.process import Process
 from dlm.train.config import TrainConfig
 
 
-@dataclass(frozen=True)
-class RowsOf(MaskedNoise):
-    """Corrupts rows `own` of a batch just as the whole batch would have them: what is drawn does not depend on the number of processes."""
+class RowsOf:
+    """A process that corrupts rows `own` of a batch just as the whole batch would have them: what is drawn does not depend on the
+    number of processes. Everything else is the process's own."""
 
-    batch: int = field(kw_only=True)
-    own: slice = field(kw_only=True)
+    def __init__(self, noise: Process, *, batch: int, own: slice) -> None:
+        self.noise, self.batch, self.own = noise, batch, own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.noise, name)
 
     def _whole(self, rows: Tensor) -> Tensor:
         whole = rows.new_ones(self.batch, *rows.shape[1:])
@@ -26,18 +31,19 @@ class RowsOf(MaskedNoise):
         return whole
 
     def corrupt(self, x_BT: Tensor, t_B: Tensor, rng: torch.Generator) -> Tensor:
-        return super().corrupt(self._whole(x_BT), self._whole(t_B), rng)[self.own]
+        return self.noise.corrupt(self._whole(x_BT), self._whole(t_B), rng)[self.own]
 
     def corrupt_count(self, x_BT: Tensor, count_B: Tensor, free_BT: Tensor, rng: torch.Generator) -> Tensor:
-        return super().corrupt_count(self._whole(x_BT), self._whole(count_B), self._whole(free_BT), rng)[self.own]
+        assert isinstance(self.noise, MaskedNoise)
+        return self.noise.corrupt_count(self._whole(x_BT), self._whole(count_B), self._whole(free_BT), rng)[self.own]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The masked bound or the exact autoregressive loss, nats per predicted token."""
+    """The bound of the noise process or the exact autoregressive loss, nats per predicted token."""
 
     config: TrainConfig
-    noise: MaskedNoise
+    noise: Any  # a process, or RowsOf one
 
     def __call__(self, network: nn.Module, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, t_B: Tensor) -> Tensor:
         """(B,) nats per predicted token of each row."""
@@ -49,7 +55,7 @@ class Objective:
         if self.config.objective == "autoregressive":
             nats_B = loss.autoregressive(self.noise, predict, x_BT, free_BT)
         else:
-            estimate = loss.any_order if self.config.estimator == "any_order" else loss.continuous
+            estimate = loss.any_order if self.config.any_order else loss.continuous
             nats_B = estimate(self.noise, predict, x_BT, free_BT, rng, t_B)
         return nats_B / free_BT.sum(-1)
 
@@ -57,7 +63,7 @@ class Objective:
         """Which positions are predicted: in a share of the rows the first `context` tokens are given."""
         config = self.config
         free_BT = torch.ones(rows, config.network.window, dtype=torch.bool)
-        if config.objective == "masked" and config.context and config.context_share:
+        if config.objective == "diffusion" and config.context and config.context_share:
             given_B = torch.rand(rows, generator=rng) < config.context_share
             free_BT[given_B, : config.context] = False
         return free_BT

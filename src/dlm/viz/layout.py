@@ -57,8 +57,11 @@ def figures(run: Trajectory, row: int) -> Figures:
 
 
 def pieces(run: Trajectory, row: int, mask: str = "█") -> list[str]:
-    """What each position of a row shows at the last frame; padding is left out."""
-    return [run.piece(token, mask) for token in run.current_BT[row][run.valid_BT[row]].tolist()]
+    """What each position of a row shows at the last frame; padding is left out. A line breaks only where that is settled: text that
+    is still being revised would jump about."""
+    valid_T = run.valid_BT[row]
+    shown = zip(run.current_BT[row][valid_T].tolist(), run.settled_BT[row][valid_T].tolist(), strict=True)
+    return [piece if settled >= 0 else piece.replace("\n", "↵") for piece, settled in ((run.piece(t, mask), k) for t, k in shown)]
 
 
 def looks(run: Trajectory, row: int, *, pace: float = 1.0, after: float = 0.0) -> list[Look]:

@@ -1,0 +1,61 @@
+"""Hybrid noise: masks and uniform replacements in one process, in GIDD's form.
+
+GIDD, von Ruette et al. 2025 (arXiv 2503.04482), with the mixture of the scaling study (2512.10858): of what is noise at
+signal-to-noise ratio alpha / (1 - alpha), the share sigmoid(log SNR + b) is uniform and the rest is masked. So nearly clean
+text holds wrong tokens, and nearly pure noise holds masks. Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dlm.noise.replacement import Kernel, ReplacementNoise
+
+
+@dataclass(frozen=True)
+class HybridNoise(ReplacementNoise):
+    """q(z_t | x) = alpha x + U uniform + M MASK with U + M = 1 - alpha.
+
+    share: sigmoid(b), the uniform part of the noise where alpha is 1/2. 0 is masked noise, 1 uniform noise.
+    """
+
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"the share of uniform noise must lie in 0 .. 1, got {self.share}")
+
+    def _parts(self, t_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """alpha, U, M (B,)."""
+        alpha_B = self.schedule.alpha(t_B)
+        keep_B, lost_B = alpha_B * self.share, (1 - alpha_B) * (1 - self.share)
+        uniform_B = torch.where(keep_B + lost_B > 0, keep_B / (keep_B + lost_B).clamp(min=1e-300), self.share)
+        return alpha_B, (1 - alpha_B) * uniform_B, (1 - alpha_B) * (1 - uniform_B)
+
+    def _prior(self, uniform_B: Tensor, mask_B: Tensor) -> Tensor:
+        hot_V = torch.zeros(self.vocab_size, dtype=uniform_B.dtype, device=uniform_B.device)
+        hot_V[self.mask_id] = 1
+        return uniform_B[:, None] * self._data_V.to(uniform_B) + mask_B[:, None] * hot_V
+
+    def kernel(self, t_B: Tensor) -> Kernel:
+        alpha_B, uniform_B, mask_B = self._parts(t_B)
+        return Kernel(alpha_B, torch.zeros_like(alpha_B), self._prior(uniform_B, mask_B))
+
+    def between(self, s_B: Tensor, t_B: Tensor) -> Kernel:
+        """What q(z_t | x) holds above what is left of q(z_s | x)."""
+        (alpha_t, uniform_t, mask_t), (alpha_s, uniform_s, mask_s) = self._parts(t_B), self._parts(s_B)
+        left_B = alpha_t / alpha_s
+        new = ((now - left_B * before).clamp(min=0) for now, before in ((uniform_t, uniform_s), (mask_t, mask_s)))
+        return Kernel(left_B, torch.zeros_like(left_B), self._prior(*new))
+
+    def rate(self, t_B: Tensor) -> Kernel:
+        """alpha d/dt (U / alpha) and alpha d/dt (M / alpha), the rates into the vocabulary and into MASK."""
+        alpha_B, dalpha_B, share, none_B = self.schedule.alpha(t_B), self.schedule.dalpha(t_B), self.share, torch.zeros_like(t_B)
+        mixed_B, lost_B = alpha_B * share + (1 - alpha_B) * (1 - share), (1 - alpha_B) * (1 - share)
+        uniform_B = -dalpha_B * alpha_B * (share / mixed_B) ** 2
+        mask_B = -dalpha_B * lost_B * (2 * mixed_B - lost_B) / (alpha_B * mixed_B**2)
+        return Kernel(none_B, none_B, self._prior(uniform_B, mask_B))
