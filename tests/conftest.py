@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,20 @@ ALPHABET = "\n !,.:ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
 def make_model(
-    objective: str = "masked", *, window: int = 32, context: int = 8, alphabet: str = ALPHABET, **network: object
+    objective: str = "diffusion",
+    *,
+    noise: dict[str, Any] | None = None,
+    window: int = 32,
+    context: int = 8,
+    alphabet: str = ALPHABET,
+    **network: object,
 ) -> LanguageModel:
-    """A LanguageModel whose weights are random and far from the identity."""
+    """A LanguageModel whose weights are random and far from the identity. noise: as in config.json; semantic gets clusters."""
     tokenizer = Tokenizer.characters(alphabet)
-    attention = "full" if objective == "masked" else "causal"
+    noise = noise or {"process": "masked", "schedule": "linear"}
+    if noise["process"] == "semantic":
+        noise = {"clusters": [*(token % 5 for token in range(tokenizer.vocab_size)), 5]} | noise
+    attention = "full" if objective == "diffusion" else "causal"
     sizes = {"layers": 2, "heads": 2, "width": 32, "window": window, "attention": attention} | network
     config = TransformerConfig(vocab_size=tokenizer.vocab_size + 1, **sizes)  # type: ignore[arg-type]
     network_ = Transformer(config)
@@ -30,14 +40,15 @@ def make_model(
     with torch.no_grad():
         for parameter in network_.parameters():
             parameter.normal_(0.0, 0.2, generator=rng)
-    settings = ModelConfig(network=config, mask_token_id=tokenizer.mask_id, objective=objective, context=context)
-    return LanguageModel(network_.eval().requires_grad_(False), settings, tokenizer, name=f"tiny-{objective}")
+    settings = ModelConfig(network=config, mask_token_id=tokenizer.mask_id, objective=objective, noise=noise, context=context)
+    name = noise["process"] if objective == "diffusion" else objective
+    return LanguageModel(network_.eval().requires_grad_(False), settings, tokenizer, name=f"tiny-{name}")
 
 
 @pytest.fixture(scope="session")
 def masked_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoints") / "tiny-masked"
-    make_model("masked").save_pretrained(path)
+    make_model().save_pretrained(path)
     return path
 
 

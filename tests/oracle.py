@@ -6,7 +6,9 @@ Shapes: S = V^T sequences of the data vocabulary V (the mask is id V), T positio
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,23 +58,47 @@ class BayesDenoiser:
         return probs_BTV.clamp(min=1e-300).log()
 
 
+def dense(noise: Any, t: float | Tensor) -> Tensor:
+    """q(z_t | x), rows x, written out from the definition of each process in its docstring; (X, Z), or (B, X, Z) for times t_B."""
+    vocab, name = noise.vocab_size - 1, type(noise).__name__
+    one = torch.eye(vocab + 1, dtype=torch.float64)
+    uniform, mask = torch.zeros_like(one), torch.zeros_like(one)
+    uniform[:, :vocab], mask[:, vocab] = 1 / vocab, 1
+    alpha = noise.schedule.alpha(torch.as_tensor(t, dtype=torch.float64))[..., None, None]
+    if name == "MaskedNoise":
+        return alpha * one + (1 - alpha) * mask
+    if name == "UniformNoise":
+        return alpha * one + (1 - alpha) * uniform
+    if name == "HybridNoise":
+        part = ((alpha / (1 - alpha)).log() + math.log(noise.share / (1 - noise.share))).sigmoid()
+        return alpha * one + (1 - alpha) * (part * uniform + (1 - part) * mask)
+    cluster = torch.tensor(noise.clusters)
+    same = (cluster[:, None] == cluster).double()
+    near, far = alpha, 1 - (1 - alpha) ** noise.lead
+    prior = mask if noise.to == "mask" else uniform
+    return near * far * one + far * (1 - near) * same / same.sum(-1, keepdim=True) + (1 - far) * prior
+
+
+def dense_move(noise: Any, s: float, t: float) -> Tensor:
+    """q(z_t | z_s): the matrix M with q_s M = q_t."""
+    return torch.linalg.solve(dense(noise, s), dense(noise, t))
+
+
 class ReplacementBayes:
-    """The exact posteriors of a Tiny under any noise whose kernel is a dense matrix q_XZ(t); V + 1 columns.
+    """The exact posteriors of a Tiny under any noise whose kernels are dense matrices (B, X, Z) of the times; V + 1 columns.
 
     which: `leave-one-out` p(x_i | z without z_i), or `posterior` p(x_i | z).
     """
 
-    def __init__(self, tiny: Tiny, kernel_of: Callable[[float], Tensor], which: str = "leave-one-out") -> None:
-        self.tiny, self.kernel_of, self.which, self.calls = tiny, kernel_of, which, 0
+    def __init__(self, tiny: Tiny, kernels_of: Callable[[Tensor], Tensor], which: str = "leave-one-out") -> None:
+        self.tiny, self.kernels_of, self.which, self.calls = tiny, kernels_of, which, 0
 
     def __call__(self, z_BQ: Tensor, t_B: Tensor | None = None, **_: object) -> Tensor:
         assert t_B is not None
         self.calls += 1
         tiny = self.tiny
-        z_BT, times = z_BQ[:, : tiny.length], t_B.tolist()
-        kernels = {t: self.kernel_of(t) for t in set(times)}
-        q_BXZ = torch.stack([kernels[t] for t in times])
-        fits_BST = q_BXZ[torch.arange(len(times))[:, None, None], tiny.x_ST, z_BT[:, None]]  # q(z_i | x_i) for each sequence
+        z_BT, q_BXZ = z_BQ[:, : tiny.length], self.kernels_of(t_B)
+        fits_BST = q_BXZ[torch.arange(len(z_BT))[:, None, None], tiny.x_ST, z_BT[:, None]]  # q(z_i | x_i) for each sequence
         if self.which == "posterior":
             weight_BST = fits_BST.prod(-1, keepdim=True).expand_as(fits_BST)
         else:
@@ -82,6 +108,21 @@ class ReplacementBayes:
         weight_BST = weight_BST / weight_BST.sum(1, keepdim=True).clamp(min=1e-300)
         one_hot_STV = torch.nn.functional.one_hot(tiny.x_ST, tiny.vocab + 1).double()
         return torch.einsum("bst,stv->btv", weight_BST, one_hot_STV).clamp(min=1e-300).log()
+
+
+class Noted:
+    """A denoiser of any width whose guess depends on what it sees; remembers its calls."""
+
+    def __init__(self, vocab: int, window: int) -> None:
+        self.table_TV = 2 * torch.randn(window, vocab + 1, generator=torch.Generator().manual_seed(0))
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, z_BQ: Tensor, t_B: Tensor | None = None, **_: object) -> Tensor:
+        assert t_B is not None
+        self.seen.append((z_BQ.clone(), t_B.clone()))
+        shift_B = z_BQ.sum(-1) % self.table_TV.shape[1]
+        columns_V = torch.arange(self.table_TV.shape[1])
+        return self.table_TV[:, (columns_V - shift_B[:, None]) % len(columns_V)].transpose(0, 1)
 
 
 def total_variation(samples_NT: Tensor, tiny: Tiny) -> float:

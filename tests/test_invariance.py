@@ -17,6 +17,7 @@ from dlm.models.checkpoint import ModelConfig
 from dlm.models.transformer import Transformer, TransformerConfig
 from dlm.noise import loss
 from dlm.noise.masked import MaskedNoise
+from dlm.sampling import choice
 from dlm.text import Tokenizer
 
 WINDOW = 16
@@ -153,12 +154,22 @@ def test_the_loss_of_a_row_is_its_own(estimator: str) -> None:
         assert torch.allclose(alone, together[b : b + 1], rtol=1e-5), (estimator, b)
 
 
-def model(objective: str = "masked", context: int = 5, **changes: Any) -> LanguageModel:
-    attention = {"attention": "full" if objective == "masked" else "causal"}
+NOISES: dict[str, dict[str, Any]] = {
+    "masked": {"process": "masked"},
+    "uniform": {"process": "uniform"},
+    "hybrid": {"process": "hybrid", "share": 0.3},
+    "semantic": {"process": "semantic", "clusters": [*(token % 6 for token in range(VOCAB - 1)), 6]},
+}
+
+
+def model(kind: str = "masked", context: int = 5, **changes: Any) -> LanguageModel:
+    """kind: a noise, or `autoregressive`."""
+    attention = {"attention": "causal" if kind == "autoregressive" else "full"}
     made = network(0.4, **(attention | changes))
     with torch.no_grad():
         made.head.weight *= 2  # a network with opinions: the text depends on what is read
-    config = ModelConfig(made.config, MASK, objective=objective, context=context)
+    noise, objective = NOISES.get(kind, NOISES["masked"]), kind if kind == "autoregressive" else "diffusion"
+    config = ModelConfig(made.config, MASK, objective=objective, noise=noise, context=context)
     return LanguageModel(made, config, TOKENIZER, name="tiny")
 
 
@@ -167,21 +178,29 @@ SAMPLERS: list[tuple[str, dict[str, Any]]] = [
     ("masked", {"sampler": "ancestral", "steps": 6}),
     ("masked", {"sampler": "ancestral", "steps": 40}),
     ("masked", {"sampler": "topk", "steps": 6}),
-    ("masked", {"sampler": "confidence", "steps": 6, "threshold": 0.2}),
+    ("masked", {"sampler": "confidence:0.2", "steps": 6}),
     ("masked", {"sampler": "ancestral", "steps": 6, "top_k": 5, "top_p": 0.9}),
+    ("masked", {"sampler": "predictor-corrector:0.5", "steps": 6}),
+    ("uniform", {"sampler": "ancestral", "steps": 6}),
+    ("uniform", {"sampler": "worst:3", "steps": 6, "greedy_tail": 2}),
+    ("uniform", {"sampler": "refine", "steps": 20, "until_settled": 1}),
+    ("hybrid", {"sampler": "predictor-corrector", "steps": 6, "top_p": 0.9}),
+    ("hybrid", {"sampler": "worst", "steps": 6}),
+    ("semantic", {"sampler": "entropy-bound:2", "steps": 6}),
     ("autoregressive", {}),
     ("autoregressive", {"cache": False, "top_p": 0.8}),
 ]
 
 
-@pytest.mark.parametrize(("objective", "options"), SAMPLERS, ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else x)
+@pytest.mark.parametrize(("kind", "options"), SAMPLERS, ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else x)
 @pytest.mark.parametrize("layout", [{"max_new_tokens": 21}, {"length": 37}])
-def test_a_prompt_is_answered_the_same_alone_and_among_others(objective: str, options: dict[str, Any], layout: dict[str, int]) -> None:
-    made = model(objective)
+def test_a_prompt_is_answered_the_same_alone_and_among_others(kind: str, options: dict[str, Any], layout: dict[str, int]) -> None:
+    made = model(kind)
     together = made.generate(PROMPTS, seed=11, temperature=1.0, **layout, **options)
     alone = [made.generate(prompt, seed=11 + i, temperature=1.0, **layout, **options) for i, prompt in enumerate(PROMPTS)]
     assert [g.text for g in together] == [g.text for g in alone]
     assert [(g.seed, g.tokens) for g in together] == [(g.seed, g.tokens) for g in alone]
+    assert [(g.steps_saved, g.expected_edits) for g in together] == [(g.steps_saved, pytest.approx(g.expected_edits)) for g in alone]
     fewer = made.generate(PROMPTS[2:], seed=13, temperature=1.0, **layout, **options)
     assert [g.text for g in fewer] == [g.text for g in together[2:]]
     assert all(g.text.startswith(prompt) for prompt, g in zip(PROMPTS, together, strict=True))
@@ -204,10 +223,10 @@ def test_the_answer_depends_on_the_prompt_and_on_the_suffix() -> None:
     assert len(ends) == 3
 
 
-@pytest.mark.parametrize("objective", ["masked", "autoregressive"])
+@pytest.mark.parametrize("kind", ["masked", "uniform", "hybrid", "autoregressive"])
 @pytest.mark.parametrize("prompt", ["[MASK]", "█", "██ a █", "_", "a[MASK]█"])
-def test_a_prompt_that_looks_like_a_mask_is_text(objective: str, prompt: str) -> None:
-    made = model(objective)
+def test_a_prompt_that_looks_like_a_mask_is_text(kind: str, prompt: str) -> None:
+    made = model(kind)
     canvas = made.canvas(prompt, max_new_tokens=6)
     assert canvas.tokens_BT[0, : len(prompt)].tolist() == TOKENIZER.encode(prompt)
     assert (canvas.tokens_BT[0, : len(prompt)] != MASK).all()
@@ -229,19 +248,22 @@ def test_a_mask_character_in_a_template_is_text_and_an_underscore_is_a_hole() ->
 
 def test_generated_text_never_holds_the_mask_id() -> None:
     """The mask has the highest logit of all and still is no text."""
-    for objective in ("masked", "autoregressive"):
-        made = model(objective)
+    for kind in (*NOISES, "autoregressive"):
+        made = model(kind)
         made.network.head.weight[MASK] = 10 * made.network.head.weight.abs().max()
-        for sampler in ("ancestral", "topk", "confidence") if objective == "masked" else (None,):
+        words = (None,) if kind == "autoregressive" else choice.UNMASKING if kind == "masked" else choice.REPLACING
+        for sampler in words:
             generation = made.generate(["", "abc"], max_new_tokens=30, seed=0, sampler=sampler)
             assert all((g.trajectory.current_BT[g.row] != MASK)[g.trajectory.valid_BT[g.row]].all() for g in generation)
 
 
-def test_stream_and_generate_are_the_same_run() -> None:
-    made = model()
+@pytest.mark.parametrize("kind", ["masked", "hybrid"])
+def test_stream_and_generate_are_the_same_run(kind: str) -> None:
+    made = model(kind)
     frames = list(made.stream(["ab", "the fox"], seed=4, max_new_tokens=20, steps=5))
     generations = made.generate(["ab", "the fox"], seed=4, max_new_tokens=20, steps=5)
-    assert len(frames) == generations[0].steps == len(generations[0].trajectory) - 1
-    for frame, kept in zip(frames, list(generations[0].trajectory.frames())[1:], strict=True):
+    noise = kind != "masked"  # replacement noise begins with a frame of itself, which is the start of the trajectory
+    assert len(frames) - noise == generations[0].steps == len(generations[0].trajectory) - 1
+    for frame, kept in zip(frames, list(generations[0].trajectory.frames())[1 - noise :], strict=True):
         assert torch.equal(frame.tokens_BT, kept.tokens_BT) and torch.equal(frame.settled_BT, kept.settled_BT)
     assert made.decode(frames[-1], 1) == generations[1].text

@@ -73,7 +73,7 @@ def test_the_streamer_of_transformers_works(masked_dir: Path, capsys: pytest.Cap
     assert result.text.replace("\n", "") in capsys.readouterr().out.replace("\n", "")
 
 
-@pytest.mark.parametrize("objective", ["masked", "autoregressive"])
+@pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
 def test_save_and_load_round_trip(tmp_path: Path, objective: str) -> None:
     model = make_model(objective)
     model.save_pretrained(tmp_path / "copy")

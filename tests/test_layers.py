@@ -27,7 +27,8 @@ ALLOWED = {
     "train": LEVEL0 | {"noise", "models", "convert", "text"},
     "viz": {"trajectory"},
     "recipes": {"train", "models", "noise"},
-    "language_model": LEVEL0 | {"models", "noise", "sampling", "text"},
+    "generation": LEVEL0 | {"sampling", "language_model"},  # the model by its name alone
+    "language_model": LEVEL0 | {"models", "noise", "sampling", "text", "generation"},
     "serve": LEVEL0 | {"sampling", "text", "language_model"},
 }
 TOP = {"__init__", "__main__", "cli"}

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dlm.errors import InputError
+from dlm.generation import Generation, Run
 from dlm.models import checkpoint
 from dlm.models.checkpoint import ModelConfig
 from dlm.models.transformer import Transformer
@@ -30,36 +29,6 @@ from dlm.text import Tokenizer
 from dlm.trajectory import Canvas, Frame, Trajectory
 
 HOLE = re.compile(r"\\_|_|[^_\\]+|\\")
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One generated text and what it took. tokens and tokens_per_forward count what was generated, not the prompt;
-    forwards counts network calls, each shared by the whole batch. With until_settled: steps_saved, and expected_edits, how many of
-    the tokens the model itself expects that the saved steps would have changed."""
-
-    text: str
-    tokens: int
-    seconds: float
-    forwards: int
-    tokens_per_forward: float
-    steps: int
-    sampler: str
-    seed: int
-    model: str
-    trajectory: Trajectory = field(repr=False, compare=False)
-    row: int = 0
-    steps_saved: int | None = None
-    expected_edits: float | None = None
-
-    def __str__(self) -> str:
-        return self.text
-
-    def record(self) -> dict[str, Any]:
-        """The figures, as `dlm generate --json` prints them."""
-        names = ("text", "tokens", "seconds", "forwards", "tokens_per_forward", "steps", "sampler", "seed", "model")
-        adaptive = ("steps_saved", "expected_edits") if self.steps_saved is not None else ()
-        return {name: getattr(self, name) for name in (*names, *adaptive)}
 
 
 class LanguageModel:
@@ -120,6 +89,11 @@ class LanguageModel:
     @property
     def is_diffusion(self) -> bool:
         return self.config.objective != "autoregressive"
+
+    @property
+    def default_sampler(self) -> str:
+        """The sampler used when none is asked for."""
+        return str(self.defaults.get("sampler", "ancestral")) if self.is_diffusion else "autoregressive"
 
     @property
     def window(self) -> int:
@@ -208,7 +182,7 @@ class LanguageModel:
                 raise InputError(f"{self.name} is autoregressive: {what} needs a diffusion model")
             make = self.network.cache if cache else None
             return AutoregressiveSampler(self.network, self.tokenizer.mask_id, self.window, make, draw, self.context, self.name)
-        word = sampler or self.defaults.get("sampler", "ancestral")
+        word = sampler or self.default_sampler
         budget = self.defaults.get("steps", self.window) if steps is None else steps
         rule = choice.make(word, draw, self.noise, greedy_tail)
         return DiffusionSampler(self.network, self.noise, self.window, rule, budget, self.context, self.name, until_settled)
@@ -248,53 +222,22 @@ class LanguageModel:
         """
         layout = {k: options.pop(k) for k in ("length", "max_new_tokens", "suffix", "template") if k in options}
         canvas = self.canvas(prompt, **layout)
-        rows, free_BT = len(canvas.tokens_BT), canvas.free_BT
-        if streamer is not None and rows > 1:
+        if streamer is not None and len(canvas.tokens_BT) > 1:
             raise InputError("a streamer takes one prompt at a time")
-        sampler = self.sampler(**options)
-        word = options.get("sampler") or (self.defaults.get("sampler", "ancestral") if self.is_diffusion else "autoregressive")
-        trajectory = self.trajectory(canvas, seed=seed, sampler=word)
-        if streamer is not None and bool((~free_BT[0]).any()):
-            streamer.put(canvas.tokens_BT[0][: int(free_BT[0].int().argmax())])
-        begin, frame = time.perf_counter(), None
-        for frame in sampler.steps(canvas.to(self.network.device), rng=generators(seed, rows)):
-            trajectory.append(frame)
+        run = Run(self, canvas, seed, options)
+        first = int(canvas.free_BT[0].int().argmax())
+        if streamer is not None and bool((~canvas.free_BT[0]).any()):
+            streamer.put(canvas.tokens_BT[0][:first])
+        while (frame := run.step()) is not None:
             if streamer is not None and hasattr(streamer, "put_draft"):
-                streamer.put_draft(trajectory.current_BT[0])
+                streamer.put_draft(run.trajectory.current_BT[0])
             if callback is not None:
-                callback(trajectory, frame)
-        seconds = time.perf_counter() - begin
+                callback(run.trajectory, frame)
         if streamer is not None:
-            streamer.put(trajectory.current_BT[0][int(free_BT[0].int().argmax()) :])
+            streamer.put(run.trajectory.current_BT[0][first:])
             streamer.end()
-        results = self._results(trajectory, canvas, seconds, word, seed, frame)
+        results = run.results()
         return results[0] if isinstance(prompt, str) else results
-
-    def _results(self, trajectory: Trajectory, canvas: Canvas, seconds: float, word: str, seed: int, last: Frame | None) -> list[Generation]:
-        results = []
-        saved_B, doubt_B = (last.saved_B, last.doubt_B) if last is not None else (None, None)
-        for row in range(len(canvas.tokens_BT)):
-            ids = trajectory.current_BT[row][canvas.valid_BT[row]].tolist()
-            new = int(canvas.free_BT[row].sum())
-            forwards = trajectory.forwards[-1]
-            results.append(
-                Generation(
-                    text=self.tokenizer.decode(ids),
-                    tokens=new,
-                    seconds=seconds,
-                    forwards=forwards,
-                    tokens_per_forward=new / max(1, forwards),
-                    steps=len(trajectory) - 1,
-                    sampler=word,
-                    seed=seed + row,
-                    model=self.name,
-                    trajectory=trajectory,
-                    row=row,
-                    steps_saved=None if saved_B is None else int(saved_B[row]),
-                    expected_edits=None if doubt_B is None else float(doubt_B[row]),
-                )
-            )
-        return results
 
     def predict(self, z_BT: Tensor, t_B: Tensor) -> Tensor:
         """Logits (B, T, V) in float32, as the bounds of `dlm.noise.loss` want them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 
 from dlm.errors import InputError
 from dlm.models.transformer import TransformerConfig
@@ -23,7 +24,28 @@ def shakespeare_ar() -> TrainConfig:
     return TrainConfig(data=SHAKESPEARE, network=network, objective="autoregressive", steps=1570)
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {"shakespeare-mask": shakespeare_mask, "shakespeare-ar": shakespeare_ar}
+def shakespeare_uniform() -> TrainConfig:
+    """900 steps of uniform noise on top of `shakespeare-mask`, half an hour of one core."""
+    return TrainConfig(data=SHAKESPEARE, init="shakespeare-mask", noise="uniform", steps=900, eval_every=200)
+
+
+def shakespeare_semantic() -> TrainConfig:
+    """The same with semantic noise: first to a character of the same class, then to any."""
+    return replace(shakespeare_uniform(), noise="semantic", clusters="classes")
+
+
+def shakespeare_hybrid() -> TrainConfig:
+    """The same with masks and replacements, half and half at alpha = 1/2."""
+    return replace(shakespeare_uniform(), noise="hybrid:0.5")
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "shakespeare-mask": shakespeare_mask,
+    "shakespeare-ar": shakespeare_ar,
+    "shakespeare-uniform": shakespeare_uniform,
+    "shakespeare-semantic": shakespeare_semantic,
+    "shakespeare-hybrid": shakespeare_hybrid,
+}
 
 
 def find(name: str) -> TrainConfig:

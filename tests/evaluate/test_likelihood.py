@@ -29,25 +29,15 @@ def test_the_bound_of_the_bayes_denoiser_is_the_entropy(estimator: str) -> None:
     assert result.bits_per_char == pytest.approx(result.nats_per_token / math.log(2))
 
 
-def test_the_continuous_estimator_has_heavier_tails_than_its_stated_error_knows() -> None:
-    """Its weight 1/t has infinite variance at t = 0: why `any-order` is the default."""
+@pytest.mark.parametrize("estimator", ["any-order", "continuous"])
+def test_the_stated_error_is_the_spread_over_seeds(estimator: str) -> None:
     tiny = Tiny(3, 3, seed=2)
     noise, windows = MaskedNoise(4, 3), _windows(tiny, 100)
-
-    def spread(estimator: str) -> float:
-        runs = [likelihood.evaluate(noise, BayesDenoiser(tiny), windows, characters=300, estimator=estimator, seed=s) for s in range(40)]
-        return torch.tensor([r.nats_per_token for r in runs]).std().item()
-
-    assert spread("continuous") > 1.5 * spread("any-order")
-
-
-def test_the_stated_error_is_the_spread_over_seeds() -> None:
-    tiny = Tiny(3, 3, seed=2)
-    noise, windows = MaskedNoise(4, 3), _windows(tiny, 100)
-    runs = [likelihood.evaluate(noise, BayesDenoiser(tiny), windows, characters=300, seed=s) for s in range(60)]
+    runs = [likelihood.evaluate(noise, BayesDenoiser(tiny), windows, characters=300, estimator=estimator, seed=seed) for seed in range(60)]
     spread = torch.tensor([r.nats_per_token for r in runs]).std().item()
-    stated = sum(r.stderr for r in runs) / len(runs)
-    assert 0.5 * stated < spread < 1.25 * stated  # stratified levels may lower the true error, never raise it
+    stated = torch.tensor([r.stderr for r in runs])
+    assert 0.5 * float(stated.mean()) < spread < 1.25 * float(stated.mean())  # stratified levels may lower the true error, never raise it
+    assert float(stated.max()) < 1.5 * float(stated.median())  # no run meets a weight that the others have not seen
 
 
 def test_autoregressive_is_exact_and_counts_characters() -> None:

@@ -249,7 +249,9 @@ def test_a_config_that_is_no_text_is_told(saved: Path) -> None:
     assert "damaged" in told(saved)
 
 
-@pytest.mark.parametrize("noise", [{"process": "masked"}, {"process": "masked", "schedule": "steep"}, [], {"schedule": 3}])
+@pytest.mark.parametrize(
+    "noise", [{"process": "magic"}, {"process": "masked", "schedule": "steep"}, [3], {"schedule": 3}, {"process": "semantic"}]
+)
 def test_an_unknown_noise_is_told(saved: Path, noise: Any) -> None:
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"noise": noise}))

@@ -18,12 +18,12 @@ from dlm.errors import InputError
 from dlm.noise import schedule
 from dlm.noise.masked import MaskedNoise
 from dlm.protocols import Rule
-from dlm.sampling import rules
+from dlm.sampling import choice
 from dlm.sampling.diffusion import DiffusionSampler
 from dlm.sampling.draw import Draw, generators
 from dlm.sampling.rules import Ancestral, Threshold, TopConfidence
 from dlm.trajectory import Canvas, Frame
-from oracle import BayesDenoiser, Tiny, chi_square_p, total_variation
+from oracle import BayesDenoiser, Noted, Tiny, chi_square_p, total_variation
 
 ROWS = 4000
 TINY = Tiny(3, 3, seed=0)
@@ -206,21 +206,6 @@ def test_threshold_draws_its_law(threshold: float, steps: int) -> None:
         assert distance(law_S, TINY) == pytest.approx(distance(ancestral_law(TINY, 1), TINY))
 
 
-class Noted:
-    """A denoiser of any width whose guess depends on what it sees; remembers its calls."""
-
-    def __init__(self, vocab: int, window: int) -> None:
-        self.table_TV = 2 * torch.randn(window, vocab + 1, generator=torch.Generator().manual_seed(0))
-        self.seen: list[tuple[Tensor, Tensor]] = []
-
-    def __call__(self, z_BQ: Tensor, t_B: Tensor | None = None, **_: object) -> Tensor:
-        assert t_B is not None
-        self.seen.append((z_BQ.clone(), t_B.clone()))
-        shift_B = z_BQ.sum(-1) % self.table_TV.shape[1]
-        columns_V = torch.arange(self.table_TV.shape[1])
-        return self.table_TV[:, (columns_V - shift_B[:, None]) % len(columns_V)].transpose(0, 1)
-
-
 def run(rule: Rule, steps: int, rows: list[list[int | None]], seed: int = 0, window: int = 12) -> tuple[Noted, list[Frame]]:
     denoiser = Noted(5, window)
     sampler = DiffusionSampler(denoiser, MaskedNoise(6, 5), window, rule, steps, model="noted")
@@ -303,9 +288,9 @@ def test_the_same_seed_gives_the_same_frames_and_another_does_not() -> None:
 
 def test_words_become_rules_and_errors_are_told() -> None:
     draw = Draw(0.5)
-    assert [rules.make(word, draw, 0.8) for word in rules.RULES] == [Ancestral(draw), TopConfidence(draw), Threshold(0.8, draw)]
-    with pytest.raises(InputError, match="known: ancestral, topk, confidence"):
-        rules.make("magic", draw)
+    words = ("ancestral", "topk", "confidence", "confidence:0.7")
+    made = [choice.make(word, draw, noise_of(TINY)) for word in words]
+    assert made == [Ancestral(draw), TopConfidence(draw), Threshold(0.9, draw), Threshold(0.7, draw)]
     for wrong in (0.0, -0.1, 1.1, float("nan")):
         with pytest.raises(InputError, match="threshold"):
             Threshold(wrong)

@@ -31,7 +31,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
-@pytest.mark.parametrize("kind", ["masked", "autoregressive"])
+@pytest.mark.parametrize("kind", ["diffusion", "autoregressive"])
 def test_learns_a_periodic_text(tmp_path: Path, kind: str) -> None:
     """Of a window of abab... only the first letter is news: log 2 over 16 tokens."""
     (tmp_path / "text.txt").write_text("ab" * 1500)
@@ -190,12 +190,19 @@ def test_a_preview_may_hold_anything(text: Path, tmp_path: Path) -> None:
         ("val_fraction=1", "val_fraction must lie between 0 and 1"),
         ("decay_share=2", "decay_share must lie in 0 .. 1"),
         ("context=32", "context 32 must lie in 0 .. 31"),
-        ("objective=magic", "unknown objective 'magic'; known: masked, autoregressive"),
+        ("objective=magic", "unknown objective 'magic'; known: diffusion, autoregressive"),
         ("objective=autoregressive", "--set attention=causal"),
         ("estimator=magic", "unknown estimator 'magic'"),
         ("noise_schedule=magic", "unknown noise schedule 'magic'"),
-        ("noise_schedule=geometric:1e-4,20", "does not run from 1 to 0"),
-        ("time_conditioning=true", "needs --set estimator=continuous"),
+        ("estimator=any_order noise_schedule=geometric:1e-4,20", "does not run from 1 to 0"),
+        ("estimator=any_order time_conditioning=true", "needs --set estimator=continuous"),
+        ("estimator=any_order noise=uniform", "uniform noise has no any-order form: --set estimator=continuous"),
+        ("noise=magic", "unknown noise 'magic'; known: masked, uniform, semantic, hybrid"),
+        ("noise=uniform:2", "uniform noise has no setting, got 'uniform:2'"),
+        ("noise=hybrid:x", "'x' is no number"),
+        ("noise=semantic", "needs --set clusters=classes, MODEL:COUNT or a JSON file"),
+        ("noise=uniform clusters=classes", "semantic noise, and no other"),
+        ("head=odd", "unknown head 'odd'; known: leave-one-out, posterior"),
         ("mlp=magic", "unknown mlp"),
         ("heads=0", "--set heads=0"),
         ("kv_heads=3", "--set kv_heads=3: 2 heads need"),
@@ -203,7 +210,7 @@ def test_a_preview_may_hold_anything(text: Path, tmp_path: Path) -> None:
 )
 def test_settings_that_cannot_be(word: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
-        tiny.CONFIG.with_settings([word])
+        tiny.CONFIG.with_settings(word.split())
     assert "\n" not in str(error.value)
 
 

@@ -165,6 +165,6 @@ def test_rows_are_corrupted_as_in_the_whole_batch() -> None:
         share = math.ceil(6 / ranks)
         for rank in range(ranks):
             own = slice(rank * share, (rank + 1) * share)
-            noise = RowsOf(plain.vocab_size, plain.mask_id, plain.schedule, batch=6, own=own)
+            noise = RowsOf(plain, batch=6, own=own)
             for part, expected in zip(draw(noise, own), whole, strict=True):
                 assert torch.equal(part, expected[own])

@@ -90,6 +90,16 @@ def test_what_cannot_be_resumed(text: Path, tmp_path: Path) -> None:
         tiny.run(text, tmp_path / "run", resume=True)
 
 
+def saved_step(file: Path) -> int:
+    """The step of the last save, which may be replaced while it is read: torch opens the file a second time by its name."""
+    for _ in range(100):
+        try:
+            return int(state.read_meta(file)["step"])
+        except RuntimeError:
+            time.sleep(0.001)
+    raise AssertionError(f"{file} cannot be read")
+
+
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["dlm.train.loop", "torch._dynamo"])  # torch is loaded once, not by every process that is killed
 
@@ -101,7 +111,7 @@ def test_killed_at_any_moment(text: Path, tmp_path: Path) -> None:
     while kills < 8 and step < 60:
         process = FORK.Process(target=tiny.run, args=(text, out, *settings), kwargs=options)
         process.start()
-        while not file.is_file() or state.read_meta(file)["step"] == step:
+        while not file.is_file() or saved_step(file) == step:
             assert process.is_alive()
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.04))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dlm.noise import loss
-from dlm.noise.masked import MaskedNoise
+from dlm.protocols import NoiseProcess
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,15 @@ class Mean:
 
 
 @torch.no_grad()
-def judge_bits(noise: MaskedNoise, predict: loss.Predict, samples_NT: Tensor, *, batch: int = 32) -> Mean:
-    """Bits per token of the samples under an autoregressive judge with the same vocabulary (exact likelihood)."""
+def judge_bits_each(noise: NoiseProcess, predict: loss.Predict, samples_NT: Tensor, *, batch: int = 32) -> Tensor:
+    """Bits per token of every sample under an autoregressive judge with the same vocabulary (exact likelihood). (N,)"""
     parts = [loss.autoregressive(noise, predict, x, torch.ones_like(x, dtype=torch.bool)) for x in torch.split(samples_NT, batch)]
-    return Mean.of(torch.cat(parts) / samples_NT.shape[1] / math.log(2))
+    return torch.cat(parts) / samples_NT.shape[1] / math.log(2)
+
+
+def judge_bits(noise: NoiseProcess, predict: loss.Predict, samples_NT: Tensor, *, batch: int = 32) -> Mean:
+    """Mean of `judge_bits_each`."""
+    return Mean.of(judge_bits_each(noise, predict, samples_NT, batch=batch))
 
 
 def unigram_entropy(samples_NT: Tensor) -> float:

@@ -17,8 +17,10 @@ from torch import Tensor
 from dlm.errors import InputError
 from dlm.noise import loss
 from dlm.noise.masked import MaskedNoise
+from dlm.noise.replacement import ReplacementNoise
+from dlm.protocols import NoiseProcess
 
-ESTIMATORS = ("any-order", "continuous", "discrete")
+ESTIMATORS = ("auto", "any-order", "counted", "continuous", "discrete")
 
 
 @dataclass(frozen=True)
@@ -42,25 +44,32 @@ class Likelihood:
 
 @torch.no_grad()
 def evaluate(
-    noise: MaskedNoise,
+    noise: NoiseProcess,
     predict: loss.Predict,
     windows_WT: Tensor,
     *,
     characters: int,
-    estimator: str = "any-order",
+    estimator: str = "auto",
     passes: int = 4,
     steps: int = 256,
     seed: int = 0,
     batch: int = 32,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Likelihood:
-    """Average over all windows; `passes` independent draws of masks each. estimator `autoregressive` is exact.
+    """Average over all windows; `passes` independent draws of masks each. estimator `autoregressive` is exact;
+    `auto` is any-order for masks, else counted.
 
     characters: how many the windows spell. progress is told the rows done. InputError for an unknown estimator.
     """
     exact = estimator == "autoregressive"
     if not exact and estimator not in ESTIMATORS:
         raise InputError(f"unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
+    if estimator == "any-order" and not isinstance(noise, MaskedNoise):
+        raise InputError("only masked noise has an any-order form: use --estimator counted")
+    if estimator == "counted" and not isinstance(noise, ReplacementNoise):
+        raise InputError("only replacement noise has a counted form: use --estimator any-order")
+    if estimator == "auto":
+        estimator = "any-order" if isinstance(noise, MaskedNoise) else "counted"
     if not exact and passes < 2:
         raise InputError("the error of a Monte-Carlo estimate needs at least 2 passes")
     passes = 1 if exact else passes
@@ -76,8 +85,10 @@ def evaluate(
             t_B = (offset_W[begin : begin + batch] + r / passes) % 1.0
             if exact:
                 nats_B = loss.autoregressive(noise, predict, x_BT, free_BT)
-            elif estimator == "any-order":
+            elif estimator == "any-order" and isinstance(noise, MaskedNoise):
                 nats_B = loss.any_order(noise, predict, x_BT, free_BT, rng, t_B)
+            elif estimator == "counted" and isinstance(noise, ReplacementNoise):
+                nats_B = loss.counted(noise, predict, x_BT, free_BT, rng, t_B)
             elif estimator == "continuous":
                 nats_B = loss.continuous(noise, predict, x_BT, free_BT, rng, t_B)
             else:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlm.noise.masked import MaskedNoise
+from dlm.noise.replacement import ReplacementNoise
 from dlm.protocols import NoiseProcess
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -86,6 +87,22 @@ def any_order(
     t_B = count_B / free_B.clamp(min=1)
     nll_BT = noise.cross_entropy(noise.log_probs(predict(z_BT, t_B), z_BT, t_B), x_BT, z_BT)
     return nll_BT.sum(-1) * free_B / count_B.clamp(min=1)  # a row with nothing to predict costs nothing
+
+
+def counted(
+    noise: ReplacementNoise, predict: Predict, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, u_B: Tensor | None = None
+) -> Tensor:
+    """The continuous bound of replacement noise with the number of noised positions drawn first, uniform on 0..n. (B,) nats.
+
+    What `any_order` is for masks: the weight 1/t of a noised position becomes about n/k, and the spread of k at a given t is gone.
+    For a schedule from 1 to 0.
+    """
+    u_B = draw_levels(len(x_BT), rng) if u_B is None else u_B
+    free_B = free_BT.sum(-1)
+    count_B = torch.minimum((u_B * (free_B + 1)).floor().long(), free_B)
+    z_BT, t_B, weight_B = noise.corrupt_count(x_BT, count_B, free_BT, rng)
+    logp_BTV = noise.log_probs(predict(z_BT, t_B), z_BT, t_B)
+    return weight_B * (noise.nelbo(logp_BTV, x_BT, z_BT, t_B) * free_BT).sum(-1)
 
 
 def autoregressive(noise: NoiseProcess, predict: Predict, x_BT: Tensor, free_BT: Tensor) -> Tensor:

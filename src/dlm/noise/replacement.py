@@ -117,6 +117,35 @@ class ReplacementNoise(ABC):
         u_BT = torch.rand(x_BT.shape, generator=rng, device=x_BT.device, dtype=t_B.dtype)
         return self._draw(self.kernel(t_B), x_BT, u_BT)
 
+    def corrupt_count(self, x_BT: Tensor, count_B: Tensor, free_BT: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise on a random set of exactly count_B free positions, at a level that fits: (z_BT, t_B, weight_B) for `loss.counted`.
+
+        With k of n positions noised (a noised one may draw its own token again), their share kappa is Beta(k + 1, n - k + 1); it is
+        drawn from Beta(k, n - k + 1), the k-th smallest of n uniforms, and the weight holds the quotient of the two.
+        """
+        kind = torch.float32 if x_BT.device.type == "mps" else torch.float64
+        order_BT, u_BT, first_B = (
+            torch.rand(shape, generator=rng, device=x_BT.device, dtype=kind) for shape in (x_BT.shape, x_BT.shape, x_BT.shape[:1])
+        )
+        free_B, order_BT = free_BT.sum(-1), order_BT.masked_fill(~free_BT, 2.0)
+        noised_BT = order_BT.argsort(-1).argsort(-1) < count_B[:, None]
+        kth_B = order_BT.sort(-1).values.gather(1, (count_B - 1).clamp(min=0)[:, None]).squeeze(1)
+        share_B = torch.where(count_B > 0, kth_B, 1 - (1 - first_B) ** (1 / (free_B + 1))).clamp(1e-9, 1 - 1e-6)
+        t_B = self._level(share_B)
+        kernel, rate = self.kernel(t_B), self.rate(t_B)
+        z_BT = torch.where(noised_BT, self._draw(kernel, x_BT, kernel.keep_B[:, None] + u_BT * (1 - kernel.keep_B[:, None])), x_BT)
+        slope_B = kernel.keep_B * (rate.local_B + rate.prior_BV.sum(-1))  # d kappa / dt
+        return z_BT, t_B, torch.where(count_B > 0, share_B * (free_B + 1) / count_B.clamp(min=1), 1.0) / slope_B
+
+    def _level(self, share_B: Tensor) -> Tensor:
+        """The t at which that share is not kept, by bisection."""
+        low_B, high_B = torch.zeros_like(share_B), torch.ones_like(share_B)
+        for _ in range(60):
+            middle_B = (low_B + high_B) / 2
+            below_B = 1 - self.kernel(middle_B).keep_B < share_B
+            low_B, high_B = torch.where(below_B, middle_B, low_B), torch.where(below_B, high_B, middle_B)
+        return high_B
+
     def renoise(self, z_BT: Tensor, s_B: Tensor, t_B: Tensor, u_BT: Tensor) -> Tensor:
         """Draw z_t given z_s, s <= t. int64 (B, T)."""
         return self._draw(self.between(s_B, t_B), z_BT, u_BT)

@@ -82,7 +82,8 @@ class DiffusionSampler:
 
         def frame(level_B: Tensor) -> Frame:
             adaptive = (saved_B.clone(), doubt_B.clone()) if self.until_settled else (None, None)
-            return Frame(z_BL[:, :length].clone(), ~open_BL[:, :length], level_B, self.model, forwards, *adaptive)
+            tokens_BL = torch.where(canvas.valid_BT, z_BL[:, :length], canvas.tokens_BT)  # padding is no text
+            return Frame(tokens_BL, ~open_BL[:, :length], level_B, self.model, forwards, *adaptive)
 
         if not masked:
             yield frame(torch.ones(rows, dtype=torch.float64, device=device))

@@ -24,7 +24,7 @@ class TrainConfig:
     noise_schedule: str = "linear"
     clusters: str = ""  # of semantic noise: classes | MODEL:COUNT (k-means of its output embedding) | a JSON file
     head: str = "leave-one-out"  # what the network gives under replacement noise: leave-one-out | posterior
-    estimator: str = "auto"  # any_order (masked noise without time) | continuous | auto: the first where it applies
+    estimator: str = "auto"  # any_order (masks, no time input) | counted (replacement) | continuous | auto: the first that applies
     init: str = ""  # a checkpoint of the same shape to begin with, instead of fresh weights
     context: int = 64
     context_share: float = 0.5  # share of training windows whose first `context` tokens are given
@@ -57,17 +57,17 @@ class TrainConfig:
             raise InputError(f"unknown objective {self.objective!r}; known: diffusion, autoregressive")
         if self.objective == "autoregressive" and self.network.attention != "causal":
             raise InputError("an autoregressive network that sees the future learns nothing: --set attention=causal")
-        if self.estimator not in ("auto", "any_order", "continuous"):
-            raise InputError(f"unknown estimator {self.estimator!r}; known: auto, any_order, continuous")
+        if self.estimator not in ("auto", "any_order", "counted", "continuous"):
+            raise InputError(f"unknown estimator {self.estimator!r}; known: auto, any_order, counted, continuous")
         if self.head not in HEADS:
             raise InputError(f"unknown head {self.head!r}; known: {', '.join(HEADS)}")
         if (self.noise.partition(":")[0] == "semantic") != bool(self.clusters):
             raise InputError("semantic noise, and no other, needs --set clusters=classes, MODEL:COUNT or a JSON file")
-        if self.estimator == "any_order" and self.noise != "masked":
-            raise InputError(f"{self.noise} noise has no any-order form: --set estimator=continuous")
+        if self.estimator == ("counted" if self.noise == "masked" else "any_order"):
+            raise InputError(f"{self.noise} noise has no estimator {self.estimator}: --set estimator=auto")
         if self.estimator == "any_order" and self.network.time_conditioning:
             raise InputError("a network with time_conditioning needs --set estimator=continuous")
-        if self.estimator == "any_order" and not self._ends_exactly:
+        if self.estimator in ("any_order", "counted") and not self._ends_exactly:
             raise InputError(f"the {self.noise_schedule} schedule does not run from 1 to 0: --set estimator=continuous")
         if not 0 <= self.context < self.network.window:
             raise InputError(f"context {self.context} must lie in 0 .. {self.network.window - 1}, below the window")
@@ -93,10 +93,13 @@ class TrainConfig:
         return self.noise_schedule.partition(":")[0] not in ("geometric", "log-linear")
 
     @property
-    def any_order(self) -> bool:
-        """Whether the bound is estimated with the time integrated out."""
-        applies = self.noise == "masked" and not self.network.time_conditioning and self._ends_exactly
-        return self.estimator == "any_order" or (self.estimator == "auto" and applies)
+    def estimate(self) -> str:
+        """The function of `dlm.noise.loss` that estimates the bound."""
+        if self.estimator != "auto":
+            return self.estimator
+        if not self._ends_exactly or (self.noise == "masked" and self.network.time_conditioning):
+            return "continuous"
+        return "any_order" if self.noise == "masked" else "counted"
 
     def with_settings(self, settings: list[str]) -> TrainConfig:
         """Apply `key=value` words together, in any order; InputError for an unknown key or a value that cannot be."""

@@ -42,9 +42,7 @@ class Learner:
     Of every batch a process takes the rows `own`; what is drawn does not depend on how many there are.
     """
 
-    def __init__(
-        self, config: TrainConfig, network: TransformerConfig, noise: Process, stream: Stream, accelerator: Accelerator
-    ) -> None:
+    def __init__(self, config: TrainConfig, network: TransformerConfig, noise: Process, stream: Stream, accelerator: Accelerator) -> None:
         self.config, self.stream, self.accelerator, self.device = config, stream, accelerator, accelerator.device
         set_seed(config.seed)
         self.bare = Transformer(network)

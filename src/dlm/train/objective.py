@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from dlm.noise import loss
-from dlm.noise.masked import MaskedNoise
 from dlm.noise.process import Process
 from dlm.train.config import TrainConfig
 
@@ -33,9 +32,9 @@ class RowsOf:
     def corrupt(self, x_BT: Tensor, t_B: Tensor, rng: torch.Generator) -> Tensor:
         return self.noise.corrupt(self._whole(x_BT), self._whole(t_B), rng)[self.own]
 
-    def corrupt_count(self, x_BT: Tensor, count_B: Tensor, free_BT: Tensor, rng: torch.Generator) -> Tensor:
-        assert isinstance(self.noise, MaskedNoise)
-        return self.noise.corrupt_count(self._whole(x_BT), self._whole(count_B), self._whole(free_BT), rng)[self.own]
+    def corrupt_count(self, x_BT: Tensor, count_B: Tensor, free_BT: Tensor, rng: torch.Generator) -> Any:
+        made = self.noise.corrupt_count(self._whole(x_BT), self._whole(count_B), self._whole(free_BT), rng)
+        return made[self.own] if isinstance(made, Tensor) else tuple(part[self.own] for part in made)
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ class Objective:
         if self.config.objective == "autoregressive":
             nats_B = loss.autoregressive(self.noise, predict, x_BT, free_BT)
         else:
-            estimate = loss.any_order if self.config.any_order else loss.continuous
-            nats_B = estimate(self.noise, predict, x_BT, free_BT, rng, t_B)
+            nats_B = getattr(loss, self.config.estimate)(self.noise, predict, x_BT, free_BT, rng, t_B)
         return nats_B / free_BT.sum(-1)
 
     def free(self, rows: int, rng: torch.Generator) -> Tensor:

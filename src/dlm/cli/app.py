@@ -1,0 +1,73 @@
+"""The application, what the verbs share, and how errors reach the user."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from dlm.errors import InputError
+
+app = typer.Typer(
+    name="dlm",
+    help="Diffusion language models: train, sample, watch, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+err = Console(stderr=True)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Bundled name, directory or hub id.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same machine, same output.")]
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON object.")]
+
+
+def load(name: str, device: str = "cpu", dtype: str = "float32") -> Any:
+    """A LanguageModel. InputError for a device or dtype that is not there."""
+    import torch
+
+    from dlm.language_model import load
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in kinds:
+        raise InputError(f"unknown dtype {dtype!r}; known: {', '.join(kinds)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"no device {device!r} here ({str(error).splitlines()[0]}): use --device cpu") from None
+    return load(name, device=device, dtype=kinds[dtype])
+
+
+def bar(label: str, total: int) -> Any:
+    """A progress bar on the error stream with a method `forward(amount)`; nothing where that is no terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    class Bar(Progress):
+        def forward(self, amount: int = 1) -> None:
+            self.advance(self.task_ids[0], amount)
+
+    made = Bar(TextColumn(label), BarColumn(), TimeRemainingColumn(), console=err, disable=not err.is_terminal, transient=True)
+    made.add_task("", total=total)
+    return made
+
+
+def main() -> None:
+    """Run a command; what the user can mend ends in one line and exit code 2, Ctrl-C in 130."""
+    try:
+        app()
+    except (InputError, ModuleNotFoundError) as error:
+        fail(str(error), 2)
+    except OSError as error:
+        hint = ": no space left, free some and go on" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        fail(f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}{hint}", 2)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End in one line on the error stream."""
+    print(f"dlm: {message}".replace("\n", " "), file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,80 @@
+"""`dlm eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dlm.cli.app import Device, Json, Seed, app, bar, load
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Bundled name, directory or hub id.")],
+    data: Annotated[str, typer.Option(help="Text file, folder of .txt files, or hf:DATASET.")],
+    split: Annotated[str, typer.Option(help="train | val | all.")] = "val",
+    val_fraction: Annotated[float, typer.Option(help="Last part of the text that is `val`.")] = 0.1,
+    against: Annotated[str | None, typer.Option(help="A second model, measured on the same text.")] = None,
+    estimator: Annotated[
+        str, typer.Option(help="any-order (masks) | counted (replacement noise) | continuous | discrete; auto: the first that applies.")
+    ] = "auto",
+    passes: Annotated[int, typer.Option(help="Monte-Carlo passes over the text.")] = 4,
+    steps: Annotated[int, typer.Option(help="Steps of the discrete estimator.")] = 256,
+    max_windows: Annotated[int | None, typer.Option(help="At most this many windows, spread evenly over the text.")] = None,
+    seed: Seed = 0,
+    card: Annotated[Path | None, typer.Option(help="Where the evaluation card goes; default: runs/eval/MODEL-SPLIT.json.")] = None,
+    as_json: Json = False,
+    device: Device = "cpu",
+) -> None:
+    """Nats per token and bits per character of a text: a bound for diffusion, exact for autoregressive models."""
+    from rich.table import Table
+
+    from dlm.evaluate import card as cards
+    from dlm.evaluate import likelihood
+    from dlm.train import data as reading
+
+    documents = reading.select(reading.read(data), split, val_fraction)
+    table = Table("model", "nats per token", "bits per char", "stderr", "kind", box=None, header_style="bold")
+    records = []
+    for name in [model] + ([against] if against else []):
+        lm = load(name, device)
+        stream = reading.Stream.encode(documents, lm.tokenizer, lm.window)
+        windows_WT = stream.windows(max_windows)
+        characters = sum(len(lm.tokenizer.decode(row)) for row in windows_WT.tolist())
+        kind = estimator if lm.is_diffusion else "autoregressive"
+        progress = bar(f"measuring {lm.name}", len(windows_WT) * (passes if lm.is_diffusion else 1))
+        with progress:
+            result = likelihood.evaluate(
+                lm.noise,
+                lm.predict,
+                windows_WT.to(device),
+                characters=characters,
+                estimator=kind,
+                passes=passes,
+                steps=steps,
+                seed=seed,
+                progress=progress.forward,
+            )
+        record = result.record() | {"model": lm.name}
+        sign = "<= " if result.is_bound else ""
+        table.add_row(
+            lm.name, f"{sign}{result.nats_per_token:.4f}", f"{sign}{result.bits_per_char:.4f}", f"{result.stderr:.4f}", result.estimator
+        )
+        place = card if card and name == model else Path("runs/eval") / f"{lm.name}-{split}.json"
+        facts = {"source": data, "split": split, "fingerprint": stream.fingerprint(), "windows": len(windows_WT)}
+        chosen = {
+            "estimator": result.estimator,
+            "passes": result.samples,
+            "steps": steps if kind == "discrete" else None,
+            "window": lm.window,
+        }
+        cards.write(cards.make(record, device=device, dtype="float32", seed=seed, settings=chosen, data=facts), place)
+        record["card"] = str(place)
+        records.append(record)
+    Console(stderr=as_json).print(table)
+    if as_json:
+        print(json.dumps(records[0] | ({"against": records[1]} if against else {})))

@@ -1,0 +1,155 @@
+"""`dlm generate`: write text, watch it, compare several models or samplers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dlm.cli.app import Device, Json, Model, Seed, app, err, fail, load
+from dlm.errors import InputError
+
+SAMPLERS = "ancestral | topk | confidence[:0.9] | predictor-corrector[:1] | refine | entropy-bound[:0.1] | worst[:2]."
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to begin with.")] = "",
+    model: Model = "shakespeare-mask",
+    compare: Annotated[
+        str | None, typer.Option(help="Several at once, side by side: mask,uniform,semantic or MODEL@SAMPLER, with commas.")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of the whole text; default: one window.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to add, instead of --length.")] = None,
+    suffix: Annotated[str, typer.Option(help="Text to end with.")] = "",
+    template: Annotated[str | None, typer.Option(help="Text with holes: every _ is one token to fill, \\_ an underscore.")] = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Texts to write, with the seeds SEED, SEED + 1 ...")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps for each window.")] = None,
+    sampler: Annotated[str | None, typer.Option(help=SAMPLERS)] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0: all.")] = 0,
+    greedy_tail: Annotated[int, typer.Option(help="Last steps that take the likeliest token everywhere (replacement noise).")] = 0,
+    until_settled: Annotated[int, typer.Option(help="Stop once no token has changed for this many steps; 0: never.")] = 0,
+    seed: Seed = 0,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="See the text settle.")] = False,
+    save: Annotated[Path | None, typer.Option(help="Write the run as a .traj file for `dlm show` and `dlm settle`.")] = None,
+    as_json: Json = False,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32 | bfloat16.")] = "float32",
+) -> None:
+    """Write text: continue a prompt, fill holes, or lead to a suffix."""
+    from dlm.generation import Run
+
+    layout: dict[str, Any] = {"length": length, "max_new_tokens": max_new_tokens, "suffix": suffix, "template": template}
+    options: dict[str, Any] = {"steps": steps, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    options |= {"greedy_tail": greedy_tail, "until_settled": until_settled}
+    if samples < 1 or (samples > 1 and template is not None):
+        raise InputError("--samples counts texts from 1, and a template makes one")
+    runs: dict[str, Run] = {}
+    for label, name, word in _entries(compare, model, sampler):
+        lm = load(name, device, dtype)
+        canvas = lm.canvas(prompt if samples == 1 else [prompt] * samples, **layout)
+        own = options if lm.is_diffusion or compare is None else {k: options[k] for k in ("temperature", "top_p", "top_k")}
+        runs[label or lm.name] = Run(lm, canvas, seed, own | {"sampler": word})
+    paths = _paths(save, list(runs))
+    console = Console(stderr=as_json)
+    watching = watch and console.is_terminal
+    try:
+        with _watch(runs, console) if watching else _quiet(runs) as update:
+            going = list(runs.values())
+            while going := [run for run in going if run.step() is not None]:
+                update()
+    except KeyboardInterrupt:
+        kept = [(run.trajectory, path) for run, path in zip(runs.values(), paths, strict=False) if len(run.trajectory) > 1]
+        for trajectory, path in kept:
+            trajectory.save(path)
+        told = " and ".join(f"the {len(trajectory) - 1} steps so far are in {path}" for trajectory, path in kept)
+        fail(f"stopped; {told}" if kept else "stopped", 130)
+    for run, path in zip(runs.values(), paths, strict=False):
+        run.trajectory.save(path)
+    if paths:
+        files = " ".join(map(str, paths))
+        err.print(f"saved {files}; see it again with: dlm show {files}", highlight=False, soft_wrap=True)
+    _report(runs, watching, as_json)
+
+
+def _entries(compare: str | None, model: str, sampler: str | None) -> list[tuple[str, str, str | None]]:
+    """(label, model, sampler) of every run. `mask` means the bundled sister of `model` of that name."""
+    if compare is None:
+        return [("", model, sampler)]
+    from dlm.models.checkpoint import bundled
+
+    entries = []
+    for label in (part.strip() for part in compare.split(",") if part.strip()):
+        name, at, word = label.partition("@")
+        sister = f"{model.rsplit('-', 1)[0]}-{name}"
+        entries.append((label, sister if name not in bundled() and sister in bundled() else name, word if at else sampler))
+    if len({label for label, _, _ in entries}) < max(2, len(entries)):
+        raise InputError(f"--compare {compare}: name two or more different runs, as in mask,uniform or uniform@refine,uniform@worst")
+    return entries
+
+
+def _paths(save: Path | None, labels: list[str]) -> list[Path]:
+    if save is None:
+        return []
+    if len(labels) == 1:
+        return [save]
+    return [save.with_stem(f"{save.stem}-{re.sub('[^A-Za-z0-9.]+', '-', label).strip('-.')}") for label in labels]
+
+
+def _report(runs: dict[str, Any], watched: bool, as_json: bool) -> None:
+    results = {label: run.results() for label, run in runs.items()}
+    for label, rows in results.items():
+        head = f"--- {label}" if len(results) > 1 else "---"
+        for row in rows if not (as_json or (watched and len(rows) == 1)) else ():
+            sys.stdout.write((f"{head}, seed {row.seed}\n" if len(rows) > 1 else f"{head}\n" if len(results) > 1 else "") + row.text + "\n")
+        for row in rows:
+            if row.steps_saved is not None:
+                err.print(
+                    f"{label}, seed {row.seed}: settled early, {row.steps_saved} steps saved; of {row.tokens} tokens the model "
+                    f"expects {row.expected_edits:.1f} to have changed in them",
+                    highlight=False,
+                )
+    if as_json:
+        records = [row.record() for rows in results.values() for row in rows]
+        print(json.dumps(records[0] if len(records) == 1 else {"runs": records}))
+
+
+@contextlib.contextmanager
+def _quiet(runs: dict[str, Any]) -> Any:
+    """A bar on the error stream; nothing when that is no terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as progress:
+        task = progress.add_task("generating", total=None)
+
+        def update() -> None:
+            done = calls = total = 0.0
+            for run in runs.values():
+                seen, free_BT = run.trajectory, run.trajectory.free_BT
+                tokens, level_B = int(free_BT.sum()), run.trajectory.t_SB[-1]
+                settled = int(((seen.settled_BT >= 0) & free_BT).sum())
+                # text that is revised settles all at once, and the level tells how far it is; then windows count
+                done += max(settled, tokens * (1 - sum(level_B) / len(level_B)) if seen.free_BT.shape[1] <= run.model.window else 0)
+                total, calls = total + tokens, calls + seen.forwards[-1]
+            progress.update(task, total=total, completed=done, description=f"{total:.0f} tokens, {calls:.0f} network calls")
+
+        yield update
+
+
+@contextlib.contextmanager
+def _watch(runs: dict[str, Any], console: Console) -> Any:
+    """The live view, one pane a run."""
+    from dlm.viz.terminal import LiveView
+
+    with LiveView([(label, run.trajectory) for label, run in runs.items()], console) as view:
+        yield view.update
+        view.update(force=True)

@@ -1,0 +1,60 @@
+"""`dlm show`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from dlm.cli.app import app, err
+from dlm.errors import InputError
+
+if TYPE_CHECKING:
+    from dlm.trajectory import Trajectory
+
+
+@app.command()
+def show(
+    runs: Annotated[list[Path], typer.Argument(help="Files that `dlm generate --save` wrote; several stand side by side.")],
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page with a scrubber and a heat map.")] = None,
+    gif: Annotated[Path | None, typer.Option(help="Write an animated GIF (viz extra).")] = None,
+    seconds: Annotated[float, typer.Option(help="How long the replay takes.")] = 6.0,
+) -> None:
+    """Replay saved runs in the terminal, or turn them into a page or a GIF."""
+    panes = load_runs(runs)
+    if html is not None:
+        from dlm.viz.html import write_html
+
+        write_html(panes, html)
+        err.print(f"wrote {html}", highlight=False)
+    if gif is not None:
+        from dlm.viz.gif import write_gif
+
+        write_gif(panes, gif)
+        err.print(f"wrote {gif}", highlight=False)
+    if html is None and gif is None:
+        from dlm.viz.terminal import replay
+
+        console = Console()
+        if console.is_terminal:
+            replay(panes, console, seconds=seconds)
+        else:
+            for label, run in panes:
+                sys.stdout.write((f"--- {label}\n" if len(panes) > 1 else "") + run.text() + "\n")
+
+
+def load_runs(paths: list[Path]) -> list[tuple[str, Trajectory]]:
+    """(label, run) of every file. InputError where one is missing or damaged."""
+    from dlm.analysis.settling import label_of
+    from dlm.trajectory import Trajectory
+
+    runs = []
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"no file {path}: make one with dlm generate --save {path}")
+        run = Trajectory.load(path)
+        runs.append((label_of(run), run))
+    return runs

@@ -1,0 +1,58 @@
+"""`dlm train`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dlm.cli.app import Json, app, err, fail
+from dlm.errors import InputError
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe's name (dlm list), or none with --data.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text file, folder of .txt files, or hf:DATASET.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/RECIPE.")] = None,
+    noise: Annotated[str | None, typer.Option(help="masked | uniform | semantic[:lead] | hybrid[:share]; same as --set noise=.")] = None,
+    noise_schedule: Annotated[str | None, typer.Option(help="linear | cosine | polynomial:2 ...; same as --set noise_schedule=.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, any number of times.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last save in --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a recipe, or the default model on your own text. Ctrl-C saves and stops; --resume goes on."""
+    from dataclasses import replace
+
+    from dlm import recipes
+    from dlm.train.loop import TrainConfig
+    from dlm.train.loop import train as run
+
+    if recipe is None and data is None:
+        raise InputError(f"give a recipe ({', '.join(recipes.RECIPES)}) or --data FILE")
+    config: TrainConfig = recipes.find(recipe) if recipe else TrainConfig()
+    if data is not None:
+        config = replace(config, data=data)
+    words = {"noise": noise, "noise_schedule": noise_schedule}
+    config = config.with_settings([f"{key}={word}" for key, word in words.items() if word is not None] + (settings or []))
+    out = out or Path("runs") / (recipe or Path(data or "").stem or "model")
+    try:
+        figures = run(config, out, resume=resume, preview=_preview, console=err)
+    except KeyboardInterrupt as stopped:
+        fail(str(stopped) or "stopped", 130)
+    if int(os.environ.get("RANK", "0")) == 0:
+        err.print(f"done; try: dlm generate --model {out} --watch", highlight=False)
+        if as_json:
+            print(json.dumps(figures | {"model": str(out)}))
+
+
+def _preview(network: Any, config: Any, tokenizer: Any) -> str:
+    """One line of text from the model in training, so that one sees it learn."""
+    from dlm.language_model import LanguageModel
+
+    network.eval()
+    text: str = LanguageModel(network, config, tokenizer).generate(max_new_tokens=64, steps=32).text
+    return "  " + text.replace("\n", "\u21b5")

@@ -1,0 +1,96 @@
+"""One generation: the run while it goes on, and what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dlm.sampling.draw import generators
+from dlm.trajectory import Canvas, Frame, Trajectory
+
+if TYPE_CHECKING:
+    from dlm.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generated text and what it took. tokens and tokens_per_forward count what was generated, not the prompt;
+    forwards counts network calls, each shared by the whole batch. With until_settled: steps_saved, and expected_edits, how many of
+    the tokens the model itself expects that the saved steps would have changed."""
+
+    text: str
+    tokens: int
+    seconds: float
+    forwards: int
+    tokens_per_forward: float
+    steps: int
+    sampler: str
+    seed: int
+    model: str
+    trajectory: Trajectory = field(repr=False, compare=False)
+    row: int = 0
+    steps_saved: int | None = None
+    expected_edits: float | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+    def record(self) -> dict[str, Any]:
+        """The figures, as `dlm generate --json` prints them."""
+        names = ("text", "tokens", "seconds", "forwards", "tokens_per_forward", "steps", "sampler", "seed", "model")
+        adaptive = ("steps_saved", "expected_edits") if self.steps_saved is not None else ()
+        return {name: getattr(self, name) for name in (*names, *adaptive)}
+
+
+class Run:
+    """A generation under way: call `step` until it gives None, then `results`. Several can take turns.
+
+    Row i of the canvas draws with seed + i. options are those of `LanguageModel.sampler`.
+    """
+
+    def __init__(self, model: LanguageModel, canvas: Canvas, seed: int, options: dict[str, Any]) -> None:
+        self.model, self.canvas, self.seed = model, canvas, seed
+        self.word: str = options.get("sampler") or model.default_sampler
+        kept = {key: options[key] for key in ("steps", "temperature", "top_p", "top_k") if options.get(key)}
+        self.trajectory = model.trajectory(canvas, seed=seed, sampler=self.word, **kept)
+        rng = generators(seed, len(canvas.tokens_BT))
+        self._frames: Iterator[Frame] = model.sampler(**options).steps(canvas.to(model.network.device), rng=rng)
+        self.seconds, self.last = 0.0, None  # type: float, Frame | None
+
+    def step(self) -> Frame | None:
+        """The next frame, put into the trajectory with the time that this run alone has taken; None at the end."""
+        begin = time.perf_counter()
+        frame = next(self._frames, None)
+        self.seconds += time.perf_counter() - begin
+        if frame is not None:
+            self.trajectory.append(frame, seconds=self.seconds)
+            self.last = frame
+        return frame
+
+    def results(self) -> list[Generation]:
+        """One for each row."""
+        saved_B, doubt_B = (self.last.saved_B, self.last.doubt_B) if self.last is not None else (None, None)
+        run, canvas, forwards = self.trajectory, self.canvas, self.trajectory.forwards[-1]
+        results = []
+        for row in range(len(canvas.tokens_BT)):
+            new = int(canvas.free_BT[row].sum())
+            results.append(
+                Generation(
+                    text=self.model.tokenizer.decode(run.current_BT[row][canvas.valid_BT[row]].tolist()),
+                    tokens=new,
+                    seconds=self.seconds,
+                    forwards=forwards,
+                    tokens_per_forward=new / max(1, forwards),
+                    steps=len(run) - 1,
+                    sampler=self.word,
+                    seed=self.seed + row,
+                    model=self.model.name,
+                    trajectory=run,
+                    row=row,
+                    steps_saved=None if saved_B is None else int(saved_B[row]),
+                    expected_edits=None if doubt_B is None else float(doubt_B[row]),
+                )
+            )
+        return results
