@@ -25,7 +25,7 @@ from dlm.evaluate import card, generative
 SETTINGS: list[tuple[str, dict[str, object]]] = [
     *[(f"ancestral, {n} steps", {"sampler": "ancestral", "steps": n}) for n in (16, 32, 64, 128, 256)],
     *[(f"topk, {n} steps", {"sampler": "topk", "steps": n}) for n in (16, 64, 256)],
-    *[(f"confidence {x}", {"sampler": "confidence", "threshold": x}) for x in (0.7, 0.9)],
+    *[(f"confidence {x}", {"sampler": f"confidence:{x}"}) for x in (0.7, 0.9)],
 ]
 
 

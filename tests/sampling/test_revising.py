@@ -22,16 +22,17 @@ from dlm.sampling import choice
 from dlm.sampling.diffusion import DiffusionSampler
 from dlm.sampling.draw import Draw, categorical, generators, uniform
 from dlm.sampling.revising import ChangeWorst, EntropyBound, GreedyTail, PredictorCorrector, Refine, Reverse
-from dlm.sampling.rules import Ancestral
+from dlm.sampling.rules import Ancestral, Threshold
 from dlm.trajectory import Canvas, Frame, Trajectory
 from oracle import Noted, ReplacementBayes, Tiny, chi_square_p, dense, dense_move
 
 ROWS = 3000
 TINY = Tiny(3, 3, seed=0)
+Z_ZT = torch.tensor(list(itertools.product(range(TINY.vocab + 1), repeat=TINY.length)))
 SETTINGS: dict[str, dict[str, Any]] = {
     "masked": {"process": "masked"},
     "uniform": {"process": "uniform"},
-    "semantic": {"process": "semantic", "clusters": [0, 1, 0, 2, 1, 3]},
+    "semantic": {"process": "semantic", "clusters": [0, 1, 0, 2, 1]},
     "hybrid": {"process": "hybrid", "share": 0.4},
 }
 REPLACING = ["uniform", "semantic", "hybrid"]
@@ -45,80 +46,464 @@ RULES: dict[str, Rule] = {
     "worst": ChangeWorst(3.0),
     "greedy": GreedyTail(Reverse(), 2),
 }
-Move = Callable[[Tensor, Tensor, float, float], Tensor]
-"""(mu_ZTV, z_ZT, t, s) -> the law of the next token at each position (Z, T, V), which are drawn apart from each other."""
+CASES = [("masked", "corrected"), *itertools.product(REPLACING, RULES)]
+Given = tuple[int | None, ...]
+HOLE: Given = (None,) * TINY.length
+Move = Callable[[Any, Tensor, float, float, int], Tensor]
+"""(noise, mu_ZTV, t, s, steps left) -> the law of the next token (Z, T, V); positions are drawn apart from each other."""
 
 
-def noise_of(name: str, schedule: str = "linear", vocab: int = TINY.vocab) -> Any:
-    settings = SETTINGS[name] | {"schedule": schedule}
+def noise_of(name: str, schedule: str = "linear", vocab: int = TINY.vocab, **more: Any) -> Any:
+    settings = SETTINGS[name] | {"schedule": schedule} | more
     if "clusters" in settings:
-        settings["clusters"] = [*SETTINGS[name]["clusters"][:vocab], max(SETTINGS[name]["clusters"][:vocab]) + 1]
+        settings["clusters"] = [*settings["clusters"][:vocab], 1 + max(settings["clusters"][:vocab])]
     return process.make(settings, vocab + 1, vocab)
 
 
-def bayes(noise: Any) -> ReplacementBayes:
-    return ReplacementBayes(TINY, partial(dense, noise))
+def hot(x: Tensor) -> Tensor:
+    return torch.nn.functional.one_hot(x, TINY.vocab + 1).double()
 
 
-def sample(noise: Any, rule: Rule, steps: int, given: tuple[int | None, ...] = (None,) * 3, **options: Any) -> list[Frame]:
+def prior_of(noise: Any) -> Tensor:
+    """What the schedule leaves of x at t = 1 is taken as uniform, or as masked."""
+    return hot(torch.tensor(TINY.mask_id)) if noise == noise_of("masked") else dense(noise, 1.0)[: TINY.vocab].mean(0)
+
+
+def bayes(noise: Any, which: str = "leave-one-out") -> ReplacementBayes:
+    return ReplacementBayes(TINY, partial(dense, noise), which)
+
+
+def copies(given: Given, rows: int) -> Canvas:
     one = Canvas.from_rows([list(given)], fill=TINY.mask_id)
-    canvas = Canvas(*(x.repeat(ROWS, 1) for x in (one.tokens_BT, one.free_BT, one.valid_BT)))
+    return Canvas(*(x.repeat(rows, 1) for x in (one.tokens_BT, one.free_BT, one.valid_BT)))
+
+
+def sample(noise: Any, rule: Rule, steps: int, given: Given = HOLE, rows: int = ROWS, **options: Any) -> list[Frame]:
     sampler = DiffusionSampler(bayes(noise), noise, TINY.length, rule, steps, **options)
-    frames = list(sampler.steps(canvas, rng=generators(0, ROWS)))
+    frames = list(sampler.steps(copies(given, rows), rng=generators(0, rows)))
     assert frames[-1].settled_BT.all()
     return frames
 
 
-def back(noise: Any, mu_ZTV: Tensor, z_ZT: Tensor, t: float, s: float) -> Tensor:
-    """p(z_s | z_t) with mu in place of x, and p(x | z) for s = 0; states that cannot be are 0."""
-    into_ZTV = (dense_move(noise, s, t) if s > 0 else dense(noise, t))[:, z_ZT].permute(1, 2, 0)
-    joint_ZTV = into_ZTV.clamp(min=0) * (mu_ZTV @ dense(noise, s) if s > 0 else mu_ZTV)
-    return (joint_ZTV / joint_ZTV.sum(-1, keepdim=True)).nan_to_num()
-
-
-def law(noise: Any, steps: int, move: Move, given: tuple[int | None, ...] = (None,) * 3, temperature: float = 1.0) -> Tensor:
+def law(noise: Any, steps: int, move: Move, given: Given = HOLE, shape: Callable[[Tensor], Tensor] = lambda mu: mu) -> Tensor:
     """Probabilities (S,) of what a rule leaves: prior noise, then `steps` moves, state by state."""
-    z_ZT = torch.tensor(list(itertools.product(range(TINY.vocab + 1), repeat=TINY.length)))
-    one_hot_ZTV, denoiser = torch.nn.functional.one_hot(z_ZT, TINY.vocab + 1).double(), bayes(noise)
-    prior_V = dense(noise, 1.0)[: TINY.vocab].mean(0)  # what a schedule leaves of x at t = 1 is taken as uniform
-    if type(noise).__name__ == "MaskedNoise":
-        prior_V = torch.eye(TINY.vocab + 1, dtype=torch.float64)[-1]
-    start_TV = torch.stack([prior_V if x is None else torch.eye(TINY.vocab + 1, dtype=torch.float64)[x] for x in given])
-    free_T = torch.tensor([x is None for x in given])
-    mass_Z = start_TV[torch.arange(TINY.length), z_ZT].prod(-1)
+    start_TV = torch.stack([prior_of(noise) if x is None else hot(torch.tensor(x)) for x in given])
+    free_T1 = torch.tensor([[x is None] for x in given])
+    mass_Z = start_TV[torch.arange(TINY.length), Z_ZT].prod(-1)
     for k in range(steps):
-        t, s = 1 - k / steps, 1 - (k + 1) / steps
-        times_Z = torch.full((len(z_ZT),), t, dtype=torch.float64)
-        mu_ZTV = noise.log_probs(denoiser(z_ZT, times_Z), z_ZT, times_Z).exp() ** (1 / temperature)
-        next_ZTV = torch.where(free_T[:, None], move(mu_ZTV / mu_ZTV.sum(-1, keepdim=True), z_ZT, t, max(s, 0.0)), one_hot_ZTV)
-        mass_Z = mass_Z @ torch.stack([next_ZTV[:, i, z_ZT[:, i]] for i in range(TINY.length)]).prod(0)
-    done_Z = (z_ZT != TINY.mask_id).all(-1)
+        t, s = 1 - k / steps, max(0.0, 1 - (k + 1) / steps)
+        times_Z = torch.full((len(Z_ZT),), t, dtype=torch.float64)
+        mu_ZTV = shape(noise.log_probs(bayes(noise)(Z_ZT, times_Z), Z_ZT, times_Z).exp())
+        next_ZTV = torch.where(free_T1, move(noise, mu_ZTV, t, s, steps - k), hot(Z_ZT))
+        mass_Z = mass_Z @ torch.stack([next_ZTV[:, i, Z_ZT[:, i]] for i in range(TINY.length)]).prod(0)
+    done_Z = (Z_ZT != TINY.mask_id).all(-1)
     law_S = torch.zeros(len(TINY.p_S), dtype=torch.float64)
-    law_S[TINY.index(z_ZT[done_Z])] = mass_Z[done_Z]
+    law_S[TINY.index(Z_ZT[done_Z])] = mass_Z[done_Z]
     assert float(law_S.sum()) == pytest.approx(1.0)
     return law_S
 
 
-def corrected(noise: Any, corrector: float, mu_ZTV: Tensor, z_ZT: Tensor, t: float, s: float) -> Tensor:
+def back(noise: Any, mu_ZTV: Tensor, t: float, s: float, left: int = 0) -> Tensor:
+    """p(z_s | z_t) with mu in place of x, and p(x | z) for s = 0; states that cannot be get 0."""
+    into_ZTV = (dense_move(noise, s, t) if s > 0 else dense(noise, t))[:, Z_ZT].permute(1, 2, 0)
+    joint_ZTV = into_ZTV.clamp(min=0) * (mu_ZTV @ dense(noise, s) if s > 0 else mu_ZTV)
+    return (joint_ZTV / joint_ZTV.sum(-1, keepdim=True)).nan_to_num()
+
+
+def corrected(corrector: float, noise: Any, mu_ZTV: Tensor, t: float, s: float, left: int) -> Tensor:
     below = max(0.0, s - corrector * (t - s))
-    law_ZTV = back(noise, mu_ZTV, z_ZT, t, below)
+    law_ZTV = back(noise, mu_ZTV, t, below)
     return law_ZTV @ dense_move(noise, below, s) if s > 0 else law_ZTV
 
 
-def refined(noise: Any, mu_ZTV: Tensor, z_ZT: Tensor, t: float, s: float) -> Tensor:
-    return back(noise, mu_ZTV, z_ZT, t, 0.0)
-
-
-def explained(noise: Any, mu_ZTV: Tensor, z_ZT: Tensor, open_T: Tensor) -> Tensor:
-    """p(x | z) at the level t whose share of noise 1 - alpha is the share of tokens expected to be wrong: by bisection."""
-
-    def wrong(t: float) -> tuple[Tensor, Tensor]:
-        law_ZTV = back(noise, mu_ZTV, z_ZT, t, 0.0)
-        stays_ZT = law_ZTV.gather(-1, z_ZT[..., None]).squeeze(-1)
-        return law_ZTV, (1 - stays_ZT)[:, open_T].mean(-1)
-
-    raise NotImplementedError(wrong)
+def refined(noise: Any, mu_ZTV: Tensor, t: float, s: float, left: int) -> Tensor:
+    return back(noise, mu_ZTV, t, 0.0)
 
 
 def distance(law_S: Tensor) -> float:
     return float((law_S - TINY.p_S).abs().sum() / 2)
+
+
+@pytest.mark.parametrize(("steps", "schedule"), [(1, "linear"), (2, "linear"), (5, "linear"), (3, "cosine"), (3, "log-linear:0.2")])
+@pytest.mark.parametrize("name", REPLACING)
+def test_reverse_draws_the_law_of_its_chain(name: str, steps: int, schedule: str) -> None:
+    noise = noise_of(name, schedule)
+    assert chi_square_p(sample(noise, Reverse(), steps)[-1].tokens_BT, law(noise, steps, back), TINY) > 1e-3
+
+
+def test_the_test_of_the_law_can_fail() -> None:
+    samples = sample(noise_of("uniform"), Reverse(), 2)[-1].tokens_BT
+    for name, steps, move in (("uniform", 1, back), ("uniform", 5, back), ("hybrid", 2, back), ("uniform", 2, refined)):
+        assert chi_square_p(samples, law(noise_of(name), steps, move), TINY) < 1e-3, (name, steps)
+    assert chi_square_p(samples, law(noise_of("uniform"), 2, partial(corrected, 1.0)), TINY) < 1e-3
+
+
+@pytest.mark.parametrize("name", REPLACING)
+def test_the_distance_to_the_data_falls_with_the_steps(name: str) -> None:
+    for schedule in ("linear", "cosine"):
+        distances = [distance(law(noise_of(name, schedule), steps, back)) for steps in (1, 2, 4, 8, 16, 64, 256)]
+        assert all(a > b for a, b in itertools.pairwise(distances)), (schedule, distances)
+        assert distances[0] > 0.1 and distances[-1] < 0.02 * distances[0]
+
+
+@pytest.mark.parametrize("given", [(1, None, None), (None, 2, 0)])
+@pytest.mark.parametrize("name", REPLACING)
+def test_given_tokens_condition_the_rest(name: str, given: Given) -> None:
+    noise = noise_of(name, "cosine")
+    samples = sample(noise, Reverse(), 3, given)[-1].tokens_BT
+    assert all((samples[:, i] == x).all() for i, x in enumerate(given) if x is not None)
+    assert chi_square_p(samples, law(noise, 3, back, given), TINY) > 1e-3
+
+
+def test_temperature_is_of_the_guess() -> None:
+    def sharper(mu_ZTV: Tensor) -> Tensor:
+        return mu_ZTV**2 / (mu_ZTV**2).sum(-1, keepdim=True)
+
+    for temperature, shape in ((0.5, sharper), (0.0, lambda mu_ZTV: hot(mu_ZTV.argmax(-1)))):
+        noise, draw = noise_of("uniform"), Draw(temperature)
+        samples, law_S = sample(noise, Reverse(draw), 4)[-1].tokens_BT, law(noise, 4, back, shape=shape)
+        assert chi_square_p(samples, law_S, TINY) > 1e-3
+        assert chi_square_p(samples, law(noise, 4, back), TINY) < 1e-3
+    logp_BTV = torch.tensor([[[0.2, 0.5, 0.3, 0.0], [0.0, 0.1, 0.4, 0.5]]]).log()
+    assert Draw(0.0).shape(logp_BTV).tolist() == [[[-math.inf, 0, -math.inf, -math.inf], [-math.inf] * 3 + [0]]]
+
+
+@pytest.mark.parametrize(("corrector", "steps"), [(0.0, 3), (0.5, 3), (1.0, 4), (3.0, 3)])
+@pytest.mark.parametrize("name", ["masked", "uniform", "hybrid"])
+def test_predictor_corrector_draws_its_law(name: str, corrector: float, steps: int) -> None:
+    """Down to s - c (t - s), at most to 0, then up to s with forward noise."""
+    noise = noise_of(name)
+    law_S = law(noise, steps, partial(corrected, corrector))
+    assert chi_square_p(sample(noise, PredictorCorrector(corrector), steps)[-1].tokens_BT, law_S, TINY) > 1e-3
+    assert (float((law_S - law(noise, steps, back)).abs().max()) > 0.005) == (corrector > 0)
+
+
+def step_of(noise: Any, rows: int = 300, length: int = 6, t: float = 0.7, s: float = 0.5, left: int = 3, steps: int = 5) -> Step:
+    """A step in the middle of a run, the first position given, with a guess at random."""
+    rng = torch.Generator().manual_seed(1)
+    t_B, s_B = (torch.full((rows,), x, dtype=torch.float64) for x in (t, s))
+    z_BT = noise.corrupt(torch.randint(noise.vocab_size - 1, (rows, length), generator=rng), t_B, rng)
+    open_BT = torch.ones_like(z_BT, dtype=torch.bool)
+    open_BT[:, 0] = False
+    logp_BTV = noise.log_probs(2 * torch.randn(rows, length, noise.vocab_size, dtype=torch.float64, generator=rng), z_BT, t_B)
+    return Step(z_BT, open_BT, logp_BTV, t_B, s_B, torch.full((rows,), left), steps, noise)
+
+
+@pytest.mark.parametrize("name", ["masked", *REPLACING])
+def test_no_corrector_is_the_reverse_chain_token_for_token(name: str) -> None:
+    for t, s in ((1.0, 0.75), (0.7, 0.5), (0.25, 0.0)):
+        step = step_of(noise_of(name, vocab=5), t=t, s=s)
+        plain, none, some = (rule(step, generators(0, 300)) for rule in (Reverse(), PredictorCorrector(0.0), PredictorCorrector(0.9)))
+        assert torch.equal(plain, none) and not torch.equal(plain, step.z_BT)
+        assert torch.equal(plain, some) == (s == 0)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("name", REPLACING)
+def test_refine_draws_its_law(name: str, steps: int) -> None:
+    noise = noise_of(name)
+    assert chi_square_p(sample(noise, Refine(), steps)[-1].tokens_BT, law(noise, steps, refined), TINY) > 1e-3
+
+
+def explained(noise: Any, mu_ZTV: Tensor, t: float, z_ZT: Tensor = Z_ZT, open_ZT: Tensor | None = None) -> Tensor:
+    """p(x | z) at the level whose share of noise is the share of tokens expected to be wrong, after eight rounds from t on."""
+    open_ZT = torch.ones_like(z_ZT, dtype=torch.bool) if open_ZT is None else open_ZT
+    t_Z = torch.full((len(z_ZT),), t, dtype=torch.float64)
+    for _ in range(8):
+        fits_ZTV = dense(noise, t_Z)[torch.arange(len(z_ZT))[:, None], :, z_ZT]
+        law_ZTV = mu_ZTV * fits_ZTV / (mu_ZTV * fits_ZTV).sum(-1, keepdim=True)
+        wrong_ZT = (1 - law_ZTV.gather(-1, z_ZT[..., None]).squeeze(-1)) * open_ZT
+        t_Z = noise.schedule.inverse(1 - (wrong_ZT.sum(-1) / open_ZT.sum(-1)).clamp(1e-3, 1 - 1e-3))
+    return law_ZTV
+
+
+def surest(law_ZTV: Tensor, open_ZT: Tensor, bound: float) -> Tensor:
+    """bool (Z, T): positions of least entropy, one by one, while all but the largest of them sum to at most the bound."""
+    entropy_ZT, keep_ZT = torch.special.entr(law_ZTV).sum(-1), torch.zeros_like(open_ZT)
+    for z, (entropy_T, open_T) in enumerate(zip(entropy_ZT.tolist(), open_ZT.tolist(), strict=True)):
+        kept: list[float] = []
+        for i in sorted((i for i, free in enumerate(open_T) if free), key=lambda i: entropy_T[i]):
+            if sum([*kept, entropy_T[i]]) - max([*kept, entropy_T[i]]) > bound:
+                break
+            kept.append(entropy_T[i])
+            keep_ZT[z, i] = True
+    return keep_ZT
+
+
+@pytest.mark.parametrize("bound", [0.0, 0.5, 1.0, 2.0, 100.0])
+@pytest.mark.parametrize("name", REPLACING)
+def test_entropy_bound_keeps_what_the_bound_allows_and_the_rest_is_prior_noise(name: str, bound: float) -> None:
+    noise = noise_of(name, vocab=5)
+    for left in (3, 1):
+        step = step_of(noise, left=left)
+        after_BT = EntropyBound(bound)(step, generators(0, 300))
+        law_BTV = explained(noise, step.logp_BTV.exp(), 0.7, step.z_BT, step.open_BT)
+        keep_BT = surest(law_BTV, step.open_BT, bound) if left > 1 else step.open_BT
+        rng = generators(0, 300)
+        drawn_BT, noise_BT = categorical(law_BTV.log(), uniform(rng, 6)), noise.prior(uniform(rng, 6))
+        assert torch.equal(after_BT, torch.where(step.open_BT, torch.where(keep_BT, drawn_BT, noise_BT), step.z_BT))
+        count_B = keep_BT.sum(-1)
+        if left == 1 or bound == 100.0:
+            assert (count_B == 5).all()
+        elif bound == 0:
+            assert (count_B == 1).all()
+        else:
+            assert count_B.min() < count_B.max()
+
+
+@pytest.mark.parametrize("bound", [0.0, 0.6, 10.0])
+@pytest.mark.parametrize("name", ["uniform", "hybrid"])
+def test_entropy_bound_draws_its_law(name: str, bound: float) -> None:
+    def move(noise: Any, mu_ZTV: Tensor, t: float, s: float, left: int) -> Tensor:
+        law_ZTV = explained(noise, mu_ZTV, t)
+        keep_ZT = surest(law_ZTV, torch.ones_like(Z_ZT, dtype=torch.bool), bound if left > 1 else math.inf)
+        return torch.where(keep_ZT[..., None], law_ZTV, prior_of(noise)).nan_to_num()
+
+    noise = noise_of(name)
+    assert chi_square_p(sample(noise, EntropyBound(bound), 3)[-1].tokens_BT, law(noise, 3, move), TINY) > 1e-3
+
+
+def worst_of(mu_ZTV: Tensor, z_ZT: Tensor, open_ZT: Tensor, edits: float, steps: int, left: int, mask_id: int) -> Tensor:
+    """bool (Z, T): the positions that are drawn anew, counted out one row at a time."""
+    worst_ZT = torch.zeros_like(open_ZT)
+    for z, (mu_TV, z_T, open_T) in enumerate(zip(mu_ZTV.tolist(), z_ZT.tolist(), open_ZT.tolist(), strict=True)):
+        score = {i: max(mu) - mu[token] + (token == mask_id) for i, (mu, token) in enumerate(zip(mu_TV, z_T, strict=True)) if open_T[i]}
+        count, masks = math.ceil(edits * len(score) / steps), sum(z_T[i] == mask_id for i in score)
+        count = max(count, masks) if left == 1 else count
+        worst_ZT[z, sorted((i for i in score if score[i] > 0), key=lambda i: -score[i])[:count]] = True
+    return worst_ZT
+
+
+@pytest.mark.parametrize("edits", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize("name", REPLACING)
+def test_change_worst_changes_only_what_gains_and_no_more_than_it_may(name: str, edits: float) -> None:
+    noise = noise_of(name, vocab=5)
+    for left in (3, 1):
+        step = step_of(noise, left=left, steps=5)
+        after_BT, mu_BTV = ChangeWorst(edits)(step, generators(0, 300)), step.logp_BTV.exp()
+        worst_BT = worst_of(mu_BTV, step.z_BT, step.open_BT, edits, 5, left, 5)
+        drawn_BT = categorical(step.logp_BTV, uniform(generators(0, 300), 6))
+        assert torch.equal(after_BT, torch.where(worst_BT, drawn_BT, step.z_BT))
+        changed_BT, best_BT = after_BT != step.z_BT, mu_BTV.argmax(-1)
+        assert changed_BT.any() and not (changed_BT & (best_BT == step.z_BT)).any()
+        if left > 1:
+            assert (changed_BT.sum(-1) <= math.ceil(edits * 5 / 5)).all()
+        else:
+            assert not ((after_BT == 5) & step.open_BT).any()
+
+
+@pytest.mark.parametrize("edits", [0.5, 2.0])
+@pytest.mark.parametrize("name", ["uniform", "hybrid"])
+def test_change_worst_draws_its_law(name: str, edits: float) -> None:
+    def move(noise: Any, mu_ZTV: Tensor, t: float, s: float, left: int) -> Tensor:
+        worst_ZT = worst_of(mu_ZTV, Z_ZT, torch.ones_like(Z_ZT, dtype=torch.bool), edits, 4, left, TINY.mask_id)
+        return torch.where(worst_ZT[..., None], mu_ZTV, hot(Z_ZT))
+
+    noise = noise_of(name)
+    assert chi_square_p(sample(noise, ChangeWorst(edits), 4)[-1].tokens_BT, law(noise, 4, move), TINY) > 1e-3
+
+
+@pytest.mark.parametrize("name", REPLACING)
+def test_a_greedy_tail_ends_with_the_likeliest_tokens(name: str) -> None:
+    def move(noise: Any, mu_ZTV: Tensor, t: float, s: float, left: int) -> Tensor:
+        return hot(back(noise, mu_ZTV, t, 0.0).argmax(-1)) if left <= 2 else back(noise, mu_ZTV, t, s)
+
+    noise = noise_of(name)
+    frames = sample(noise, GreedyTail(Reverse(), 2), 5)
+    assert chi_square_p(frames[-1].tokens_BT, law(noise, 5, move), TINY) > 1e-3
+    for k in (4, 5):  # frame 0 is the start
+        times_B = torch.full((ROWS,), 1 - (k - 1) / 5, dtype=torch.float64)
+        best_BT = bayes(noise, "posterior")(frames[k - 1].tokens_BT, times_B).argmax(-1)
+        assert torch.equal(frames[k].tokens_BT, best_BT)
+    assert not torch.equal(frames[5].tokens_BT, frames[3].tokens_BT)
+    plain = sample(noise, Reverse(), 5)
+    assert all(torch.equal(a.tokens_BT, b.tokens_BT) for a, b in zip(frames[:4], plain, strict=False))
+
+
+def test_a_shape_that_forbids_the_visible_token_leaves_text() -> None:
+    """Without uniform noise a visible token is certain, whatever temperature 0 or top-k would rather have there."""
+    for more in ({"process": "hybrid", "share": 0.0}, {"process": "semantic", "clusters": [0, 1, 0, 2, 1], "to": "mask"}):
+        noise = noise_of("masked", vocab=5, **more)
+        for draw in (Draw(0.0), Draw(1.0, top_k=2), Draw(1.0, top_p=0.3)):
+            _, frames = run(noise, Reverse(draw), [[None] * 8] * 20)
+            assert (frames[-1].tokens_BT < 5).all()
+
+
+def stops(frames: list[Frame], quiet: int) -> list[int]:
+    """The frame at which each row would stop, by the frames of a run that did not."""
+    stop = []
+    for b in range(len(frames[0].tokens_BT)):
+        texts = [frame.tokens_BT[b] for frame in frames]
+        still = [torch.equal(a, c) for a, c in itertools.pairwise(texts)]
+        ends = (k for k in range(quiet, len(texts)) if all(still[k - quiet : k]) and (texts[k] != TINY.mask_id).all())
+        stop.append(next(ends, len(texts) - 1))
+    return stop
+
+
+@pytest.mark.parametrize("quiet", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "rule"), [("uniform", Refine()), ("semantic", Reverse()), ("hybrid", Reverse()), ("hybrid", ChangeWorst(3))]
+)
+def test_until_settled_is_the_full_run_cut_short(name: str, rule: Rule, quiet: int) -> None:
+    noise, steps, rows = noise_of(name), 25, 300
+    full, early = sample(noise, rule, steps, rows=rows), sample(noise, rule, steps, rows=rows, until_settled=quiet)
+    stop = stops(full, quiet)
+    for k, frame in enumerate(early):
+        for b in range(rows):
+            assert torch.equal(frame.tokens_BT[b], full[min(k, stop[b])].tokens_BT[b]), (k, b)
+            assert bool(frame.settled_BT[b].all()) == (k >= stop[b])
+    last = early[-1]
+    assert len(early) - 1 == max(stop) == last.forwards
+    assert last.saved_B is not None and last.doubt_B is not None
+    assert last.saved_B.tolist() == [steps - k for k in stop] and int(last.saved_B.max()) > 2 > int(last.saved_B.min())
+    assert (last.tokens_BT != TINY.mask_id).all()
+    times_B = 1 - (torch.tensor(stop, dtype=torch.float64) - 1) / steps
+    law_BTV = bayes(noise, "posterior")(last.tokens_BT, times_B).exp()
+    doubt_B = (1 - law_BTV.gather(-1, last.tokens_BT[..., None]).squeeze(-1)).sum(-1)
+    expected_B = torch.where(last.saved_B > 0, doubt_B, 0.0)
+    assert torch.allclose(last.doubt_B, expected_B, atol=1e-9) and float(expected_B.max()) > 0.1
+    assert full[-1].saved_B is None and full[-1].doubt_B is None
+
+
+def test_expected_edits_are_of_the_free_positions() -> None:
+    """A given token of a hybrid is impossible at t = 1, and its own business at any t."""
+    given = (None, 1, None)
+    noise = noise_of("hybrid")
+    last = sample(noise, Refine(), 25, given, rows=200, until_settled=1)[-1]
+    assert last.saved_B is not None and last.doubt_B is not None
+    law_BTV = bayes(noise, "posterior")(last.tokens_BT, (last.saved_B + 1) / 25).exp()
+    doubt_BT = 1 - law_BTV.gather(-1, last.tokens_BT[..., None]).squeeze(-1)
+    assert torch.allclose(last.doubt_B, torch.where(last.saved_B > 0, doubt_BT[:, 0] + doubt_BT[:, 2], 0.0), atol=1e-9)
+    assert (last.doubt_B > 0).any()
+
+
+def test_every_window_settles_by_itself() -> None:
+    def sure(z_BQ: Tensor, t_B: Tensor | None = None, **_: object) -> Tensor:
+        return 50.0 * torch.nn.functional.one_hot(torch.arange(8) % 5, 6).expand(len(z_BQ), -1, -1)
+
+    noise, steps = noise_of("uniform", vocab=5), 12
+    sampler = DiffusionSampler(sure, noise, 8, Reverse(), steps, 2, until_settled=2)
+    *_, last = sampler.steps(Canvas.from_rows([[None] * 20], fill=5), rng=generators(0, 1))
+    assert last.saved_B is not None and 3 < int(last.saved_B) and last.forwards == 3 * steps - int(last.saved_B)
+    assert last.tokens_BT[0].tolist() == [i % 5 for i in [*range(8), *range(2, 8), *range(2, 8)]]
+
+
+def run(noise: Any, rule: Rule, rows: list[list[int | None]], seed: int = 0, **options: Any) -> tuple[Noted, list[Frame]]:
+    """A run of windows of 8 with a denoiser that reads all of them."""
+    denoiser, options = Noted(5, 8), {"budget": 6} | options
+    sampler = DiffusionSampler(denoiser, noise, 8, rule, **options)
+    rng = [torch.Generator().manual_seed(seed + i) for i in range(len(rows))]
+    return denoiser, list(sampler.steps(Canvas.from_rows(rows, fill=5), rng=rng))
+
+
+@pytest.mark.parametrize(("name", "rule"), CASES)
+def test_on_any_canvas_given_tokens_stay_and_settled_is_a_promise(name: str, rule: str) -> None:
+    rows: list[list[int | None]] = [[None] * 21, [1, None, 2, None, None, 3, 4] * 2, [3] * 12 + [None] * 4, [None, 0]]
+    canvas = Canvas.from_rows(rows, fill=5)
+    for context in (0, 3):
+        denoiser, frames = run(noise_of(name, vocab=5), RULES[rule], rows, context=context)
+        starts = name != "masked"
+        assert [frame.forwards for frame in frames] == list(range(1 - starts, len(frames) + 1 - starts))
+        assert len(denoiser.seen) == frames[-1].forwards == 6 * -(-(21 - context) // (8 - context))  # as long as the longest row
+        for frame, after in zip(frames, [*frames[1:], frames[-1]], strict=True):
+            assert torch.equal(frame.tokens_BT[~canvas.free_BT], canvas.tokens_BT[~canvas.free_BT])
+            assert torch.equal(frame.tokens_BT[frame.settled_BT], after.tokens_BT[frame.settled_BT])
+            assert (frame.settled_BT <= after.settled_BT).all() and frame.settled_BT[~canvas.free_BT].all()
+        assert frames[-1].settled_BT.all() and (frames[-1].tokens_BT[canvas.valid_BT] < 5).all()
+        assert frames[-1].t_B.tolist() == [0, 0, 0, 0]
+        changes_BT = sum((a.tokens_BT != b.tokens_BT).int() for a, b in itertools.pairwise(frames))
+        assert isinstance(changes_BT, Tensor) and int(changes_BT.max()) > 1  # they do revise
+
+
+@pytest.mark.parametrize(("name", "rule"), CASES)
+def test_a_row_is_the_same_alone_and_among_longer_ones(name: str, rule: str) -> None:
+    rows: list[list[int | None]] = [[1, None, None], [None] * 21, [None, 3, None, 4] * 4, [None], [*[2] * 11, None]]
+    noise = noise_of(name, vocab=5)
+    for options in ({"context": 3}, {"until_settled": 2}):
+        frames = run(noise, RULES[rule], rows, **options)[1]
+        for b, row in enumerate(rows):
+            alone = run(noise, RULES[rule], [row], seed=b, **options)[1]
+            for k, frame in enumerate(frames):
+                single = alone[min(k, len(alone) - 1)]
+                assert torch.equal(frame.tokens_BT[b, : len(row)], single.tokens_BT[0]), (b, k)
+                assert torch.equal(frame.settled_BT[b, : len(row)], single.settled_BT[0])
+    assert len({tuple(run(noise, RULES["reverse"], [[None] * 8], seed=seed)[1][-1].tokens_BT[0].tolist()) for seed in range(5)}) == 5
+
+
+@pytest.mark.parametrize("schedule", ["linear", "log-linear:0.3"])
+@pytest.mark.parametrize("name", REPLACING)
+def test_a_run_starts_from_the_prior_which_a_trajectory_takes_as_its_start(name: str, schedule: str) -> None:
+    noise, given = noise_of(name, schedule), (None, 1, None)
+    frames, canvas = sample(noise, Reverse(), 2, given), copies(given, ROWS)
+    first = frames[0]
+    assert first.forwards == 0 and (first.t_B == 1).all() and torch.equal(first.settled_BT, ~canvas.free_BT)
+    counts_V = torch.bincount(first.tokens_BT[canvas.free_BT], minlength=4).double()
+    assert torch.allclose(counts_V / counts_V.sum(), prior_of(noise), atol=0.03)
+    assert not counts_V[prior_of(noise) == 0].any()
+    trajectory = Trajectory(torch.where(canvas.free_BT, TINY.mask_id, canvas.tokens_BT), canvas, pieces={}, mask_id=TINY.mask_id)
+    for frame in frames:
+        trajectory.append(frame)
+    assert len(trajectory) == 3 and trajectory.forwards == [0, 1, 2]
+    for kept, frame in zip(trajectory.frames(), frames, strict=True):
+        assert torch.equal(kept.tokens_BT, frame.tokens_BT) and torch.equal(kept.settled_BT, frame.settled_BT)
+
+
+def test_words_become_rules() -> None:
+    draw, noise = Draw(0.5), noise_of("uniform")
+    rules = {
+        "ancestral": Reverse(draw),
+        "predictor-corrector": PredictorCorrector(1.0, draw),
+        "predictor-corrector:0.3": PredictorCorrector(0.3, draw),
+        "refine": Refine(draw),
+        "entropy-bound": EntropyBound(0.1, draw),
+        "entropy-bound:0.4": EntropyBound(0.4, draw),
+        "worst": ChangeWorst(2.0, draw),
+        "worst:1.5": ChangeWorst(1.5, draw),
+    }
+    for name in REPLACING:
+        assert {word: choice.make(word, draw, noise_of(name)) for word in rules} == rules
+    assert choice.make("refine", draw, noise, 3) == GreedyTail(Refine(draw), 3)
+    assert choice.make("predictor-corrector:0.5", draw, noise_of("masked")) == PredictorCorrector(0.5, draw)
+
+
+@pytest.mark.parametrize(
+    ("word", "name", "message"),
+    [
+        (
+            "topk",
+            "uniform",
+            "'topk' needs masked noise; this model has replacement noise and can use: ancestral, predictor-corrector, refine",
+        ),
+        ("confidence:0.7", "hybrid", "'confidence' needs masked noise"),
+        ("refine", "masked", "'refine' needs replacement noise; this model has masked noise and can use: ancestral, topk, confidence"),
+        ("worst:2", "masked", "'worst' needs replacement noise"),
+        ("magic", "masked", "'magic' is unknown; .* can use: ancestral, topk, confidence, predictor-corrector"),
+        ("magic:3", "semantic", "'magic' is unknown; .* can use: ancestral, predictor-corrector, refine, entropy-bound, worst"),
+        ("ancestral:3", "masked", "'ancestral' has no setting, got 'ancestral:3'"),
+        ("refine:3", "uniform", "'refine' has no setting"),
+        ("worst:many", "uniform", "'worst:many': 'many' is no number"),
+        ("confidence:", "masked", "'' is no number"),
+        ("confidence:2", "masked", r"threshold must lie in \(0, 1\], got 2.0"),
+        ("confidence:0", "masked", "threshold must lie"),
+        ("predictor-corrector:-1", "masked", "corrector must be at least 0, got -1.0"),
+        ("predictor-corrector:inf", "uniform", "corrector must be at least 0, got inf"),
+        ("entropy-bound:nan", "uniform", "entropy bound must be at least 0, got nan"),
+        ("worst:0", "hybrid", "must be above 0, got 0.0"),
+    ],
+)
+def test_words_that_cannot_be_are_told(word: str, name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        choice.make(word, Draw(), noise_of(name))
+    assert "\n" not in str(error.value)
+
+
+def test_what_does_not_revise_has_no_tail_and_does_not_settle() -> None:
+    with pytest.raises(InputError, match="a greedy tail revises tokens, which masked noise does not"):
+        choice.make("ancestral", Draw(), noise_of("masked"), 1)
+    with pytest.raises(InputError, match="the greedy tail must be at least 1, got -1"):
+        choice.make("ancestral", Draw(), noise_of("uniform"), -1)
+    for rule in (Ancestral(), Threshold()):
+        with pytest.raises(InputError, match="needs a sampler that revises"):
+            DiffusionSampler(Noted(5, 8), noise_of("masked", vocab=5), 8, rule, until_settled=1)
+    with pytest.raises(InputError, match="counts steps from 1"):
+        DiffusionSampler(Noted(5, 8), noise_of("uniform", vocab=5), 8, Reverse(), until_settled=-1)

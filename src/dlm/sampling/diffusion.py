@@ -115,7 +115,7 @@ class DiffusionSampler:
                     still_B[rows_A] = (still_B[rows_A] + 1) * quiet_A
                     early_A = (still_B[rows_A] >= self.until_settled) & ~settled_A & ((next_AT != noise.mask_id) | ~open_AT).all(-1)
                     stays_AT = noise.denoised(logp_ATV, z_AT, t_A).exp().gather(-1, next_AT[..., None]).squeeze(-1)
-                    doubt_B[rows_A] += ((1 - stays_AT.double()) * open_AT).sum(-1) * early_A
+                    doubt_B[rows_A] += torch.where(open_AT & early_A[:, None], 1 - stays_AT.double(), 0.0).sum(-1)
                     saved_B[rows_A] += (self.budget - clock_A - 1) * early_A
                     settled_A = settled_A | early_A
                 written_AT, done_AT = move_AT, open_AT & settled_A[:, None]

@@ -24,7 +24,9 @@ def _at_least(value: float, low: float, what: str) -> None:
 
 def _reverse(step: Step, draw: Draw, to_B: Tensor, rng: RNG) -> Tensor:
     """z at `to_B` from the plug-in posterior; the final token where that is 0."""
-    logp_BTV = draw.shape(step.logp_BTV)
+    # a shape that leaves only tokens which cannot have become z_i would leave nothing
+    possible_BTV = step.noise.denoised(step.logp_BTV, step.z_BT, step.t_B) > -torch.inf
+    logp_BTV = draw.shape(step.logp_BTV.masked_fill(~possible_BTV, -torch.inf))
     move_BTV = step.noise.posterior(logp_BTV, step.z_BT, step.t_B, to_B).log()
     final_BTV = step.noise.denoised(logp_BTV, step.z_BT, step.t_B)
     return categorical(torch.where((to_B > 0)[:, None, None], move_BTV, final_BTV), uniform(rng, step.z_BT.shape[1]))
@@ -103,7 +105,7 @@ class EntropyBound:
         for _ in range(rounds):
             logp_BTV = step.noise.denoised(step.logp_BTV.double(), step.z_BT, t_B)
             stays_BT = logp_BTV.gather(-1, step.z_BT[..., None]).squeeze(-1).exp()
-            wrong_B = ((1 - stays_BT) * step.open_BT).sum(-1) / count_B
+            wrong_B = torch.where(step.open_BT, 1 - stays_BT, 0.0).sum(-1) / count_B  # a given token may be impossible at t
             t_B = step.noise.schedule.inverse(1 - wrong_B.clamp(1e-3, 1 - 1e-3)).to(t_B)
         return logp_BTV
 
