@@ -1,7 +1,7 @@
 """Masked against uniform noise at three sizes and one compute: the bound of each, trained from noise.
 
-    python benchmarks/scaling.py                       # two cores, an hour
-    python benchmarks/scaling.py --compute 1e15 --batch 64 --sizes 6x192 6x384 12x512      # a GPU: the same table further on
+    python benchmarks/scaling.py                       # half an hour of one core
+    python benchmarks/scaling.py --compute 1e15 --batch 64 --sizes 6x192 6x384 12x512   # a GPU: the same table further on
 
 compute is 6 x parameters x training tokens, so that a smaller model sees more text. Runs are kept in --out and resumed. The last
 line is one JSON object.
@@ -28,8 +28,8 @@ HEAD = 32  # channels a head
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--compute", type=float, default=1.3e13, help="FLOPs of one run")
-    parser.add_argument("--sizes", nargs="+", default=["4x96", "5x128", "6x192"], help="layers x width")
+    parser.add_argument("--compute", type=float, default=6.5e12, help="FLOPs of one run")
+    parser.add_argument("--sizes", nargs="+", default=["3x64", "4x96", "5x128"], help="layers x width")
     parser.add_argument("--noise", nargs="+", default=["masked", "uniform"])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--passes", type=int, default=4)

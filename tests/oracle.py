@@ -132,9 +132,13 @@ def total_variation(samples_NT: Tensor, tiny: Tiny) -> float:
 
 
 def chi_square_p(samples_NT: Tensor, probs_S: Tensor, tiny: Tiny) -> float:
-    """p-value of the samples under probs_S; cells with fewer than 5 expected are pooled."""
-    counts = torch.bincount(tiny.index(samples_NT), minlength=len(probs_S)).double()
-    expected = probs_S * counts.sum()
+    """p-value of the samples under probs_S."""
+    return chi_square_of_counts(torch.bincount(tiny.index(samples_NT), minlength=len(probs_S)), probs_S)
+
+
+def chi_square_of_counts(counts: Tensor, probs: Tensor) -> float:
+    """p-value of the counts under probs; cells with fewer than 5 expected are pooled."""
+    counts, expected = counts.double(), probs * counts.sum()
     small = expected < 5
     if bool(small.any()):
         counts = torch.cat([counts[~small], counts[small].sum()[None]])

@@ -54,9 +54,11 @@ class Run:
         self.model, self.canvas, self.seed = model, canvas, seed
         self.word: str = options.get("sampler") or model.default_sampler
         kept = {key: options[key] for key in ("steps", "temperature", "top_p", "top_k") if options.get(key)}
-        self.trajectory = model.trajectory(canvas, seed=seed, sampler=self.word, **kept)
+        sampler = model.sampler(**options)
+        revises = bool(getattr(sampler, "revises", False))
+        self.trajectory = model.trajectory(canvas, seed=seed, sampler=self.word, window=model.window, revises=revises, **kept)
         rng = generators(seed, len(canvas.tokens_BT))
-        self._frames: Iterator[Frame] = model.sampler(**options).steps(canvas.to(model.network.device), rng=rng)
+        self._frames: Iterator[Frame] = sampler.steps(canvas.to(model.network.device), rng=rng)
         self.seconds, self.last = 0.0, None  # type: float, Frame | None
 
     def step(self) -> Frame | None:

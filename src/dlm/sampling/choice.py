@@ -38,9 +38,10 @@ def make(word: str, draw: Draw, noise: NoiseProcess, greedy_tail: int = 0) -> Ru
     if colon and name not in SETTING:
         raise InputError(f"the sampler {name!r} has no setting, got {word!r}")
     try:
-        rule = known[name](draw=draw, **({SETTING[name]: float(value)} if colon else {}))
+        setting = {SETTING[name]: float(value)} if colon else {}
     except ValueError:
         raise InputError(f"sampler {word!r}: {value!r} is no number") from None
+    rule = known[name](draw=draw, **setting)
     if greedy_tail and kind == "masked":
         raise InputError("a greedy tail revises tokens, which masked noise does not: it needs replacement noise")
     return GreedyTail(rule, greedy_tail) if greedy_tail else rule

@@ -28,17 +28,20 @@ class Glyph(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What a run has done so far in one row. settled and free count positions that the sampler writes."""
+    """What a run has done so far in one row. settled and free count positions that the sampler writes; under_way those of the window
+    that a revising sampler is at, of which it has taken the share `done` of its time."""
 
     settled: int
     free: int
     steps: int
     forwards: int
     seconds: float
+    under_way: int = 0
+    done: float = 0.0
 
     @property
     def share(self) -> float:
-        return self.settled / self.free if self.free else 1.0
+        return (self.settled + self.done * self.under_way) / self.free if self.free else 1.0
 
     @property
     def per_second(self) -> float:
@@ -53,7 +56,9 @@ def figures(run: Trajectory, row: int) -> Figures:
     """Counted at the last frame."""
     free_T = run.free_BT[row]
     settled = int(((run.settled_BT[row] >= 0) & free_T).sum())
-    return Figures(settled, int(free_T.sum()), len(run) - 1, run.forwards[-1], run.seconds[-1])
+    free = int(free_T.sum())
+    under_way = min(free - settled, run.meta.get("window", free)) if run.meta.get("revises") else 0
+    return Figures(settled, free, len(run) - 1, run.forwards[-1], run.seconds[-1], under_way, 1 - run.t_SB[-1][row])
 
 
 def pieces(run: Trajectory, row: int, mask: str = "█") -> list[str]:

@@ -168,7 +168,7 @@ def _progress(numbers: layout.Figures, width: int, total: int | None, ascii_only
     size = 16 if width >= 100 else 8
     full = int(numbers.share * size)
     solid, faint = ("=", "-") if ascii_only else ("━", "─")
-    word = "" if where else " settled"  # a tall text needs the room
+    word = "" if where else " done" if numbers.under_way else " settled"  # a tall text needs the room
     bar = [Segment(solid * full, ACCENT), Segment(faint * (size - full), QUIET), Segment(f" {numbers.share:4.0%}{word}", QUIET)]
     lines = [[Segment(f"{step}  ", QUIET), *bar]]
     if width < TWO_LINES:
