@@ -24,9 +24,9 @@ from dlm.sampling.draw import Draw, categorical, generators, uniform
 from dlm.sampling.revising import ChangeWorst, EntropyBound, GreedyTail, PredictorCorrector, Refine, Reverse
 from dlm.sampling.rules import Ancestral, Threshold
 from dlm.trajectory import Canvas, Frame, Trajectory
-from oracle import Noted, ReplacementBayes, Tiny, chi_square_p, dense, dense_move
+from oracle import Noted, ReplacementBayes, Tiny, chi_square_of_counts, chi_square_p, dense, dense_move
 
-ROWS = 3000
+ROWS = 2000
 TINY = Tiny(3, 3, seed=0)
 Z_ZT = torch.tensor(list(itertools.product(range(TINY.vocab + 1), repeat=TINY.length)))
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -47,6 +47,7 @@ RULES: dict[str, Rule] = {
     "greedy": GreedyTail(Reverse(), 2),
 }
 CASES = [("masked", "corrected"), *itertools.product(REPLACING, RULES)]
+FEWER = [("masked", "corrected"), *zip(itertools.cycle(["hybrid", "uniform", "hybrid", "semantic"]), RULES, strict=False)]
 Given = tuple[int | None, ...]
 HOLE: Given = (None,) * TINY.length
 Move = Callable[[Any, Tensor, float, float, int], Tensor]
@@ -96,7 +97,7 @@ def law(noise: Any, steps: int, move: Move, given: Given = HOLE, shape: Callable
         mu_ZTV = shape(noise.log_probs(bayes(noise)(Z_ZT, times_Z), Z_ZT, times_Z).exp())
         next_ZTV = torch.where(free_T1, move(noise, mu_ZTV, t, s, steps - k), hot(Z_ZT))
         mass_Z = mass_Z @ torch.stack([next_ZTV[:, i, Z_ZT[:, i]] for i in range(TINY.length)]).prod(0)
-    done_Z = (Z_ZT != TINY.mask_id).all(-1)
+    done_Z = Z_ZT.max(-1).values < TINY.mask_id
     law_S = torch.zeros(len(TINY.p_S), dtype=torch.float64)
     law_S[TINY.index(Z_ZT[done_Z])] = mass_Z[done_Z]
     assert float(law_S.sum()) == pytest.approx(1.0)
@@ -120,6 +121,10 @@ def refined(noise: Any, mu_ZTV: Tensor, t: float, s: float, left: int) -> Tensor
     return back(noise, mu_ZTV, t, 0.0)
 
 
+def histogram(frames: list[Frame]) -> Tensor:
+    return torch.bincount(TINY.index(frames[-1].tokens_BT), minlength=len(TINY.p_S)).double() / len(frames[-1].tokens_BT)
+
+
 def distance(law_S: Tensor) -> float:
     return float((law_S - TINY.p_S).abs().sum() / 2)
 
@@ -135,15 +140,15 @@ def test_the_test_of_the_law_can_fail() -> None:
     samples = sample(noise_of("uniform"), Reverse(), 2)[-1].tokens_BT
     for name, steps, move in (("uniform", 1, back), ("uniform", 5, back), ("hybrid", 2, back), ("uniform", 2, refined)):
         assert chi_square_p(samples, law(noise_of(name), steps, move), TINY) < 1e-3, (name, steps)
-    assert chi_square_p(samples, law(noise_of("uniform"), 2, partial(corrected, 1.0)), TINY) < 1e-3
 
 
 @pytest.mark.parametrize("name", REPLACING)
 def test_the_distance_to_the_data_falls_with_the_steps(name: str) -> None:
-    for schedule in ("linear", "cosine"):
-        distances = [distance(law(noise_of(name, schedule), steps, back)) for steps in (1, 2, 4, 8, 16, 64, 256)]
-        assert all(a > b for a, b in itertools.pairwise(distances)), (schedule, distances)
-        assert distances[0] > 0.1 and distances[-1] < 0.02 * distances[0]
+    distances = [distance(law(noise_of(name), steps, back)) for steps in (1, 2, 4, 8, 16, 64)]
+    assert all(a > b for a, b in itertools.pairwise(distances)), distances
+    assert distances[0] > 0.1 and distances[-1] < 0.05 * distances[0]
+    measured = [distance(histogram(sample(noise_of(name), Reverse(), steps))) for steps in (1, 4, 32)]
+    assert measured[0] > measured[1] > measured[2]
 
 
 @pytest.mark.parametrize("given", [(1, None, None), (None, 2, 0)])
@@ -175,7 +180,24 @@ def test_predictor_corrector_draws_its_law(name: str, corrector: float, steps: i
     noise = noise_of(name)
     law_S = law(noise, steps, partial(corrected, corrector))
     assert chi_square_p(sample(noise, PredictorCorrector(corrector), steps)[-1].tokens_BT, law_S, TINY) > 1e-3
-    assert (float((law_S - law(noise, steps, back)).abs().max()) > 0.005) == (corrector > 0)
+
+
+@pytest.mark.parametrize("corrector", [0.5, 3.0])
+@pytest.mark.parametrize("name", ["masked", *REPLACING])
+def test_one_move_of_predictor_corrector(name: str, corrector: float) -> None:
+    """From one state, over all states that may follow: the marginals at the end say little about what happened on the way."""
+    noise, t, s = noise_of(name), 0.75, 0.5
+    for z_T in (torch.tensor([0, 1, 1]), torch.tensor([2, 3, 3] if name in ("masked", "hybrid") else [2, 0, 2])):
+        state, z_BT, t_B = int((Z_ZT == z_T).all(-1).nonzero()), z_T.expand(ROWS, -1), torch.full((ROWS,), t, dtype=torch.float64)
+        logp_ZTV = noise.log_probs(bayes(noise)(Z_ZT, t_B[:64]), Z_ZT, t_B[:64])
+        logp_BTV = logp_ZTV[state].expand(ROWS, -1, -1)
+        step = Step(z_BT, torch.ones_like(z_BT, dtype=torch.bool), logp_BTV, t_B, t_B - t + s, torch.full((ROWS,), 2), 4, noise)
+        after_BT = PredictorCorrector(corrector)(step, generators(0, ROWS))
+        counts_Z = torch.bincount((after_BT * torch.tensor([16, 4, 1])).sum(-1), minlength=64)
+        for move, right in ((partial(corrected, corrector), True), (back, False), (partial(corrected, 0.2), False)):
+            next_TV = move(noise, logp_ZTV.exp(), t, s, 2)[state]
+            chance_Z = next_TV[torch.arange(3), Z_ZT].prod(-1)
+            assert (chi_square_of_counts(counts_Z, chance_Z) > 1e-3) == right, (z_T, move)
 
 
 def step_of(noise: Any, rows: int = 300, length: int = 6, t: float = 0.7, s: float = 0.5, left: int = 3, steps: int = 5) -> Step:
@@ -329,6 +351,9 @@ def test_a_shape_that_forbids_the_visible_token_leaves_text() -> None:
             assert (frames[-1].tokens_BT < 5).all()
 
 
+SETTLING = [("uniform", Refine()), ("semantic", Reverse()), ("hybrid", Reverse()), ("hybrid", ChangeWorst(3))]
+
+
 def stops(frames: list[Frame], quiet: int) -> list[int]:
     """The frame at which each row would stop, by the frames of a run that did not."""
     stop = []
@@ -341,11 +366,10 @@ def stops(frames: list[Frame], quiet: int) -> list[int]:
 
 
 @pytest.mark.parametrize("quiet", [1, 3])
-@pytest.mark.parametrize(
-    ("name", "rule"), [("uniform", Refine()), ("semantic", Reverse()), ("hybrid", Reverse()), ("hybrid", ChangeWorst(3))]
-)
+@pytest.mark.parametrize(("name", "rule"), SETTLING)
 def test_until_settled_is_the_full_run_cut_short(name: str, rule: Rule, quiet: int) -> None:
-    noise, steps, rows = noise_of(name), 25, 300
+    """Row by row, whichever step it leaves at, and never with a mask in the text."""
+    noise, steps, rows = noise_of(name), 25, 100
     full, early = sample(noise, rule, steps, rows=rows), sample(noise, rule, steps, rows=rows, until_settled=quiet)
     stop = stops(full, quiet)
     for k, frame in enumerate(early):
@@ -355,7 +379,7 @@ def test_until_settled_is_the_full_run_cut_short(name: str, rule: Rule, quiet: i
     last = early[-1]
     assert len(early) - 1 == max(stop) == last.forwards
     assert last.saved_B is not None and last.doubt_B is not None
-    assert last.saved_B.tolist() == [steps - k for k in stop] and int(last.saved_B.max()) > 2 > int(last.saved_B.min())
+    assert last.saved_B.tolist() == [steps - k for k in stop] and int(last.saved_B.max()) > 2 and len(set(stop)) > 3
     assert (last.tokens_BT != TINY.mask_id).all()
     times_B = 1 - (torch.tensor(stop, dtype=torch.float64) - 1) / steps
     law_BTV = bayes(noise, "posterior")(last.tokens_BT, times_B).exp()
@@ -382,9 +406,9 @@ def test_every_window_settles_by_itself() -> None:
         return 50.0 * torch.nn.functional.one_hot(torch.arange(8) % 5, 6).expand(len(z_BQ), -1, -1)
 
     noise, steps = noise_of("uniform", vocab=5), 12
-    sampler = DiffusionSampler(sure, noise, 8, Reverse(), steps, 2, until_settled=2)
+    sampler = DiffusionSampler(sure, noise, 8, Refine(), steps, 2, until_settled=2)
     *_, last = sampler.steps(Canvas.from_rows([[None] * 20], fill=5), rng=generators(0, 1))
-    assert last.saved_B is not None and 3 < int(last.saved_B) and last.forwards == 3 * steps - int(last.saved_B)
+    assert last.saved_B is not None and last.saved_B.tolist() == [3 * (steps - 3)] and last.forwards == 3 * 3
     assert last.tokens_BT[0].tolist() == [i % 5 for i in [*range(8), *range(2, 8), *range(2, 8)]]
 
 
@@ -415,7 +439,7 @@ def test_on_any_canvas_given_tokens_stay_and_settled_is_a_promise(name: str, rul
         assert isinstance(changes_BT, Tensor) and int(changes_BT.max()) > 1  # they do revise
 
 
-@pytest.mark.parametrize(("name", "rule"), CASES)
+@pytest.mark.parametrize(("name", "rule"), FEWER)
 def test_a_row_is_the_same_alone_and_among_longer_ones(name: str, rule: str) -> None:
     rows: list[list[int | None]] = [[1, None, None], [None] * 21, [None, 3, None, 4] * 4, [None], [*[2] * 11, None]]
     noise = noise_of(name, vocab=5)
@@ -472,7 +496,7 @@ def test_words_become_rules() -> None:
         (
             "topk",
             "uniform",
-            "'topk' needs masked noise; this model has replacement noise and can use: ancestral, predictor-corrector, refine",
+            "'topk' needs masked noise; this model has replacement noise and can use: ancestral, pred",
         ),
         ("confidence:0.7", "hybrid", "'confidence' needs masked noise"),
         ("refine", "masked", "'refine' needs replacement noise; this model has masked noise and can use: ancestral, topk, confidence"),
