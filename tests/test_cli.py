@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -133,7 +132,7 @@ def test_bad_input_gets_one_line(dlm: Dlm, masked_dir: Path, text_file: Path, tm
     assert "\u00e9" in dlm.told("generate", "caf\u00e9", *model)
     assert "steps" in dlm.told("generate", *model, "--steps", "0")
     assert "temperature" in dlm.told("generate", *model, "--temperature", "-1")
-    assert "unknown sampler" in dlm.told("generate", *model, "--sampler", "magic")
+    assert "'magic' is unknown" in dlm.told("generate", *model, "--sampler", "magic")
     assert "nothing to generate" in dlm.told("generate", "ROMEO:", *model, "--length", "4")
     assert "not both" in dlm.told("generate", *model, "--length", "40", "--max-new-tokens", "4")
     assert "no hole" in dlm.told("generate", *model, "--template", "ROMEO")
@@ -193,13 +192,28 @@ def test_no_space_left_is_told(dlm: Dlm, masked_dir: Path, monkeypatch: pytest.M
     assert "no space left" in dlm.told("generate", "--model", str(masked_dir), "--length", "20", "--steps", "2", "--save", "x.traj")
 
 
+THREE_FRAMES = """
+import sys
+from dlm import cli
+from dlm.trajectory import Trajectory
+append = Trajectory.append
+def told(self, *rest, **more):
+    append(self, *rest, **more)
+    if len(self) == 3:
+        print("three frames", file=sys.stderr, flush=True)
+Trajectory.append = told
+cli.main()
+"""
+
+
 def test_ctrl_c_keeps_the_frames_so_far(masked_dir: Path, tmp_path: Path) -> None:
     words = ["generate", "--model", str(masked_dir), "--length", "60000", "--save", "long.traj"]
-    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    process = subprocess.Popen([sys.executable, "-m", "dlm", *words], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    time.sleep(6)
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    command = [sys.executable, "-c", THREE_FRAMES, *words]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None and process.stderr.readline() == "three frames\n"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err and "long.traj" in err
-    assert len(Trajectory.load(tmp_path / "long.traj")) > 1
+    assert len(Trajectory.load(tmp_path / "long.traj")) >= 3

@@ -17,6 +17,7 @@ from dlm.models.checkpoint import ModelConfig
 from dlm.models.transformer import Transformer, TransformerConfig
 from dlm.noise import loss
 from dlm.noise.masked import MaskedNoise
+from dlm.noise.uniform import UniformNoise
 from dlm.sampling import choice
 from dlm.text import Tokenizer
 
@@ -152,6 +153,46 @@ def test_the_loss_of_a_row_is_its_own(estimator: str) -> None:
     for b, row in enumerate(rows):
         alone = nats(slice(b, b + 1), len(row))
         assert torch.allclose(alone, together[b : b + 1], rtol=1e-5), (estimator, b)
+
+
+@dataclass(frozen=True)
+class FixedUniform(UniformNoise):
+    """The same for noise that replaces tokens."""
+
+    z_BT: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def corrupt(self, x_BT: Tensor, t_B: Tensor, rng: torch.Generator) -> Tensor:
+        return self.z_BT
+
+    def corrupt_count(self, x_BT: Tensor, count_B: Tensor, free_BT: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.where(free_BT, self.z_BT, x_BT), count_B / 20 + 0.1, torch.ones(len(x_BT))
+
+
+@pytest.mark.parametrize("estimator", ["continuous", "discrete", "counted"])
+def test_the_loss_of_a_row_under_replacement_noise_is_its_own(estimator: str) -> None:
+    made, rows = network(time_conditioning=True), [row % (VOCAB - 1) for row in texts(16, 9, 13)]
+    x_BT, valid_BT = padded(rows, "right", 0)
+    x_BT, free_BT = x_BT % (VOCAB - 1), valid_BT & (torch.arange(16) > 1)
+    z_BT = torch.randint(VOCAB - 1, (3, 16), generator=torch.Generator().manual_seed(3))
+    u_B = torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64)
+
+    def nats(rows: slice, width: int) -> Tensor:
+        valid, x, free = valid_BT[rows, :width], x_BT[rows, :width], free_BT[rows, :width]
+        noise, rng = FixedUniform(VOCAB, MASK, z_BT=z_BT[rows, :width]), torch.Generator().manual_seed(0)
+
+        def predict(z_BT: Tensor, t_B: Tensor) -> Tensor:
+            assert torch.equal(z_BT[~free], x[~free])
+            logits: Tensor = made(z_BT, t_B, valid_BT=valid)
+            return logits
+
+        if estimator == "discrete":
+            return loss.discrete(noise, predict, x, free, rng, 10, u_B[rows])
+        return {"continuous": loss.continuous, "counted": loss.counted}[estimator](noise, predict, x, free, rng, u_B[rows])
+
+    together = nats(slice(0, 3), 16)
+    assert together.shape == (3,) and (together > 1).all()
+    for b, row in enumerate(rows):
+        assert torch.allclose(nats(slice(b, b + 1), len(row)), together[b : b + 1], rtol=1e-5), b
 
 
 NOISES: dict[str, dict[str, Any]] = {

@@ -31,7 +31,7 @@ def shakespeare_uniform() -> TrainConfig:
 
 def shakespeare_semantic() -> TrainConfig:
     """The same with semantic noise: first to a character of the same class, then to any."""
-    return replace(shakespeare_uniform(), noise="semantic", clusters="classes")
+    return replace(shakespeare_uniform(), noise="semantic")
 
 
 def shakespeare_hybrid() -> TrainConfig:

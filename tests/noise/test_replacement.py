@@ -263,9 +263,32 @@ def test_the_monte_carlo_estimators_agree_with_the_entropy(name: str) -> None:
     bayes = ReplacementBayes(tiny, partial(dense, noise))
     exact = loss.continuous(noise, bayes, x_BT, free_BT, rng)
     assert float(exact.mean()) == pytest.approx(tiny.entropy(), abs=4 * float(exact.std()) / 20_000**0.5)
+    counted = loss.counted(noise, bayes, x_BT, free_BT, rng)
+    assert float(counted.mean()) == pytest.approx(tiny.entropy(), abs=4 * float(counted.std()) / 20_000**0.5)
+    assert float(counted.std()) < float(exact.std())
     stepped = loss.discrete(noise, bayes, x_BT, free_BT, rng, 16)
     above = float(stepped.mean()) - tiny.entropy()
     assert -4 * float(stepped.std()) / 20_000**0.5 < above < 0.3
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_count_is_of_free_positions_and_its_level_is_the_likely_one(name: str) -> None:
+    """Given k of n noised, 1 - keep is Beta(k, n - k + 1); the weight turns means over it into integrals over t."""
+    noise, rng, rows = make(name, "cosine"), torch.Generator().manual_seed(0), 4000
+    x_BT = torch.randint(VOCAB, (rows, 6), generator=rng)
+    free_BT = torch.rand(rows, 6, generator=rng) < 0.7
+    free_BT[:, 0] = True
+    n_B = free_BT.sum(-1)
+    count_B = (torch.rand(rows, generator=rng) * (n_B + 1)).long()
+    z_BT, t_B, weight_B = noise.corrupt_count(x_BT, count_B, free_BT, rng)
+    changed_BT = z_BT != x_BT
+    assert not changed_BT[~free_BT].any() and (changed_BT.sum(-1) <= count_B).all() and not changed_BT[count_B == 0].any()
+    share_B, some_B = 1 - noise.kernel(t_B).keep_B, count_B > 0
+    mean_B = count_B / (n_B + 1)
+    spread_B = (mean_B * (1 - mean_B) / (n_B + 2)).sqrt()
+    z_B = ((share_B - mean_B) / spread_B)[some_B]
+    assert abs(float(z_B.mean())) < 4 / len(z_B) ** 0.5 and float(z_B.std()) == pytest.approx(1.0, abs=0.06)
+    assert float(weight_B.mean()) == pytest.approx(1.0, abs=4 * float(weight_B.std()) / rows**0.5)  # the integral of 1
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel
+from dlm.noise.hybrid import HybridNoise
 from dlm.noise.masked import MaskedNoise
 from dlm.train import state
 from dlm.train.objective import RowsOf
@@ -150,15 +151,16 @@ def test_a_batch_that_does_not_divide(text: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_rows_are_corrupted_as_in_the_whole_batch() -> None:
-    plain = MaskedNoise(9, 8)
+@pytest.mark.parametrize("plain", [MaskedNoise(9, 8), HybridNoise(9, 8)], ids=["masked", "hybrid"])
+def test_rows_are_corrupted_as_in_the_whole_batch(plain: Any) -> None:
     x_BT, t_B = torch.arange(48).view(6, 8) % 8, torch.linspace(0.1, 0.9, 6)
     free_BT, count_B = torch.rand(6, 8, generator=torch.Generator().manual_seed(0)) < 0.8, torch.tensor([1, 2, 3, 1, 2, 3])
 
-    def draw(noise: MaskedNoise, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(noise: Any, rows: slice) -> list[torch.Tensor]:
         rng = torch.Generator().manual_seed(1)
         first = noise.corrupt_count(x_BT[rows], count_B[rows], free_BT[rows], rng)
-        return first, noise.corrupt(x_BT[rows], t_B[rows], rng)  # the second draw starts where the first ended
+        second = noise.corrupt(x_BT[rows], t_B[rows], rng)  # starts where the first ended
+        return [*(first if isinstance(first, tuple) else (first,)), second]
 
     whole = draw(plain, slice(None))
     for ranks in (1, 2, 3):

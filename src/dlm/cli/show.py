@@ -33,7 +33,8 @@ def show(
     if gif is not None:
         from dlm.viz.gif import write_gif
 
-        write_gif(panes, gif)
+        share = {"columns": max(30, 108 // len(panes)), "size": 20} if len(panes) > 1 else {}
+        write_gif(panes, gif, **share)
         err.print(f"wrote {gif}", highlight=False)
     if html is None and gif is None:
         from dlm.viz.terminal import replay

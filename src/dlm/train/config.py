@@ -22,7 +22,7 @@ class TrainConfig:
     objective: str = "diffusion"  # diffusion | autoregressive
     noise: str = "masked"  # masked | uniform | semantic[:lead] | hybrid[:share of uniform noise]
     noise_schedule: str = "linear"
-    clusters: str = ""  # of semantic noise: classes | MODEL:COUNT (k-means of its output embedding) | a JSON file
+    clusters: str = "classes"  # of semantic noise: classes | MODEL:COUNT (k-means of its output embedding) | a JSON file
     head: str = "leave-one-out"  # what the network gives under replacement noise: leave-one-out | posterior
     estimator: str = "auto"  # any_order (masks, no time input) | counted (replacement) | continuous | auto: the first that applies
     init: str = ""  # a checkpoint of the same shape to begin with, instead of fresh weights
@@ -61,8 +61,8 @@ class TrainConfig:
             raise InputError(f"unknown estimator {self.estimator!r}; known: auto, any_order, counted, continuous")
         if self.head not in HEADS:
             raise InputError(f"unknown head {self.head!r}; known: {', '.join(HEADS)}")
-        if (self.noise.partition(":")[0] == "semantic") != bool(self.clusters):
-            raise InputError("semantic noise, and no other, needs --set clusters=classes, MODEL:COUNT or a JSON file")
+        if self.clusters != "classes" and self.noise.partition(":")[0] != "semantic":
+            raise InputError(f"{self.noise} noise has no clusters: --noise semantic, or leave --set clusters={self.clusters} away")
         if self.estimator == ("counted" if self.noise == "masked" else "any_order"):
             raise InputError(f"{self.noise} noise has no estimator {self.estimator}: --set estimator=auto")
         if self.estimator == "any_order" and self.network.time_conditioning:

@@ -18,7 +18,7 @@ def noise_settings(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     settings = process.parse(config.noise) | {"schedule": config.noise_schedule}
     if settings["process"] != "masked":
         settings["head"] = config.head
-    if config.clusters:
+    if settings["process"] == "semantic":
         settings["clusters"] = cluster_of(config.clusters, tokenizer)
     try:
         process.make(settings, tokenizer.vocab_size + 1, tokenizer.mask_id)
