@@ -86,10 +86,11 @@ def _figure(count: int) -> tuple[Any, list[Any]]:
 def _save(figure: Any, axes: list[Any], path: Path) -> None:
     from matplotlib import pyplot
 
-    axes[0].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(axes) > 1 else 1, frameon=False, fontsize=8)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        figure.savefig(partial, dpi=140)
+        figure.savefig(partial, dpi=120)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
