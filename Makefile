@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint install clean
 
 demo: $(VENV)/.demo
-	$(BIN)/dlm generate "ROMEO:" --model shakespeare-mask --length 512 --temperature 0.7 --watch
+	$(BIN)/dlm generate "ROMEO:" --compare mask,uniform --temperature 0.7 --steps 128 --watch
 
 test: lint
 	$(BIN)/python -m pytest

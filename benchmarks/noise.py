@@ -144,8 +144,8 @@ def stopping(bench: Bench) -> list[dict[str, Any]]:
     )
     rows = []
     for sister in (s for s in bench.args.sisters if s != "mask"):
-        for sampler, _ in RUNNERS[sister]:
-            options = {"sampler": sampler, "steps": bench.args.steps[0], "temperature": 0.8}
+        for sampler, temperature in (("refine", 0.8), ("worst:4", 0.0)):
+            options = {"sampler": sampler, "steps": bench.args.steps[0], "temperature": temperature}
             full = bench.generate(sister, 0, bench.args.samples, **options)
             for quiet in (1, 4):
                 early = bench.generate(sister, 0, bench.args.samples, until_settled=quiet, **options)

@@ -33,8 +33,8 @@ def show(
     if gif is not None:
         from dlm.viz.gif import write_gif
 
-        share = {"columns": max(30, 108 // len(panes)), "size": 20} if len(panes) > 1 else {}
-        write_gif(panes, gif, **share)
+        many = len(panes) > 1  # side by side they are narrower and smaller
+        write_gif(panes, gif, columns=max(30, 108 // len(panes)) if many else 64, size=20 if many else 30)
         err.print(f"wrote {gif}", highlight=False)
     if html is None and gif is None:
         from dlm.viz.terminal import replay
