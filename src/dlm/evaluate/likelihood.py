@@ -57,7 +57,8 @@ def evaluate(
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Likelihood:
     """Average over all windows; `passes` independent draws of masks each. estimator `autoregressive` is exact;
-    `auto` is any-order for masks, else counted.
+    `auto` is any-order for masks, else
+    counted, or continuous where the schedule does not run from 1 to 0.
 
     characters: how many the windows spell. progress is told the rows done. InputError for an unknown estimator.
     """
@@ -69,7 +70,8 @@ def evaluate(
     if estimator == "counted" and not isinstance(noise, ReplacementNoise):
         raise InputError("only replacement noise has a counted form: use --estimator any-order")
     if estimator == "auto":
-        estimator = "any-order" if isinstance(noise, MaskedNoise) else "counted"
+        ends = noise.schedule.alpha(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+        estimator = "continuous" if ends != [1.0, 0.0] else "any-order" if isinstance(noise, MaskedNoise) else "counted"
     if not exact and passes < 2:
         raise InputError("the error of a Monte-Carlo estimate needs at least 2 passes")
     passes = 1 if exact else passes

@@ -41,7 +41,7 @@ def classes(pieces: Sequence[str]) -> list[int]:
         first = piece[:1]
         if first.isalpha():
             return ("vowel" if first.lower() in "aeiouy" else "consonant") + ("-capital" if first.isupper() else "")
-        return "digit" if first.isdigit() else "space" if first.isspace() else "stop" if first in ".,;:!?" else "sign"
+        return "digit" if first.isdigit() else "space" if first.isspace() else "stop" if first and first in ".,;:!?" else "sign"
 
     return renumber([kind(piece) for piece in pieces])
 

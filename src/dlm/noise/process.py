@@ -32,7 +32,7 @@ def parse(word: str) -> dict[str, Any]:
 def make(settings: Mapping[str, Any], vocab_size: int, mask_id: int) -> Process:
     """The process that config.json describes: process, schedule and what that process needs. ValueError says what is wrong."""
     rest = dict(settings)
-    name, alpha = rest.pop("process", "masked"), schedule.parse(rest.pop("schedule", "linear"))
+    name, alpha = rest.pop("process", ""), schedule.parse(rest.pop("schedule", "linear"))
     if name not in PROCESSES:
         raise ValueError(f"unknown noise {name!r}; known: {', '.join(PROCESSES)}")
     if "clusters" in rest:

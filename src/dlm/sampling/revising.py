@@ -79,8 +79,8 @@ class EntropyBound:
     """Draw all, keep the surest positions while sum H - max H <= bound (nats), put the prior's noise on the rest.
 
     The sum bounds the mutual information of what is kept (EB-sampler, Ben-Hamu et al. 2505.24857); with re-noising it is
-    DiffusionGemma's sampler. The last step keeps all. How much is noise does not follow the grid here, so p(x_i | z) is taken at
-    the level that explains itself: the share of tokens expected to be wrong.
+    DiffusionGemma's sampler. The last step keeps all. How much is noise does not follow the grid here, so p(x_i | z) is taken
+    near the level that explains itself, the share of tokens expected to be wrong, by a few rounds from that of the grid.
     """
 
     bound: float = 0.1
