@@ -29,7 +29,7 @@ from dlm.train import data as reading
 SISTERS = ("mask", "uniform", "semantic", "hybrid")
 MASKED = ("ancestral", "topk", "confidence:0.7", "predictor-corrector:1", "predictor-corrector:4")
 REPLACING = ("ancestral", "predictor-corrector:1", "refine", "entropy-bound:30", "worst:2", "worst:4")
-TEMPERATURES = (0.6, 0.8, 1.0)
+TEMPERATURES = (0.4, 0.6, 0.8, 1.0)
 RUNNERS: dict[str, tuple[tuple[str, tuple[float, ...]], ...]] = {  # sampler, temperatures; chosen from `samplers`
     "mask": (("ancestral", (0.7, 1.0)), ("topk", (0.7,))),
     "uniform": (("ancestral", (0.7,)), ("worst:4", (0.7, 1.0))),

@@ -15,8 +15,13 @@ def list_() -> None:
 
     for name, path in checkpoint.bundled().items():
         config = checkpoint.load_config(path)
-        size = config.training.get("parameters", 0)
-        print(f"model   {name:24} {config.objective}, {size:,} parameters, window {config.network.window}, context {config.context}")
+        kind, size = _kind(config.objective, config.noise["process"]), config.training.get("parameters", 0)
+        print(f"model   {name:24} {kind}, {size:,} parameters, window {config.network.window}, context {config.context}")
     for name, make in recipes.RECIPES.items():
-        config_ = make()
-        print(f"recipe  {name:24} {config_.objective}, {config_.steps} steps of {config_.batch} windows on {Path(config_.data).name}")
+        settings = make()
+        kind = _kind(settings.objective, settings.noise)
+        print(f"recipe  {name:24} {kind}, {settings.steps} steps of {settings.batch} windows on {Path(settings.data).name}")
+
+
+def _kind(objective: str, noise: str) -> str:
+    return objective if objective == "autoregressive" else f"{noise} diffusion"

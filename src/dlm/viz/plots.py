@@ -11,7 +11,7 @@ from typing import Any
 
 from dlm.errors import InputError
 
-COLORS = ("#2f2c73", "#c26a00", "#2a8c82", "#93458a", "#5f87af", "#7a7f3a", "#b23a48", "#4d4d4d")
+COLORS = ("#2f2c73", "#c26a00", "#2a8c82", "#93458a", "#5f87af", "#7a7f3a", "#b23a48", "#4d4d4d", "#d98cb3", "#000000")
 AXES = {
     "settled": "share settled for good",
     "changed": "share changed by the step",
@@ -73,7 +73,8 @@ def _figure(count: int) -> tuple[Any, list[Any]]:
 
     columns = min(2, count)
     rows = -(-count // columns)
-    figure, grid = pyplot.subplots(rows, columns, figsize=(5.4 * columns, 3.6 * rows), squeeze=False, layout="constrained")
+    size = (5.4 * columns, 3.6 * rows) if count > 1 else (9.5, 5.2)
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     axes = list(grid.flat)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -87,7 +88,8 @@ def _save(figure: Any, axes: list[Any], path: Path) -> None:
     from matplotlib import pyplot
 
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(axes) > 1 else 1, frameon=False, fontsize=8)
+    place = ("outside lower center", 2) if len(axes) > 1 else ("outside right upper", 1)
+    figure.legend(handles, labels, loc=place[0], ncols=place[1], frameon=False, fontsize=8)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         figure.savefig(partial, dpi=120)
