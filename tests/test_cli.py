@@ -193,9 +193,10 @@ def test_no_space_left_is_told(dlm: Dlm, masked_dir: Path, monkeypatch: pytest.M
 
 
 THREE_FRAMES = """
-import sys
+import signal, sys
 from dlm import cli
 from dlm.trajectory import Trajectory
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
 append = Trajectory.append
 def told(self, *rest, **more):
     append(self, *rest, **more)
@@ -213,7 +214,10 @@ def test_ctrl_c_keeps_the_frames_so_far(masked_dir: Path, tmp_path: Path) -> Non
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None and process.stderr.readline() == "three frames\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert "Traceback" not in err and "long.traj" in err
     assert len(Trajectory.load(tmp_path / "long.traj")) >= 3
