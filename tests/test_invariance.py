@@ -5,6 +5,7 @@ Shapes: B rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,6 +120,14 @@ class Fixed(MaskedNoise):
         return torch.where(self.masked_BT & free_BT, self.mask_id, x_BT)
 
 
+def assert_own(nats: Callable[[slice, int], Tensor], lengths: list[int]) -> None:
+    """nats(rows, width): each row costs alone, at its own length, what it costs in the batch."""
+    together = nats(slice(0, len(lengths)), max(lengths))
+    assert together.shape == (len(lengths),) and (together > 1).all()
+    for b, length in enumerate(lengths):
+        assert torch.allclose(nats(slice(b, b + 1), length), together[b : b + 1], rtol=1e-5), b
+
+
 @pytest.mark.parametrize("estimator", ["continuous", "discrete", "any_order", "autoregressive"])
 def test_the_loss_of_a_row_is_its_own(estimator: str) -> None:
     """Alone, in a batch, and padded: what is not free is given, and the network that is asked knows the padding."""
@@ -148,11 +157,7 @@ def test_the_loss_of_a_row_is_its_own(estimator: str) -> None:
             return loss.discrete(noise, predict, x, free, rng, 10, t_B[rows])
         return {"continuous": loss.continuous, "any_order": loss.any_order}[estimator](noise, predict, x, free, rng, t_B[rows])
 
-    together = nats(slice(0, 3), 16)
-    assert together.shape == (3,) and (together > 1).all()
-    for b, row in enumerate(rows):
-        alone = nats(slice(b, b + 1), len(row))
-        assert torch.allclose(alone, together[b : b + 1], rtol=1e-5), (estimator, b)
+    assert_own(nats, [len(row) for row in rows])
 
 
 @dataclass(frozen=True)
@@ -189,10 +194,7 @@ def test_the_loss_of_a_row_under_replacement_noise_is_its_own(estimator: str) ->
             return loss.discrete(noise, predict, x, free, rng, 10, u_B[rows])
         return {"continuous": loss.continuous, "counted": loss.counted}[estimator](noise, predict, x, free, rng, u_B[rows])
 
-    together = nats(slice(0, 3), 16)
-    assert together.shape == (3,) and (together > 1).all()
-    for b, row in enumerate(rows):
-        assert torch.allclose(nats(slice(b, b + 1), len(row)), together[b : b + 1], rtol=1e-5), b
+    assert_own(nats, [len(row) for row in rows])
 
 
 NOISES: dict[str, dict[str, Any]] = {

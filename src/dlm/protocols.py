@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -119,7 +119,12 @@ class Step:
 
 
 class Rule(Protocol):
-    """One reverse move inside the active window; a frozen dataclass, so that it prints and goes into the run record."""
+    """One reverse move inside the active window; a frozen dataclass, so that it prints and goes into the run record.
+
+    revises: whether it may change a token again; else what it writes is settled.
+    """
+
+    revises: ClassVar[bool]
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         """The next z, int64 (B, T)."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from chains import copies
 from dlm.errors import InputError
 from dlm.noise import schedule
 from dlm.noise.masked import MaskedNoise
@@ -40,11 +41,6 @@ RULES: dict[str, Rule] = {
 
 def noise_of(tiny: Tiny, word: str = "linear") -> MaskedNoise:
     return MaskedNoise(tiny.vocab + 1, tiny.mask_id, schedule.parse(word))
-
-
-def copies(row: list[int | None], fill: int, rows: int) -> Canvas:
-    one = Canvas.from_rows([row], fill=fill)
-    return Canvas(*(x.repeat(rows, 1) for x in (one.tokens_BT, one.free_BT, one.valid_BT)))
 
 
 def sample(tiny: Tiny, rule: Rule, steps: int, *, word: str = "linear", given: tuple[int | None, ...] = (), rows: int = ROWS) -> Tensor:

@@ -127,20 +127,17 @@ def _quiet(runs: dict[str, Any]) -> Any:
     """A bar on the error stream; nothing when that is no terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from dlm.viz.layout import figures
+
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as progress:
         task = progress.add_task("generating", total=None)
 
         def update() -> None:
-            done = calls = total = 0.0
-            for run in runs.values():
-                seen, free_BT = run.trajectory, run.trajectory.free_BT
-                tokens, level_B = int(free_BT.sum()), run.trajectory.t_SB[-1]
-                settled = int(((seen.settled_BT >= 0) & free_BT).sum())
-                # text that is revised settles all at once, and the level tells how far it is; then windows count
-                done += max(settled, tokens * (1 - sum(level_B) / len(level_B)) if seen.free_BT.shape[1] <= run.model.window else 0)
-                total, calls = total + tokens, calls + seen.forwards[-1]
-            progress.update(task, total=total, completed=done, description=f"{total:.0f} tokens, {calls:.0f} network calls")
+            rows = [figures(run.trajectory, row) for run in runs.values() for row in range(len(run.trajectory.free_BT))]
+            total, done = sum(row.free for row in rows), sum(row.free * row.share for row in rows)
+            calls = sum(run.trajectory.forwards[-1] for run in runs.values())
+            progress.update(task, total=total, completed=done, description=f"{total} tokens, {calls} network calls")
 
         yield update
 

@@ -20,7 +20,8 @@ from dlm.noise.masked import MaskedNoise
 from dlm.noise.replacement import ReplacementNoise
 from dlm.protocols import NoiseProcess
 
-ESTIMATORS = ("auto", "any-order", "counted", "continuous", "discrete")
+LEVELS: dict[str, Callable[..., Tensor]] = {"any-order": loss.any_order, "counted": loss.counted, "continuous": loss.continuous}
+ESTIMATORS = ("auto", *LEVELS, "discrete")
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,7 @@ def evaluate(
     if estimator == "counted" and not isinstance(noise, ReplacementNoise):
         raise InputError("only replacement noise has a counted form: use --estimator any-order")
     if estimator == "auto":
-        ends = noise.schedule.alpha(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
-        estimator = "continuous" if ends != [1.0, 0.0] else "any-order" if isinstance(noise, MaskedNoise) else "counted"
+        estimator = loss.best(noise.schedule, masked=isinstance(noise, MaskedNoise)).replace("_", "-")
     if not exact and passes < 2:
         raise InputError("the error of a Monte-Carlo estimate needs at least 2 passes")
     passes = 1 if exact else passes
@@ -87,14 +87,10 @@ def evaluate(
             t_B = (offset_W[begin : begin + batch] + r / passes) % 1.0
             if exact:
                 nats_B = loss.autoregressive(noise, predict, x_BT, free_BT)
-            elif estimator == "any-order" and isinstance(noise, MaskedNoise):
-                nats_B = loss.any_order(noise, predict, x_BT, free_BT, rng, t_B)
-            elif estimator == "counted" and isinstance(noise, ReplacementNoise):
-                nats_B = loss.counted(noise, predict, x_BT, free_BT, rng, t_B)
-            elif estimator == "continuous":
-                nats_B = loss.continuous(noise, predict, x_BT, free_BT, rng, t_B)
-            else:
+            elif estimator == "discrete":
                 nats_B = loss.discrete(noise, predict, x_BT, free_BT, rng, steps, t_B)
+            else:
+                nats_B = LEVELS[estimator](noise, predict, x_BT, free_BT, rng, t_B)
             nats_RW[r, begin : begin + len(x_BT)] = nats_B.double().cpu() / length
             progress(len(x_BT))
     mean_W = nats_RW.mean(0)

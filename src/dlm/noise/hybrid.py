@@ -37,9 +37,7 @@ class HybridNoise(ReplacementNoise):
         return alpha_B, (1 - alpha_B) * uniform_B, (1 - alpha_B) * (1 - uniform_B)
 
     def _prior(self, uniform_B: Tensor, mask_B: Tensor) -> Tensor:
-        hot_V = torch.zeros(self.vocab_size, dtype=uniform_B.dtype, device=uniform_B.device)
-        hot_V[self.mask_id] = 1
-        return uniform_B[:, None] * self._data_V.to(uniform_B) + mask_B[:, None] * hot_V
+        return uniform_B[:, None] * self._data_V.to(uniform_B) + mask_B[:, None] * self._mask_V.to(mask_B)
 
     def kernel(self, t_B: Tensor) -> Kernel:
         alpha_B, uniform_B, mask_B = self._parts(t_B)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.replacement import ReplacementNoise
-from dlm.protocols import NoiseProcess
+from dlm.noise.schedule import is_whole
+from dlm.protocols import NoiseProcess, NoiseSchedule
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(z_BT, t_B) -> logits_BTV."""
@@ -28,18 +29,22 @@ def draw_levels(batch: int, rng: torch.Generator) -> Tensor:
     return (u + torch.arange(batch, device=rng.device, dtype=torch.float64) / batch) % 1.0
 
 
+def best(schedule: NoiseSchedule, *, masked: bool, reads_time: bool = False) -> str:
+    """The estimator here with the least variance that applies, by its name."""
+    if not is_whole(schedule) or (masked and reads_time):
+        return "continuous"
+    return "any_order" if masked else "counted"
+
+
 def end_terms(noise: NoiseProcess, predict: Predict, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator) -> Tensor:
     """Prior plus reconstruction term (B,), both 0 for a schedule that runs from exactly 1 to exactly 0."""
     zero_B = torch.zeros(len(x_BT), device=x_BT.device, dtype=torch.float64)
-    ends = noise.schedule.alpha(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    nats_B = zero_B
-    if ends[1] > 0:
-        nats_B = nats_B + (noise.prior_cost(x_BT) * free_BT).sum(-1)
-    if ends[0] < 1:
-        z_BT = torch.where(free_BT, noise.corrupt(x_BT, zero_B, rng), x_BT)
-        nll_BT = noise.cross_entropy(noise.log_probs(predict(z_BT, zero_B), z_BT, zero_B), x_BT, z_BT, zero_B)
-        nats_B = nats_B + (nll_BT * free_BT).sum(-1)
-    return nats_B
+    if is_whole(noise.schedule):
+        return zero_B
+    nats_B = (noise.prior_cost(x_BT) * free_BT).sum(-1)
+    z_BT = torch.where(free_BT, noise.corrupt(x_BT, zero_B, rng), x_BT)
+    nll_BT = noise.cross_entropy(noise.log_probs(predict(z_BT, zero_B), z_BT, zero_B), x_BT, z_BT, zero_B)
+    return nats_B + (nll_BT * free_BT).sum(-1)
 
 
 def continuous(

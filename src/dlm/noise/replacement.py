@@ -68,6 +68,11 @@ class ReplacementNoise(ABC):
         return share
 
     @cached_property
+    def _mask_V(self) -> Tensor:
+        """All on the mask token."""
+        return torch.nn.functional.one_hot(torch.tensor(self.mask_id), self.vocab_size).double()
+
+    @cached_property
     def _cluster_V(self) -> Tensor:
         return torch.tensor(self.clusters or range(self.vocab_size))
 

@@ -120,6 +120,12 @@ SCHEDULES: dict[str, type[Linear | Polynomial | Cosine | Geometric | LogLinear]]
 }
 
 
+def is_whole(schedule: NoiseSchedule) -> bool:
+    """Whether it runs from exactly 1 to exactly 0 (the cosine does, up to rounding), so that the bound has no end terms."""
+    first, last = schedule.alpha(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+    return bool(abs(first - 1) < 1e-12 and abs(last) < 1e-12)
+
+
 def parse(word: str) -> NoiseSchedule:
     """`"cosine"`, or with arguments `"polynomial:3"`, `"geometric:1e-5,20"`. ValueError says what is known."""
     name, _, arguments = word.partition(":")

@@ -41,9 +41,7 @@ class SemanticNoise(ReplacementNoise):
 
     @property
     def _prior_to_V(self) -> Tensor:
-        if self.to == "uniform":
-            return self._data_V
-        return torch.nn.functional.one_hot(torch.tensor(self.mask_id), self.vocab_size).double()
+        return self._data_V if self.to == "uniform" else self._mask_V
 
     def _clocks(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
         near_B = self.schedule.alpha(t_B)

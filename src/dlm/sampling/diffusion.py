@@ -16,7 +16,7 @@ from torch import Tensor
 from dlm.errors import InputError
 from dlm.noise.masked import MaskedNoise
 from dlm.protocols import RNG, Denoiser, NoiseProcess, PlannedRule, Rule, Step
-from dlm.sampling import revising, windows
+from dlm.sampling import windows
 from dlm.sampling.draw import uniform
 from dlm.sampling.rules import Ancestral
 from dlm.trajectory import Canvas, Frame
@@ -48,7 +48,7 @@ class DiffusionSampler:
     @property
     def revises(self) -> bool:
         """Whether the rule may change a token again."""
-        return type(self.rule).__module__ == revising.__name__
+        return self.rule.revises
 
     def _start(self, canvas: Canvas, rng: RNG) -> Tensor:
         """Noise at the free positions, on the padding and for a window past the end: all that a window can show."""
@@ -114,10 +114,11 @@ class DiffusionSampler:
                     quiet_A = ((next_AT == z_AT) | ~open_AT).all(-1)
                     still_B[rows_A] = (still_B[rows_A] + 1) * quiet_A
                     early_A = (still_B[rows_A] >= self.until_settled) & ~settled_A & ((next_AT != noise.mask_id) | ~open_AT).all(-1)
-                    stays_AT = noise.denoised(logp_ATV, z_AT, t_A).exp().gather(-1, next_AT[..., None]).squeeze(-1)
-                    doubt_B[rows_A] += torch.where(open_AT & early_A[:, None], 1 - stays_AT.double(), 0.0).sum(-1)
-                    saved_B[rows_A] += (self.budget - clock_A - 1) * early_A
-                    settled_A = settled_A | early_A
+                    if bool(early_A.any()):
+                        stays_AT = noise.denoised(logp_ATV, z_AT, t_A).exp().gather(-1, next_AT[..., None]).squeeze(-1)
+                        doubt_B[rows_A] += torch.where(open_AT & early_A[:, None], 1 - stays_AT.double(), 0.0).sum(-1)
+                        saved_B[rows_A] += (self.budget - clock_A - 1) * early_A
+                        settled_A = settled_A | early_A
                 written_AT, done_AT = move_AT, open_AT & settled_A[:, None]
             else:
                 written_AT = done_AT = move_AT & (next_AT != noise.mask_id)

@@ -8,6 +8,7 @@ Shapes: B rows, T positions of the window, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ def _reverse(step: Step, draw: Draw, to_B: Tensor, rng: RNG) -> Tensor:
 class Reverse:
     """The reverse chain of the grid, exact for the network's marginals (D3PM, Austin et al. 2107.03006, eq. 4)."""
 
+    revises: ClassVar[bool] = True
     draw: Draw = field(default_factory=Draw)
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
@@ -50,6 +52,7 @@ class PredictorCorrector:
     For masks this is remasking. Cf. Campbell et al. 2205.14987; the psi-samplers of 2602.21185; ReMDM, 2503.00307.
     """
 
+    revises: ClassVar[bool] = True
     corrector: float = 1.0
     draw: Draw = field(default_factory=Draw)
 
@@ -67,6 +70,7 @@ class PredictorCorrector:
 class Refine:
     """Draw every position from p(x_i | z) in every step, with no noise put back (the first sampler of tiny-diffusion)."""
 
+    revises: ClassVar[bool] = True
     draw: Draw = field(default_factory=Draw)
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
@@ -83,6 +87,7 @@ class EntropyBound:
     near the level that explains itself, the share of tokens expected to be wrong, by a few rounds from that of the grid.
     """
 
+    revises: ClassVar[bool] = True
     bound: float = 0.1
     draw: Draw = field(default_factory=Draw)
 
@@ -117,6 +122,7 @@ class ChangeWorst:
     edits: how often a position is drawn on average over all steps, which sets how many change in one.
     """
 
+    revises: ClassVar[bool] = True
     edits: float = 2.0
     draw: Draw = field(default_factory=Draw)
 
@@ -139,6 +145,7 @@ class ChangeWorst:
 class GreedyTail:
     """Another rule, then `steps` last steps that put the likeliest token of p(x_i | z) everywhere."""
 
+    revises: ClassVar[bool] = True
     inner: Rule
     steps: int = 1
 

@@ -6,6 +6,7 @@ Shapes: B rows, T positions of the window, V vocabulary, N steps.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class Ancestral:
     So the step at which each position is revealed is drawn first, and the network is called only where one is.
     """
 
+    revises: ClassVar[bool] = False
     draw: Draw = field(default_factory=Draw)
 
     def due(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> Tensor:
@@ -38,6 +40,7 @@ class Ancestral:
 class TopConfidence:
     """The most confident drawn tokens, an equal share of the masks in each step left (LLaDA, Nie et al. 2502.09992, `low_confidence`)."""
 
+    revises: ClassVar[bool] = False
     draw: Draw = field(default_factory=Draw)
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
@@ -54,6 +57,7 @@ class Threshold:
     The number of steps follows from the text; a step limit forces the share that TopConfidence would take.
     """
 
+    revises: ClassVar[bool] = False
     threshold: float = 0.9
     draw: Draw = field(default_factory=Draw)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from dlm.errors import InputError
 from dlm.models.transformer import TransformerConfig
-from dlm.noise import process, schedule
+from dlm.noise import loss, process, schedule
 from dlm.noise.replacement import HEADS
 
 
@@ -49,7 +49,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         try:
-            schedule.parse(self.noise_schedule)
+            alpha = schedule.parse(self.noise_schedule)
             process.parse(self.noise)
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -67,7 +67,7 @@ class TrainConfig:
             raise InputError(f"{self.noise} noise has no estimator {self.estimator}: --set estimator=auto")
         if self.estimator == "any_order" and self.network.time_conditioning:
             raise InputError("a network with time_conditioning needs --set estimator=continuous")
-        if self.estimator in ("any_order", "counted") and not self._ends_exactly:
+        if self.estimator in ("any_order", "counted") and not schedule.is_whole(alpha):
             raise InputError(f"the {self.noise_schedule} schedule does not run from 1 to 0: --set estimator=continuous")
         if not 0 <= self.context < self.network.window:
             raise InputError(f"context {self.context} must lie in 0 .. {self.network.window - 1}, below the window")
@@ -89,17 +89,11 @@ class TrainConfig:
             raise InputError(f"betas must be two numbers from 0 to below 1, as in 0.9,0.99; got {self.betas}")
 
     @property
-    def _ends_exactly(self) -> bool:
-        return self.noise_schedule.partition(":")[0] not in ("geometric", "log-linear")
-
-    @property
     def estimate(self) -> str:
         """The function of `dlm.noise.loss` that estimates the bound."""
-        if self.estimator != "auto":
-            return self.estimator
-        if not self._ends_exactly or (self.noise == "masked" and self.network.time_conditioning):
-            return "continuous"
-        return "any_order" if self.noise == "masked" else "counted"
+        alpha = schedule.parse(self.noise_schedule)
+        chosen = loss.best(alpha, masked=self.noise == "masked", reads_time=self.network.time_conditioning)
+        return chosen if self.estimator == "auto" else self.estimator
 
     def with_settings(self, settings: list[str]) -> TrainConfig:
         """Apply `key=value` words together, in any order; InputError for an unknown key or a value that cannot be."""

@@ -27,13 +27,12 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % (1 << 63))
 
 
-def beginning(name: str, network: TransformerConfig) -> dict[str, Tensor]:
-    """Weights of the checkpoint that a run begins with. InputError where they do not fit."""
-    loaded, _ = checkpoint.load(checkpoint.find(name))
-    state, shapes = loaded.state_dict(), {k: v.shape for k, v in Transformer(network).state_dict().items()}
-    if {k: v.shape for k, v in state.items()} != shapes:
+def begin_with(name: str, network: Transformer) -> None:
+    """Take the weights of a checkpoint. InputError where they do not fit."""
+    state, own = checkpoint.load(checkpoint.find(name))[0].state_dict(), network.state_dict()
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
         raise InputError(f"init={name} has another size, vocabulary or kind of network than this run")
-    return state
+    network.load_state_dict(state)
 
 
 class Learner:
@@ -42,12 +41,21 @@ class Learner:
     Of every batch a process takes the rows `own`; what is drawn does not depend on how many there are.
     """
 
-    def __init__(self, config: TrainConfig, network: TransformerConfig, noise: Process, stream: Stream, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        network: TransformerConfig,
+        noise: Process,
+        stream: Stream,
+        accelerator: Accelerator,
+        *,
+        resume: bool = False,
+    ) -> None:
         self.config, self.stream, self.accelerator, self.device = config, stream, accelerator, accelerator.device
         set_seed(config.seed)
         self.bare = Transformer(network)
-        if config.init:
-            self.bare.load_state_dict(beginning(config.init, network))
+        if config.init and not resume:  # a resumed run has weights of its own
+            begin_with(config.init, self.bare)
         if config.compile:
             self.bare.compile()
         fused = self.device.type == "cuda"

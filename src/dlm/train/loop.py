@@ -94,7 +94,7 @@ def train(
 
     settings = checkpoint.load_config(out).noise if resume else noise_settings(config, tokenizer)
     noise = process.make(settings, network_config.vocab_size, tokenizer.mask_id)
-    learner = Learner(config, network_config, noise, train_stream, accelerator)
+    learner = Learner(config, network_config, noise, train_stream, accelerator, resume=resume)
     bare, network, optimizer, ema = learner.bare, learner.network, learner.optimizer, learner.ema
     if resume:
         state.load(saved, network, optimizer, ema)
