@@ -29,7 +29,7 @@ _WHERE = {
     "KVCache": "dlm.models.cache",
     "Draw": "dlm.sampling.draw",
     "Ancestral": "dlm.sampling.rules",
-    "TopConfidence": "dlm.sampling.rules",
+    "TopScore": "dlm.sampling.rules",
     "Threshold": "dlm.sampling.rules",
     "DiffusionSampler": "dlm.sampling.diffusion",
     "AutoregressiveSampler": "dlm.sampling.autoregressive",

@@ -20,15 +20,18 @@ from dlm.models import checkpoint
 from dlm.models.checkpoint import ModelConfig
 from dlm.models.transformer import Transformer
 from dlm.noise import process
-from dlm.protocols import Sampler
-from dlm.sampling import choice
+from dlm.noise.masked import MaskedNoise
+from dlm.protocols import CachePolicy, Sampler
+from dlm.sampling import caching, choice
 from dlm.sampling.autoregressive import AutoregressiveSampler
 from dlm.sampling.diffusion import DiffusionSampler
 from dlm.sampling.draw import Draw, generators
+from dlm.sampling.speculative import SpeculativeSampler
 from dlm.text import Tokenizer
 from dlm.trajectory import Canvas, Frame, Trajectory
 
 HOLE = re.compile(r"\\_|_|[^_\\]+|\\")
+BLOCK = 32  # of a bidirectional model with a cache, unless told otherwise (Fast-dLLM)
 
 
 class LanguageModel:
@@ -89,6 +92,11 @@ class LanguageModel:
     @property
     def is_diffusion(self) -> bool:
         return self.config.objective != "autoregressive"
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it is a model of block diffusion, which no text after a block reaches."""
+        return self.is_diffusion and self.config.network.attention == "block_causal"
 
     @property
     def default_sampler(self) -> str:
@@ -167,25 +175,59 @@ class LanguageModel:
         top_k: int = 0,
         greedy_tail: int = 0,
         until_settled: int = 0,
-        cache: bool = True,
+        block_length: int | None = None,
+        cache: bool | str = True,
     ) -> Sampler:
         """The sampler that these options mean for this model; unset ones come from generation_config.json.
 
         sampler: a word of `dlm.sampling.choice`, with its setting after a colon, as in `confidence:0.7`. greedy_tail: that many last
         steps put the likeliest token everywhere. until_settled: stop a window once no token has changed for so many steps.
+        block_length: fill a window block by block; a model of block diffusion has its own. cache: a word of `dlm.sampling.caching`
+        for a bidirectional model; True is the exact cache of an autoregressive one or of block diffusion, False none.
         """
         temperature = self.defaults.get("temperature", 1.0) if temperature is None else temperature
         draw = Draw(temperature, top_k, top_p)
         if not self.is_diffusion:
-            if sampler not in (None, "autoregressive") or greedy_tail or until_settled:
-                what = f"the sampler {sampler!r}" if sampler else "revising text"
+            if sampler not in (None, "autoregressive") or greedy_tail or until_settled or block_length or isinstance(cache, str):
+                what = f"the sampler {sampler!r}" if sampler else "revising text, decoding in blocks or a cache that is not exact"
                 raise InputError(f"{self.name} is autoregressive: {what} needs a diffusion model")
             make = self.network.cache if cache else None
             return AutoregressiveSampler(self.network, self.tokenizer.mask_id, self.window, make, draw, self.context, self.name)
         word = sampler or self.default_sampler
         budget = self.defaults.get("steps", self.window) if steps is None else steps
-        rule = choice.make(word, draw, self.noise, greedy_tail)
-        return DiffusionSampler(self.network, self.noise, self.window, rule, budget, self.context, self.name, until_settled)
+        guess = choice.speculative(word)
+        if guess is not None:
+            if greedy_tail or until_settled or block_length or isinstance(cache, str) or self.is_causal:
+                raise InputError("speculative decoding takes whole windows of a bidirectional model: no blocks, no cache, no revising")
+            return self._speculative(guess, draw)
+        policy: CachePolicy | None = caching.make(cache) if isinstance(cache, str) else None
+        if self.is_causal:
+            if isinstance(cache, str):
+                raise InputError(f"{self.name} has an exact cache already: --cache is for bidirectional models")
+            block_length = block_length or self.config.network.block_length
+            if block_length != self.config.network.block_length:
+                raise InputError(f"{self.name} decodes in blocks of {self.config.network.block_length}, not of {block_length}")
+            policy = caching.Exact(block_length) if cache else None
+        return DiffusionSampler(
+            self.network,
+            self.noise,
+            self.window,
+            choice.make(word, draw, self.noise, greedy_tail),
+            budget,
+            self.context,
+            self.name,
+            until_settled or int(word.partition(":")[0] in choice.SETTLING),
+            block_length or (BLOCK if policy is not None else 0),
+            policy,
+            self.network.window_cache,
+            sees_ahead=not self.is_causal,
+        )
+
+    def _speculative(self, settings: dict[str, float], draw: Draw) -> SpeculativeSampler:
+        if not isinstance(self.noise, MaskedNoise):
+            raise InputError(f"{self.name} has replacement noise: speculative decoding is for masks")
+        proposals, tolerance = int(settings["proposals"]), settings["tolerance"]
+        return SpeculativeSampler(self.network, self.noise, self.window, proposals, tolerance, draw, self.context, self.name)
 
     def stream(self, prompt: str | Sequence[str] = "", *, seed: int = 0, canvas: Canvas | None = None, **options: Any) -> Iterator[Frame]:
         """Frames as they come. Options are those of `canvas` and `sampler`; `decode(frame)` gives the text."""
@@ -238,6 +280,11 @@ class LanguageModel:
             streamer.end()
         results = run.results()
         return results[0] if isinstance(prompt, str) else results
+
+    def predict_beside(self, z_BT: Tensor, x_BT: Tensor, block_length: int) -> Tensor:
+        """Logits (B, T, V) of block diffusion in float32: every block of z beside the clean blocks of x before it."""
+        logits: Tensor = self.network(torch.cat([z_BT, x_BT], 1), pattern="clean", block_length=block_length).float()
+        return logits
 
     def predict(self, z_BT: Tensor, t_B: Tensor) -> Tensor:
         """Logits (B, T, V) in float32, as the bounds of `dlm.noise.loss` want them."""

@@ -6,8 +6,8 @@ Time: t = 0 is data, t = 1 is noise; alpha_t is the probability that a token is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -77,12 +77,16 @@ class NoiseProcess(Protocol):
 
 
 class Cache(Protocol):
-    """Keys and values of positions already read."""
+    """Keys and values of positions already read, each overwritten when it is read anew (`dlm.models.cache.WindowCache`)."""
 
-    length: int
+    drift_BT: Tensor
+    """How far the values at each position moved when they were read last, relative to their length."""
 
-    def trim(self, length: int) -> None:
-        """Forget every position from `length` on."""
+    def of(self, rows_A: Tensor) -> Any:
+        """The part of these rows, to be given to a denoiser."""
+
+    def clear(self, rows_A: Tensor) -> None:
+        """Forget what these rows hold."""
 
 
 class Denoiser(Protocol):
@@ -96,8 +100,9 @@ class Denoiser(Protocol):
         pos_BQ: Tensor | None = None,
         valid_BT: Tensor | None = None,
         cache: Any = None,
+        pattern: str = "",
     ) -> Tensor:
-        """Logits (B, Q, V)."""
+        """Logits (B, Q, V). pattern `shadow`: z is [text | masks], and a mask guesses its position without seeing the text there."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,8 @@ class Step:
     """What a rule sees: the active window of every row that moves now, each row at its own step.
 
     z_BT: the state; open_BT: the positions that the rule writes; logp_BTV: log mu of `noise.log_probs`; t_B -> s_B: the move;
-    left_B: steps left, this one included, of `steps` for a window.
+    left_B: steps left, this one included, of `steps` for a window or block. memory: what the rule keeps for its next step, by
+    name, float (B, T, ...), nan where a block begins. shadow_BTV: logits with each position's own token hidden (CheckingRule).
     """
 
     z_BT: Tensor
@@ -116,6 +122,8 @@ class Step:
     left_B: Tensor
     steps: int
     noise: NoiseProcess
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    shadow_BTV: Tensor | None = None
 
 
 class Rule(Protocol):
@@ -134,11 +142,61 @@ class Rule(Protocol):
 class PlannedRule(Rule, Protocol):
     """A rule that knows before the network is asked which position moves when; the loop skips the steps in which none does."""
 
-    def due(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> Tensor:
-        """The step (0 .. N - 1) at which each open position moves, int64 (B, T).
+    def plan(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> tuple[Tensor, Tensor]:
+        """The step at which each open position moves, int64 (B, T), and the alpha at which it does where no grid says so, else nan.
 
         alphas_N: the chance that a position masked at t = 1 is revealed by the end of each step.
         """
+
+
+@runtime_checkable
+class CheckingRule(Rule, Protocol):
+    """A rule that asks what the network thinks of the tokens that stand: it gets `Step.shadow_BTV`, at twice the cost of a call."""
+
+    checks: ClassVar[bool]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a cache policy sees of the rows that move now.
+
+    z_BT: the window; hole_BT: all its open positions; block_BT: the block that is worked on; seen_BT: the token last read at each
+    position, -1 for none; entered_B: rows that begin a block; age_B: calls since the whole window was read; drift_BT: of the cache.
+    """
+
+    z_BT: Tensor
+    hole_BT: Tensor
+    block_BT: Tensor
+    seen_BT: Tensor
+    entered_B: Tensor
+    age_B: Tensor
+    drift_BT: Tensor
+
+
+class CachePolicy(Protocol):
+    """Which positions the next call reads anew; keys and values of the others are those of an earlier call."""
+
+    def __call__(self, view: View) -> Tensor:
+        """bool (B, T), the block among them."""
+
+
+class Guidance(Protocol):
+    """Logits bent towards a condition."""
+
+    def __call__(self, read: Callable[[Tensor, Tensor], Tensor], z_BT: Tensor, t_B: Tensor, given_BT: Tensor) -> Tensor:
+        """Logits (B, T, V). read: the network, (z_BT, t_B) -> logits; given_BT: what the text was begun with."""
+
+
+class Constraint(Protocol):
+    """What a text must keep to. joint: whether what one position may hold depends on the others."""
+
+    joint: ClassVar[bool]
+
+    def allowed(self, z_BL: Tensor, hole_BL: Tensor, valid_BL: Tensor | None = None) -> Tensor:
+        """bool (B, L, V): the tokens of each hole with which some completion is left. InputError where none is."""
+
+    def agree(self, z_BL: Tensor, hole_BL: Tensor, next_BL: Tensor, valid_BL: Tensor | None = None) -> Tensor:
+        """bool (B, L): which of the tokens that `next` puts into holes can stand together, at least one."""
 
 
 class Sampler(Protocol):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from dlm.errors import InputError
 
@@ -50,12 +50,27 @@ class Tokenizer:
         return cls(inner)
 
     @classmethod
+    def bpe(cls, text: str, size: int) -> Tokenizer:
+        """Byte-pair encoding with `size` tokens learned from `text`; its bytes are the alphabet (GPT-2's word boundaries)."""
+        alphabet = len(set(text.encode()))
+        if size <= alphabet:
+            raise InputError(f"bpe:{size} leaves no room for a merge: this text has {alphabet} different bytes")
+        inner = tokenizers.Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=size, show_progress=False)
+        inner.train_from_iterator(text.splitlines(keepends=True), trainer)
+        if inner.get_vocab_size() < size:
+            raise InputError(f"this text has only {inner.get_vocab_size()} different tokens: bpe:{size} needs more text")
+        return cls(inner)
+
+    @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """Read a `tokenizer.json`, or the one in a directory."""
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
-            raise InputError(f"{path} does not exist; a tokenizer is 'chars', 'bytes' or the path of a tokenizer.json")
+            raise InputError(f"{path} does not exist; a tokenizer is 'chars', 'bytes', 'bpe:SIZE' or the path of a tokenizer.json")
         try:
             return cls(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as error:  # the Rust side raises bare Exception
@@ -63,7 +78,10 @@ class Tokenizer:
 
     @classmethod
     def make(cls, kind: str, text: str) -> Tokenizer:
-        """`chars` (of this text), `bytes`, or a path."""
+        """`chars` (of this text), `bytes`, `bpe:1024` (learned from this text), or a path."""
+        name, _, size = kind.partition(":")
+        if name == "bpe" and size.isdigit():
+            return cls.bpe(text, int(size))
         return cls.characters(text) if kind == "chars" else cls.bytes() if kind == "bytes" else cls.load(kind)
 
     def save(self, path: str | Path) -> None:

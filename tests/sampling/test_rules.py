@@ -22,7 +22,7 @@ from dlm.protocols import Rule
 from dlm.sampling import choice
 from dlm.sampling.diffusion import DiffusionSampler
 from dlm.sampling.draw import Draw, generators
-from dlm.sampling.rules import Ancestral, Threshold, TopConfidence
+from dlm.sampling.rules import Ancestral, Threshold, TopScore
 from dlm.trajectory import Canvas, Frame
 from oracle import BayesDenoiser, Noted, Tiny, chi_square_p, total_variation
 
@@ -30,11 +30,11 @@ ROWS = 4000
 TINY = Tiny(3, 3, seed=0)
 RULES: dict[str, Rule] = {
     "ancestral": Ancestral(),
-    "topk": TopConfidence(),
+    "topk": TopScore(),
     "confidence": Threshold(0.7),
     "certain": Threshold(1.0),
     "any": Threshold(1e-9),
-    "greedy": TopConfidence(Draw(0.0)),
+    "greedy": TopScore(Draw(0.0)),
     "warm": Ancestral(Draw(1.5, top_p=0.9)),
 }
 
@@ -178,7 +178,7 @@ def most_confident(masked: list[int], mu_TV: Tensor, drawn: dict[int, int], left
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
 def test_top_confidence_draws_its_law_which_is_not_the_data(steps: int, record_property: Callable[[str, object], None]) -> None:
     law_S = chosen_law(TINY, steps, most_confident)
-    samples = sample(TINY, TopConfidence(), steps)
+    samples = sample(TINY, TopScore(), steps)
     assert chi_square_p(samples, law_S, TINY) > 1e-3
     record_property("total_variation", total_variation(samples, TINY))
     if steps >= TINY.length:  # one token a step: the exact sampler is exact here, this one keeps what it happens to be sure of
@@ -236,10 +236,10 @@ def test_every_rule_fills_the_canvas_within_its_steps(name: str, steps: int) -> 
 def test_the_number_of_calls_that_each_rule_promises() -> None:
     hole: list[list[int | None]] = [[None] * 12]
     for steps in (1, 3, 5, 12, 30):
-        assert len(run(TopConfidence(), steps, hole)[1]) == min(steps, 12)
+        assert len(run(TopScore(), steps, hole)[1]) == min(steps, 12)
         assert len(run(Threshold(1.0), steps, hole)[1]) == min(steps, 12)
         assert len(run(Threshold(1e-9), steps, hole)[1]) == 1
-    taken = [(frame.tokens_BT != 5).sum() for frame in run(TopConfidence(), 5, hole)[1]]
+    taken = [(frame.tokens_BT != 5).sum() for frame in run(TopScore(), 5, hole)[1]]
     assert [int(n) for n in taken] == [3, 6, 8, 10, 12]
 
 
@@ -267,7 +267,7 @@ def test_a_batch_costs_as_many_calls_as_its_longest_row(name: str) -> None:
 
 def test_temperature_0_is_deterministic_and_likeliest() -> None:
     hole: list[list[int | None]] = [[None] * 12]
-    first, second = (run(TopConfidence(Draw(0.0)), 12, hole, seed=seed)[1] for seed in (0, 1))
+    first, second = (run(TopScore(Draw(0.0)), 12, hole, seed=seed)[1] for seed in (0, 1))
     assert torch.equal(first[-1].tokens_BT, second[-1].tokens_BT)
     denoiser, frames = run(Ancestral(Draw(0.0)), 1, hole)
     logits_TV = denoiser(torch.full((1, 12), 5), torch.ones(1))[0, :, :5]
@@ -286,7 +286,7 @@ def test_words_become_rules_and_errors_are_told() -> None:
     draw = Draw(0.5)
     words = ("ancestral", "topk", "confidence", "confidence:0.7")
     made = [choice.make(word, draw, noise_of(TINY)) for word in words]
-    assert made == [Ancestral(draw), TopConfidence(draw), Threshold(0.9, draw), Threshold(0.7, draw)]
+    assert made == [Ancestral(draw), TopScore(draw), Threshold(0.9, draw), Threshold(0.7, draw)]
     for wrong in (0.0, -0.1, 1.1, float("nan")):
         with pytest.raises(InputError, match="threshold"):
             Threshold(wrong)

@@ -16,11 +16,11 @@ from dlm.protocols import Rule
 from dlm.sampling import windows
 from dlm.sampling.diffusion import DiffusionSampler
 from dlm.sampling.draw import Draw, generators
-from dlm.sampling.rules import Ancestral, Threshold, TopConfidence
+from dlm.sampling.rules import Ancestral, Threshold, TopScore
 from dlm.trajectory import Canvas, Frame
 
 VOCAB = 100
-RULES: list[Rule] = [Ancestral(Draw(0.0)), TopConfidence(Draw(0.0)), Threshold(0.9, Draw(0.0))]
+RULES: list[Rule] = [Ancestral(Draw(0.0)), TopScore(Draw(0.0)), Threshold(0.9, Draw(0.0))]
 
 
 class Counter:
@@ -133,7 +133,7 @@ def test_padding_is_noise_whatever_the_canvas_holds_there(rule: Rule, fill: int)
     assert all((z_AT[1, 3:] == VOCAB).all() for z_AT in counter.seen[:1])
 
 
-@pytest.mark.parametrize("rule", [Ancestral(), TopConfidence(), Threshold(0.5)])
+@pytest.mark.parametrize("rule", [Ancestral(), TopScore(), Threshold(0.5)])
 @pytest.mark.parametrize("context", [0, 3])
 def test_rows_of_different_lengths_are_as_each_alone(rule: Rule, context: int) -> None:
     table_TV = torch.randn(8, VOCAB + 1, generator=torch.Generator().manual_seed(0))

@@ -22,6 +22,7 @@ def evaluate(
     estimator: Annotated[
         str, typer.Option(help="any-order (masks) | counted (replacement noise) | continuous | discrete; auto: the first that applies.")
     ] = "auto",
+    block_lengths: Annotated[str, typer.Option(help="Of block diffusion, with commas, a bound for each; default: the model's own.")] = "",
     passes: Annotated[int, typer.Option(help="Monte-Carlo passes over the text.")] = 4,
     steps: Annotated[int, typer.Option(help="Steps of the discrete estimator.")] = 256,
     max_windows: Annotated[int | None, typer.Option(help="At most this many windows, spread evenly over the text.")] = None,
@@ -33,6 +34,7 @@ def evaluate(
     """Nats per token and bits per character of a text: a bound for diffusion, exact for autoregressive models."""
     from rich.table import Table
 
+    from dlm.errors import InputError
     from dlm.evaluate import card as cards
     from dlm.evaluate import likelihood
     from dlm.train import data as reading
@@ -40,8 +42,16 @@ def evaluate(
     documents = reading.select(reading.read(data), split, val_fraction)
     table = Table("model", "nats per token", "bits per char", "stderr", "kind", box=None, header_style="bold")
     records = []
-    for name in [model] + ([against] if against else []):
+    try:
+        lengths = [int(n) for n in block_lengths.split(",") if n]
+    except ValueError:
+        raise InputError(f"--block-lengths {block_lengths}: give whole numbers with commas, as in 1,4,16") from None
+    entries = [(name, length) for name in [model] + ([against] if against else []) for length in (lengths if name == model else []) or [0]]
+    for name, length in entries:
         lm = load(name, device)
+        if length and not lm.is_causal:
+            raise InputError(f"{name} is no model of block diffusion: leave --block-lengths away")
+        length = length or (lm.config.network.block_length if lm.is_causal else 0)
         stream = reading.Stream.encode(documents, lm.tokenizer, lm.window)
         windows_WT = stream.windows(max_windows)
         characters = sum(len(lm.tokenizer.decode(row)) for row in windows_WT.tolist())
@@ -57,24 +67,32 @@ def evaluate(
                 passes=passes,
                 steps=steps,
                 seed=seed,
+                beside=lm.predict_beside if length else None,
+                block_length=length,
                 progress=progress.forward,
             )
-        record = result.record() | {"model": lm.name}
+        record = result.record() | {"model": lm.name} | ({"block_length": length} if length else {})
         sign = "<= " if result.is_bound else ""
         table.add_row(
-            lm.name, f"{sign}{result.nats_per_token:.4f}", f"{sign}{result.bits_per_char:.4f}", f"{result.stderr:.4f}", result.estimator
+            f"{lm.name}, blocks of {length}" if length else lm.name,
+            f"{sign}{result.nats_per_token:.4f}",
+            f"{sign}{result.bits_per_char:.4f}",
+            f"{result.stderr:.4f}",
+            result.estimator,
         )
-        place = card if card and name == model else Path("runs/eval") / f"{lm.name}-{split}.json"
+        place = card if card and name == model and len(lengths) < 2 else Path("runs/eval") / f"{lm.name}-{split}{length or ''}.json"
         facts = {"source": data, "split": split, "fingerprint": stream.fingerprint(), "windows": len(windows_WT)}
         chosen = {
             "estimator": result.estimator,
             "passes": result.samples,
             "steps": steps if kind == "discrete" else None,
             "window": lm.window,
+            "block_length": length or None,
         }
         cards.write(cards.make(record, device=device, dtype="float32", seed=seed, settings=chosen, data=facts), place)
         record["card"] = str(place)
         records.append(record)
     Console(stderr=as_json).print(table)
     if as_json:
-        print(json.dumps(records[0] | ({"against": records[1]} if against else {})))
+        rest: dict[str, object] = {"against": records.pop()} if against else {}
+        print(json.dumps((records[0] if len(records) == 1 else {"block_lengths": records}) | rest))

@@ -15,7 +15,11 @@ from rich.console import Console
 from dlm.cli.app import Device, Json, Model, Seed, app, err, fail, load
 from dlm.errors import InputError
 
-SAMPLERS = "ancestral | topk | confidence[:0.9] | predictor-corrector[:1] | refine | entropy-bound[:0.1] | worst[:2]."
+SAMPLERS = (
+    "masks: ancestral | first-hitting | speculative[:8] | topk | margin | entropy | confidence[:0.9] | factor[:1] | entropy-bound[:0.1] | "
+    "klass[:0.6] | remdm-cap[:0.04] | remdm-rescale | remdm-conf | remdm-loop | revoke[:0.6] | planner[:1] | predictor-corrector[:1]; "
+    "replacement noise: ancestral | predictor-corrector | refine | entropy-bound | worst[:2]."
+)
 
 
 @app.command()
@@ -37,6 +41,11 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0: all.")] = 0,
     greedy_tail: Annotated[int, typer.Option(help="Last steps that take the likeliest token everywhere (replacement noise).")] = 0,
     until_settled: Annotated[int, typer.Option(help="Stop once no token has changed for this many steps; 0: never.")] = 0,
+    block_length: Annotated[int | None, typer.Option(help="Fill each window in blocks of this length, from left to right.")] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="prefix | dual | delayed[:8] | drift[:0.1]: what to keep between calls; none: not even what is exact."),
+    ] = None,
     seed: Seed = 0,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="See the text settle.")] = False,
     save: Annotated[Path | None, typer.Option(help="Write the run as a .traj file for `dlm show` and `dlm settle`.")] = None,
@@ -49,7 +58,8 @@ def generate(
 
     layout: dict[str, Any] = {"length": length, "max_new_tokens": max_new_tokens, "suffix": suffix, "template": template}
     options: dict[str, Any] = {"steps": steps, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    options |= {"greedy_tail": greedy_tail, "until_settled": until_settled}
+    options |= {"greedy_tail": greedy_tail, "until_settled": until_settled, "block_length": block_length}
+    options |= {"cache": True if cache is None else cache if cache != "none" else False}
     if samples < 1 or (samples > 1 and template is not None):
         raise InputError("--samples counts texts from 1, and a template makes one")
     runs: dict[str, Run] = {}

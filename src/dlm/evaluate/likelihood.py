@@ -22,6 +22,7 @@ from dlm.protocols import NoiseProcess
 
 LEVELS: dict[str, Callable[..., Tensor]] = {"any-order": loss.any_order, "counted": loss.counted, "continuous": loss.continuous}
 ESTIMATORS = ("auto", *LEVELS, "discrete")
+BLOCKWISE = "block-wise"
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,13 @@ def evaluate(
     steps: int = 256,
     seed: int = 0,
     batch: int = 32,
+    beside: loss.PredictBeside | None = None,
+    block_length: int = 0,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Likelihood:
     """Average over all windows; `passes` independent draws of masks each. estimator `autoregressive` is exact;
-    `auto` is any-order for masks, else
-    counted, or continuous where the schedule does not run from 1 to 0.
+    `auto` is any-order for masks, else counted, or continuous where the schedule does not run from 1 to 0. beside and block_length: the
+    bound of block diffusion instead (exact for blocks of 1).
 
     characters: how many the windows spell. progress is told the rows done. InputError for an unknown estimator.
     """
@@ -72,6 +75,10 @@ def evaluate(
         raise InputError("only replacement noise has a counted form: use --estimator any-order")
     if estimator == "auto":
         estimator = loss.best(noise.schedule, masked=isinstance(noise, MaskedNoise)).replace("_", "-")
+    if beside is not None:
+        if block_length < 1 or windows_WT.shape[1] % block_length:
+            raise InputError(f"blocks of {block_length} do not divide the window of {windows_WT.shape[1]}")
+        estimator, exact = BLOCKWISE, block_length == 1
     if not exact and passes < 2:
         raise InputError("the error of a Monte-Carlo estimate needs at least 2 passes")
     passes = 1 if exact else passes
@@ -85,7 +92,10 @@ def evaluate(
             x_BT = windows_WT[begin : begin + batch]
             free_BT = torch.ones_like(x_BT, dtype=torch.bool)
             t_B = (offset_W[begin : begin + batch] + r / passes) % 1.0
-            if exact:
+            if beside is not None:
+                assert isinstance(noise, MaskedNoise)
+                nats_B = loss.blockwise(noise, beside, x_BT, free_BT, rng, block_length, t_B)
+            elif exact:
                 nats_B = loss.autoregressive(noise, predict, x_BT, free_BT)
             elif estimator == "discrete":
                 nats_B = loss.discrete(noise, predict, x_BT, free_BT, rng, steps, t_B)

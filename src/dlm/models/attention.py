@@ -24,6 +24,25 @@ def allowed(pattern: str, query: Tensor, key: Tensor, block_length: int) -> Tens
     return torch.ones_like(key <= query)
 
 
+def beside_clean(pos_BT: Tensor, block_length: int) -> Tensor:
+    """bool (B, 2T, 2T) for the sequence [noisy | clean] of block diffusion (BD3-LM, Arriola et al. 2503.09573, section 3.1).
+
+    A noisy position reads its own noisy block and the clean blocks before it, a clean one the clean blocks up to its own.
+    """
+    block_BT = pos_BT // block_length
+    query, key = block_BT[:, :, None], block_BT[:, None, :]
+    noisy = torch.cat([query == key, key < query], -1)
+    clean = torch.cat([torch.zeros_like(query == key), key <= query], -1)
+    return torch.cat([noisy, clean], 1)
+
+
+def beside_shadow(length: int, device: torch.device) -> Tensor:
+    """bool (1, 2Q, 2Q) for [text | shadow]: text reads text; a shadow reads all text but its own position's, and itself."""
+    own = torch.eye(length, dtype=torch.bool, device=device)
+    text, nothing = torch.ones_like(own), torch.zeros_like(own)
+    return torch.cat([torch.cat([text, nothing], 1), torch.cat([~own, own], 1)])[None]
+
+
 def mask(
     pattern: str, block_length: int, pos_BQ: Tensor, pos_BT: Tensor, valid_BT: Tensor | None, *, plain: bool
 ) -> tuple[Tensor | None, bool]:

@@ -1,9 +1,11 @@
 """Keys and values of positions already read.
 
-Shapes: B batch, G key-value heads, T capacity, Q new positions, K head dimension.
+Shapes: B batch, A rows of one call, G key-value heads, T capacity, Q new positions, K head dimension.
 """
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from torch import Tensor
@@ -45,3 +47,62 @@ class KVCache:
         copy = object.__new__(KVCache)
         copy.kv, copy.length = self.kv.clone(), self.length
         return copy
+
+
+class WindowCache:
+    """A slot for every position of a window, overwritten where a call reads it anew; each row at its own positions.
+
+    One slot more, `T`, takes what fills up the rows of a call that read less than others; nothing ever reads it.
+    drift_BT: how far the values of the last layer moved when a position was read last, relative to their length; 0 at its first.
+    """
+
+    def __init__(
+        self, layers: int, batch: int, kv_heads: int, window: int, head_dim: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.kv = torch.zeros(layers, 2, batch, window + 1, kv_heads, head_dim, dtype=dtype, device=device)
+        self.filled_BT = torch.zeros(batch, window + 1, dtype=torch.bool, device=device)
+        self.drift_BT = torch.zeros(batch, window, device=device)
+        self.layers, self.window = layers, window
+        self.rows_A1 = torch.arange(batch, device=device)[:, None]
+
+    def of(self, rows_A: Tensor) -> WindowCache:
+        """The part of these rows, sharing memory."""
+        part = copy.copy(self)
+        part.rows_A1 = rows_A[:, None]
+        return part
+
+    def clear(self, rows_A: Tensor) -> None:
+        """Forget what these rows hold."""
+        self.filled_BT[rows_A] = False
+        self.drift_BT[rows_A] = 0
+
+    def begin(self, pos_AQ: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Say which positions the next writes are for: (positions of all slots (1, T), which hold something (A, T) or None for all)."""
+        self.pos_AQ = pos_AQ
+        self.was_AQ = self.filled_BT[self.rows_A1, pos_AQ]
+        self.filled_BT[self.rows_A1, pos_AQ] = True
+        filled_AT = self.filled_BT[self.rows_A1.squeeze(1), : self.window]
+        return torch.arange(self.window, device=pos_AQ.device)[None], None if bool(filled_AT.all()) else filled_AT
+
+    def write(self, layer: int, k_AGQK: Tensor, v_AGQK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store at the positions of `begin`, return keys and values (A, G, T, K) of the whole window."""
+        k_AQGK, v_AQGK = k_AGQK.transpose(1, 2), v_AGQK.transpose(1, 2)
+        if layer == self.layers - 1:
+            self._measure(v_AQGK)
+        self.kv[layer, 0][self.rows_A1, self.pos_AQ] = k_AQGK
+        self.kv[layer, 1][self.rows_A1, self.pos_AQ] = v_AQGK
+        if len(self.rows_A1) == self.kv.shape[2]:  # all rows in order: no copy
+            k_ATGK, v_ATGK = self.kv[layer, 0], self.kv[layer, 1]
+        else:
+            k_ATGK, v_ATGK = self.kv[layer, 0][self.rows_A1.squeeze(1)], self.kv[layer, 1][self.rows_A1.squeeze(1)]
+        return k_ATGK[:, : self.window].transpose(1, 2), v_ATGK[:, : self.window].transpose(1, 2)
+
+    def _measure(self, v_AQGK: Tensor) -> None:
+        old_AQGK = self.kv[self.layers - 1, 1][self.rows_A1, self.pos_AQ]
+        moved_AQ = (v_AQGK - old_AQGK).flatten(2).float().norm(dim=-1) / old_AQGK.flatten(2).float().norm(dim=-1).clamp(min=1e-6)
+        real_AQ = self.pos_AQ < self.window
+        rows_AQ = self.rows_A1.expand_as(self.pos_AQ)
+        self.drift_BT[rows_AQ[real_AQ], self.pos_AQ[real_AQ]] = torch.where(self.was_AQ, moved_AQ, 0.0)[real_AQ]
+
+    def advance(self, count: int) -> None:
+        """Nothing to do: positions say where they lie."""

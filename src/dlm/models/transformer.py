@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlm.models import attention
-from dlm.models.cache import KVCache
+from dlm.models.cache import KVCache, WindowCache
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
-    def forward(self, x_BQD: Tensor, cos: Tensor, sin: Tensor, mask: Any, is_causal: bool, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BQD: Tensor, cos: Tensor, sin: Tensor, mask: Any, is_causal: bool, cache: KVCache | WindowCache | None) -> Tensor:
         config, (batch, queries, _) = self.config, x_BQD.shape
         q, k, v = (linear(x_BQD).view(batch, queries, -1, config.head_dim).transpose(1, 2) for linear in (self.q, self.k, self.v))
         if config.qk_norm:
@@ -148,7 +148,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any, is_causal: bool, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any, is_causal: bool, cache: KVCache | WindowCache | None) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, mask, is_causal, cache))
         y: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return y
@@ -212,6 +212,11 @@ class Transformer(nn.Module):
         shape = (c.layers, batch, c.kv_heads, capacity or c.window, c.head_dim)
         return KVCache(*shape, dtype=self.embed.weight.dtype, device=self.device)
 
+    def window_cache(self, batch: int) -> WindowCache:
+        """An empty cache of a whole window for `batch` rows."""
+        c = self.config
+        return WindowCache(c.layers, batch, c.kv_heads, c.window, c.head_dim, dtype=self.embed.weight.dtype, device=self.device)
+
     def forward(
         self,
         z_BQ: Tensor,
@@ -219,47 +224,71 @@ class Transformer(nn.Module):
         *,
         pos_BQ: Tensor | None = None,
         valid_BT: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | WindowCache | None = None,
+        pattern: str = "",
+        block_length: int = 0,
     ) -> Tensor:
         """Logits (B, Q, V).
 
         z_BQ: int64 ids; t_B: noise level, read only with time_conditioning; pos_BQ: positions, by default counted over
         the valid tokens so that padding on either side leaves no gap; valid_BT: False at padding, never attended to.
-        With a cache, z continues what the cache holds, and valid_BT covers cached and new positions.
+        With a KVCache, z continues what it holds, and valid_BT covers cached and new positions; with a WindowCache, pos_BQ are the
+        slots of its window that z overwrites.
+        pattern `clean`: z is [noisy | clean] (B, 2T) and every noisy block reads the clean blocks before it; logits of the noisy half.
+        pattern `shadow`: z is [text | masks] (B, 2T) and a mask guesses its position without seeing the text there; logits of both.
+        block_length: of block-causal attention, another one than the network's own.
         """
-        config, (batch, queries) = self.config, z_BQ.shape
-        held = cache.length if cache is not None else 0
-        plain = pos_BQ is None and valid_BT is None
-        if pos_BQ is None:
-            if valid_BT is not None:
-                pos_BT = (valid_BT.long().cumsum(-1) - 1).clamp(min=0)
-                pos_BQ = pos_BT[:, held:]
-            else:
-                pos_BT = torch.arange(held + queries, device=z_BQ.device)[None]
-                pos_BQ = pos_BT[:, held:]
-        else:
-            pos_BT = torch.cat([torch.arange(held, device=z_BQ.device).expand(batch, held), pos_BQ], 1) if held else pos_BQ
-        square = plain and held == 0
-        if self._use_flex(z_BQ, square):
-            mask: Any = "flex"
-            is_causal = False
-        elif held and queries == 1 and valid_BT is None and config.attention == "causal":
-            mask, is_causal = None, False  # one new token reads everything before it
-        else:
-            mask, is_causal = attention.mask(config.attention, config.block_length, pos_BQ, pos_BT, valid_BT, plain=square)
-        cos, sin = rotary(pos_BQ, config.head_dim, config.rope_base)
         x_BQD = self.embed(z_BQ)
         if self.time is not None:
             if t_B is None:
                 raise ValueError("this network is conditioned on time: give t_B")
             x_BQD = x_BQD + self.time(t_B)[:, None]
         x_BQD = self.dropout(x_BQD)
+        pos_BQ, mask, is_causal = self._attends(z_BQ, pos_BQ, valid_BT, cache, pattern, block_length or self.config.block_length)
+        cos, sin = rotary(pos_BQ, self.config.head_dim, self.config.rope_base)
         for block in self.blocks:
             x_BQD = block(x_BQD, cos, sin, mask, is_causal, cache)
-        if cache is not None:
-            cache.advance(queries)
+        if isinstance(cache, KVCache):
+            cache.advance(z_BQ.shape[1])
+        if pattern == "clean":
+            x_BQD = x_BQD[:, : x_BQD.shape[1] // 2]
         logits_BQV: Tensor = self.head(self.norm(x_BQD))
         return logits_BQV
+
+    def _attends(
+        self, z_BQ: Tensor, pos_BQ: Tensor | None, valid_BT: Tensor | None, cache: Any, pattern: str, block_length: int
+    ) -> tuple[Tensor, Any, bool]:
+        """(pos_BQ, mask, is_causal): where the queries stand and what they read."""
+        config, (batch, queries), device = self.config, z_BQ.shape, z_BQ.device
+        if pattern:
+            half_BT = torch.arange(queries // 2, device=device)[None] if pos_BQ is None else pos_BQ
+            if pattern == "clean":
+                mask_BQT = attention.beside_clean(half_BT, block_length)
+            else:
+                mask_BQT = attention.beside_shadow(queries // 2, device)
+            return torch.cat([half_BT, half_BT], 1), mask_BQT[:, None], False
+        if isinstance(cache, WindowCache):
+            assert pos_BQ is not None
+            slots_BT, filled_BT = cache.begin(pos_BQ)
+            if filled_BT is None and config.attention == "full":
+                return pos_BQ, None, False
+            mask_BQT = attention.allowed(config.attention, pos_BQ[:, :, None], slots_BT[:, None, :], block_length)
+            return pos_BQ, (mask_BQT if filled_BT is None else mask_BQT & filled_BT[:, None])[:, None], False
+        held = cache.length if cache is not None else 0
+        plain = pos_BQ is None and valid_BT is None
+        if pos_BQ is None:
+            pos_BT = (
+                torch.arange(held + queries, device=device)[None] if valid_BT is None else (valid_BT.long().cumsum(-1) - 1).clamp(min=0)
+            )
+            pos_BQ = pos_BT[:, held:]
+        else:
+            pos_BT = torch.cat([torch.arange(held, device=device).expand(batch, held), pos_BQ], 1) if held else pos_BQ
+        square = plain and held == 0
+        if self._use_flex(z_BQ, square):
+            return pos_BQ, "flex", False
+        if held and queries == 1 and valid_BT is None and config.attention == "causal":
+            return pos_BQ, None, False  # one new token reads everything before it
+        return pos_BQ, *attention.mask(config.attention, block_length, pos_BQ, pos_BT, valid_BT, plain=square)
 
     def _use_flex(self, z_BQ: Tensor, square: bool) -> bool:
         backend = self.config.backend

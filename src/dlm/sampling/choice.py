@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from dlm.errors import InputError
 from dlm.noise.masked import MaskedNoise
 from dlm.protocols import NoiseProcess, Rule
 from dlm.sampling.draw import Draw
+from dlm.sampling.remasking import Planned, Remask, Revoke
 from dlm.sampling.revising import ChangeWorst, EntropyBound, GreedyTail, PredictorCorrector, Refine, Reverse
-from dlm.sampling.rules import Ancestral, Threshold, TopConfidence
+from dlm.sampling.rules import Ancestral, EntropyBudget, Factor, FirstHitting, KLStable, Threshold, TopScore
 
 UNMASKING: dict[str, Callable[..., Rule]] = {
     "ancestral": Ancestral,
-    "topk": TopConfidence,
+    "first-hitting": FirstHitting,
+    "topk": TopScore,
+    "margin": partial(TopScore, score="margin"),
+    "entropy": partial(TopScore, score="entropy"),
     "confidence": Threshold,
+    "factor": Factor,
+    "entropy-bound": EntropyBudget,
+    "klass": KLStable,
     "predictor-corrector": PredictorCorrector,
+    "remdm-cap": partial(Remask, "cap"),
+    "remdm-rescale": partial(Remask, "rescale"),
+    "remdm-conf": partial(Remask, "conf"),
+    "remdm-loop": partial(Remask, "loop"),
+    "revoke": Revoke,
+    "planner": Planned,
 }
 REPLACING: dict[str, Callable[..., Rule]] = {
     "ancestral": Reverse,
@@ -24,8 +38,35 @@ REPLACING: dict[str, Callable[..., Rule]] = {
     "entropy-bound": EntropyBound,
     "worst": ChangeWorst,
 }
-SETTING = {"confidence": "threshold", "predictor-corrector": "corrector", "entropy-bound": "bound", "worst": "edits"}
-WORDS = tuple(dict.fromkeys([*UNMASKING, *REPLACING]))
+SETTING = {
+    "confidence": "threshold",
+    "factor": "factor",
+    "entropy-bound": "bound",
+    "klass": "threshold",
+    "predictor-corrector": "corrector",
+    "remdm-cap": "eta",
+    "remdm-rescale": "eta",
+    "remdm-conf": "eta",
+    "remdm-loop": "eta",
+    "revoke": "threshold",
+    "planner": "eta",
+    "worst": "edits",
+}
+SETTLING = ("revoke",)  # is done when it neither writes nor takes back
+SPECULATIVE = "speculative"
+WORDS = tuple(dict.fromkeys([*UNMASKING, SPECULATIVE, *REPLACING]))
+
+
+def speculative(word: str) -> dict[str, float] | None:
+    """The settings of `speculative`, `speculative:8` or `speculative:8,0.1` (proposals, tolerance); None for another word."""
+    name, _, values = word.partition(":")
+    if name != SPECULATIVE:
+        return None
+    proposals, _, tolerance = values.partition(",")
+    try:
+        return {"proposals": int(proposals or 8), "tolerance": float(tolerance or 0)}
+    except ValueError:
+        raise InputError(f"sampler {word!r}: write speculative, speculative:PROPOSALS or speculative:PROPOSALS,TOLERANCE") from None
 
 
 def make(word: str, draw: Draw, noise: NoiseProcess, greedy_tail: int = 0) -> Rule:
@@ -33,8 +74,9 @@ def make(word: str, draw: Draw, noise: NoiseProcess, greedy_tail: int = 0) -> Ru
     name, colon, value = word.partition(":")
     known, kind = (UNMASKING, "masked") if isinstance(noise, MaskedNoise) else (REPLACING, "replacement")
     if name not in known:
+        usable = [*known, SPECULATIVE] if kind == "masked" else list(known)
         reason = f"needs {'replacement' if kind == 'masked' else 'masked'} noise" if name in WORDS else "is unknown"
-        raise InputError(f"the sampler {name!r} {reason}; this model has {kind} noise and can use: {', '.join(known)}")
+        raise InputError(f"the sampler {name!r} {reason}; this model has {kind} noise and can use: {', '.join(usable)}")
     if colon and name not in SETTING:
         raise InputError(f"the sampler {name!r} has no setting, got {word!r}")
     try:

@@ -1,23 +1,25 @@
-"""The one loop for diffusion samplers: every row has its own window, clock and generator.
+"""The one loop for diffusion samplers: every row has its own window, block, clock and generator.
 
-Rules that unmask write each position once, and it is settled then. Rules that revise (`dlm.sampling.revising`) may write every
-open position in every step, and all are settled when the window ends.
+Rules that unmask write each position once, and it is settled then. Rules that revise (`dlm.sampling.revising`, `remasking`) may write
+every open position in every step, and all are settled when the block ends.
 Shapes: B rows, A rows that still have something to do, L positions of the canvas, T of the window, V vocabulary, N steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.noise.masked import MaskedNoise
-from dlm.protocols import RNG, Denoiser, NoiseProcess, PlannedRule, Rule, Step
+from dlm.protocols import RNG, CachePolicy, Constraint, Denoiser, Guidance, NoiseProcess, PlannedRule, Rule, Step
 from dlm.sampling import windows
 from dlm.sampling.draw import uniform
+from dlm.sampling.reading import Reader
 from dlm.sampling.rules import Ancestral
 from dlm.trajectory import Canvas, Frame
 
@@ -26,7 +28,9 @@ from dlm.trajectory import Canvas, Frame
 class DiffusionSampler:
     """Fill a canvas window by window, `budget` steps for each, equally spaced in time.
 
-    until_settled: end a window once no token has changed for so many steps; 0 takes all of them.
+    until_settled: end a block once no token has changed for so many steps; 0 takes all of them.
+    block_length: fill a window block by block from left to right, each with its share of the budget; 0 takes it whole.
+    cache, make_cache: which positions a call reads anew (`dlm.sampling.caching`), and what holds the keys and values of the others.
     """
 
     denoiser: Denoiser
@@ -37,13 +41,27 @@ class DiffusionSampler:
     context: int = 0
     model: str = ""
     until_settled: int = 0
+    block_length: int = 0
+    cache: CachePolicy | None = None
+    make_cache: Callable[[int], Any] | None = None
+    guidance: Guidance | None = None
+    constraint: Constraint | None = None
+    sees_ahead: bool = True  # False for block-causal networks, which no suffix reaches
 
     def __post_init__(self) -> None:
         if self.budget < 1:
             raise InputError(f"steps must be at least 1, got {self.budget}")
         if self.until_settled < 0 or (self.until_settled and not self.revises):
             raise InputError("until_settled counts steps from 1, and needs a sampler that revises what it wrote")
+        if self.block_length < 0 or (self.block_length and self.window % self.block_length):
+            raise InputError(f"blocks of {self.block_length} do not divide the window of {self.window}")
+        if not isinstance(self.noise, MaskedNoise) and (self.block_length or self.cache is not None):
+            raise InputError("blocks and caches need masked noise: under replacement noise every token may change in every step")
+        if self.constraint is not None and self.constraint.joint and self.revises:
+            raise InputError("a pattern needs a sampler that writes each token once, such as ancestral or topk")
         windows.check(self.window, self.context)
+        if not self.sees_ahead and (not self.block_length or self.context % self.block_length):
+            raise InputError(f"block diffusion needs a context that is a multiple of its blocks of {self.block_length}")
 
     @property
     def revises(self) -> bool:
@@ -61,24 +79,37 @@ class DiffusionSampler:
         z_BL[:, :length] = torch.where(given_BL, canvas.tokens_BT, z_BL[:, :length])
         return z_BL
 
+    def _check_order(self, canvas: Canvas) -> None:
+        block_L = torch.arange(canvas.free_BT.shape[1], device=canvas.free_BT.device) // self.block_length
+        first_B = block_L.masked_fill(~canvas.free_BT, int(block_L[-1]) + 1).amin(-1)
+        if bool((canvas.valid_BT & ~canvas.free_BT & (block_L > first_B[:, None])).any()):
+            raise InputError("block diffusion reads what comes before a block: it cannot fill holes or lead to a suffix in later ones")
+
     @torch.no_grad()
     def steps(self, canvas: Canvas, *, rng: RNG) -> Iterator[Frame]:
         """A frame after every network call; for replacement noise one more before the first, the noise itself. rng: one a row."""
         noise, device, (rows, length) = self.noise, canvas.tokens_BT.device, canvas.tokens_BT.shape
-        masked = isinstance(noise, MaskedNoise)
+        masked, window = isinstance(noise, MaskedNoise), self.window
+        if not self.sees_ahead:
+            self._check_order(canvas)
+        steps = -(-self.budget * (self.block_length or window) // window)  # of a block
         z_BL = self._start(canvas, rng)
-        past_BL = torch.zeros(rows, self.window, dtype=torch.bool, device=device)
+        past_BL = torch.zeros(rows, window, dtype=torch.bool, device=device)
         open_BL = torch.cat([canvas.free_BT, past_BL], 1)
+        given_BL = torch.cat([canvas.valid_BT & ~canvas.free_BT, past_BL], 1)
         beyond_BL = torch.cat([~canvas.valid_BT, ~past_BL], 1)  # no part of the text: read as noise, denoised with it unless masked
-        grid = torch.linspace(1, 0, self.budget + 1, dtype=torch.float64, device=device)
-        alphas_N = noise.schedule.alpha(grid)
+        grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)
+        alphas_N, last = noise.schedule.alpha(grid), noise.schedule.alpha(grid[0])
         # the chain starts with everything masked: where the schedule ends above 0, what it would have kept is not there
-        alphas_N = ((alphas_N - alphas_N[0]) / (1 - alphas_N[0]))[1:]
-        start_B = torch.full((rows,), -1, device=device)
+        alphas_N = ((alphas_N - last) / (1 - last))[1:]
+        place_B = torch.full((rows,), -1, device=device)
         clock_B, still_B, saved_B = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
         doubt_B = torch.zeros(rows, dtype=torch.float64, device=device)
-        due_BT = torch.zeros(rows, self.window, dtype=torch.long, device=device)
+        due_BT = torch.zeros(rows, window, dtype=torch.long, device=device)
+        level_BT = torch.full((rows, window), torch.nan, dtype=torch.float64, device=device)
+        memory: dict[str, Tensor] = {}
         planned, forwards = isinstance(self.rule, PlannedRule), 0
+        reader = Reader(self.denoiser, noise.mask_id, rows, window, self.rule, self.cache, self.make_cache, self.guidance)
 
         def frame(level_B: Tensor) -> Frame:
             adaptive = (saved_B.clone(), doubt_B.clone()) if self.until_settled else (None, None)
@@ -90,34 +121,58 @@ class DiffusionSampler:
         while bool(open_BL.any()):
             rows_A = open_BL.any(-1).nonzero().squeeze(-1)
             rng_A = [rng[b] for b in rows_A.tolist()]
-            start_A = windows.start(open_BL[rows_A], self.window, self.context)
-            z_AT, open_AT, beyond_AT = (windows.take(x_BL[rows_A], start_A, self.window) for x_BL in (z_BL, open_BL, beyond_BL))
-            entered_A = start_A != start_B[rows_A]  # rows that begin a window
-            start_B[rows_A], clock_B[rows_A[entered_A]], still_B[rows_A[entered_A]] = start_A, 0, 0
+            start_A = windows.start(open_BL[rows_A], window, self.context)
+            shown = (windows.take(x_BL[rows_A], start_A, window) for x_BL in (z_BL, open_BL, given_BL, beyond_BL))
+            z_AT, hole_AT, given_AT, beyond_AT = shown
+            open_AT, block_A = windows.block(hole_AT, self.block_length)
+            place_A = start_A + block_A
+            entered_A = place_A != place_B[rows_A]  # rows that begin a window or a block
+            place_B[rows_A], clock_B[rows_A[entered_A]], still_B[rows_A[entered_A]] = place_A, 0, 0
+            for kept in memory.values():
+                kept[rows_A[entered_A]] = torch.nan
             if isinstance(self.rule, PlannedRule):
                 if bool(entered_A.any()):
                     entered_B = rows_A[entered_A]
-                    due_BT[entered_B] = self.rule.due(open_AT[entered_A], alphas_N, [rng[b] for b in entered_B.tolist()])
+                    plan = self.rule.plan(open_AT[entered_A], alphas_N, [rng[b] for b in entered_B.tolist()])
+                    due_BT[entered_B], level_BT[entered_B] = plan
                 # jump to the next step in which something of the row moves
-                clock_B[rows_A] = due_BT[rows_A].masked_fill(~open_AT, self.budget).min(-1).values
+                clock_B[rows_A] = due_BT[rows_A].masked_fill(~open_AT, window + steps).min(-1).values
             clock_A = clock_B[rows_A]
             move_AT = open_AT & (due_BT[rows_A] == clock_A[:, None]) if planned else open_AT
             if self.revises and not masked:
                 move_AT = move_AT | beyond_AT
-            t_A, s_A = grid[clock_A], grid[clock_A + 1]
-            logp_ATV = noise.log_probs(self.denoiser(z_AT, t_A), z_AT, t_A)
+            t_A, s_A = grid[clock_A.clamp(max=steps - 1)], grid[(clock_A + 1).clamp(max=steps)]
+            if planned:  # a rule without a grid says at which alpha each position moves
+                alpha_A = level_BT[rows_A].masked_fill(~move_AT, -1).amax(-1)
+                t_A = torch.where(alpha_A >= 0, noise.schedule.inverse(last + alpha_A.clamp(min=0) * (1 - last)), t_A)
+            logits_ATV, shadow_ATV = reader(rows_A, start_A, z_AT, hole_AT, open_AT, given_AT, entered_A, t_A)
+            logp_ATV = noise.log_probs(logits_ATV, z_AT, t_A)
             forwards += 1
-            next_AT = self.rule(Step(z_AT, move_AT, logp_ATV, t_A, s_A, self.budget - clock_A, self.budget, noise), rng_A)
+            if self.constraint is not None:
+                text = z_BL[rows_A, :length], open_BL[rows_A, :length], canvas.valid_BT[rows_A]
+                allowed_ATV = windows.take(_lengthen(self.constraint.allowed(*text), window), start_A, window)
+                logp_ATV = logp_ATV.masked_fill(~allowed_ATV, -torch.inf).log_softmax(-1)
+            left_A, kept_A = (steps - clock_A).clamp(min=1), {name: value[rows_A] for name, value in memory.items()}
+            step = Step(z_AT, move_AT, logp_ATV, t_A, s_A, left_A, steps, noise, kept_A, shadow_ATV)
+            next_AT = self.rule(step, rng_A)
+            for name, value in step.memory.items():
+                memory.setdefault(name, value.new_full((rows, *value.shape[1:]), torch.nan))[rows_A] = value
+            if self.constraint is not None and not self.revises:
+                written_AL = z_BL[rows_A].clone()
+                windows.put(written_AL, torch.arange(len(rows_A)), start_A, next_AT, move_AT)
+                keep_AL = self.constraint.agree(*text[:2], written_AL[:, :length], text[2])
+                next_AT = torch.where(windows.take(_lengthen(keep_AL, window), start_A, window), next_AT, z_AT)
             if self.revises:
-                settled_A = clock_A + 1 == self.budget
+                settled_A = clock_A + 1 == steps
                 if self.until_settled:
                     quiet_A = ((next_AT == z_AT) | ~open_AT).all(-1)
                     still_B[rows_A] = (still_B[rows_A] + 1) * quiet_A
                     early_A = (still_B[rows_A] >= self.until_settled) & ~settled_A & ((next_AT != noise.mask_id) | ~open_AT).all(-1)
                     if bool(early_A.any()):
-                        stays_AT = noise.denoised(logp_ATV, z_AT, t_A).exp().gather(-1, next_AT[..., None]).squeeze(-1)
+                        sure_ATV = noise.denoised(logp_ATV, z_AT, t_A) if shadow_ATV is None else shadow_ATV.log_softmax(-1)
+                        stays_AT = sure_ATV.exp().gather(-1, next_AT[..., None]).squeeze(-1)
                         doubt_B[rows_A] += torch.where(open_AT & early_A[:, None], 1 - stays_AT.double(), 0.0).sum(-1)
-                        saved_B[rows_A] += (self.budget - clock_A - 1) * early_A
+                        saved_B[rows_A] += (steps - clock_A - 1) * early_A
                         settled_A = settled_A | early_A
                 written_AT, done_AT = move_AT, open_AT & settled_A[:, None]
             else:
@@ -128,3 +183,8 @@ class DiffusionSampler:
             level_B = torch.zeros(rows, dtype=torch.float64, device=device)
             level_B[rows_A] = s_A * open_BL[rows_A].any(-1)
             yield frame(level_B)
+
+
+def _lengthen(x_BL: Tensor, window: int) -> Tensor:
+    """A window more of ones past the end."""
+    return torch.cat([x_BL, x_BL.new_ones(len(x_BL), window, *x_BL.shape[2:])], 1)

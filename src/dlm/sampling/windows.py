@@ -26,9 +26,22 @@ def start(open_BL: Tensor, window: int, context: int) -> Tensor:
     return (first_B - context).clamp(min=0) // (window - context) * (window - context)
 
 
+def block(open_BT: Tensor, block_length: int) -> tuple[Tensor, Tensor]:
+    """The open positions of the first block of each row that has one, bool (B, T), and where that block begins, int64 (B,).
+
+    block_length 0: the whole window is one.
+    """
+    if not block_length:
+        return open_BT, torch.zeros(len(open_BT), dtype=torch.long, device=open_BT.device)
+    begin_B = open_BT.int().argmax(-1) // block_length * block_length
+    pos_T = torch.arange(open_BT.shape[1], device=open_BT.device)
+    return open_BT & (pos_T < begin_B[:, None] + block_length), begin_B
+
+
 def take(x_BL: Tensor, start_B: Tensor, window: int) -> Tensor:
-    """The window of every row (B, T)."""
-    return x_BL.gather(1, start_B[:, None] + torch.arange(window, device=x_BL.device))
+    """The window of every row (B, T, ...)."""
+    index_BT = start_B[:, None] + torch.arange(window, device=x_BL.device)
+    return x_BL[torch.arange(len(x_BL), device=x_BL.device)[:, None], index_BT]
 
 
 def put(x_BL: Tensor, rows_A: Tensor, start_A: Tensor, values_AT: Tensor, where_AT: Tensor) -> None:

@@ -17,7 +17,7 @@ class TrainConfig:
 
     data: str = ""
     val_fraction: float = 0.1
-    tokenizer: str = "chars"  # chars | bytes | path of a tokenizer.json
+    tokenizer: str = "chars"  # chars | bytes | bpe:1024 (learned from the text) | path of a tokenizer.json
     network: TransformerConfig = field(default_factory=lambda: TransformerConfig(vocab_size=1, width=192))
     objective: str = "diffusion"  # diffusion | autoregressive
     noise: str = "masked"  # masked | uniform | semantic[:lead] | hybrid[:share of uniform noise]
@@ -26,6 +26,7 @@ class TrainConfig:
     head: str = "leave-one-out"  # what the network gives under replacement noise: leave-one-out | posterior
     estimator: str = "auto"  # any_order (masks, no time input) | counted (replacement) | continuous | auto: the first that applies
     init: str = ""  # a checkpoint of the same shape to begin with, instead of fresh weights
+    block_lengths: tuple[int, ...] = ()  # of block diffusion (attention=block_causal), one drawn each step; none: block_length
     context: int = 64
     context_share: float = 0.5  # share of training windows whose first `context` tokens are given
     steps: int = 5000
@@ -59,6 +60,15 @@ class TrainConfig:
             raise InputError("an autoregressive network that sees the future learns nothing: --set attention=causal")
         if self.estimator not in ("auto", "any_order", "counted", "continuous"):
             raise InputError(f"unknown estimator {self.estimator!r}; known: auto, any_order, counted, continuous")
+        blocks = self.network.attention == "block_causal"
+        if blocks and (self.objective != "diffusion" or self.noise != "masked" or self.network.time_conditioning):
+            raise InputError("block diffusion (attention=block_causal) is for masked noise without time_conditioning")
+        if blocks and self.estimator != "auto":
+            raise InputError(f"block diffusion has one estimator of its own: leave --set estimator={self.estimator} away")
+        if self.block_lengths and not blocks:
+            raise InputError("block_lengths are for block diffusion: --set attention=block_causal --set block_length=16")
+        if any(n < 1 or self.network.window % n for n in self.block_lengths):
+            raise InputError(f"every one of block_lengths must divide the window {self.network.window}, got {self.block_lengths}")
         if self.head not in HEADS:
             raise InputError(f"unknown head {self.head!r}; known: {', '.join(HEADS)}")
         if self.clusters != "classes" and self.noise.partition(":")[0] != "semantic":
@@ -119,7 +129,8 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TrainConfig:
-        return cls(**(data | {"network": TransformerConfig(**data["network"]), "betas": tuple(data["betas"])}))
+        data = data | {"network": TransformerConfig(**data["network"]), "betas": tuple(data["betas"])}
+        return cls(**(data | {"block_lengths": tuple(data.get("block_lengths", ()))}))
 
 
 def _parse(value: str, like: Any) -> Any:
@@ -128,5 +139,6 @@ def _parse(value: str, like: Any) -> Any:
             raise ValueError("give true or false")
         return value.lower() in ("true", "1")
     if isinstance(like, tuple):
-        return tuple(float(v) for v in value.split(","))
+        kind = int if all(isinstance(v, int) for v in like) else float
+        return tuple(kind(v) for v in value.split(",") if v)
     return type(like)(value)

@@ -74,12 +74,14 @@ class Learner:
         rng = step_generator(config.seed, step)
         x_BT, t_B = self.stream.draw(config.batch, rng), loss.draw_levels(config.batch, rng)
         free_BT = self.objective.free(config.batch, rng)
+        block_length = self.objective.block_length(rng)
         mask_rng = torch.Generator(device).manual_seed(step_generator(config.seed + 1, step).initial_seed())
         torch.manual_seed(config.seed * 7919 + step + self.accelerator.process_index * 1_000_000_007)  # dropout
         lr = learning_rate(step, peak=config.lr, steps=config.steps, warmup=config.warmup, decay_share=config.decay_share)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        nats_B = self.objective(self.network, x_BT[own].to(device), free_BT[own].to(device), mask_rng, levels_on(device, t_B[own]))
+        x_BT, free_BT, t_B = x_BT[own].to(device), free_BT[own].to(device), levels_on(device, t_B[own])
+        nats_B = self.objective(self.network, x_BT, free_BT, mask_rng, t_B, block_length)
         self.accelerator.backward(nats_B.mean())
         norm = self.accelerator.clip_grad_norm_(self.network.parameters(), config.clip)
         self.wrapped.step()

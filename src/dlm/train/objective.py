@@ -25,16 +25,23 @@ class RowsOf:
         return getattr(self.noise, name)
 
     def _whole(self, rows: Tensor) -> Tensor:
-        whole = rows.new_ones(self.batch, *rows.shape[1:])
-        whole[self.own] = rows
+        own = self._own(rows)
+        whole = rows.new_ones(self.batch * (own.stop - own.start) // (self.own.stop - self.own.start), *rows.shape[1:])
+        whole[own] = rows
         return whole
 
+    def _own(self, rows: Tensor) -> slice:
+        """Where `rows` lie in the whole batch: each row of it may be several here, one for each block."""
+        parts = len(rows) // (self.own.stop - self.own.start)
+        return slice(self.own.start * parts, self.own.stop * parts)
+
     def corrupt(self, x_BT: Tensor, t_B: Tensor, rng: torch.Generator) -> Tensor:
-        return self.noise.corrupt(self._whole(x_BT), self._whole(t_B), rng)[self.own]
+        return self.noise.corrupt(self._whole(x_BT), self._whole(t_B), rng)[self._own(x_BT)]
 
     def corrupt_count(self, x_BT: Tensor, count_B: Tensor, free_BT: Tensor, rng: torch.Generator) -> Any:
         made = self.noise.corrupt_count(self._whole(x_BT), self._whole(count_B), self._whole(free_BT), rng)
-        return made[self.own] if isinstance(made, Tensor) else tuple(part[self.own] for part in made)
+        own = self._own(x_BT)
+        return made[own] if isinstance(made, Tensor) else tuple(part[own] for part in made)
 
 
 @dataclass(frozen=True)
@@ -44,18 +51,32 @@ class Objective:
     config: TrainConfig
     noise: Any  # a process, or RowsOf one
 
-    def __call__(self, network: nn.Module, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, t_B: Tensor) -> Tensor:
-        """(B,) nats per predicted token of each row."""
+    def __call__(
+        self, network: nn.Module, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, t_B: Tensor, block_length: int = 0
+    ) -> Tensor:
+        """(B,) nats per predicted token of each row. block_length: for block diffusion, by default the network's own."""
 
         def predict(z_BT: Tensor, t_B: Tensor) -> Tensor:
             logits: Tensor = network(z_BT, t_B).float()
             return logits
 
-        if self.config.objective == "autoregressive":
+        def beside(z_BT: Tensor, x_BT: Tensor, block_length: int) -> Tensor:
+            logits: Tensor = network(torch.cat([z_BT, x_BT], 1), pattern="clean", block_length=block_length).float()
+            return logits
+
+        if self.config.network.attention == "block_causal":
+            block_length = block_length or self.config.network.block_length
+            nats_B = loss.blockwise(self.noise, beside, x_BT, free_BT, rng, block_length, t_B)
+        elif self.config.objective == "autoregressive":
             nats_B = loss.autoregressive(self.noise, predict, x_BT, free_BT)
         else:
             nats_B = getattr(loss, self.config.estimate)(self.noise, predict, x_BT, free_BT, rng, t_B)
         return nats_B / free_BT.sum(-1)
+
+    def block_length(self, rng: torch.Generator) -> int:
+        """The one of a training step: drawn from the settings, so that one network learns several."""
+        lengths = self.config.block_lengths
+        return lengths[int(torch.randint(len(lengths), (1,), generator=rng))] if lengths else self.config.network.block_length
 
     def free(self, rows: int, rng: torch.Generator) -> Tensor:
         """Which positions are predicted: in a share of the rows the first `context` tokens are given."""
