@@ -1,6 +1,6 @@
-"""Does less meaning per token make the curse of parallel decoding worse? One text, one parameter count, one compute; characters, bytes, subwords.
+"""Does less meaning per token make the curse of parallel decoding worse? One text, size and compute; characters, bytes, subwords.
 
-    python benchmarks/granularity.py                   # trains what is missing, then measures: two hours of one core
+    python benchmarks/granularity.py --plot docs/granularity.png    # trains what is missing, then measures: two hours of one core
     python benchmarks/granularity.py --compute 1e16 --parameters 2e7 --batch 128 --device cuda
 
 Windows span about 256 characters of text, widths are chosen so that all networks have the same number of parameters (the head is the
@@ -11,13 +11,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
+from rich.table import Table
 
 import dlm
 from dlm import recipes
+from dlm.analysis import parallel_error, price
+from dlm.evaluate import card, generative, likelihood
+from dlm.language_model import LanguageModel
+from dlm.sampling.rules import Ancestral, TopScore
 from dlm.text import Tokenizer
 from dlm.train import data as reading
 from dlm.train.config import TrainConfig
@@ -25,6 +33,7 @@ from dlm.train.loop import train
 
 KINDS = ("chars", "bytes", "bpe:256", "bpe:1024", "bpe:4096", "bpe:16384")
 SPAN = 256  # characters of a window, about
+RULES = {"ancestral": Ancestral(), "topk": TopScore()}
 
 
 def design(kind: str, text: str, args: argparse.Namespace) -> TrainConfig:
@@ -51,6 +60,79 @@ def done(out: Path, steps: int) -> bool:
     return log.is_file() and any(json.loads(line).get("step") == steps for line in log.read_text().splitlines())
 
 
+def measure(lm: LanguageModel, judge: LanguageModel, text: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Bound, price and measured loss against characters a call (bits per character), and what the judge thinks of generated text."""
+    windows_WT = reading.Stream.encode(text, lm.tokenizer, lm.window).windows(args.windows).to(args.device)
+    characters = sum(len(lm.tokenizer.decode(row)) for row in windows_WT.tolist())
+    each = characters / windows_WT.numel()
+    bound = likelihood.evaluate(lm.noise, lm.predict, windows_WT, characters=characters, passes=args.passes)
+    few_WT = windows_WT[:: max(1, len(windows_WT) // args.curve_windows)]
+    curve = price.entropy_curve(lm.noise, lm.predict, few_WT, passes=args.passes)
+    h_WT = curve.every(curve.entropy_WK) / (each * math.log(2))
+
+    def priced(count: int) -> tuple[float, float, float]:
+        found_W = price.price(h_WT, price.equal_steps(lm.window, count)) / lm.window
+        return lm.window * each / count, float(found_W.mean()), 1.96 * float(price.stderr(found_W))
+
+    def measured(word: str, size: int) -> tuple[float, float, float]:
+        found = parallel_error.curse(lm.noise, lm.predict, few_WT, RULES[word], size)
+        return lm.window * each / found.steps, *found.bits_per_char(each)
+
+    sizes = sorted({min(lm.window, max(1, round(span / each))) for span in args.spans})
+    record: dict[str, Any] = {"vocabulary": lm.tokenizer.vocab_size, "window": lm.window, "characters_per_token": each} | bound.record()
+    record["equal"] = [priced(2**k) for k in range(lm.window.bit_length()) if 2**k <= lm.window]
+    record["measured"] = {word: [measured(word, size) for size in sizes] for word in RULES}
+    record["texts"] = [generate(lm, judge, calls, args) for calls in args.calls if calls <= lm.window]
+    return record
+
+
+def generate(lm: LanguageModel, judge: LanguageModel, calls: int, args: argparse.Namespace) -> dict[str, float]:
+    """Texts of one window in so many calls, in the characters of the judge and cut to the shortest; `foreign` has no character there."""
+    made = [one.text for one in lm.generate([""] * args.samples, length=lm.window, steps=calls, sampler="ancestral")]
+    known = set(judge.tokenizer.pieces().values())
+    texts = ["".join(c for c in text if c in known) for text in made]
+    length = max(8, min(judge.window, *map(len, texts)))
+    rows = [judge.tokenizer.encode(text[:length]) for text in texts if len(text) >= length]
+    samples_NT = torch.tensor(rows, device=args.device)
+    bits = generative.judge_bits(judge.noise, judge.predict, samples_NT)
+    found = {"bits": bits.value, "stderr": bits.stderr, "entropy": generative.unigram_entropy(samples_NT)}
+    found |= {"distinct4": generative.distinct(samples_NT, 4), "foreign": 1 - sum(map(len, texts)) / sum(map(len, made))}
+    return {"calls": calls, "length": length} | found
+
+
+def show(found: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
+    """The table, and the picture if asked for."""
+    spans = [f"lost at {span}" for span in args.spans]
+    table = Table("tokens", "chars/token", "bits/char", *spans, *(f"{calls} calls" for calls in args.calls), box=None)
+    for kind, one in found.items():
+        x, y = zip(*((math.log2(x), y) for x, y, _ in reversed(one["equal"])), strict=True)
+        lost = [f"{between(math.log2(span), x, y):.3f}" if span <= 2 ** x[-1] else "" for span in args.spans]
+        judged = {text["calls"]: f"{text['bits']:.2f} +- {text['stderr']:.2f}" for text in one["texts"]}
+        bits = f"<= {one['bits_per_char']:.3f} +- {one['stderr'] * one['bits_per_char'] / one['nats_per_token']:.3f}"
+        table.add_row(kind, f"{one['characters_per_token']:.2f}", bits, *lost, *(judged.get(calls, "") for calls in args.calls))
+    Console().print(table)
+    Console().print("lost: bits per character, at so many characters a call; calls: bits per character of generated text under the judge")
+    if args.plot:
+        from dlm.viz.plots import panels_plot
+
+        panels = [
+            ("bits per character lost, random positions", "characters drawn at once", {kind: one["equal"] for kind, one in found.items()}),
+            ("the same, measured with topk", "characters drawn at once", {kind: one["measured"]["topk"] for kind, one in found.items()}),
+        ]
+        for name, title in (("bits", "bits per character under the judge"), ("distinct4", "share of 4-grams that are different")):
+            lines = {}
+            for kind, one in found.items():
+                lines[kind] = [(text["calls"], text[name], 1.96 * text["stderr"] if name == "bits" else 0.0) for text in one["texts"]]
+            panels.append((title, "network calls for a text", lines))
+        panels_plot(panels, args.plot)
+
+
+def between(at: float, x: tuple[float, ...], y: tuple[float, ...]) -> float:
+    """On the line through the points, x ascending; the first value before it."""
+    i = max(1, min(len(x) - 1, sum(value < at for value in x)))
+    return y[0] if at <= x[0] else y[i - 1] + (y[i] - y[i - 1]) * (at - x[i - 1]) / (x[i] - x[i - 1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
@@ -61,7 +143,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/granularity"))
     parser.add_argument("--train-only", action="store_true", help="leave the measurement to a later call")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--passes", type=int, default=4)
+    parser.add_argument("--windows", type=int, default=400, help="for the bound")
+    parser.add_argument("--curve-windows", type=int, default=16, help="for what parallel decoding loses")
+    parser.add_argument("--spans", type=int, nargs="+", default=[4, 16, 64], help="characters a call at which the loss is told")
+    parser.add_argument("--calls", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="network calls for a text")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--judge", default="shakespeare-ar", help="an autoregressive model of characters")
+    parser.add_argument("--plot", type=Path, help="write the curves as .png, .svg or .pdf")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="two vocabularies, tiny networks: does it run?")
     args = parser.parse_args()
+    if args.quick:
+        args.compute, args.parameters, args.kinds, args.out = 2e9, 5e4, ["chars", "bpe:256"], args.out / "quick"
+        args.layers = 2
+        args.passes, args.windows, args.curve_windows, args.samples, args.spans, args.calls = 2, 8, 2, 4, [16], [4, 16]
     console = Console(stderr=True)
     text = "\n".join(reading.read(recipes.SHAKESPEARE))
     for kind in args.kinds:
@@ -69,6 +165,17 @@ def main() -> None:
         console.print(f"{kind}: window {config.network.window}, width {config.network.width}, {config.steps} steps", highlight=False)
         if not done(out, config.steps):
             train(config, out, resume=(out / "training.safetensors").is_file(), console=console)
+    if args.train_only:
+        return
+    judge, found = dlm.load(args.judge, device=args.device), {}
+    val = reading.select([text], "val", recipes.shakespeare_mask().val_fraction)
+    for kind in args.kinds:
+        console.print(f"measuring {kind}", highlight=False)
+        found[kind] = measure(dlm.load(str(args.out / kind.replace(":", "-")), device=args.device), judge, val, args)
+    show(found, args)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "plot", "train_only", "device", "quick")}
+    data = {"source": recipes.SHAKESPEARE, "split": "val"}
+    print(json.dumps(card.make(found, device=args.device, dtype="float32", seed=0, settings=settings, data=data)))
 
 
 if __name__ == "__main__":

@@ -40,16 +40,24 @@ class Tiny:
 class BayesDenoiser:
     """The exact posterior p(x_i | z) of a Tiny under masks, as log-probabilities for logits; V + 1 columns.
 
-    Counts its calls, so that a sampler's claim about network calls can be checked.
+    Counts its calls, so that a sampler's claim about network calls can be checked. A shadow is the posterior with its own token hidden.
     """
 
     def __init__(self, tiny: Tiny) -> None:
         self.tiny, self.calls = tiny, 0
 
-    def __call__(self, z_BQ: Tensor, t_B: Tensor | None = None, **_: object) -> Tensor:
+    def __call__(self, z_BQ: Tensor, t_B: Tensor | None = None, *, pattern: str = "", **_: object) -> Tensor:
         self.calls += 1
+        z_BT = z_BQ[:, : self.tiny.length]
+        text_BTV = self._posterior(z_BT)
+        if pattern != "shadow":
+            return text_BTV
+        own_TT = torch.eye(self.tiny.length, dtype=torch.bool)
+        hidden_BTV = [self._posterior(z_BT.masked_fill(own_T, self.tiny.mask_id))[:, i] for i, own_T in enumerate(own_TT)]
+        return torch.cat([text_BTV, torch.stack(hidden_BTV, 1)], 1)
+
+    def _posterior(self, z_BT: Tensor) -> Tensor:
         tiny = self.tiny
-        z_BT = z_BQ[:, : tiny.length]
         fits_BS = ((z_BT[:, None] == tiny.x_ST) | (z_BT[:, None] == tiny.mask_id)).all(-1)
         weight_BS = fits_BS * tiny.p_S
         weight_BS = weight_BS / weight_BS.sum(-1, keepdim=True).clamp(min=1e-300)
@@ -111,18 +119,22 @@ class ReplacementBayes:
 
 
 class Noted:
-    """A denoiser of any width whose guess depends on what it sees; remembers its calls."""
+    """A denoiser of any width whose guess depends on what it sees; remembers its calls. A shadow takes its own token for a mask."""
 
     def __init__(self, vocab: int, window: int) -> None:
         self.table_TV = 2 * torch.randn(window, vocab + 1, generator=torch.Generator().manual_seed(0))
         self.seen: list[tuple[Tensor, Tensor]] = []
 
-    def __call__(self, z_BQ: Tensor, t_B: Tensor | None = None, **_: object) -> Tensor:
+    def __call__(self, z_BQ: Tensor, t_B: Tensor | None = None, *, pattern: str = "", **_: object) -> Tensor:
         assert t_B is not None
         self.seen.append((z_BQ.clone(), t_B.clone()))
-        shift_B = z_BQ.sum(-1) % self.table_TV.shape[1]
         columns_V = torch.arange(self.table_TV.shape[1])
-        return self.table_TV[:, (columns_V - shift_B[:, None]) % len(columns_V)].transpose(0, 1)
+        text_BT = z_BQ[:, : z_BQ.shape[1] // 2] if pattern == "shadow" else z_BQ
+        shift_BT = text_BT.sum(-1, keepdim=True).expand_as(text_BT)
+        places_Q = torch.arange(text_BT.shape[1])
+        if pattern == "shadow":
+            shift_BT, places_Q = torch.cat([shift_BT, shift_BT - text_BT + len(columns_V) - 1], 1), places_Q.repeat(2)
+        return self.table_TV[places_Q[:, None], (columns_V - shift_BT[..., None]) % len(columns_V)]
 
 
 def total_variation(samples_NT: Tensor, tiny: Tiny) -> float:

@@ -12,50 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from conftest import TEXT, Dlm
 from dlm import cli
 from dlm.trajectory import Trajectory
-
-TEXT = "ROMEO: But soft, what light through yonder window breaks!\nJULIET: O Romeo, Romeo, wherefore art thou Romeo.\n" * 40
-
-
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["dlm", *words])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(left.value.code or 0), out, err
-
-
-class Dlm:
-    """Runs verbs in this process."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.capsys, self.monkeypatch = capsys, monkeypatch
-
-    def __call__(self, *words: str) -> tuple[int, str, str]:
-        return run(self.capsys, self.monkeypatch, *words)
-
-    def told(self, *words: str) -> str:
-        """The one line that bad input gets."""
-        code, out, err = self(*words)
-        lines = [line for line in err.splitlines() if line.startswith("dlm: ")]
-        assert code == 2, (words, code, out, err)
-        assert len(lines) == 1, err
-        assert "Traceback" not in err
-        return lines[0]
-
-
-@pytest.fixture
-def dlm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Dlm:
-    monkeypatch.chdir(tmp_path)
-    return Dlm(capsys, monkeypatch)
-
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "topk", "confidence"])

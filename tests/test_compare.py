@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import make_model
+from conftest import Dlm, make_model
 from dlm.trajectory import Trajectory
-from test_cli import Dlm, dlm  # noqa: F401  (a fixture)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +21,7 @@ def sisters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_compare_gives_what_each_gives_alone(dlm: Dlm, sisters: Path) -> None:  # noqa: F811
+def test_compare_gives_what_each_gives_alone(dlm: Dlm, sisters: Path) -> None:
     entries = [str(sisters / "masked"), f"{sisters / 'uniform'}@worst:3", str(sisters / "hybrid"), str(sisters / "ar")]
     code, out, _ = dlm("generate", "Ab", "--compare", ",".join(entries), "--steps", "5", "--seed", "3", "--json")
     together = json.loads(out.splitlines()[-1])["runs"]
@@ -35,7 +34,7 @@ def test_compare_gives_what_each_gives_alone(dlm: Dlm, sisters: Path) -> None:  
         assert alone["text"] == record["text"] and alone["forwards"] == record["forwards"]
 
 
-def test_compared_runs_are_kept_shown_and_measured(dlm: Dlm, sisters: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_compared_runs_are_kept_shown_and_measured(dlm: Dlm, sisters: Path, tmp_path: Path) -> None:
     entries = f"{sisters / 'masked'}@predictor-corrector:2,{sisters / 'uniform'},{sisters / 'semantic'}@refine"
     code, out, err = dlm("generate", "Ab", "-n", "3", "--length", "32", "--compare", entries, "--steps", "6", "--save", "run.traj")
     files = sorted(str(path.name) for path in tmp_path.glob("run-*.traj"))
@@ -54,7 +53,7 @@ def test_compared_runs_are_kept_shown_and_measured(dlm: Dlm, sisters: Path, tmp_
     assert {run["label"] for run in runs} == {"masked, predictor-corrector:2", "uniform, ancestral", "semantic, refine"}
 
 
-def test_until_settled_reports_what_it_saved(dlm: Dlm, sisters: Path) -> None:  # noqa: F811
+def test_until_settled_reports_what_it_saved(dlm: Dlm, sisters: Path) -> None:
     words = (
         "generate",
         "Ab",
@@ -77,7 +76,7 @@ def test_until_settled_reports_what_it_saved(dlm: Dlm, sisters: Path) -> None:  
     assert re.search(rf"{record['steps_saved']} steps saved; of {record['tokens']} tokens the model expects", err)
 
 
-def test_what_cannot_be_compared_or_measured_is_told(dlm: Dlm, sisters: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_what_cannot_be_compared_or_measured_is_told(dlm: Dlm, sisters: Path, tmp_path: Path) -> None:
     uniform, masked = str(sisters / "uniform"), str(sisters / "masked")
     make_model(alphabet="abc").save_pretrained(tmp_path / "other")
     make_model("autoregressive", alphabet="zyx").save_pretrained(tmp_path / "judge")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,11 +22,14 @@ from dlm.models.checkpoint import ModelConfig
 from dlm.models.transformer import Transformer
 from dlm.noise import process
 from dlm.noise.masked import MaskedNoise
-from dlm.protocols import CachePolicy, Sampler
+from dlm.protocols import CachePolicy, Constraint, Sampler
 from dlm.sampling import caching, choice
 from dlm.sampling.autoregressive import AutoregressiveSampler
+from dlm.sampling.calibration import Calibration
+from dlm.sampling.constraint import AllowedTokens, Pattern, both
 from dlm.sampling.diffusion import DiffusionSampler
 from dlm.sampling.draw import Draw, generators
+from dlm.sampling.guidance import ClassifierFree
 from dlm.sampling.speculative import SpeculativeSampler
 from dlm.text import Tokenizer
 from dlm.trajectory import Canvas, Frame, Trajectory
@@ -51,6 +55,7 @@ class LanguageModel:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{name}: its config.json describes no known noise ({error})") from None
         self.defaults: dict[str, Any] = {}
+        self.path: Path | None = None
 
     @classmethod
     def from_pretrained(cls, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -58,6 +63,7 @@ class LanguageModel:
         path = checkpoint.find(str(name))
         network, config = checkpoint.load(path, device=device, dtype=dtype)
         model = cls(network, config, Tokenizer.load(path), name=Path(name).name)
+        model.path = path
         defaults = path / "generation_config.json"
         if defaults.is_file():
             try:
@@ -177,57 +183,82 @@ class LanguageModel:
         until_settled: int = 0,
         block_length: int | None = None,
         cache: bool | str = True,
+        guidance: float = 1.0,
+        allow: str | None = None,
+        pattern: str | None = None,
+        budget: str | None = None,
     ) -> Sampler:
         """The sampler that these options mean for this model; unset ones come from generation_config.json.
 
-        sampler: a word of `dlm.sampling.choice`, with its setting after a colon, as in `confidence:0.7`. greedy_tail: that many last
-        steps put the likeliest token everywhere. until_settled: stop a window once no token has changed for so many steps.
-        block_length: fill a window block by block; a model of block diffusion has its own. cache: a word of `dlm.sampling.caching`
-        for a bidirectional model; True is the exact cache of an autoregressive one or of block diffusion, False none.
+        sampler: a word of `dlm.sampling.choice`, with its setting after a colon, as in `confidence:0.7`; `auto` takes what `dlm
+        calibrate` found best within `budget` (`calls:32`, `seconds:2`, `bits:0.1`). greedy_tail: that many last steps put the likeliest
+        token everywhere. until_settled: stop a window once no token has changed for so many steps. block_length: fill a window block by
+        block; a model of block diffusion has its own. cache: a word of `dlm.sampling.caching` for a bidirectional model; True is the
+        exact cache of an autoregressive one or of block diffusion, False none. guidance: how much more than its due the prompt counts.
+        allow: the characters that may be written; pattern: a regular expression that the whole text must match.
         """
-        temperature = self.defaults.get("temperature", 1.0) if temperature is None else temperature
-        draw = Draw(temperature, top_k, top_p)
+        draw = Draw(self.defaults.get("temperature", 1.0) if temperature is None else temperature, top_k, top_p)
+        word = sampler or self.default_sampler
+        if word == "auto":
+            if steps or block_length or isinstance(cache, str):
+                raise InputError("--sampler auto chooses steps, blocks and cache itself: leave them away")
+            found = self.calibration().choose(budget or "bits:0.1").options
+            word, cache = str(found["sampler"]), found.get("cache", True)
+            steps, block_length = found.get("steps"), found.get("block_length")
+        elif budget is not None:
+            raise InputError("a budget is for --sampler auto")
+        special = block_length or isinstance(cache, str) or guidance != 1 or allow is not None or pattern is not None
         if not self.is_diffusion:
-            if sampler not in (None, "autoregressive") or greedy_tail or until_settled or block_length or isinstance(cache, str):
-                what = f"the sampler {sampler!r}" if sampler else "revising text, decoding in blocks or a cache that is not exact"
+            if sampler not in (None, "autoregressive") or greedy_tail or until_settled or special:
+                what = f"the sampler {sampler!r}" if sampler else "revising, guided or constrained text, blocks or an approximate cache"
                 raise InputError(f"{self.name} is autoregressive: {what} needs a diffusion model")
             make = self.network.cache if cache else None
             return AutoregressiveSampler(self.network, self.tokenizer.mask_id, self.window, make, draw, self.context, self.name)
-        word = sampler or self.default_sampler
-        budget = self.defaults.get("steps", self.window) if steps is None else steps
         guess = choice.speculative(word)
         if guess is not None:
-            if greedy_tail or until_settled or block_length or isinstance(cache, str) or self.is_causal:
-                raise InputError("speculative decoding takes whole windows of a bidirectional model: no blocks, no cache, no revising")
-            return self._speculative(guess, draw)
+            if greedy_tail or until_settled or special or self.is_causal or not isinstance(self.noise, MaskedNoise):
+                raise InputError("speculative decoding is for bidirectional masked models, with no blocks, cache, guidance or constraint")
+            return SpeculativeSampler(self.network, self.noise, self.window, **guess, draw=draw, context=self.context, model=self.name)
+        if self.is_causal and isinstance(cache, str):
+            raise InputError(f"{self.name} has an exact cache already: --cache is for bidirectional models")
         policy: CachePolicy | None = caching.make(cache) if isinstance(cache, str) else None
         if self.is_causal:
-            if isinstance(cache, str):
-                raise InputError(f"{self.name} has an exact cache already: --cache is for bidirectional models")
             block_length = block_length or self.config.network.block_length
-            if block_length != self.config.network.block_length:
-                raise InputError(f"{self.name} decodes in blocks of {self.config.network.block_length}, not of {block_length}")
             policy = caching.Exact(block_length) if cache else None
+        elif policy is not None:
+            block_length = block_length or BLOCK
         return DiffusionSampler(
-            self.network,
+            partial(self.network, block_length=block_length) if self.is_causal else self.network,
             self.noise,
             self.window,
             choice.make(word, draw, self.noise, greedy_tail),
-            budget,
+            self.defaults.get("steps", self.window) if steps is None else steps,
             self.context,
             self.name,
             until_settled or int(word.partition(":")[0] in choice.SETTLING),
-            block_length or (BLOCK if policy is not None else 0),
+            block_length or 0,
             policy,
             self.network.window_cache,
+            ClassifierFree(guidance, self.tokenizer.mask_id) if guidance != 1 else None,
+            self._constraint(allow, pattern),
             sees_ahead=not self.is_causal,
         )
 
-    def _speculative(self, settings: dict[str, float], draw: Draw) -> SpeculativeSampler:
-        if not isinstance(self.noise, MaskedNoise):
-            raise InputError(f"{self.name} has replacement noise: speculative decoding is for masks")
-        proposals, tolerance = int(settings["proposals"]), settings["tolerance"]
-        return SpeculativeSampler(self.network, self.noise, self.window, proposals, tolerance, draw, self.context, self.name)
+    def _constraint(self, allow: str | None, pattern: str | None) -> Constraint | None:
+        pieces, size = self.tokenizer.pieces(), self.config.network.vocab_size
+        parts: list[AllowedTokens | Pattern] = []
+        if allow is not None:
+            known = set(allow)
+            parts.append(AllowedTokens([i for i, piece in pieces.items() if piece and set(piece) <= known], size, self.tokenizer.mask_id))
+        if pattern is not None:
+            parts.append(Pattern.compile(pattern, pieces, size))
+        return both(*parts) if parts else None
+
+    def calibration(self) -> Calibration:
+        """What `dlm calibrate` measured. InputError where it has not."""
+        if self.path is None:
+            raise InputError(f"{self.name} is not on disk: save it, then run dlm calibrate")
+        return Calibration.load(self.path)
 
     def stream(self, prompt: str | Sequence[str] = "", *, seed: int = 0, canvas: Canvas | None = None, **options: Any) -> Iterator[Frame]:
         """Frames as they come. Options are those of `canvas` and `sampler`; `decode(frame)` gives the text."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,33 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from chains import HOLE, REPLACING, ROWS, TINY, Z_ZT, Given, bayes, hot, noise_of, prior_of, sample
+from chains import HOLE, REPLACING, ROWS, TINY, Z_ZT, Given, bayes, distance, hot, law, noise_of, prior_of, sample
 from dlm.protocols import Step
 from dlm.sampling.draw import Draw, categorical, generators, uniform
 from dlm.sampling.revising import ChangeWorst, EntropyBound, GreedyTail, PredictorCorrector, Refine, Reverse
 from dlm.trajectory import Frame
 from oracle import chi_square_of_counts, chi_square_p, dense, dense_move
-
-Move = Callable[[Any, Tensor, float, float, int], Tensor]
-"""(noise, mu_ZTV, t, s, steps left) -> the law of the next token (Z, T, V); positions are drawn apart from each other."""
-
-
-def law(noise: Any, steps: int, move: Move, given: Given = HOLE, shape: Callable[[Tensor], Tensor] = lambda mu: mu) -> Tensor:
-    """Probabilities (S,) of what a rule leaves: prior noise, then `steps` moves, state by state."""
-    start_TV = torch.stack([prior_of(noise) if x is None else hot(torch.tensor(x)) for x in given])
-    free_T1 = torch.tensor([[x is None] for x in given])
-    mass_Z = start_TV[torch.arange(TINY.length), Z_ZT].prod(-1)
-    for k in range(steps):
-        t, s = 1 - k / steps, max(0.0, 1 - (k + 1) / steps)
-        times_Z = torch.full((len(Z_ZT),), t, dtype=torch.float64)
-        mu_ZTV = shape(noise.log_probs(bayes(noise)(Z_ZT, times_Z), Z_ZT, times_Z).exp())
-        next_ZTV = torch.where(free_T1, move(noise, mu_ZTV, t, s, steps - k), hot(Z_ZT))
-        mass_Z = mass_Z @ torch.stack([next_ZTV[:, i, Z_ZT[:, i]] for i in range(TINY.length)]).prod(0)
-    done_Z = Z_ZT.max(-1).values < TINY.mask_id
-    law_S = torch.zeros(len(TINY.p_S), dtype=torch.float64)
-    law_S[TINY.index(Z_ZT[done_Z])] = mass_Z[done_Z]
-    assert float(law_S.sum()) == pytest.approx(1.0)
-    return law_S
 
 
 def back(noise: Any, mu_ZTV: Tensor, t: float, s: float, left: int = 0) -> Tensor:
@@ -65,10 +43,6 @@ def histogram(frames: list[Frame]) -> Tensor:
     return torch.bincount(TINY.index(frames[-1].tokens_BT), minlength=len(TINY.p_S)).double() / len(frames[-1].tokens_BT)
 
 
-def distance(law_S: Tensor) -> float:
-    return float((law_S - TINY.p_S).abs().sum() / 2)
-
-
 @pytest.mark.parametrize(("steps", "schedule"), [(1, "linear"), (2, "linear"), (5, "linear"), (3, "cosine"), (3, "log-linear:0.2")])
 @pytest.mark.parametrize("name", REPLACING)
 def test_reverse_draws_the_law_of_its_chain(name: str, steps: int, schedule: str) -> None:
@@ -84,10 +58,10 @@ def test_the_test_of_the_law_can_fail() -> None:
 
 @pytest.mark.parametrize("name", REPLACING)
 def test_the_distance_to_the_data_falls_with_the_steps(name: str) -> None:
-    distances = [distance(law(noise_of(name), steps, back)) for steps in (1, 2, 4, 8, 16, 64)]
+    distances = [distance(law(noise_of(name), steps, back), TINY) for steps in (1, 2, 4, 8, 16, 64)]
     assert all(a > b for a, b in itertools.pairwise(distances)), distances
     assert distances[0] > 0.1 and distances[-1] < 0.05 * distances[0]
-    measured = [distance(histogram(sample(noise_of(name), Reverse(), steps))) for steps in (1, 8)]
+    measured = [distance(histogram(sample(noise_of(name), Reverse(), steps)), TINY) for steps in (1, 8)]
     assert measured[0] > measured[1]
 
 

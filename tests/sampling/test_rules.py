@@ -6,15 +6,13 @@ Shapes: B rows, T positions, V vocabulary, S = V^T sequences, Z = (V + 1)^T stat
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Callable
-from functools import cache
 
 import pytest
 import torch
-from torch import Tensor
 
-from chains import copies
+from chains import Guess, ancestral_law, chosen_law, copies, distance, masked_noise
+from chains import unmask as sample
 from dlm.errors import InputError
 from dlm.noise import schedule
 from dlm.noise.masked import MaskedNoise
@@ -24,7 +22,7 @@ from dlm.sampling.diffusion import DiffusionSampler
 from dlm.sampling.draw import Draw, generators
 from dlm.sampling.rules import Ancestral, Threshold, TopScore
 from dlm.trajectory import Canvas, Frame
-from oracle import BayesDenoiser, Noted, Tiny, chi_square_p, total_variation
+from oracle import Noted, Tiny, chi_square_p, total_variation
 
 ROWS = 4000
 TINY = Tiny(3, 3, seed=0)
@@ -37,76 +35,6 @@ RULES: dict[str, Rule] = {
     "greedy": TopScore(Draw(0.0)),
     "warm": Ancestral(Draw(1.5, top_p=0.9)),
 }
-
-
-def noise_of(tiny: Tiny, word: str = "linear") -> MaskedNoise:
-    return MaskedNoise(tiny.vocab + 1, tiny.mask_id, schedule.parse(word))
-
-
-def sample(tiny: Tiny, rule: Rule, steps: int, *, word: str = "linear", given: tuple[int | None, ...] = (), rows: int = ROWS) -> Tensor:
-    """int64 (rows, T)."""
-    canvas = copies(list(given) or [None] * tiny.length, tiny.mask_id, rows)
-    sampler = DiffusionSampler(BayesDenoiser(tiny), noise_of(tiny, word), tiny.length, rule, steps)
-    *_, frame = sampler.steps(canvas, rng=generators(0, rows))
-    assert frame.settled_BT.all()
-    return frame.tokens_BT
-
-
-def start_of(tiny: Tiny, given: tuple[int | None, ...]) -> tuple[int, ...]:
-    return tuple(tiny.mask_id if x is None else x for x in given) or (tiny.mask_id,) * tiny.length
-
-
-def ancestral_law(tiny: Tiny, steps: int, word: str = "linear", given: tuple[int | None, ...] = ()) -> Tensor:
-    """Probabilities (S,) of the reverse chain of `steps` equal steps, by its transition matrices."""
-    noise, grid = noise_of(tiny, word), torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    z_ZT = torch.tensor(list(itertools.product(range(tiny.vocab + 1), repeat=tiny.length)))
-    mass_Z = (z_ZT == torch.tensor(start_of(tiny, given))).all(-1).double()
-    logp_ZTV = noise.log_probs(BayesDenoiser(tiny)(z_ZT), z_ZT)
-    for k in range(steps):
-        t, s = (grid[i].expand(len(z_ZT)) for i in (k, k + 1))
-        move_ZTV = noise.posterior(logp_ZTV, z_ZT, t, s)
-        if k == steps - 1:
-            move_ZTV = logp_ZTV.exp()  # a schedule that ends above alpha = 1 leaves no mask either
-        chance_ZZ = torch.stack([move_ZTV[:, i, z_ZT[:, i]] for i in range(tiny.length)]).prod(0)
-        mass_Z = mass_Z @ chance_ZZ
-    done_Z = (z_ZT != tiny.mask_id).all(-1)
-    law_S = torch.zeros(len(tiny.p_S), dtype=torch.float64)
-    law_S[tiny.index(z_ZT[done_Z])] = mass_Z[done_Z]
-    assert float(law_S.sum()) == pytest.approx(1.0)
-    return law_S
-
-
-def chosen_law(tiny: Tiny, steps: int, choose: Callable[[list[int], Tensor, dict[int, int], int], list[int]]) -> Tensor:
-    """Probabilities (S,) of a rule that draws every mask and keeps those that `choose(open, mu_TV, drawn, steps left)` names."""
-    noise, denoiser = noise_of(tiny), BayesDenoiser(tiny)
-
-    @cache
-    def finish(z: tuple[int, ...], left: int) -> dict[tuple[int, ...], float]:
-        masked = [i for i, token in enumerate(z) if token == tiny.mask_id]
-        if not masked:
-            return {z: 1.0}
-        z_1T = torch.tensor([z])
-        mu_TV = noise.log_probs(denoiser(z_1T), z_1T)[0].exp()
-        law: dict[tuple[int, ...], float] = defaultdict(float)
-        for tokens in itertools.product(range(tiny.vocab), repeat=len(masked)):
-            drawn = dict(zip(masked, tokens, strict=True))
-            chance = float(torch.stack([mu_TV[i, token] for i, token in drawn.items()]).prod())
-            if chance == 0:
-                continue
-            kept = choose(masked, mu_TV, drawn, left)
-            after = tuple(drawn[i] if i in kept else token for i, token in enumerate(z))
-            for end, share in finish(after, left - 1).items():
-                law[end] += chance * share
-        return law
-
-    law = finish((tiny.mask_id,) * tiny.length, steps)
-    law_S = torch.tensor([law.get(tuple(x), 0.0) for x in tiny.x_ST.tolist()], dtype=torch.float64)
-    assert float(law_S.sum()) == pytest.approx(1.0)
-    return law_S
-
-
-def distance(law_S: Tensor, tiny: Tiny) -> float:
-    return float((law_S - tiny.p_S).abs().sum() / 2)
 
 
 @pytest.mark.parametrize("word", ["linear", "cosine", "log-linear:0.2"])
@@ -170,8 +98,8 @@ def test_given_tokens_condition_the_rest(given: tuple[int | None, ...]) -> None:
     assert chi_square_p(sample(TINY, Ancestral(), 2, given=given, rows=3000), ancestral_law(TINY, 2, given=given), TINY) > 1e-3
 
 
-def most_confident(masked: list[int], mu_TV: Tensor, drawn: dict[int, int], left: int) -> list[int]:
-    order = sorted(masked, key=lambda i: -float(mu_TV[i, drawn[i]]))
+def most_confident(masked: list[int], mu: Guess, drawn: dict[int, int], left: int, last: Guess | None) -> list[int]:
+    order = sorted(masked, key=lambda i: -mu[i][drawn[i]])
     return order[: -(-len(masked) // left)]
 
 
@@ -189,8 +117,8 @@ def test_top_confidence_draws_its_law_which_is_not_the_data(steps: int, record_p
 @pytest.mark.parametrize("steps", [1, 2, 8])
 @pytest.mark.parametrize("threshold", [1e-9, 0.5, 0.7, 1.0])
 def test_threshold_draws_its_law(threshold: float, steps: int) -> None:
-    def sure(masked: list[int], mu_TV: Tensor, drawn: dict[int, int], left: int) -> list[int]:
-        top = {i: float(mu_TV[i].max()) for i in masked}
+    def sure(masked: list[int], mu: Guess, drawn: dict[int, int], left: int, last: Guess | None) -> list[int]:
+        top = {i: max(mu[i]) for i in masked}
         count = max(sum(p >= threshold for p in top.values()), -(-len(masked) // left))
         return sorted(masked, key=lambda i: -top[i])[:count]
 
@@ -285,7 +213,7 @@ def test_the_same_seed_gives_the_same_frames_and_another_does_not() -> None:
 def test_words_become_rules_and_errors_are_told() -> None:
     draw = Draw(0.5)
     words = ("ancestral", "topk", "confidence", "confidence:0.7")
-    made = [choice.make(word, draw, noise_of(TINY)) for word in words]
+    made = [choice.make(word, draw, masked_noise(TINY)) for word in words]
     assert made == [Ancestral(draw), TopScore(draw), Threshold(0.9, draw), Threshold(0.7, draw)]
     for wrong in (0.0, -0.1, 1.1, float("nan")):
         with pytest.raises(InputError, match="threshold"):

@@ -5,16 +5,13 @@ Shapes: B rows, T positions, V vocabulary, S = V^T sequences.
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from chains import copies
+from chains import any_order_law, copies
 from dlm.errors import InputError
 from dlm.noise.masked import MaskedNoise
 from dlm.sampling.diffusion import DiffusionSampler
@@ -29,26 +26,6 @@ TINY = Tiny(3, 4, seed=0, concentration=0.2)
 NOISE = MaskedNoise(TINY.vocab + 1, TINY.mask_id)
 Given = tuple[int | None, ...]
 HOLE: Given = (None,) * TINY.length
-
-
-def any_order_law(denoiser: Any, given: Given = HOLE, draw: Draw | None = None) -> Tensor:
-    """Probabilities (S,) of one token a call in random order, by enumerating orders and tokens."""
-
-    @cache
-    def finish(z: tuple[int, ...]) -> dict[tuple[int, ...], float]:
-        masked = [i for i, token in enumerate(z) if token == TINY.mask_id]
-        if not masked:
-            return {z: 1.0}
-        z_1T = torch.tensor([z])
-        p_TV = (draw or Draw()).shape(NOISE.log_probs(denoiser(z_1T, torch.zeros(1)), z_1T))[0].exp()
-        law: dict[tuple[int, ...], float] = defaultdict(float)
-        for i, token in itertools.product(masked, range(TINY.vocab)):
-            for end, share in finish((*z[:i], token, *z[i + 1 :])).items():
-                law[end] += float(p_TV[i, token]) * share / len(masked)
-        return law
-
-    law = finish(tuple(TINY.mask_id if x is None else x for x in given))
-    return torch.tensor([law.get(tuple(x), 0.0) for x in TINY.x_ST.tolist()], dtype=torch.float64)
 
 
 def run(denoiser: Any, proposals: int, given: Given = HOLE, rows: int = ROWS, seed: int = 0, **options: Any) -> list[Frame]:
@@ -67,14 +44,14 @@ def test_the_posterior_gives_back_the_data(proposals: int) -> None:
 @pytest.mark.parametrize("given", [HOLE, (None, 1, None, None)], ids=str)
 def test_a_network_that_contradicts_itself_keeps_its_own_law(given: Given, draw: Draw) -> None:
     """Its guesses depend on what it sees, so that proposals are often rejected."""
-    law_S = any_order_law(Noted(TINY.vocab, TINY.length), given, draw)
+    law_S = any_order_law(TINY, Noted(TINY.vocab, TINY.length), given, draw)
     samples = run(Noted(TINY.vocab, TINY.length), 4, given, draw=draw)[-1].tokens_BT
     assert chi_square_p(samples, law_S, TINY) > 1e-3
 
 
 def test_drawing_proposals_without_verifying_them_would_be_seen() -> None:
     """The distance that the test above has to see: everything drawn at once."""
-    law_S = any_order_law(Noted(TINY.vocab, TINY.length))
+    law_S = any_order_law(TINY, Noted(TINY.vocab, TINY.length))
     loose = run(Noted(TINY.vocab, TINY.length), 4, tolerance=1e9)[-1].tokens_BT
     assert chi_square_p(loose, law_S, TINY) < 1e-6
 
@@ -91,10 +68,11 @@ def test_one_proposal_is_first_hitting() -> None:
 @pytest.mark.parametrize("tolerance", [0.1, 0.5])
 def test_a_tolerance_bounds_the_distance(tolerance: float) -> None:
     denoiser = Noted(TINY.vocab, TINY.length)
-    exact_S, samples = any_order_law(denoiser), run(denoiser, 4, tolerance=tolerance, rows=20_000)[-1].tokens_BT
+    exact_S, samples = any_order_law(TINY, denoiser), run(denoiser, 4, tolerance=tolerance, rows=20_000)[-1].tokens_BT
     counts_S = torch.bincount(TINY.index(samples), minlength=len(exact_S)).double()
     distance = float((counts_S / counts_S.sum() - exact_S).abs().sum() / 2)
-    noise = total_variation(TINY.x_ST[torch.multinomial(TINY.p_S, 20_000, replacement=True, generator=torch.Generator().manual_seed(0))], TINY)
+    drawn_N = torch.multinomial(TINY.p_S, 20_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    noise = total_variation(TINY.x_ST[drawn_N], TINY)
     print(f"tolerance {tolerance}: total variation {distance:.4f}, {noise:.4f} of it is chance")
     assert distance < 1 - (1 - tolerance / (1 + tolerance)) ** TINY.length + noise
     calls = [len(run(denoiser, 4, rows=1, seed=seed, tolerance=tolerance)) for seed in range(200)]

@@ -18,7 +18,7 @@ from dlm.errors import InputError
 SAMPLERS = (
     "masks: ancestral | first-hitting | speculative[:8] | topk | margin | entropy | confidence[:0.9] | factor[:1] | entropy-bound[:0.1] | "
     "klass[:0.6] | remdm-cap[:0.04] | remdm-rescale | remdm-conf | remdm-loop | revoke[:0.6] | planner[:1] | predictor-corrector[:1]; "
-    "replacement noise: ancestral | predictor-corrector | refine | entropy-bound | worst[:2]."
+    "auto (what `dlm calibrate` found best); replacement noise: ancestral | predictor-corrector | refine | entropy-bound | worst[:2]."
 )
 
 
@@ -46,6 +46,10 @@ def generate(
         str | None,
         typer.Option(help="prefix | dual | delayed[:8] | drift[:0.1]: what to keep between calls; none: not even what is exact."),
     ] = None,
+    guidance: Annotated[float, typer.Option(help="Above 1 the prompt counts for more than its due; 1: for what it is.")] = 1.0,
+    allow: Annotated[str | None, typer.Option(help="The only characters that may be written.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="A regular expression that the whole text must match (constraints extra).")] = None,
+    budget: Annotated[str | None, typer.Option(help="Of --sampler auto: calls:32 | seconds:2 | bits:0.1 (allowed loss).")] = None,
     seed: Seed = 0,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="See the text settle.")] = False,
     save: Annotated[Path | None, typer.Option(help="Write the run as a .traj file for `dlm show` and `dlm settle`.")] = None,
@@ -59,6 +63,7 @@ def generate(
     layout: dict[str, Any] = {"length": length, "max_new_tokens": max_new_tokens, "suffix": suffix, "template": template}
     options: dict[str, Any] = {"steps": steps, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     options |= {"greedy_tail": greedy_tail, "until_settled": until_settled, "block_length": block_length}
+    options |= {"guidance": guidance, "allow": allow, "pattern": pattern, "budget": budget}
     options |= {"cache": True if cache is None else cache if cache != "none" else False}
     if samples < 1 or (samples > 1 and template is not None):
         raise InputError("--samples counts texts from 1, and a template makes one")

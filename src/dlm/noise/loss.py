@@ -93,7 +93,7 @@ def any_order(
     count_B = (levels_B * free_B).floor().long().clamp(max=free_B - 1) + 1
     z_BT = noise.corrupt_count(x_BT, count_B, free_BT, rng)
     t_B = count_B / free_B.clamp(min=1)
-    nll_BT = noise.cross_entropy(noise.log_probs(predict(z_BT, t_B), z_BT, t_B), x_BT, z_BT)
+    nll_BT = noise.nll(predict(z_BT, t_B), x_BT, z_BT)
     return nll_BT.sum(-1) * free_B / count_B.clamp(min=1)  # a row with nothing to predict costs nothing
 
 

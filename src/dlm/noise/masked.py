@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dlm.noise.schedule import Linear
@@ -76,6 +77,14 @@ class MaskedNoise:
         """-log mu(x | z) at masks, 0 where the token is visible (B, T)."""
         nll_BT = -logp_BTV.gather(-1, x_BT[..., None]).squeeze(-1)
         return torch.where(z_BT == self.mask_id, nll_BT, 0.0)
+
+    def nll(self, logits_BTV: Tensor, x_BT: Tensor, z_BT: Tensor) -> Tensor:
+        """`cross_entropy` of `log_probs` (B, T), normalised at masks alone: with a large vocabulary that is most of a training step."""
+        masked_BT = z_BT == self.mask_id
+        logits_MV = logits_BTV[masked_BT].clone()
+        logits_MV[:, self.mask_id] = -torch.inf
+        nll_BT = torch.zeros(z_BT.shape, dtype=logits_BTV.dtype, device=z_BT.device)
+        return nll_BT.masked_scatter(masked_BT, F.cross_entropy(logits_MV, x_BT[masked_BT], reduction="none"))
 
     def nelbo(self, logp_BTV: Tensor, x_BT: Tensor, z_BT: Tensor, t_B: Tensor) -> Tensor:
         """-alpha'_t / (1 - alpha_t) [z = MASK] (-log mu(x | z)) (B, T): the integrand of MD4 eq. 5, to be averaged over t ~ U(0, 1)."""

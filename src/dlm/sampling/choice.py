@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from dlm.errors import InputError
 from dlm.noise.masked import MaskedNoise
@@ -57,7 +58,7 @@ SPECULATIVE = "speculative"
 WORDS = tuple(dict.fromkeys([*UNMASKING, SPECULATIVE, *REPLACING]))
 
 
-def speculative(word: str) -> dict[str, float] | None:
+def speculative(word: str) -> dict[str, Any] | None:
     """The settings of `speculative`, `speculative:8` or `speculative:8,0.1` (proposals, tolerance); None for another word."""
     name, _, values = word.partition(":")
     if name != SPECULATIVE:

@@ -40,11 +40,7 @@ def settling_plot(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
         for i, run in enumerate(runs):
             mean, band = run[name]
             first = 1 if name == "changed" else 0
-            band = [0 if math.isnan(b) else b for b in band]
-            x, color = range(first, len(mean)), COLORS[i % len(COLORS)]
-            axis.plot(x, mean[first:], color=color, lw=1.8, label=run["label"])
-            low, high = ([m + sign * b for m, b in zip(mean, band, strict=True)][first:] for sign in (-1, 1))
-            axis.fill_between(x, low, high, color=color, alpha=0.18, lw=0)
+            _band(axis, range(first, len(mean)), mean[first:], band[first:], COLORS[i % len(COLORS)], run["label"], "-")
         axis.set_xlabel("step")
         axis.set_title(AXES[name], fontsize=10, loc="left")
         if name == "changed":
@@ -63,6 +59,104 @@ def points_plot(series: Mapping[str, Sequence[tuple[float, float, str]]], x: str
     axes[0].set_xlabel(x)
     axes[0].set_ylabel(y)
     _save(figure, axes, path)
+
+
+def curse_plot(rows: Sequence[Mapping[str, Any]], levels: Mapping[str, Any], length: int, path: Path) -> None:
+    """Bits per character lost against tokens a step, and what a token costs against the share of the text that is visible.
+
+    rows: `tokens_per_step`, `equal` and `best` (the curve's price) and `measured` by sampler, each a `mean` with its `band95`.
+    levels: `known` tokens, `entropy` and `text` (mean and band95 lists). length: tokens of a text. Written to a temporary name first.
+    """
+    check(path)
+    figure, (cost, height) = _figure(2)
+    sizes = [row["tokens_per_step"] for row in rows]
+    for i, word in enumerate(dict.fromkeys(word for row in rows for word in row["measured"])):
+        there = [(row["tokens_per_step"], row["measured"][word]) for row in rows if word in row["measured"]]
+        mean, band = ([pair[name] for _, pair in there] for name in ("mean", "band95"))
+        _band(cost, [size for size, _ in there], mean, band, COLORS[i % len(COLORS)], f"{word}, measured", "o-")
+    for name, style, label in (("equal", "--", "random, equal steps, by the curve"), ("best", ":", "random, best steps, by the curve")):
+        cost.plot(sizes, [row[name]["mean"] for row in rows], style, color="#4d4d4d", lw=1.6, label=label)
+    _doubling(cost, sizes)
+    cost.set_ylim(bottom=0)
+    cost.set_xlabel("tokens drawn at once")
+    cost.set_title("bits per character lost", fontsize=10, loc="left")
+    shares = [known / length for known in levels["known"]]
+    for i, (name, label) in enumerate((("entropy", "h, entropy of the model"), ("text", "h, cross-entropy on the text"))):
+        _band(height, shares, levels[name]["mean"], levels[name]["band95"], COLORS[2 + i], label, "-")
+    height.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    height.set_ylim(bottom=0)
+    height.set_xlabel("share of the text that is visible")
+    height.set_title("bits per character that a masked token costs", fontsize=10, loc="left")
+    _save(figure, [cost, height], path)
+
+
+def _band(axis: Any, x: Sequence[float], mean: Sequence[float], band: Sequence[float], color: str, label: str, style: str) -> None:
+    """A line in its band; none where the band is nan."""
+    axis.plot(x, mean, style, color=color, lw=1.8, ms=4, label=label)
+    half = [0 if math.isnan(b) else b for b in band]
+    low, high = ([m + sign * b for m, b in zip(mean, half, strict=True)] for sign in (-1, 1))
+    axis.fill_between(x, low, high, color=color, alpha=0.18, lw=0)
+
+
+def _doubling(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis from the least to the greatest, with a tick at each power of two."""
+    first, last = (round(math.log2(value)) for value in (min(values), max(values)))
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([2**k for k in range(first, last + 1)], [str(2**k) for k in range(first, last + 1)])
+    axis.minorticks_off()
+
+
+Line = Sequence[tuple[float, float, float]]
+"""Points x, y, half-width of the band."""
+
+
+def panels_plot(panels: Sequence[tuple[str, str, Mapping[str, Line]]], path: Path) -> None:
+    """A panel for each (title, name of x, lines by label), x in powers of two; a label keeps its colour. Written to a temporary name
+    first."""
+    check(path)
+    figure, axes = _figure(len(panels))
+    labels = list(dict.fromkeys(label for *_, lines in panels for label in lines))
+    for axis, (title, x, lines) in zip(axes, panels, strict=True):
+        for label, line in lines.items():
+            color = COLORS[labels.index(label) % len(COLORS)]
+            _band(axis, [p[0] for p in line], [p[1] for p in line], [p[2] for p in line], color, label, "o-")
+        _doubling(axis, [point[0] for line in lines.values() for point in line])
+        axis.set_xlabel(x)
+        axis.set_title(title, fontsize=10, loc="left")
+    _save(figure, axes, path)
+
+
+MARKERS = "osD^v"
+
+
+def fronts_plot(tables: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Bits against network calls and against seconds, a row of panels for each table, the points of each front joined.
+
+    points: `group` (a colour and a marker), `note`, `calls`, `seconds`, `bits`, `band95`, `distinct_4` (dull text is pale) and `front`.
+    Written to a temporary name first.
+    """
+    check(path)
+    figure, axes = _figure(2 * len(tables))
+    groups = list(dict.fromkeys(point["group"] for points in tables.values() for point in points))
+    most = {name: max(point["distinct_4"] for point in points) for name, points in tables.items()}
+    for axis, (name, cost) in zip(axes, ((n, c) for n in tables for c in ("calls", "seconds")), strict=True):
+        points = tables[name]
+        for point in points:
+            place = groups.index(point["group"])
+            color, marker = COLORS[place % len(COLORS)], MARKERS[place // len(COLORS) % len(MARKERS)]
+            alpha = 1.0 if point["distinct_4"] >= 0.9 * most[name] else 0.3
+            where = point[cost], point["bits"]
+            axis.errorbar(*where, yerr=point["band95"], fmt=marker, color=color, ms=5, lw=0.8, alpha=alpha, label=point["group"])
+            axis.annotate(point["note"], where, fontsize=6, xytext=(4, 3), textcoords="offset points", color=color, alpha=alpha)
+        best: list[tuple[float, float]] = []
+        for where in sorted((point[cost], point["bits"]) for point in points if point["front"]):
+            if not best or where[1] < best[-1][1]:
+                best.append(where)
+        axis.plot(*zip(*best, strict=True), color="#4d4d4d", lw=1.0, ls=":", zorder=0)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel({"calls": "network calls for a window", "seconds": "seconds for a window"}[cost])
+        axis.set_title(f"{name}: bits per character under the judge", fontsize=10, loc="left")
+    _save(figure, axes, path, columns=4)
 
 
 def _figure(count: int) -> tuple[Any, list[Any]]:
@@ -84,11 +178,12 @@ def _figure(count: int) -> tuple[Any, list[Any]]:
     return figure, axes[:count]
 
 
-def _save(figure: Any, axes: list[Any], path: Path) -> None:
+def _save(figure: Any, axes: list[Any], path: Path, columns: int = 2) -> None:
     from matplotlib import pyplot
 
-    handles, labels = axes[0].get_legend_handles_labels()
-    place = ("outside lower center", 2) if len(axes) > 1 else ("outside right upper", 1)
+    named = dict(pair[::-1] for axis in axes for pair in zip(*axis.get_legend_handles_labels(), strict=True))  # each label once
+    labels, handles = list(named), list(named.values())
+    place = ("outside lower center", columns) if len(axes) > 1 else ("outside right upper", 1)
     figure.legend(handles, labels, loc=place[0], ncols=place[1], frameon=False, fontsize=8)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:

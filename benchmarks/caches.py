@@ -1,0 +1,95 @@
+"""Caches for bidirectional models: what each saves, and how far its text and its guesses drift from the uncached run.
+
+    python benchmarks/caches.py                       # shakespeare-mask, and the models of 1,024 and 4,096 characters if they are there
+    python benchmarks/caches.py --device cuda --samples 64
+
+The wider models are trained on top of shakespeare-mask (see --train). Every policy decodes the same canvases by `topk` with the same
+random numbers, so that any token that differs is the cache's doing. Policies take turns. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import dlm
+from dlm import recipes
+from dlm.evaluate import card, generative
+from dlm.train.loop import train
+
+POLICIES = ("uncached", "prefix", "dual", "delayed:8", "drift:0.2")
+WIDE = {1024: {"batch": 4, "steps": 100}, 4096: {"batch": 1, "steps": 60}}
+
+
+def wider(window: int, out: Path, console: Console) -> None:
+    """shakespeare-mask, trained a little more on windows of another length."""
+    base = recipes.shakespeare_mask()
+    config = replace(base, network=base.network.with_(window=window), init="shakespeare-mask", lr=5e-4, warmup=10, **WIDE[window])
+    config = replace(config, eval_every=config.steps, eval_windows=4, save_every=20, compile=True)
+    train(config, out, resume=(out / "training.safetensors").is_file(), console=console)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--windows", nargs="+", type=int, default=[256, 1024, 4096])
+    parser.add_argument("--runs", type=Path, default=Path("runs/caches"), help="where the wider models are")
+    parser.add_argument("--train", action="store_true", help="train those that are missing")
+    parser.add_argument("--twin", default="shakespeare-ar")
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--per-step", type=int, default=4, help="tokens written in a call")
+    parser.add_argument("--block-length", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="one window, one text, few steps: does it run?")
+    args = parser.parse_args()
+    if args.quick:
+        args.windows, args.samples, args.per_step = [256], 2, 32
+    console, twin = Console(stderr=True), dlm.load(args.twin, device=args.device)
+    table = Table("window", "cache", "seconds", "speed-up", "tokens that differ", "bits/char under twin", "distinct-4", box=None)
+    rows: list[dict[str, Any]] = []
+    for window in args.windows:
+        path = args.runs / str(window)
+        if window != 256 and args.train:
+            wider(window, path, console)
+        if window != 256 and not (path / "config.json").is_file():
+            console.print(f"no model of {window} characters in {path}: --train makes it", highlight=False)
+            continue
+        model = dlm.load("shakespeare-mask" if window == 256 else str(path), device=args.device)
+        seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
+        texts: dict[str, torch.Tensor] = {}
+        options = {"steps": window // args.per_step, "block_length": args.block_length, "sampler": "topk", "temperature": 1.0}
+        for repeat in range(args.repeats):
+            for policy in POLICIES:
+                console.print(f"window {window}, {policy}, repeat {repeat + 1}", highlight=False)
+                clock = time.perf_counter()
+                cache = True if policy == "uncached" else policy
+                made = model.generate([""] * args.samples, length=window, seed=0, cache=cache, **options)
+                seconds[policy].append((time.perf_counter() - clock) / args.samples)
+                texts[policy] = made[0].trajectory.current_BT
+        base = statistics.median(seconds["uncached"])
+        for policy in POLICIES:
+            cut = texts[policy].view(-1, 256).to(args.device)
+            bits = generative.judge_bits(twin.noise, twin.predict, cut)
+            median = statistics.median(seconds[policy])
+            differ = (texts[policy] != texts["uncached"]).double().mean().item()
+            row = {"window": window, "cache": policy, "seconds_per_text": median, "speed_up": base / median, "differ": differ}
+            row |= {"bits": bits.value, "bits_stderr": bits.stderr, "distinct_4": generative.distinct(texts[policy], 4)}
+            rows.append(row)
+            figures = f"{median:.2f}", f"{base / median:.2f}", f"{differ:.1%}", f"{bits.value:.2f} +- {bits.stderr:.2f}"
+            table.add_row(str(window), policy, *figures, f"{row['distinct_4']:.2f}")
+    Console().print(table)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    print(json.dumps(card.make({"rows": rows}, device=args.device, dtype="float32", seed=0, settings=settings, data={})))
+
+
+if __name__ == "__main__":
+    main()

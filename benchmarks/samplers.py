@@ -1,0 +1,105 @@
+"""Every sampler of the bundled models: quality against network calls and against seconds; the automatic choice against the usual defaults.
+
+    python benchmarks/samplers.py                              # tables that `dlm calibrate` left, and a fresh measurement of the choices
+    python benchmarks/samplers.py --calibrate --samples 16     # the tables again first
+    python benchmarks/samplers.py --plot docs/samplers.png
+
+A table is one measurement of every setting; choosing its best row favours luck. So what `--sampler auto` chooses for each budget is measured
+again here, with other seeds, beside the usual defaults, all in turns. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import dlm
+from dlm.evaluate import card, samplers
+from dlm.sampling.calibration import Calibration, Row
+
+BUDGETS = ("calls:16", "calls:32", "calls:64", "seconds:1", "bits:0.1")
+USUAL: dict[str, dict[str, Any]] = {
+    "ancestral, a step a token": {"sampler": "ancestral", "steps": 256},
+    "ancestral, 64 steps": {"sampler": "ancestral", "steps": 64},
+    "topk, 64 steps": {"sampler": "topk", "steps": 64},
+    "confidence 0.9": {"sampler": "confidence:0.9", "steps": 256},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["shakespeare-mask"])
+    parser.add_argument("--twin", default="shakespeare-ar")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--calibrate", action="store_true", help="measure the tables first")
+    parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--seed", type=int, default=1000, help="of the fresh measurement; the tables have 0")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="two budgets, two texts: does it run?")
+    args = parser.parse_args()
+    usual = USUAL
+    if args.quick:
+        args.samples, args.budgets = 2, args.budgets[:2]
+        usual = {"topk, 16 steps": {"sampler": "topk", "steps": 16}}
+    console, twin, rows = Console(stderr=True), dlm.load(args.twin, device=args.device), []
+    table = Table("model", "setting", "chosen", "calls", "seconds", "bits/char", "entropy", "distinct-4", box=None)
+    tables: dict[str, Calibration] = {}
+    for name in args.models:
+        if args.calibrate:
+            words = ["calibrate", name, "--judge", args.twin, "--samples", str(args.samples), "--device", args.device]
+            subprocess.run([sys.executable, "-m", "dlm", *words], check=True)
+        model = dlm.load(name, device=args.device)
+        tables[name] = model.calibration()
+        chosen = {f"auto, {budget}": tables[name].choose(budget).options for budget in args.budgets}
+        for label, options, row in _measured(model, twin, chosen | usual, args, console):
+            rows.append({"model": name, "setting": label} | asdict(row))
+            words = " ".join(str(value) for value in options.values()) if label in chosen else ""
+            figures = f"{row.calls:.0f}", f"{row.seconds:.2f}", f"{row.bits:.2f} +- {row.bits_stderr:.2f}", f"{row.entropy:.2f}"
+            table.add_row(name, label, words, *figures, f"{row.distinct_4:.2f}")
+    Console().print(table)
+    if args.plot is not None:
+        from dlm.viz.plots import fronts_plot
+
+        shown = {
+            name: [_point(row, row in found.front() or row in found.front("seconds")) for row in found.rows]
+            for name, found in tables.items()
+        }
+        fronts_plot(shown, args.plot)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    figures_of = {"rows": rows, "tables": {name: [asdict(row) for row in found.rows] for name, found in tables.items()}}
+    print(json.dumps(card.make(figures_of, device=args.device, dtype="float32", seed=args.seed, settings=settings, data={})))
+
+
+def _measured(model: Any, twin: Any, chosen: dict[str, dict[str, Any]], args: argparse.Namespace, console: Console) -> Any:
+    def generate(options: dict[str, Any], seed: int) -> tuple[Any, float, float]:
+        results = model.generate([""] * args.samples, length=model.window, seed=seed, temperature=1.0, **options)
+        return results[0].trajectory.current_BT, results[0].forwards, results[0].seconds
+
+    judge = samplers.judged(twin.noise, twin.predict, args.device)
+    for label, options in chosen.items():
+        console.print(f"{model.name}: {label}", highlight=False)
+        yield label, options, next(iter(samplers.measure(generate, judge, [options], seed=args.seed)))
+
+
+def _point(row: Row, on_front: bool) -> dict[str, Any]:
+    name, colon, setting = str(row.options["sampler"]).partition(":")
+    cache = str(row.options.get("cache", ""))
+    note = cache or (setting if colon and "steps" not in row.options else str(row.options.get("steps", "")))
+    return {"group": name + (" + cache" if cache else ""), "note": note, "calls": row.calls, "seconds": row.seconds, "bits": row.bits} | {
+        "band95": 1.96 * row.bits_stderr,
+        "distinct_4": row.distinct_4,
+        "front": on_front,
+    }
+
+
+if __name__ == "__main__":
+    main()

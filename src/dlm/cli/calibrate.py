@@ -1,0 +1,78 @@
+"""`dlm calibrate`: measure the samplers of a model, for `--sampler auto`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dlm.cli.app import Device, Json, Seed, app, bar, err, load
+from dlm.errors import InputError
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Bundled name or directory of a masked model.")],
+    judge: Annotated[str, typer.Option(help="An autoregressive model of the same vocabulary.")] = "shakespeare-ar",
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Texts for each setting, a window long.")] = 8,
+    temperature: Annotated[float, typer.Option(help="Of every setting.")] = 1.0,
+    quick: Annotated[bool, typer.Option(help="Three settings only.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Directory of the table; default: beside the checkpoint.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    device: Device = "cpu",
+) -> None:
+    """Measure calls, seconds, bits under a judge and diversity of every sampler, and keep the table beside the checkpoint."""
+    from dlm.evaluate import samplers
+    from dlm.evaluate.card import device_name
+    from dlm.models.checkpoint import find
+    from dlm.noise.masked import MaskedNoise
+    from dlm.sampling.calibration import Calibration
+
+    if samples < 2:
+        raise InputError(f"--samples must be at least 2, to have an error, got {samples}")
+    lm, twin = load(model, device), load(judge, device)
+    if not lm.is_diffusion or not isinstance(lm.noise, MaskedNoise):
+        raise InputError(f"{model} is no masked diffusion model: there is nothing to calibrate")
+    if twin.is_diffusion:
+        raise InputError(f"{judge} is a diffusion model: a judge must be autoregressive, to have an exact likelihood")
+    if twin.tokenizer.fingerprint() != lm.tokenizer.fingerprint():
+        raise InputError(f"{judge} has another vocabulary than {model}")
+
+    def generate(options: dict[str, Any], seed: int) -> tuple[Any, float, float]:
+        results = lm.generate([""] * samples, length=lm.window, seed=seed, temperature=temperature, **options)
+        return results[0].trajectory.current_BT, results[0].forwards, results[0].seconds
+
+    settings = samplers.candidates(window=lm.window, causal=lm.is_causal, quick=quick)
+    rows, progress = [], bar(f"measuring {lm.name}", len(settings))
+    with progress:
+        for row in samplers.measure(generate, samplers.judged(twin.noise, twin.predict, device), settings, seed=seed):
+            rows.append(row)
+            progress.forward()
+    made = {"model": lm.name, "judge": twin.name, "texts": samples, "length": lm.window, "temperature": temperature}
+    found = Calibration(rows, made | {"seed": seed, "device": device_name(device)})
+    Console(stderr=as_json).print(_table(found))
+    path = found.save(out or find(model))
+    err.print(f"wrote {path}; try: dlm generate --model {model} --sampler auto --budget calls:32", highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps({"made": found.made, "rows": [asdict(row) for row in rows]}))
+
+
+def _table(found: Any) -> Any:
+    from rich.table import Table
+
+    front = found.front("calls") + found.front("seconds")
+    caption = "* on the front of calls or seconds, among settings as varied as the exact ones (=)"
+    table = Table(box=None, header_style="bold", caption=caption, caption_justify="left")
+    table.add_column("setting")
+    for head in ("calls", "seconds", "bits/token", "entropy", "distinct-4", ""):
+        table.add_column(head, no_wrap=True)
+    for row in found.rows:
+        words = [str(row.options["sampler"])] + [f"{key}={row.options[key]}" for key in row.options if key != "sampler"]
+        figures = f"{row.calls:.0f}", f"{row.seconds:.2f}", f"{row.bits:.2f} +- {row.bits_stderr:.2f}", f"{row.entropy:.2f}"
+        table.add_row(" ".join(words), *figures, f"{row.distinct_4:.2f}", "=" * row.exact + "*" * (row in front))
+    return table

@@ -1,0 +1,75 @@
+"""What every sampler of a model costs and gives, measured side by side: the table behind `--sampler auto`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlm.evaluate import generative
+from dlm.sampling.calibration import Row
+
+Generate = Callable[[dict[str, Any], int], tuple[Tensor, float, float]]
+"""(options of a sampler, seed) -> (texts (N, T), network calls for all, seconds for all)."""
+Judge = Callable[[Tensor], generative.Mean]
+"""Texts (N, T) -> bits per token."""
+EXACT = ("first-hitting", "speculative")
+
+
+def candidates(*, window: int, causal: bool, quick: bool = False) -> list[dict[str, Any]]:
+    """Settings worth a look for a masked model; the exact one first. causal: a model of block diffusion."""
+    few = [window // 16, window // 8, window // 4]
+    found: list[dict[str, Any]] = [{"sampler": "first-hitting"}]
+    if quick:
+        return [*found, *({"sampler": "topk", "steps": n} for n in few[:2])]
+    found += [{"sampler": "ancestral", "steps": n} for n in (*few, window // 2, window)]
+    for word in ("topk", "margin", "entropy"):
+        found += [{"sampler": word, "steps": n} for n in few]
+    for word in ("confidence:0.5", "confidence:0.9", "factor:1", "factor:4", "klass:0.6"):
+        found += [{"sampler": word, "steps": window}]
+    found += [{"sampler": f"entropy-bound:{n}", "steps": window} for n in (2, 8, 32)]
+    for word in ("predictor-corrector:1", "remdm-cap:0.04", "remdm-rescale:0.1", "remdm-conf:0.5", "remdm-loop:0.04"):
+        found += [{"sampler": word, "steps": n} for n in few[1:]]
+    if causal:
+        return found
+    found += [{"sampler": word, "steps": n} for word in ("revoke:0.6", "planner:1") for n in few[1:]]
+    found += [{"sampler": f"speculative:{n}"} for n in (2, 4, 8, 16)]
+    found += [{"sampler": "speculative:8,0.5"}]
+    for cache in ("prefix", "dual", "delayed:8", "drift:0.2"):
+        found += [{"sampler": word, "steps": n, "cache": cache, "block_length": window // 4} for word in ("ancestral",) for n in few[1:]]
+    return found
+
+
+def is_exact(options: dict[str, Any]) -> bool:
+    """Whether the sampler has the distribution of one token a call."""
+    name, _, setting = str(options["sampler"]).partition(":")
+    return name in EXACT and "," not in setting and not options.get("cache")
+
+
+def measure(generate: Generate, judge: Judge, options: list[dict[str, Any]], *, seed: int = 0) -> Iterator[Row]:
+    """A row for each setting, as it comes; all with the same seeds."""
+    for setting in options:
+        samples_NT, calls, seconds = generate(setting, seed)
+        bits = judge(samples_NT)
+        yield Row(
+            options=setting,
+            calls=calls,
+            seconds=seconds / len(samples_NT),
+            bits=bits.value,
+            bits_stderr=bits.stderr,
+            entropy=generative.unigram_entropy(samples_NT),
+            distinct_4=generative.distinct(samples_NT, 4),
+            exact=is_exact(setting),
+        )
+
+
+def judged(noise: Any, predict: Any, device: str) -> Judge:
+    """An autoregressive model of the same vocabulary as a judge."""
+
+    def judge(samples_NT: Tensor) -> generative.Mean:
+        with torch.no_grad():
+            return generative.judge_bits(noise, predict, samples_NT.to(device))
+
+    return judge

@@ -1,0 +1,103 @@
+"""`--sampler auto`: the setting that a measurement of this model found best within a budget.
+
+`dlm calibrate` measures every candidate and keeps the table beside the checkpoint; here it is read and one row chosen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dlm.errors import InputError
+
+FILE = "calibration.json"
+ENTROPY, DISTINCT = 0.15, 0.9  # bits below, and share of, the exact sampler's: less is dull text, whatever a judge says of it
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting and what it gave: network calls and seconds per window, bits per token under the judge, diversity.
+
+    exact: whether the distribution is that of one token a call; options are those of `LanguageModel.sampler`.
+    """
+
+    options: dict[str, Any]
+    calls: float
+    seconds: float
+    bits: float
+    bits_stderr: float
+    entropy: float
+    distinct_4: float
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The table, and how it was made (judge, texts, length, device)."""
+
+    rows: list[Row]
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def reference(self) -> Row:
+        """The exact sampler that the others are held to."""
+        return next(row for row in self.rows if row.exact)
+
+    def fair(self) -> list[Row]:
+        """The rows whose text is about as varied as the exact sampler's."""
+        reference = self.reference()
+        least = reference.entropy - ENTROPY, DISTINCT * reference.distinct_4
+        return [row for row in self.rows if row.entropy >= least[0] and row.distinct_4 >= least[1]]
+
+    def choose(self, budget: str = "bits:0.1") -> Row:
+        """The best row within `calls:N` or `seconds:X` (the fewest bits), or within `bits:X` of the exact sampler (the least time).
+
+        Only among rows as varied as the exact sampler. InputError for a budget that is none or that no row keeps.
+        """
+        kind, _, value = budget.partition(":")
+        try:
+            amount = float(value)
+        except ValueError:
+            amount = -1.0
+        if kind not in ("calls", "seconds", "bits") or not 0 <= amount < float("inf"):
+            raise InputError(f"a budget is calls:32, seconds:2 or bits:0.1, got {budget!r}")
+        if kind == "bits":
+            within = [row for row in self.fair() if row.bits <= self.reference().bits + amount]
+            return min(within, key=lambda row: row.seconds)
+        within = [row for row in self.fair() if getattr(row, kind) <= amount]
+        if not within:
+            least = min(getattr(row, kind) for row in self.fair())
+            raise InputError(f"no setting keeps within {budget}: the least that was measured is {kind}:{least:.3g}")
+        return min(within, key=lambda row: row.bits)
+
+    def front(self, cost: str = "calls") -> list[Row]:
+        """The fair rows that no other beats in both cost and bits, cheapest first."""
+        found: list[Row] = []
+        for row in sorted(self.fair(), key=lambda row: (getattr(row, cost), row.bits)):
+            if not found or row.bits < found[-1].bits:
+                found.append(row)
+        return found
+
+    def save(self, directory: Path) -> Path:
+        """Write it beside the checkpoint, to a temporary name first."""
+        path = directory / FILE
+        partial = path.with_name(f".{FILE}.{os.getpid()}.tmp")
+        partial.write_text(json.dumps({"made": self.made, "rows": [asdict(row) for row in self.rows]}, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+        return path
+
+    @classmethod
+    def load(cls, directory: Path) -> Calibration:
+        """InputError where there is none or where it is damaged."""
+        path = directory / FILE
+        if not path.is_file():
+            raise InputError(f"--sampler auto needs a measurement of this model: run dlm calibrate {directory}")
+        try:
+            data, names = json.loads(path.read_text(encoding="utf-8")), {f.name for f in fields(Row)}
+            found = cls([Row(**{k: v for k, v in row.items() if k in names}) for row in data["rows"]], dict(data["made"]))
+            found.reference()
+        except (ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
+            raise InputError(f"{path} is damaged ({error!r}): run dlm calibrate {directory}") from None
+        return found

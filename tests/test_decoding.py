@@ -1,0 +1,193 @@
+"""Many tokens a call from the command line: block diffusion, caches, guidance, constraints, calibration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import Dlm, make_model
+from dlm.errors import InputError
+from dlm.language_model import LanguageModel, load
+from dlm.sampling.choice import SPECULATIVE, UNMASKING
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> str:
+    make_model().save_pretrained(tmp_path / "masked")
+    return str(tmp_path / "masked")
+
+
+@pytest.fixture
+def blocked(tmp_path: Path) -> str:
+    make_model(attention="block_causal", block_length=8).save_pretrained(tmp_path / "blocked")
+    return str(tmp_path / "blocked")
+
+
+@pytest.fixture
+def twin(tmp_path: Path) -> str:
+    make_model("autoregressive").save_pretrained(tmp_path / "twin")
+    return str(tmp_path / "twin")
+
+
+@pytest.mark.parametrize("word", [*UNMASKING, SPECULATIVE, "speculative:3", "speculative:3,0.2"])
+def test_every_sampler_writes_a_long_text(dlm: Dlm, masked: str, word: str) -> None:
+    code, out, err = dlm("generate", "Ab", "--model", masked, "--sampler", word, "--length", "70", "--steps", "8", "--json")
+    result = json.loads(out.splitlines()[-1])
+    assert (code, len(result["text"]), result["tokens"]) == (0, 70, 68), err
+    assert result["text"].startswith("Ab")
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual", "delayed:4", "drift:0.2"])
+def test_caches(dlm: Dlm, masked: str, cache: str) -> None:
+    words = ["generate", "Ab", "--model", masked, "--length", "70", "--steps", "8", "--cache", cache, "--block-length", "8"]
+    code, out, err = dlm(*words)
+    assert code == 0, err
+    assert len(out) == 71
+
+
+def test_block_diffusion_with_and_without_its_cache(blocked: str) -> None:
+    model = load(blocked)
+    for length in (None, 1, 4, 16, 32):
+        context = model if length != 16 and length != 32 else LanguageModel(model.network, model.config, model.tokenizer)
+        if length in (16, 32):  # a context of 8 is no multiple of these
+            with pytest.raises(InputError, match="multiple"):
+                context.generate("Ab", length=70, block_length=length)
+            continue
+        cached = model.generate("Ab", length=70, steps=16, block_length=length)
+        plain = model.generate("Ab", length=70, steps=16, block_length=length, cache=False)
+        assert cached.text == plain.text
+        assert len(cached.text) == 70
+
+
+def test_block_diffusion_is_trained_measured_and_sampled(dlm: Dlm, text_file: Path) -> None:
+    sizes = "layers=2,heads=2,width=32,window=32,context=8,batch=4,steps=4,warmup=1,eval_windows=8,attention=block_causal,block_length=8"
+    words = [word for size in sizes.split(",") for word in ("--set", size)]
+    code, _, err = dlm("train", "--data", str(text_file), "--out", "run", *words, "--set", "block_lengths=1,8,32")
+    assert code == 0, err
+    code, out, err = dlm("eval", "run", "--data", str(text_file), "--block-lengths", "1,8,32", "--max-windows", "4", "--json")
+    rows = json.loads(out.splitlines()[-1])["block_lengths"]
+    assert [(row["block_length"], row["is_bound"]) for row in rows] == [(1, False), (8, True), (32, True)]
+    assert rows[0]["stderr"] == 0
+    assert all(2 < row["nats_per_token"] < 6 for row in rows)
+    code, out, err = dlm("generate", "ROMEO", "--model", "run", "--length", "100", "--steps", "8")
+    assert (code, len(out)) == (0, 101), err
+
+
+def test_guidance_makes_the_prompt_count(masked: str) -> None:
+    model = load(masked)
+    plain, strong = (model.generate("Abcdefgh", length=24, steps=8, guidance=g).text for g in (1.0, 4.0))
+    assert plain != strong
+    assert model.generate("", length=24, steps=8, guidance=4.0).text == model.generate("", length=24, steps=8).text
+
+
+def test_constraints(dlm: Dlm, masked: str) -> None:
+    code, out, err = dlm("generate", "Ab", "--model", masked, "--allow", "xyz\n", "--length", "40", "--sampler", "topk", "--steps", "4")
+    assert code == 0, err
+    assert set(out[2:]) <= set("xyz\n")
+    pattern = "Ab: ([a-z]+ )+(yes|no)[.]"
+    for sampler in ("ancestral", "topk", "confidence:0.1"):
+        words = ["generate", "Ab", "--model", masked, "--pattern", pattern, "--length", "40", "--sampler", sampler, "--steps", "6"]
+        code, out, err = dlm(*words)
+        assert code == 0, err
+        assert out.endswith((" yes.\n", " no.\n"))
+        assert out.startswith("Ab: ")
+    code, out, _ = dlm("generate", "Ab", "--model", masked, "--pattern", pattern, "--allow", "yes :.no", "--length", "40")
+    assert set(out[2:]) <= set("yes :.no\n")
+
+
+def test_calibrate_then_auto(dlm: Dlm, masked: str, twin: str) -> None:
+    told = dlm.told("generate", "--model", masked, "--sampler", "auto")
+    assert "dlm calibrate" in told
+    code, out, err = dlm("calibrate", masked, "--judge", twin, "--quick", "--samples", "2", "--json")
+    assert code == 0, err
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert [row["exact"] for row in rows] == [True, False, False]
+    assert all(row["seconds"] > 0 and row["calls"] > 0 and row["bits"] > 1 for row in rows)
+    code, out, err = dlm("generate", "--model", masked, "--sampler", "auto", "--budget", "calls:32", "--json")
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["forwards"] <= 32
+    assert "calls" in dlm.told("generate", "--model", masked, "--sampler", "auto", "--budget", "calls:1")
+    assert "budget" in dlm.told("generate", "--model", masked, "--sampler", "auto", "--budget", "much")
+    assert "budget" in dlm.told("generate", "--model", masked, "--budget", "calls:3")
+    assert "auto" in dlm.told("generate", "--model", masked, "--sampler", "auto", "--steps", "3")
+
+
+BAD: list[tuple[str, str, str]] = [
+    ("masked", "--block-length 5", "divide"),
+    ("masked", "--cache fridge", "known"),
+    ("masked", "--cache dual:3", "setting"),
+    ("masked", "--cache dual --sampler revoke", "combined"),
+    ("masked", "--cache dual --guidance 2", "combined"),
+    ("masked", "--sampler speculative --cache dual", "speculative"),
+    ("masked", "--sampler speculative:0", "proposes"),
+    ("masked", "--sampler speculative:x", "PROPOSALS"),
+    ("masked", "--sampler speculative:4,-1", "tolerance"),
+    ("masked", "--guidance -1", "guidance"),
+    ("masked", "--guidance nan", "guidance"),
+    ("masked", "--allow 0123", "token"),
+    ("masked", "--pattern [a", "expression"),
+    ("masked", "--pattern [0-9]+ --length 20", ""),
+    ("masked", "--pattern abc --length 20", ""),
+    ("masked", "--pattern a+ --length 20 --sampler remdm-cap", "once"),
+    ("masked", "--sampler factor:0", "factor"),
+    ("masked", "--sampler entropy-bound:-1", "bound"),
+    ("masked", "--sampler remdm-cap:2", "eta"),
+    ("masked", "--sampler margin:2", "setting"),
+    ("blocked", "--cache dual", "exact cache"),
+    ("blocked", "--suffix end", "suffix"),
+    ("blocked", "--template a_______________________________________________________________z", "suffix"),
+    ("blocked", "--sampler speculative", "bidirectional"),
+    ("blocked", "--block-length 5", "divide"),
+    ("twin", "--cache dual", "diffusion"),
+    ("twin", "--block-length 8", "diffusion"),
+    ("twin", "--allow abc", "diffusion"),
+]
+
+
+@pytest.mark.parametrize(("model", "words", "said"), BAD, ids=[f"{m} {w}" for m, w, _ in BAD])
+def test_bad_input_gets_one_line(dlm: Dlm, request: pytest.FixtureRequest, model: str, words: str, said: str) -> None:
+    assert said in dlm.told("generate", "--model", request.getfixturevalue(model), *words.split(" "))
+
+
+TRAIN: list[tuple[str, str]] = [
+    ("attention=block_causal", "block_length"),
+    ("attention=block_causal block_length=5", "divide"),
+    ("attention=block_causal block_length=8 block_lengths=3", "divide"),
+    ("block_lengths=8", "block_causal"),
+    ("attention=block_causal block_length=8 noise=uniform", "masked"),
+    ("attention=block_causal block_length=8 estimator=continuous", "estimator"),
+    ("tokenizer=bpe:3", "merge"),
+    ("tokenizer=bpe:60000", "more text"),
+]
+
+
+@pytest.mark.parametrize(("settings", "said"), TRAIN)
+def test_bad_training_gets_one_line(dlm: Dlm, text_file: Path, settings: str, said: str) -> None:
+    words = [word for setting in settings.split() for word in ("--set", setting)]
+    assert said in dlm.told("train", "--data", str(text_file), "--out", "run", *words)
+
+
+def test_bad_measurements_get_one_line(dlm: Dlm, text_file: Path, masked: str, blocked: str, twin: str) -> None:
+    assert "block diffusion" in dlm.told("eval", masked, "--data", str(text_file), "--block-lengths", "4")
+    assert "divide" in dlm.told("eval", blocked, "--data", str(text_file), "--block-lengths", "5")
+    assert "whole numbers" in dlm.told("eval", blocked, "--data", str(text_file), "--block-lengths", "4,x")
+    assert "autoregressive" in dlm.told("calibrate", masked, "--judge", masked, "--quick")
+    assert "no masked diffusion model" in dlm.told("calibrate", twin, "--judge", twin, "--quick")
+    assert "vocabulary" in dlm.told("calibrate", masked, "--quick")
+    assert "at least 2" in dlm.told("calibrate", masked, "--judge", twin, "--samples", "1")
+
+
+def test_stopping_between_frames_leaves_a_whole_run(masked: str) -> None:
+    model = load(masked)
+    for options in ({"sampler": "speculative:3"}, {"cache": "dual", "block_length": 8}, {"sampler": "remdm-cap"}):
+        run = model.trajectory(canvas := model.canvas("Ab", length=40))
+        for n, frame in enumerate(model.stream(canvas=canvas, steps=16, **options)):
+            run.append(frame)
+            if n == 3:
+                break
+        states = list(run.frames())
+        assert torch.equal(states[-1].tokens_BT, run.current_BT)
+        assert len(states) == 5
