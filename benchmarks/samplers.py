@@ -4,8 +4,8 @@
     python benchmarks/samplers.py --calibrate --samples 16     # the tables again first
     python benchmarks/samplers.py --plot docs/samplers.png
 
-A table is one measurement of every setting; choosing its best row favours luck. So what `--sampler auto` chooses for each budget is measured
-again here, with other seeds, beside the usual defaults, all in turns. The last line is one JSON object.
+A table is one measurement of every setting; choosing its best row favours luck. So what `--sampler auto` chooses for each budget is
+measured again here, with other seeds, beside the usual defaults. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -69,11 +69,7 @@ def main() -> None:
     if args.plot is not None:
         from dlm.viz.plots import fronts_plot
 
-        shown = {
-            name: [_point(row, row in found.front() or row in found.front("seconds")) for row in found.rows]
-            for name, found in tables.items()
-        }
-        fronts_plot(shown, args.plot)
+        fronts_plot({name: _points(found) for name, found in tables.items()}, args.plot)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     figures_of = {"rows": rows, "tables": {name: [asdict(row) for row in found.rows] for name, found in tables.items()}}
     print(json.dumps(card.make(figures_of, device=args.device, dtype="float32", seed=args.seed, settings=settings, data={})))
@@ -88,6 +84,11 @@ def _measured(model: Any, twin: Any, chosen: dict[str, dict[str, Any]], args: ar
     for label, options in chosen.items():
         console.print(f"{model.name}: {label}", highlight=False)
         yield label, options, next(iter(samplers.measure(generate, judge, [options], seed=args.seed)))
+
+
+def _points(found: Calibration) -> list[dict[str, Any]]:
+    best = found.front("calls") + found.front("seconds")
+    return [_point(row, row in best) for row in found.rows]
 
 
 def _point(row: Row, on_front: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chains import Choose, Given, Guess, State, ancestral_law, any_order_law, chosen_law, copies, distance, masked_noise, unmask
+from chains import Choose, Given, Guess, State, ancestral_law, any_order_law, chosen_law, copies, distance, guesses, masked_noise, unmask
 from dlm.errors import InputError
 from dlm.noise import process
 from dlm.noise.masked import MaskedNoise
@@ -141,10 +141,10 @@ LAWS: dict[str, tuple[Rule, Choose]] = {
     "factor:2": (Factor(2.0), by(top, factor(2.0))),
     "entropy-bound:0": (EntropyBudget(0.0), by(lambda p, token: -nats(p), budget(0.0))),
     "entropy-bound:1": (EntropyBudget(1.0), by(lambda p, token: -nats(p), budget(1.0))),
-    "klass:0.6,0.01": (KLStable(), stable(0.6, 0.01)),
+    "klass:0.4,0.1": (KLStable(0.4, 0.1), stable(0.4, 0.1)),
     "klass:0.6,0.3": (KLStable(0.6, 0.3), stable(0.6, 0.3)),
 }
-EXACT = ("margin", "entropy", "entropy-bound:0", "klass:0.6,0.01")  # one token a call, wherever it is: the chain rule
+EXACT = ("margin", "entropy", "entropy-bound:0")  # one token a call, wherever it is: the chain rule
 
 
 @cache
@@ -155,7 +155,7 @@ def law_of(name: str, steps: int) -> Tensor:
 @pytest.mark.parametrize("steps", [2, 3, 8])
 @pytest.mark.parametrize("name", LAWS)
 def test_every_rule_draws_its_law(name: str, steps: int) -> None:
-    assert chi_square_p(unmask(TINY, LAWS[name][0], steps), law_of(name, steps), TINY) > 1e-3
+    assert chi_square_p(unmask(TINY, LAWS[name][0], steps, rows=2500), law_of(name, steps), TINY) > 1e-3
 
 
 def test_the_laws_tell_the_rules_apart() -> None:
@@ -188,11 +188,11 @@ def state_of(tiny: Tiny, rule: Rule, z_BT: Tensor) -> tuple[Tensor, Tensor]:
     return logp_BTV, rule(step, generators(0, rows)) != z_BT
 
 
-def states(concentration: float, seeds: int = 25, length: int = 4) -> Iterator[tuple[Tiny, Tensor]]:
+def states(concentration: float, seeds: int) -> Iterator[tuple[Tiny, Tensor]]:
     """Random distributions with all their partly masked texts that can be."""
     for seed in range(seeds):
-        tiny = Tiny(3, length, seed, concentration)
-        z_BT = torch.where(tiny.patterns()[:, None], tiny.mask_id, tiny.x_ST[tiny.p_S > 1e-6]).reshape(-1, length).unique(dim=0)
+        tiny = Tiny(3, 4, seed, concentration)
+        z_BT = torch.where(tiny.patterns()[:, None], tiny.mask_id, tiny.x_ST[tiny.p_S > 1e-6]).reshape(-1, 4).unique(dim=0)
         yield tiny, z_BT[(z_BT == tiny.mask_id).any(-1)]
 
 
@@ -205,14 +205,13 @@ def joint(tiny: Tiny, z: list[int], places: list[int]) -> dict[State, float]:
     return {x: p / sum(law.values()) for x, p in law.items()}
 
 
-def one_by_one(tiny: Tiny, z: list[int], places: list[int]) -> list[int]:
+def one_by_one(guess: Callable[[State], Guess], z: list[int], places: list[int]) -> list[int]:
     """Greedy, the surest of the places first."""
     z, left = list(z), set(places)
     while left:
-        z_1T = torch.tensor([z])
-        p_TV = masked_noise(tiny).log_probs(BayesDenoiser(tiny)(z_1T), z_1T)[0].exp()
-        first = max(left, key=lambda i: float(p_TV[i].max()))
-        z[first] = int(p_TV[first].argmax())
+        mu = guess(tuple(z))
+        first = max(left, key=lambda i: max(mu[i]))
+        z[first] = mu[first].index(max(mu[first]))
         left.remove(first)
     return z
 
@@ -221,8 +220,9 @@ def one_by_one(tiny: Tiny, z: list[int], places: list[int]) -> list[int]:
 def test_greedy_drawing_within_factor_1_is_greedy_drawing_one_by_one(bound: float, holds: bool) -> None:
     """Fast-dLLM, theorem 1: with (n + 1) (1 - p_n) < 1 the product of the marginals peaks where the joint does. At 2 it need not."""
     several = wrong = 0
-    for tiny, z_BT in states(0.04):
+    for tiny, z_BT in states(0.04, 8):
         logp_BTV, chosen_BT = state_of(tiny, Factor(bound, Draw(0.0)), z_BT)
+        guess = guesses(tiny)
         for z, p_T, best, chosen_T in zip(z_BT.tolist(), logp_BTV.exp().amax(-1), logp_BTV.argmax(-1).tolist(), chosen_BT, strict=True):
             places, masked = chosen_T.nonzero().squeeze(-1).tolist(), [i for i, token in enumerate(z) if token == tiny.mask_id]
             order = sorted(1 - float(p_T[i]) for i in masked)
@@ -231,11 +231,11 @@ def test_greedy_drawing_within_factor_1_is_greedy_drawing_one_by_one(bound: floa
             assert sorted(1 - float(p_T[i]) for i in places) == order[: len(places)]
             if len(places) < 2:
                 continue
-            law, guess = joint(tiny, z, places), tuple(best[i] for i in places)
-            peaks = max(law, key=lambda x: law[x]) == guess
-            same = one_by_one(tiny, z, places) == [best[i] if i in places else token for i, token in enumerate(z)]
+            law, likeliest = joint(tiny, z, places), tuple(best[i] for i in places)
+            peaks = max(law, key=lambda x: law[x]) == likeliest
+            same = one_by_one(guess, z, places) == [best[i] if i in places else token for i, token in enumerate(z)]
             several, wrong = several + (order[len(places) - 1] > 1e-3), wrong + (not peaks or not same)
-    assert several > 50
+    assert several > 20
     assert (wrong == 0) == holds
 
 
@@ -243,7 +243,7 @@ def test_greedy_drawing_within_factor_1_is_greedy_drawing_one_by_one(bound: floa
 def test_what_is_written_at_once_says_little_of_each_other(bound: float) -> None:
     """Total correlation <= sum H - max H <= bound, and one position more would be too many."""
     several, most = 0, 0.0
-    for tiny, z_BT in states(0.1, seeds=8):
+    for tiny, z_BT in states(0.1, 4):
         logp_BTV, chosen_BT = state_of(tiny, EntropyBudget(bound), z_BT)
         for z, p_TV, chosen_T in zip(z_BT.tolist(), logp_BTV.exp().tolist(), chosen_BT, strict=True):
             places, entropies = chosen_T.nonzero().squeeze(-1).tolist(), [nats(p) for p in p_TV]
@@ -254,7 +254,7 @@ def test_what_is_written_at_once_says_little_of_each_other(bound: float) -> None
             correlation = sum(inside) - nats(list(joint(tiny, z, places).values()))
             assert correlation <= sum(inside) - max(inside) + 1e-9
             several, most = several + (len(places) > 1), max(most, correlation)
-    assert several > 20 and (most > 0.05 * bound or bound == 0)
+    assert bound == 0 or (several > 20 and most > 0.05 * bound)
 
 
 def test_stability_is_measured_from_the_last_call_of_the_same_block() -> None:
@@ -268,12 +268,12 @@ def test_stability_is_measured_from_the_last_call_of_the_same_block() -> None:
     assert [int((frame.tokens_BT != 3).sum()) for frame in frames] == [1, 4, 5, 8, 9, 12, 13, 16]
 
 
-ROWS: list[list[int | None]] = [[None] * 21, [1, None, 2, None, None, 3, 4] * 2, [3] * 12 + [None] * 4, [None, 0]]
+ROWS: list[list[int | None]] = [[None] * 13, [1, None, 2, None, None, 3] * 2, [3] * 9 + [None] * 2, [None, 0]]
 
 
 def run(word: str, rows: list[list[int | None]], seed: int = 0, **options: Any) -> list[Frame]:
     noise = MaskedNoise(6, 5)
-    sampler = DiffusionSampler(Noted(5, 8), noise, 8, choice.make(word, Draw(), noise), 12, **options)
+    sampler = DiffusionSampler(Noted(5, 8), noise, 8, choice.make(word, Draw(), noise), 6, **options)
     return list(sampler.steps(Canvas.from_rows(rows, fill=5), rng=generators(seed, len(rows))))
 
 
@@ -281,7 +281,7 @@ def run(word: str, rows: list[list[int | None]], seed: int = 0, **options: Any) 
 @pytest.mark.parametrize("word", [*choice.UNMASKING, "factor:3", "entropy-bound:2", "klass:0.3", "revoke:0.3", "remdm-cap:0.5"])
 def test_a_row_alone_is_the_row_in_a_batch(word: str, options: dict[str, int]) -> None:
     """Every row at its own pace, through windows and blocks; what was given stays, what was settled too, and no mask is left."""
-    frames, last_BT = run(word, ROWS, seed=7, **options), torch.full((4, 21), 5)
+    frames, last_BT = run(word, ROWS, seed=7, **options), torch.full((4, 13), 5)
     for i, row in enumerate(ROWS):
         alone = run(word, [row], seed=7 + i, **options)
         texts = [frame.tokens_BT[0].tolist() for frame in alone]

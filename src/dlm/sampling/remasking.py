@@ -14,7 +14,6 @@ from torch import Tensor
 from dlm.errors import InputError
 from dlm.protocols import RNG, Step
 from dlm.sampling.draw import Draw, ranked, uniform
-from dlm.sampling.rules import share
 
 KINDS = ("cap", "rescale", "conf", "loop")
 
@@ -70,8 +69,8 @@ class Remask:
         if self.kind != "loop":
             return alpha(step.t_B), alpha(step.s_B)
 
-        def held(t_B: Tensor) -> Tensor:
-            return torch.where(t_B > 2 / 3, 1 - 2.7 * (1 - t_B), torch.where(t_B < 1 / 3, 0.3 * t_B, 0.1))
+        def held(t_B: Tensor) -> Tensor:  # up to rounding: a step from third to third stands still
+            return torch.where(t_B > 2 / 3 + 1e-9, 1 - 2.7 * (1 - t_B), torch.where(t_B < 1 / 3 - 1e-9, 0.3 * t_B, 0.1))
 
         return alpha(held(step.t_B)), alpha(held(step.s_B))
 
@@ -135,8 +134,8 @@ class Planned:
         masked_BT = step.z_BT == step.noise.mask_id
         token_BT = torch.where(masked_BT, self.draw(step.logp_BTV, rng), step.z_BT)
         score_BT = _shadow_logp(step).gather(-1, token_BT[..., None]).squeeze(-1)
-        score_BT = torch.where(masked_BT, score_BT, self.eta * score_BT)
-        count_B = (step.noise.schedule.alpha(step.s_B) * step.open_BT.sum(-1)).ceil().long()
-        count_B = torch.where(step.left_B == 1, step.open_BT.sum(-1), torch.maximum(count_B, share(step)))
+        score_BT = torch.where(masked_BT, score_BT, self.eta * score_BT if self.eta else torch.inf)  # before any, also a certain one
+        count_B = (step.noise.schedule.alpha(step.s_B) * step.open_BT.sum(-1) - 1e-9).ceil().long()  # 0.3 of 10 is 3
+        count_B = torch.where(step.left_B == 1, step.open_BT.sum(-1), count_B)
         keep_BT = ranked(score_BT, step.open_BT, count_B)
         return torch.where(step.open_BT, torch.where(keep_BT, token_BT, step.noise.mask_id), step.z_BT)
