@@ -159,7 +159,7 @@ class DiffusionSampler:
                 memory.setdefault(name, value.new_full((rows, *value.shape[1:]), torch.nan))[rows_A] = value
             if self.constraint is not None and not self.revises:
                 written_AL = z_BL[rows_A].clone()
-                windows.put(written_AL, torch.arange(len(rows_A)), start_A, next_AT, move_AT)
+                windows.put(written_AL, torch.arange(len(rows_A), device=device), start_A, next_AT, move_AT)
                 keep_AL = self.constraint.agree(*text[:2], written_AL[:, :length], text[2])
                 next_AT = torch.where(windows.take(_lengthen(keep_AL, window), start_A, window), next_AT, z_AT)
             if self.revises:

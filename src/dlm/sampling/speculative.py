@@ -87,7 +87,7 @@ class SpeculativeSampler:
             logp_PTV = self.draw.shape(noise.log_probs(self.denoiser(z_PT, noise.schedule.inverse(1 - level_P)), z_PT, level_P))
             forwards += 1
             p_AKV = q_AKV.new_zeros(q_AKV.shape)
-            p_AKV[row_P, k_P] = logp_PTV[torch.arange(len(row_P)), pos_AK[row_P, k_P]].exp()
+            p_AKV[row_P, k_P] = logp_PTV[torch.arange(len(row_P), device=device), pos_AK[row_P, k_P]].exp()
             accept_AK, other_AK = self._verify(p_AKV, q_AKV.exp(), token_AK, test_AK, again_AK)
             accept_AK = accept_AK & ~entered_A[:, None] & real_AK
             taken_A = accept_AK.int().cumprod(-1).sum(-1)
