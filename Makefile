@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/dlm generate "ROMEO:" --compare mask,uniform --temperature 0.7 --steps 128 --watch
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
