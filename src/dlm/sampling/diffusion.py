@@ -109,7 +109,7 @@ class DiffusionSampler:
         level_BT = torch.full((rows, window), torch.nan, dtype=torch.float64, device=device)
         memory: dict[str, Tensor] = {}
         planned, forwards = isinstance(self.rule, PlannedRule), 0
-        reader = Reader(self.denoiser, noise.mask_id, rows, window, self.rule, self.cache, self.make_cache, self.guidance)
+        reader = Reader(self.denoiser, noise.mask_id, past_BL, self.rule, self.cache, self.make_cache, self.guidance)
 
         def frame(level_B: Tensor) -> Frame:
             adaptive = (saved_B.clone(), doubt_B.clone()) if self.until_settled else (None, None)

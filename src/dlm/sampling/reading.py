@@ -16,14 +16,16 @@ from dlm.protocols import CachePolicy, CheckingRule, Denoiser, Guidance, Rule, V
 
 
 class Reader:
-    """Keeps which token was last read where, and so what a cache still knows. InputError for what cannot go together."""
+    """Keeps which token was last read where, and so what a cache still knows. InputError for what cannot go together.
+
+    like_BT: any tensor with the rows, the window and the device of the run.
+    """
 
     def __init__(
         self,
         denoiser: Denoiser,
         mask_id: int,
-        rows: int,
-        window: int,
+        like_BT: Tensor,
         rule: Rule,
         policy: CachePolicy | None,
         make_cache: Callable[[int], Any] | None,
@@ -35,9 +37,9 @@ class Reader:
             raise InputError("a cache, guidance and a sampler that checks what it wrote cannot be combined: leave all but one away")
         if policy is not None and make_cache is None:
             raise InputError("this model has no cache for windows")
-        self.cache = make_cache(rows) if policy is not None and make_cache is not None else None
-        self.seen_BT = torch.full((rows, window), -1)
-        self.age_B, self.start_B = torch.zeros(rows, dtype=torch.long), torch.full((rows,), -1)
+        self.cache = make_cache(len(like_BT)) if policy is not None and make_cache is not None else None
+        self.seen_BT = torch.full_like(like_BT, -1, dtype=torch.long)
+        self.age_B, self.start_B = torch.zeros_like(self.seen_BT[:, 0]), self.seen_BT[:, 0].clone()
 
     def __call__(
         self,
@@ -65,8 +67,6 @@ class Reader:
     ) -> Tensor:
         assert self.policy is not None
         assert self.cache is not None
-        for name in ("seen_BT", "age_B", "start_B"):
-            setattr(self, name, getattr(self, name).to(z_AT.device))
         window, moved_A = z_AT.shape[1], rows_A[self.start_B[rows_A] != start_A]
         self.cache.clear(moved_A)
         self.seen_BT[moved_A], self.start_B[rows_A] = -1, start_A
