@@ -158,7 +158,7 @@ def test_every_rule_draws_its_law(word: str, steps: int) -> None:
 
 def test_the_test_of_the_law_can_fail() -> None:
     """Other settings and rules that take nothing back are seen."""
-    for word, other, steps in [("revoke:0.6", "revoke:0.5", 3), ("planner:1", "planner:3", 3), ("planner:3", "planner:1", 6)]:
+    for word, other, steps in [("revoke:0.6", "revoke:0.5", 3), ("planner:1", "planner:3", 3)]:
         samples = unmask(PEAKED, choice.make(word, Draw(), masked_noise(PEAKED)), steps, rows=2000)
         assert chi_square_p(samples, law_of(other, steps), PEAKED) < 1e-6
     never_S = moved_law(PEAKED, 4, partial(doubted, 0.6, 0.0))
@@ -213,7 +213,7 @@ def test_the_number_of_masks_follows_alpha(rule: Remask, word: str) -> None:
     assert back_N[-1] == 0 and back_N[1:-1].sum() > 100
 
 
-@pytest.mark.parametrize("steps", [3, 6, 9, 21])
+@pytest.mark.parametrize("steps", [3, 6, 9])
 def test_loop_takes_back_in_the_middle_third_alone(steps: int) -> None:
     """Where alpha stands still: as many tokens are taken back as masks are revealed."""
     masked_NBT = masks_of(Remask("loop", 0.5), steps, MaskedNoise(6, 5), rows=600)

@@ -78,7 +78,7 @@ def test_first_hitting_gives_the_network_the_time_at_which_a_position_is_reached
     first_BT = (tokens_NBT != 5).int().argmax(0)[:, [0, 2, 3, 5]]  # the call that writes each position
     order_B = (first_BT * masks ** torch.arange(masks)).sum(-1)
     assert (first_BT.sort(-1).values == torch.arange(masks)).all()
-    assert chi_square_of_counts(order_B.unique(return_counts=True)[1], torch.full((24,), 1 / 24)) > 1e-3
+    assert chi_square_of_counts(torch.bincount(order_B)[torch.bincount(order_B) > 0], torch.full((24,), 1 / 24)) > 1e-3
 
 
 def by(score: Callable[[list[float], int], float], extra: Callable[[list[list[float]], list[list[float]] | None], int]) -> Choose:
@@ -151,7 +151,7 @@ def law_of(name: str, steps: int) -> Tensor:
     return chosen_law(TINY, steps, LAWS[name][1], remembers=name.startswith("klass"))
 
 
-@pytest.mark.parametrize("steps", [2, 3, 8])
+@pytest.mark.parametrize("steps", [3, 8])
 @pytest.mark.parametrize("name", LAWS)
 def test_every_rule_draws_its_law(name: str, steps: int) -> None:
     assert chi_square_p(unmask(TINY, LAWS[name][0], steps, rows=2000), law_of(name, steps), TINY) > 1e-3
@@ -191,7 +191,8 @@ def states(concentration: float, seeds: int) -> Iterator[tuple[Tiny, Tensor]]:
     """Random distributions with all their partly masked texts that can be."""
     for seed in range(seeds):
         tiny = Tiny(3, 4, seed, concentration)
-        z_BT = torch.where(tiny.patterns()[:, None], tiny.mask_id, tiny.x_ST[tiny.p_S > 1e-6]).reshape(-1, 4).unique(dim=0)
+        z_BT = torch.where(tiny.patterns()[:, None], tiny.mask_id, tiny.x_ST[tiny.p_S > 1e-6]).reshape(-1, 4)
+        z_BT = torch.tensor(sorted(set(map(tuple, z_BT.tolist()))))
         yield tiny, z_BT[(z_BT == tiny.mask_id).any(-1)]
 
 
@@ -267,7 +268,7 @@ def test_stability_is_measured_from_the_last_call_of_the_same_block() -> None:
     assert [int((frame.tokens_BT != 3).sum()) for frame in frames] == [1, 4, 5, 8, 9, 12, 13, 16]
 
 
-ROWS: list[list[int | None]] = [[None] * 13, [1, None, 2, None, None, 3] * 2, [3] * 9 + [None] * 2, [None, 0]]
+ROWS: list[list[int | None]] = [[None, 0], [1, None, 2, None, None, 3] * 2, [None] * 13]  # the first is done first
 
 
 def run(word: str, rows: list[list[int | None]], seed: int = 0, **options: Any) -> list[Frame]:
@@ -280,7 +281,7 @@ def run(word: str, rows: list[list[int | None]], seed: int = 0, **options: Any) 
 @pytest.mark.parametrize("word", [*choice.UNMASKING, "factor:3", "entropy-bound:2", "klass:0.3", "revoke:0.3", "remdm-cap:0.5"])
 def test_a_row_alone_is_the_row_in_a_batch(word: str, options: dict[str, int]) -> None:
     """Every row at its own pace, through windows and blocks; what was given stays, what was settled too, and no mask is left."""
-    frames, last_BT = run(word, ROWS, seed=7, **options), torch.full((4, 13), 5)
+    frames, last_BT = run(word, ROWS, seed=7, **options), torch.full((3, 13), 5)
     for i, row in enumerate(ROWS):
         alone = run(word, [row], seed=7 + i, **options)
         texts = [frame.tokens_BT[0].tolist() for frame in alone]
@@ -331,7 +332,7 @@ def test_what_unmasks_needs_masks(word: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [{"kl": -0.1}, {"kl": float("nan")}, {"kl": float("inf")}, {"threshold": 0.0}])
-def test_bad_settings(bad: dict[str, float]) -> None:
+def test_bad_settings(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="threshold must lie in"):
         KLStable(**bad)
     with pytest.raises(InputError, match="unknown score 'luck'; known: confidence, margin, entropy"):

@@ -20,16 +20,15 @@ EXACT = ("first-hitting", "speculative")
 
 def candidates(*, window: int, causal: bool, quick: bool = False) -> list[dict[str, Any]]:
     """Settings worth a look for a masked model; the exact one first. causal: a model of block diffusion."""
-    few = [window // 16, window // 8, window // 4]
+    few, half = [window // 16, window // 8, window // 4], window // 2
     found: list[dict[str, Any]] = [{"sampler": "first-hitting"}]
     if quick:
         return [*found, *({"sampler": "topk", "steps": n} for n in few[:2])]
-    found += [{"sampler": "ancestral", "steps": n} for n in (*few, window // 2, window)]
+    found += [{"sampler": "ancestral", "steps": n} for n in (*few, half, window)]
     for word in ("topk", "margin", "entropy"):
         found += [{"sampler": word, "steps": n} for n in few]
-    for word in ("confidence:0.5", "confidence:0.9", "factor:1", "factor:4", "klass:0.6"):
-        found += [{"sampler": word, "steps": window}]
-    found += [{"sampler": f"entropy-bound:{n}", "steps": window} for n in (2, 8, 32)]
+    adaptive = ("confidence:0.5", "confidence:0.9", "factor:1", "factor:4", "klass:0.6", "entropy-bound:8", "entropy-bound:32")
+    found += [{"sampler": word, "steps": half} for word in adaptive]
     for word in ("predictor-corrector:1", "remdm-cap:0.04", "remdm-rescale:0.1", "remdm-conf:0.5", "remdm-loop:0.04"):
         found += [{"sampler": word, "steps": n} for n in few[1:]]
     if causal:
@@ -38,7 +37,7 @@ def candidates(*, window: int, causal: bool, quick: bool = False) -> list[dict[s
     found += [{"sampler": f"speculative:{n}"} for n in (2, 4, 8, 16)]
     found += [{"sampler": "speculative:8,0.5"}]
     for cache in ("prefix", "dual", "delayed:8", "drift:0.2"):
-        found += [{"sampler": word, "steps": n, "cache": cache, "block_length": window // 4} for word in ("ancestral",) for n in few[1:]]
+        found += [{"sampler": "ancestral", "steps": n, "cache": cache, "block_length": window // 4} for n in (few[2], half)]
     return found
 
 

@@ -235,7 +235,8 @@ class Transformer(nn.Module):
         With a KVCache, z continues what it holds, and valid_BT covers cached and new positions; with a WindowCache, pos_BQ are the
         slots of its window that z overwrites.
         pattern `clean`: z is [noisy | clean] (B, 2T) and every noisy block reads the clean blocks before it; logits of the noisy half.
-        pattern `shadow`: z is [text | masks] (B, 2T) and a mask guesses its position without seeing the text there; logits of both.
+        pattern `shadow`: z is [text | masks] (B, 2T) and a mask guesses its position without seeing the text there (but for
+        what deeper layers of other positions have read of it); logits of both.
         block_length: of block-causal attention, another one than the network's own.
         """
         x_BQD = self.embed(z_BQ)

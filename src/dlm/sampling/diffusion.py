@@ -144,7 +144,8 @@ class DiffusionSampler:
             t_A, s_A = grid[clock_A.clamp(max=steps - 1)], grid[(clock_A + 1).clamp(max=steps)]
             if planned:  # a rule without a grid says at which alpha each position moves
                 alpha_A = level_BT[rows_A].masked_fill(~move_AT, -1).amax(-1)
-                t_A = torch.where(alpha_A >= 0, noise.schedule.inverse(last + alpha_A.clamp(min=0) * (1 - last)), t_A)
+                reached_A = noise.schedule.inverse(last + alpha_A.clamp(min=0) * (1 - last))
+                t_A, s_A = (torch.where(alpha_A >= 0, reached_A, x_A) for x_A in (t_A, s_A))
             logits_ATV, shadow_ATV = reader(rows_A, start_A, z_AT, hole_AT, open_AT, given_AT, entered_A, t_A)
             logp_ATV = noise.log_probs(logits_ATV, z_AT, t_A)
             forwards += 1
@@ -169,7 +170,10 @@ class DiffusionSampler:
                     still_B[rows_A] = (still_B[rows_A] + 1) * quiet_A
                     early_A = (still_B[rows_A] >= self.until_settled) & ~settled_A & ((next_AT != noise.mask_id) | ~open_AT).all(-1)
                     if bool(early_A.any()):
-                        sure_ATV = noise.denoised(logp_ATV, z_AT, t_A) if shadow_ATV is None else shadow_ATV.log_softmax(-1)
+                        hidden_AT = torch.full_like(z_AT, noise.mask_id)
+                        sure_ATV = (
+                            noise.denoised(logp_ATV, z_AT, t_A) if shadow_ATV is None else noise.log_probs(shadow_ATV, hidden_AT, t_A)
+                        )
                         stays_AT = sure_ATV.exp().gather(-1, next_AT[..., None]).squeeze(-1)
                         doubt_B[rows_A] += torch.where(open_AT & early_A[:, None], 1 - stays_AT.double(), 0.0).sum(-1)
                         saved_B[rows_A] += (steps - clock_A - 1) * early_A
