@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from dlm.errors import InputError
+from dlm.protocols import Constraint
+from dlm.sampling import windows
 
 DEAD, START = 0, 1
 CHUNK = 64
@@ -307,3 +309,29 @@ def both(*constraints: AllowedTokens | Pattern) -> AllowedTokens | Pattern:
     if not constraints:
         raise InputError("nothing to combine: give at least one constraint")
     return reduce(join, constraints)
+
+
+class Held:
+    """A constraint of whole texts, as the windows of one run see it. valid_BL: False at padding."""
+
+    def __init__(self, constraint: Constraint, valid_BL: Tensor, window: int) -> None:
+        self.constraint, self.valid_BL, self.window = constraint, valid_BL, window
+
+    def narrow(self, logp_ATV: Tensor, z_AL: Tensor, hole_AL: Tensor, rows_A: Tensor, start_A: Tensor) -> Tensor:
+        """The guesses without the tokens that nothing could follow, normalised."""
+        self.text, self.start_A = (z_AL, hole_AL, self.valid_BL[rows_A]), start_A
+        allowed_ATV = self._window(self.constraint.allowed(*self.text))
+        return logp_ATV.masked_fill(~allowed_ATV, -torch.inf).log_softmax(-1)
+
+    def keep(self, next_AT: Tensor, z_AT: Tensor, move_AT: Tensor) -> Tensor:
+        """Of the tokens that a rule wrote, those that can stand together."""
+        z_AL, hole_AL, valid_AL = self.text
+        written_AL = torch.cat([z_AL, z_AL.new_zeros(len(z_AL), self.window)], 1)
+        windows.put(written_AL, torch.arange(len(z_AL), device=z_AL.device), self.start_A, next_AT, move_AT)
+        keep_AL = self.constraint.agree(z_AL, hole_AL, written_AL[:, : z_AL.shape[1]], valid_AL)
+        return torch.where(self._window(keep_AL), next_AT, z_AT)
+
+    def _window(self, x_AL: Tensor) -> Tensor:
+        """Past the end nothing is forbidden."""
+        past_AL = x_AL.new_ones(len(x_AL), self.window, *x_AL.shape[2:])
+        return windows.take(torch.cat([x_AL, past_AL], 1), self.start_A, self.window)

@@ -18,9 +18,11 @@ from dlm.errors import InputError
 from dlm.noise.masked import MaskedNoise
 from dlm.protocols import RNG, CachePolicy, Constraint, Denoiser, Guidance, NoiseProcess, PlannedRule, Rule, Step
 from dlm.sampling import windows
+from dlm.sampling.constraint import Held
 from dlm.sampling.draw import uniform
 from dlm.sampling.reading import Reader
 from dlm.sampling.rules import Ancestral
+from dlm.sampling.stopping import Stopping
 from dlm.trajectory import Canvas, Frame
 
 
@@ -103,16 +105,17 @@ class DiffusionSampler:
         # the chain starts with everything masked: where the schedule ends above 0, what it would have kept is not there
         alphas_N = ((alphas_N - last) / (1 - last))[1:]
         place_B = torch.full((rows,), -1, device=device)
-        clock_B, still_B, saved_B = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
-        doubt_B = torch.zeros(rows, dtype=torch.float64, device=device)
+        clock_B = torch.zeros(rows, dtype=torch.long, device=device)
         due_BT = torch.zeros(rows, window, dtype=torch.long, device=device)
         level_BT = torch.full((rows, window), torch.nan, dtype=torch.float64, device=device)
         memory: dict[str, Tensor] = {}
         planned, forwards = isinstance(self.rule, PlannedRule), 0
         reader = Reader(self.denoiser, noise.mask_id, past_BL, self.rule, self.cache, self.make_cache, self.guidance)
+        stopping = Stopping(self.until_settled, rows, device)
+        held = Held(self.constraint, canvas.valid_BT, window) if self.constraint is not None else None
 
         def frame(level_B: Tensor) -> Frame:
-            adaptive = (saved_B.clone(), doubt_B.clone()) if self.until_settled else (None, None)
+            adaptive = (stopping.saved_B.clone(), stopping.doubt_B.clone()) if self.until_settled else (None, None)
             tokens_BL = torch.where(canvas.valid_BT, z_BL[:, :length], canvas.tokens_BT)  # padding is no text
             return Frame(tokens_BL, ~open_BL[:, :length], level_B, self.model, forwards, *adaptive)
 
@@ -127,7 +130,8 @@ class DiffusionSampler:
             open_AT, block_A = windows.block(hole_AT, self.block_length)
             place_A = start_A + block_A
             entered_A = place_A != place_B[rows_A]  # rows that begin a window or a block
-            place_B[rows_A], clock_B[rows_A[entered_A]], still_B[rows_A[entered_A]] = place_A, 0, 0
+            place_B[rows_A], clock_B[rows_A[entered_A]] = place_A, 0
+            stopping.begin(rows_A[entered_A])
             for kept in memory.values():
                 kept[rows_A[entered_A]] = torch.nan
             if isinstance(self.rule, PlannedRule):
@@ -149,36 +153,17 @@ class DiffusionSampler:
             logits_ATV, shadow_ATV = reader(rows_A, start_A, z_AT, hole_AT, open_AT, given_AT, entered_A, t_A)
             logp_ATV = noise.log_probs(logits_ATV, z_AT, t_A)
             forwards += 1
-            if self.constraint is not None:
-                text = z_BL[rows_A, :length], open_BL[rows_A, :length], canvas.valid_BT[rows_A]
-                allowed_ATV = windows.take(_lengthen(self.constraint.allowed(*text), window), start_A, window)
-                logp_ATV = logp_ATV.masked_fill(~allowed_ATV, -torch.inf).log_softmax(-1)
+            if held is not None:
+                logp_ATV = held.narrow(logp_ATV, z_BL[rows_A, :length], open_BL[rows_A, :length], rows_A, start_A)
             left_A, kept_A = (steps - clock_A).clamp(min=1), {name: value[rows_A] for name, value in memory.items()}
             step = Step(z_AT, move_AT, logp_ATV, t_A, s_A, left_A, steps, noise, kept_A, shadow_ATV)
             next_AT = self.rule(step, rng_A)
             for name, value in step.memory.items():
                 memory.setdefault(name, value.new_full((rows, *value.shape[1:]), torch.nan))[rows_A] = value
-            if self.constraint is not None and not self.revises:
-                written_AL = z_BL[rows_A].clone()
-                windows.put(written_AL, torch.arange(len(rows_A), device=device), start_A, next_AT, move_AT)
-                keep_AL = self.constraint.agree(*text[:2], written_AL[:, :length], text[2])
-                next_AT = torch.where(windows.take(_lengthen(keep_AL, window), start_A, window), next_AT, z_AT)
+            if held is not None and not self.revises:
+                next_AT = held.keep(next_AT, z_AT, move_AT)
             if self.revises:
-                settled_A = clock_A + 1 == steps
-                if self.until_settled:
-                    quiet_A = ((next_AT == z_AT) | ~open_AT).all(-1)
-                    still_B[rows_A] = (still_B[rows_A] + 1) * quiet_A
-                    early_A = (still_B[rows_A] >= self.until_settled) & ~settled_A & ((next_AT != noise.mask_id) | ~open_AT).all(-1)
-                    if bool(early_A.any()):
-                        hidden_AT = torch.full_like(z_AT, noise.mask_id)
-                        sure_ATV = (
-                            noise.denoised(logp_ATV, z_AT, t_A) if shadow_ATV is None else noise.log_probs(shadow_ATV, hidden_AT, t_A)
-                        )
-                        stays_AT = sure_ATV.exp().gather(-1, next_AT[..., None]).squeeze(-1)
-                        doubt_B[rows_A] += torch.where(open_AT & early_A[:, None], 1 - stays_AT.double(), 0.0).sum(-1)
-                        saved_B[rows_A] += (steps - clock_A - 1) * early_A
-                        settled_A = settled_A | early_A
-                written_AT, done_AT = move_AT, open_AT & settled_A[:, None]
+                written_AT, done_AT = move_AT, open_AT & stopping(rows_A, step, next_AT, open_AT)[:, None]
             else:
                 written_AT = done_AT = move_AT & (next_AT != noise.mask_id)
             windows.put(z_BL, rows_A, start_A, next_AT, written_AT)
@@ -187,8 +172,3 @@ class DiffusionSampler:
             level_B = torch.zeros(rows, dtype=torch.float64, device=device)
             level_B[rows_A] = s_A * open_BL[rows_A].any(-1)
             yield frame(level_B)
-
-
-def _lengthen(x_BL: Tensor, window: int) -> Tensor:
-    """A window more of ones past the end."""
-    return torch.cat([x_BL, x_BL.new_ones(len(x_BL), window, *x_BL.shape[2:])], 1)

@@ -134,10 +134,10 @@ class ChangeWorst:
         mu_BTV = step.logp_BTV.exp()
         gain_BT = mu_BTV.max(-1).values - mu_BTV.gather(-1, step.z_BT[..., None]).squeeze(-1)
         count_B = (self.edits * step.open_BT.sum(-1) / step.steps).ceil().long()
-        # a mask is never text, so what is still masked at the end must go whatever it gains
-        masked_BT = step.open_BT & (step.z_BT == step.noise.mask_id)
-        count_B = torch.where(step.left_B == 1, torch.maximum(count_B, masked_BT.sum(-1)), count_B)
-        worst_BT = ranked(gain_BT + masked_BT, step.open_BT & ((gain_BT > 0) | masked_BT), count_B)
+        # a mask, or what a constraint forbids, is never text: at the end it must go whatever it gains
+        never_BT = step.open_BT & (mu_BTV.gather(-1, step.z_BT[..., None]).squeeze(-1) == 0)
+        count_B = torch.where(step.left_B == 1, torch.maximum(count_B, never_BT.sum(-1)), count_B)
+        worst_BT = ranked(gain_BT + never_BT, step.open_BT & ((gain_BT > 0) | never_BT), count_B)
         return torch.where(worst_BT, self.draw(step.logp_BTV, rng), step.z_BT)
 
 
