@@ -230,6 +230,12 @@ SAMPLERS: list[tuple[str, dict[str, Any]]] = [
     ("hybrid", {"sampler": "predictor-corrector", "steps": 6, "top_p": 0.9}),
     ("hybrid", {"sampler": "worst", "steps": 6}),
     ("semantic", {"sampler": "entropy-bound:2", "steps": 6}),
+    ("masked", {"sampler": "speculative:3"}),
+    ("masked", {"sampler": "klass:0.2", "steps": 6, "cache": "dual", "block_length": 4}),
+    ("masked", {"sampler": "remdm-conf:0.5", "steps": 8}),
+    ("masked", {"sampler": "revoke:0.3", "steps": 8}),
+    ("masked", {"sampler": "ancestral", "steps": 6, "guidance": 2.0}),
+    ("masked", {"sampler": "topk", "steps": 6, "allow": "abc "}),
     ("autoregressive", {}),
     ("autoregressive", {"cache": False, "top_p": 0.8}),
 ]
@@ -252,7 +258,7 @@ def test_a_prompt_is_answered_the_same_alone_and_among_others(kind: str, options
 
 @pytest.mark.parametrize("attention", ["full", "block_causal", "causal"])
 def test_a_diffuser_of_any_pattern_answers_the_same(attention: str) -> None:
-    made = model("masked", **PATTERNS[attention])
+    made = model("masked", context=4, **PATTERNS[attention])
     together = made.generate(PROMPTS, seed=2, max_new_tokens=18, steps=5)
     assert [g.text for g in together] == [made.generate(p, seed=2 + i, max_new_tokens=18, steps=5).text for i, p in enumerate(PROMPTS)]
 
