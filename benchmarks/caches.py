@@ -1,7 +1,7 @@
 """Caches for bidirectional models: what each saves, and how far its text and its guesses drift from the uncached run.
 
     python benchmarks/caches.py                       # shakespeare-mask, and the models of 1,024 and 4,096 characters if they are there
-    python benchmarks/caches.py --device cuda --samples 64
+    python benchmarks/caches.py --device cuda --characters 65536
 
 The wider models are trained on top of shakespeare-mask (see --train). Every policy decodes the same canvases by `topk` with the same
 random numbers, so that any token that differs is the cache's doing. Policies take turns. The last line is one JSON object.
@@ -44,15 +44,15 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/caches"), help="where the wider models are")
     parser.add_argument("--train", action="store_true", help="train those that are missing")
     parser.add_argument("--twin", default="shakespeare-ar")
-    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--characters", type=int, default=4096, help="of all texts of a window together")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--per-step", type=int, default=4, help="tokens written in a call")
+    parser.add_argument("--per-step", type=int, default=16, help="tokens written in a call")
     parser.add_argument("--block-length", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="one window, one text, few steps: does it run?")
     args = parser.parse_args()
     if args.quick:
-        args.windows, args.samples, args.per_step = [256], 2, 32
+        args.windows, args.characters, args.per_step = [256], 512, 32
     console, twin = Console(stderr=True), dlm.load(args.twin, device=args.device)
     table = Table("window", "cache", "seconds", "speed-up", "tokens that differ", "bits/char under twin", "distinct-4", box=None)
     rows: list[dict[str, Any]] = []
@@ -64,6 +64,7 @@ def main() -> None:
             console.print(f"no model of {window} characters in {path}: --train makes it", highlight=False)
             continue
         model = dlm.load("shakespeare-mask" if window == 256 else str(path), device=args.device)
+        samples = max(1, args.characters // window)
         seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
         texts: dict[str, torch.Tensor] = {}
         options = {"steps": window // args.per_step, "block_length": args.block_length, "sampler": "topk", "temperature": 1.0}
@@ -72,8 +73,8 @@ def main() -> None:
                 console.print(f"window {window}, {policy}, repeat {repeat + 1}", highlight=False)
                 clock = time.perf_counter()
                 cache = True if policy == "uncached" else policy
-                made = model.generate([""] * args.samples, length=window, seed=0, cache=cache, **options)
-                seconds[policy].append((time.perf_counter() - clock) / args.samples)
+                made = model.generate([""] * samples, length=window, seed=0, cache=cache, **options)
+                seconds[policy].append((time.perf_counter() - clock) / samples)
                 texts[policy] = made[0].trajectory.current_BT
         base = statistics.median(seconds["uncached"])
         for policy in POLICIES:
