@@ -5,7 +5,7 @@
     python benchmarks/samplers.py --plot docs/samplers.png
 
 A table is one measurement of every setting; choosing its best row favours luck. So what `--sampler auto` chooses for each budget is
-measured again here, with other seeds, beside the usual defaults. The last line is one JSON object.
+measured again here, with other seeds, beside the usual defaults and the autoregressive twin. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ USUAL: dict[str, dict[str, Any]] = {
 }
 
 
+TWIN: dict[str, dict[str, Any]] = {
+    "autoregressive, cache": {"sampler": "autoregressive"},
+    "autoregressive, no cache": {"sampler": "autoregressive", "cache": False},
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["shakespeare-mask"])
@@ -53,6 +59,7 @@ def main() -> None:
     console, twin, rows = Console(stderr=True), dlm.load(args.twin, device=args.device), []
     table = Table("model", "setting", "chosen", "calls", "seconds", "bits/char", "entropy", "distinct-4", box=None)
     tables: dict[str, Calibration] = {}
+    runs: list[tuple[Any, str, dict[str, Any]]] = []
     for name in args.models:
         if args.calibrate:
             words = ["calibrate", name, "--judge", args.twin, "--samples", str(args.samples), "--device", args.device]
@@ -60,11 +67,15 @@ def main() -> None:
         model = dlm.load(name, device=args.device)
         tables[name] = model.calibration()
         chosen = {f"auto, {budget}": tables[name].choose(budget).options for budget in args.budgets}
-        for label, options, row in _measured(model, twin, chosen | usual, args, console):
-            rows.append({"model": name, "setting": label} | asdict(row))
-            words = " ".join(str(value) for value in options.values()) if label in chosen else ""
-            figures = f"{row.calls:.0f}", f"{row.seconds:.2f}", f"{row.bits:.2f} +- {row.bits_stderr:.2f}", f"{row.entropy:.2f}"
-            table.add_row(name, label, words, *figures, f"{row.distinct_4:.2f}")
+        runs += [(model, label, options) for label, options in (chosen | usual).items()]
+    runs += [(twin, label, options) for label, options in ({} if args.quick else TWIN).items()]
+    for model, label, options in runs:
+        console.print(f"{model.name}: {label}", highlight=False)
+        row = _measured(model, twin, options, args)
+        rows.append({"model": model.name, "setting": label} | asdict(row))
+        words = " ".join(str(value) for value in options.values()) if label.startswith("auto,") else ""
+        figures = f"{row.calls:.0f}", f"{row.seconds:.2f}", f"{row.bits:.2f} +- {row.bits_stderr:.2f}", f"{row.entropy:.2f}"
+        table.add_row(model.name, label, words, *figures, f"{row.distinct_4:.2f}")
     Console().print(table)
     if args.plot is not None:
         from dlm.viz.plots import fronts_plot
@@ -75,15 +86,12 @@ def main() -> None:
     print(json.dumps(card.make(figures_of, device=args.device, dtype="float32", seed=args.seed, settings=settings, data={})))
 
 
-def _measured(model: Any, twin: Any, chosen: dict[str, dict[str, Any]], args: argparse.Namespace, console: Console) -> Any:
+def _measured(model: Any, twin: Any, options: dict[str, Any], args: argparse.Namespace) -> Row:
     def generate(options: dict[str, Any], seed: int) -> tuple[Any, float, float]:
         results = model.generate([""] * args.samples, length=model.window, seed=seed, temperature=1.0, **options)
         return results[0].trajectory.current_BT, results[0].forwards, results[0].seconds
 
-    judge = samplers.judged(twin.noise, twin.predict, args.device)
-    for label, options in chosen.items():
-        console.print(f"{model.name}: {label}", highlight=False)
-        yield label, options, next(iter(samplers.measure(generate, judge, [options], seed=args.seed)))
+    return next(iter(samplers.measure(generate, samplers.judged(twin.noise, twin.predict, args.device), [options], seed=args.seed)))
 
 
 def _points(found: Calibration) -> list[dict[str, Any]]:

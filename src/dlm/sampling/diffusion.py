@@ -150,7 +150,10 @@ class DiffusionSampler:
                 alpha_A = level_BT[rows_A].masked_fill(~move_AT, -1).amax(-1)
                 reached_A = noise.schedule.inverse(last + alpha_A.clamp(min=0) * (1 - last))
                 t_A, s_A = (torch.where(alpha_A >= 0, reached_A, x_A) for x_A in (t_A, s_A))
-            logits_ATV, shadow_ATV = reader(rows_A, start_A, z_AT, hole_AT, open_AT, given_AT, entered_A, t_A)
+            seen_A = t_A
+            if self.block_length:  # the network knows the noise of a window, not of a block
+                seen_A = noise.schedule.inverse(last + (z_AT != noise.mask_id).double().mean(-1) * (1 - last))
+            logits_ATV, shadow_ATV = reader(rows_A, start_A, z_AT, hole_AT, open_AT, given_AT, entered_A, seen_A)
             logp_ATV = noise.log_probs(logits_ATV, z_AT, t_A)
             forwards += 1
             if held is not None:
