@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -209,3 +210,18 @@ def test_a_character_that_a_subword_vocabulary_would_drop_is_told() -> None:
     assert tokenizer.encode("hi") == [2]
     with pytest.raises(InputError, match=r"U\+00E9"):
         tokenizer.encode("hi\u00e9")
+
+
+def test_bpe_is_learned_from_the_text() -> None:
+    text = "the cat and the hat and the bat\n" * 30
+    made = Tokenizer.make("bpe:17", text)
+    assert made.vocab_size == 17
+    assert made.decode(made.encode("the hat and the cat\n")) == "the hat and the cat\n"
+    assert len(made.encode(text)) < len(text) / 2
+    assert np.array_equal(made.encode_corpus([text]), made.encode(text))
+    with pytest.raises(InputError, match="no token"):
+        made.encode("xyz")
+    with pytest.raises(InputError, match="merge"):
+        Tokenizer.make("bpe:10", text)
+    with pytest.raises(InputError, match="more text"):
+        Tokenizer.make("bpe:5000", text)

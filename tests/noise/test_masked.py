@@ -193,3 +193,16 @@ def test_a_row_with_nothing_to_predict_costs_nothing() -> None:
     free_BT = torch.tensor([[True] * 3, [False] * 3])
     nats = loss.any_order(noise_of(tiny, "linear"), BayesDenoiser(tiny), tiny.x_ST[:2], free_BT, torch.Generator().manual_seed(0))
     assert nats[0] > 0 and nats[1] == 0
+
+
+def test_nll_at_masks_alone_is_the_cross_entropy_and_has_its_gradient() -> None:
+    noise, rng = MaskedNoise(6, 2), torch.Generator().manual_seed(0)
+    logits_BTV = torch.randn(4, 7, 6, generator=rng, dtype=torch.float64, requires_grad=True)
+    x_BT = torch.tensor([0, 1, 3, 4, 5])[torch.randint(5, (4, 7), generator=rng)]
+    z_BT = torch.where(torch.rand(4, 7, generator=rng) < 0.5, 2, x_BT)
+    slow_BT = noise.cross_entropy(noise.log_probs(logits_BTV, z_BT), x_BT, z_BT)
+    quick_BT = noise.nll(logits_BTV, x_BT, z_BT)
+    assert torch.allclose(quick_BT, slow_BT, atol=1e-12) and bool((quick_BT[z_BT != 2] == 0).all())
+    slow, quick = (torch.autograd.grad(nll_BT.sum(), logits_BTV)[0] for nll_BT in (slow_BT, quick_BT))
+    assert torch.allclose(quick, slow, atol=1e-12)
+    assert bool((noise.nll(logits_BTV, x_BT, x_BT) == 0).all())

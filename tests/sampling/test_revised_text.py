@@ -202,7 +202,7 @@ def test_words_become_rules() -> None:
             "'topk' needs masked noise; this model has replacement noise and can use: ancestral, pred",
         ),
         ("confidence:0.7", "hybrid", "'confidence' needs masked noise"),
-        ("refine", "masked", "'refine' needs replacement noise; this model has masked noise and can use: ancestral, first-hitting, topk, margin"),
+        ("refine", "masked", "'refine' needs replacement noise; this model has masked noise and can use: ancestral, first-hitting"),
         ("worst:2", "masked", "'worst' needs replacement noise"),
         ("magic", "masked", "'magic' is unknown; .* can use: ancestral, first-hitting, topk, .*planner, speculative"),
         ("magic:3", "semantic", "'magic' is unknown; .* can use: ancestral, predictor-corrector, refine, entropy-bound, worst"),
