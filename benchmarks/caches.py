@@ -27,7 +27,7 @@ from dlm.evaluate import card, generative
 from dlm.train.loop import train
 
 POLICIES = ("uncached", "prefix", "dual", "delayed:8", "drift:0.2")
-WIDE = {1024: {"batch": 4, "steps": 100}, 4096: {"batch": 1, "steps": 60}}
+WIDE = {1024: {"batch": 4, "steps": 60}, 4096: {"batch": 1, "steps": 30}}
 
 
 def wider(window: int, out: Path, console: Console) -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--twin", default="shakespeare-ar")
     parser.add_argument("--characters", type=int, default=4096, help="of all texts of a window together")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--per-step", type=int, default=16, help="tokens written in a call")
+    parser.add_argument("--per-step", type=int, default=32, help="tokens written in a call")
     parser.add_argument("--block-length", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="one window, one text, few steps: does it run?")
