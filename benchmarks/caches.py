@@ -10,7 +10,6 @@ random numbers, so that any token that differs is the cache's doing. Policies ta
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from dataclasses import replace
@@ -89,7 +88,7 @@ def main() -> None:
             table.add_row(str(window), policy, *figures, f"{row['distinct_4']:.2f}")
     Console().print(table)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    print(json.dumps(card.make({"rows": rows}, device=args.device, dtype="float32", seed=0, settings=settings, data={})))
+    print(card.dumps(card.make({"rows": rows}, device=args.device, dtype="float32", seed=0, settings=settings, data={})))
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def main() -> None:
     show(found, args)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "plot", "train_only", "device", "quick")}
     data = {"source": recipes.SHAKESPEARE, "split": "val"}
-    print(json.dumps(card.make(found, device=args.device, dtype="float32", seed=0, settings=settings, data=data)))
+    print(card.dumps(card.make(found, device=args.device, dtype="float32", seed=0, settings=settings, data=data)))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def main() -> None:
             figures = f"{row['calls']:,}", f"{row['seconds']:.1f}", f"{length / row['seconds']:,.0f}", f"{row['mib']:.1f}"
             table.add_row(method, f"{length:,}", *figures)
     Console().print(table)
-    print(json.dumps(card.make({"rows": rows}, device="cpu", dtype="float32", seed=0, settings=vars(args), data={})))
+    print(card.dumps(card.make({"rows": rows}, device="cpu", dtype="float32", seed=0, settings=vars(args), data={})))
 
 
 if __name__ == "__main__":

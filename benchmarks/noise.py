@@ -181,7 +181,7 @@ def main() -> None:
     rows = {"samplers": samplers, "steps": steps, "stopping": stopping}[args.part](bench)
     settings = {"part": args.part, "samples": args.samples, "steps": args.steps}
     figures = {"rows": rows, "real_text": bench.real}
-    print(json.dumps(card.make(figures, device=args.device, dtype="float32", seed=0, settings=settings, data={})))
+    print(card.dumps(card.make(figures, device=args.device, dtype="float32", seed=0, settings=settings, data={})))
 
 
 if __name__ == "__main__":

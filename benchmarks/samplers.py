@@ -11,7 +11,6 @@ measured again here, with other seeds, beside the usual defaults and the autoreg
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from dataclasses import asdict
@@ -83,7 +82,7 @@ def main() -> None:
         fronts_plot({name: _points(found) for name, found in tables.items()}, args.plot)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     figures_of = {"rows": rows, "tables": {name: [asdict(row) for row in found.rows] for name, found in tables.items()}}
-    print(json.dumps(card.make(figures_of, device=args.device, dtype="float32", seed=args.seed, settings=settings, data={})))
+    print(card.dumps(card.make(figures_of, device=args.device, dtype="float32", seed=args.seed, settings=settings, data={})))
 
 
 def _measured(model: Any, twin: Any, options: dict[str, Any], args: argparse.Namespace) -> Row:

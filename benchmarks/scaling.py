@@ -73,7 +73,7 @@ def main() -> None:
         table.add_row(size, f"{mine[0]['parameters']:,}", str(mine[0]["steps"]), *cells, gap)
     Console().print(table)
     settings = {"compute": args.compute, "batch": args.batch, "passes": args.passes}
-    print(json.dumps(card.make({"rows": rows}, device="cpu", dtype="float32", seed=0, settings=settings, data={"source": base.data})))
+    print(card.dumps(card.make({"rows": rows}, device="cpu", dtype="float32", seed=0, settings=settings, data={"source": base.data})))
 
 
 def _done(out: Path, steps: int) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 
 import torch
@@ -70,7 +69,7 @@ def main() -> None:
     Console().print(table)
     print("bits per character under the twin; the difference is paired by text")
     settings = vars(args) | {"near": NEAR}
-    print(json.dumps(card.make({"rows": rows}, device="cpu", dtype="float32", seed=0, settings=settings, data={})))
+    print(card.dumps(card.make({"rows": rows}, device="cpu", dtype="float32", seed=0, settings=settings, data={})))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from conftest import Dlm, make_model
 from dlm.errors import InputError
-from dlm.language_model import LanguageModel, load
+from dlm.language_model import load
 from dlm.sampling.choice import SPECULATIVE, UNMASKING
+from dlm.sampling.constraint import AllowedTokens
+from dlm.sampling.diffusion import DiffusionSampler
+from dlm.sampling.draw import generators
+from dlm.sampling.guidance import Classifier
 
 
 @pytest.fixture
@@ -50,12 +55,7 @@ def test_caches(dlm: Dlm, masked: str, cache: str) -> None:
 
 def test_block_diffusion_with_and_without_its_cache(blocked: str) -> None:
     model = load(blocked)
-    for length in (None, 1, 4, 16, 32):
-        context = model if length != 16 and length != 32 else LanguageModel(model.network, model.config, model.tokenizer)
-        if length in (16, 32):  # a context of 8 is no multiple of these
-            with pytest.raises(InputError, match="multiple"):
-                context.generate("Ab", length=70, block_length=length)
-            continue
+    for length in (None, 1, 4, 16, 32):  # the context of 8 is cut down to whole blocks
         cached = model.generate("Ab", length=70, steps=16, block_length=length)
         plain = model.generate("Ab", length=70, steps=16, block_length=length, cache=False)
         assert cached.text == plain.text
@@ -108,7 +108,11 @@ def test_calibrate_then_auto(dlm: Dlm, masked: str, twin: str) -> None:
     assert all(row["seconds"] > 0 and row["calls"] > 0 and row["bits"] > 1 for row in rows)
     code, out, err = dlm("generate", "--model", masked, "--sampler", "auto", "--budget", "calls:32", "--json")
     assert code == 0, err
-    assert json.loads(out.splitlines()[-1])["forwards"] <= 32
+    record = json.loads(out.splitlines()[-1])
+    assert record["forwards"] <= 32
+    assert record["sampler"] in ("topk", "first-hitting")  # what was chosen, not that something was
+    code, out, err = dlm("generate", "--model", masked, "--sampler", "auto", "--budget", "calls:32", "--allow", "abc", "--length", "20")
+    assert (code, set(out) <= set("abc\n")) == (0, True), err
     assert "calls" in dlm.told("generate", "--model", masked, "--sampler", "auto", "--budget", "calls:1")
     assert "budget" in dlm.told("generate", "--model", masked, "--sampler", "auto", "--budget", "much")
     assert "budget" in dlm.told("generate", "--model", masked, "--budget", "calls:3")
@@ -137,6 +141,11 @@ BAD: list[tuple[str, str, str]] = [
     ("masked", "--sampler remdm-cap:2", "eta"),
     ("masked", "--sampler margin:2", "setting"),
     ("blocked", "--cache dual", "exact cache"),
+    ("blocked", "--sampler revoke", "bidirectional"),
+    ("blocked", "--sampler planner --cache none", "bidirectional"),
+    ("blocked", "--guidance 2", "guidance needs"),
+    ("masked", "--sampler auto --cache none", "leave them away"),
+    ("twin", "--sampler auto", "no masked diffusion model"),
     ("blocked", "--suffix end", "suffix"),
     ("blocked", "--template a_______________________________________________________________z", "suffix"),
     ("blocked", "--sampler speculative", "bidirectional"),
@@ -172,6 +181,12 @@ def test_bad_training_gets_one_line(dlm: Dlm, text_file: Path, settings: str, sa
 
 def test_bad_measurements_get_one_line(dlm: Dlm, text_file: Path, masked: str, blocked: str, twin: str) -> None:
     assert "block diffusion" in dlm.told("eval", masked, "--data", str(text_file), "--block-lengths", "4")
+    assert "unknown estimator" in dlm.told("eval", masked, "--data", str(text_file), "--estimator", "autoregressive")
+    assert "its own" in dlm.told("eval", blocked, "--data", str(text_file), "--estimator", "continuous")
+    assert "--card" in dlm.told("eval", blocked, "--data", str(text_file), "--block-lengths", "1,4", "--card", "c.json")
+    assert "block diffusion" in dlm.told("curse", blocked, "--data", str(text_file))
+    assert "one step" in dlm.told("curse", masked, "--data", str(text_file), "--sampler", "speculative")
+    assert "--out" in dlm.told("calibrate", masked, "--judge", twin, "--out", "nowhere")
     assert "divide" in dlm.told("eval", blocked, "--data", str(text_file), "--block-lengths", "5")
     assert "whole numbers" in dlm.told("eval", blocked, "--data", str(text_file), "--block-lengths", "4,x")
     assert "autoregressive" in dlm.told("calibrate", masked, "--judge", masked, "--quick")
@@ -191,3 +206,42 @@ def test_stopping_between_frames_leaves_a_whole_run(masked: str) -> None:
         states = list(run.frames())
         assert torch.equal(states[-1].tokens_BT, run.current_BT)
         assert len(states) == 5
+
+
+def test_one_window_gives_json_that_everybody_reads(dlm: Dlm, text_file: Path, masked: str) -> None:
+    code, out, err = dlm("eval", masked, "--data", str(text_file), "--max-windows", "1", "--card", "card.json", "--json")
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1], parse_constant=pytest.fail)["stderr_data"] is None
+    assert json.loads(Path("card.json").read_text(), parse_constant=pytest.fail)["figures"]["stderr_data"] is None
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "predictor-corrector", "refine", "worst", "entropy-bound:2"])
+@pytest.mark.parametrize("until_settled", [0, 1, 4])
+def test_what_may_not_be_written_never_is_under_replacement_noise(sampler: str, until_settled: int) -> None:
+    model = make_model(noise={"process": "uniform", "schedule": "linear"})
+    options: dict[str, Any] = {"sampler": sampler, "until_settled": until_settled, "steps": 64, "allow": "abc", "max_new_tokens": 9}
+    together = [made.text for made in model.generate(["Ab", "A longer one", ""], seed=4, **options)]
+    assert all(set(text[-9:]) <= set("abc") for text in together)
+    assert together == [model.generate(prompt, seed=4 + i, **options).text for i, prompt in enumerate(["Ab", "A longer one", ""])]
+
+
+def test_a_broken_network_is_told(masked: str) -> None:
+    model = load(masked)
+    model.network.head.weight = torch.nn.Parameter(model.network.head.weight * torch.nan)
+    for sampler in ("ancestral", "topk", "speculative"):
+        with pytest.raises(InputError, match="nan"):
+            model.generate("Ab", length=20, sampler=sampler)
+
+
+def test_nothing_in_common_is_told(masked: str) -> None:
+    model = load(masked)
+    ids = model.tokenizer.encode("ab")
+
+    def never(onehot_BTV: torch.Tensor) -> torch.Tensor:
+        return torch.where(onehot_BTV[..., ids].sum((1, 2)) > 0, -torch.inf, 0.0)
+
+    guidance = Classifier(never, 1.0, model.tokenizer.mask_id, exact=True)
+    constraint = AllowedTokens(ids, model.noise.vocab_size)
+    sampler = DiffusionSampler(model.network, model.noise, model.window, guidance=guidance, constraint=constraint)
+    with pytest.raises(InputError, match="in common"):
+        list(sampler.steps(model.canvas("", length=20), rng=generators(0, 1)))

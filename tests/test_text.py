@@ -221,6 +221,9 @@ def test_bpe_is_learned_from_the_text() -> None:
     assert np.array_equal(made.encode_corpus([text]), made.encode(text))
     with pytest.raises(InputError, match="no token"):
         made.encode("xyz")
+    for strange in ("the cat\t", "na\u00efve"):
+        with pytest.raises(InputError, match="no token"):
+            made.encode_corpus([strange])
     with pytest.raises(InputError, match="merge"):
         Tokenizer.make("bpe:10", text)
     with pytest.raises(InputError, match="more text"):

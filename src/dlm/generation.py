@@ -52,8 +52,9 @@ class Run:
 
     def __init__(self, model: LanguageModel, canvas: Canvas, seed: int, options: dict[str, Any]) -> None:
         self.model, self.canvas, self.seed = model, canvas, seed
+        options = model.chosen(options)
         self.word: str = options.get("sampler") or model.default_sampler
-        kept = {key: options[key] for key in ("steps", "temperature", "top_p", "top_k") if options.get(key)}
+        kept = {key: options[key] for key in ("steps", "temperature", "top_p", "top_k", "block_length") if options.get(key)}
         sampler = model.sampler(**options)
         revises = bool(getattr(sampler, "revises", False))
         self.trajectory = model.trajectory(canvas, seed=seed, sampler=self.word, window=model.window, revises=revises, **kept)

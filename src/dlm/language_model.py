@@ -197,16 +197,13 @@ class LanguageModel:
         exact cache of an autoregressive one or of block diffusion, False none. guidance: how much more than its due the prompt counts.
         allow: the characters that may be written; pattern: a regular expression that the whole text must match.
         """
+        if (sampler or self.default_sampler) == "auto":
+            mine = {key: value for key, value in locals().items() if key != "self"}
+            return self.sampler(**self.chosen(mine))
+        if budget is not None:
+            raise InputError("a budget is for --sampler auto")
         draw = Draw(self.defaults.get("temperature", 1.0) if temperature is None else temperature, top_k, top_p)
         word = sampler or self.default_sampler
-        if word == "auto":
-            if steps or block_length or isinstance(cache, str):
-                raise InputError("--sampler auto chooses steps, blocks and cache itself: leave them away")
-            found = self.calibration().choose(budget or "bits:0.1").options
-            word, cache = str(found["sampler"]), found.get("cache", True)
-            steps, block_length = found.get("steps"), found.get("block_length")
-        elif budget is not None:
-            raise InputError("a budget is for --sampler auto")
         special = block_length or isinstance(cache, str) or guidance != 1 or allow is not None or pattern is not None
         if not self.is_diffusion:
             if sampler not in (None, "autoregressive") or greedy_tail or until_settled or special:
@@ -219,6 +216,8 @@ class LanguageModel:
             if greedy_tail or until_settled or special or self.is_causal or not isinstance(self.noise, MaskedNoise):
                 raise InputError("speculative decoding is for bidirectional masked models, with no blocks, cache, guidance or constraint")
             return SpeculativeSampler(self.network, self.noise, self.window, **guess, draw=draw, context=self.context, model=self.name)
+        if guidance != 1 and (self.is_causal or not isinstance(self.noise, MaskedNoise)):
+            raise InputError(f"{self.name} never saw a text without its beginning: guidance needs a bidirectional masked model")
         if self.is_causal and isinstance(cache, str):
             raise InputError(f"{self.name} has an exact cache already: --cache is for bidirectional models")
         policy: CachePolicy | None = caching.make(cache) if isinstance(cache, str) else None
@@ -226,14 +225,14 @@ class LanguageModel:
             block_length = block_length or self.config.network.block_length
             policy = caching.Exact(block_length) if cache else None
         elif policy is not None:
-            block_length = block_length or BLOCK
+            block_length = block_length or max(n for n in range(1, min(BLOCK, self.window) + 1) if self.window % n == 0)
         return DiffusionSampler(
             partial(self.network, block_length=block_length) if self.is_causal else self.network,
             self.noise,
             self.window,
             choice.make(word, draw, self.noise, greedy_tail),
             self.defaults.get("steps", self.window) if steps is None else steps,
-            self.context,
+            self.context // block_length * block_length if self.is_causal and block_length else self.context,
             self.name,
             until_settled or int(word.partition(":")[0] in choice.SETTLING),
             block_length or 0,
@@ -253,6 +252,23 @@ class LanguageModel:
         if pattern is not None:
             parts.append(Pattern.compile(pattern, pieces, size))
         return both(*parts) if parts else None
+
+    def chosen(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The same options with what `auto` chooses put in; as they are where another sampler is asked for. InputError as `sampler`."""
+        if (options.get("sampler") or self.default_sampler) != "auto":
+            return options
+        if not self.is_diffusion or not isinstance(self.noise, MaskedNoise):
+            raise InputError(f"{self.name} is no masked diffusion model: --sampler auto chooses among the samplers of those")
+        if options.get("steps") or options.get("block_length") or options.get("cache", True) is not True:
+            raise InputError("--sampler auto chooses steps, blocks and cache itself: leave them away")
+        plain = options.get("guidance", 1.0) == 1 and options.get("allow") is None and options.get("pattern") is None
+
+        def usable(found: dict[str, Any]) -> bool:
+            speculates = choice.speculative(found["sampler"]) is not None
+            return (plain or not speculates) and (options.get("guidance", 1.0) == 1 or "cache" not in found)
+
+        found = self.calibration().choose(options.get("budget") or "bits:0.1", usable)
+        return options | {"budget": None} | found.options
 
     def calibration(self) -> Calibration:
         """What `dlm calibrate` measured. InputError where it has not."""

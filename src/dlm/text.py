@@ -28,6 +28,9 @@ class Tokenizer:
         self.mask_id: int = self.vocab_size
         self._closed = isinstance(inner.model, models.WordLevel) and inner.model.unk_token not in inner.get_vocab()
         single_bytes = set(inner.get_vocab()) == set(pre_tokenizers.ByteLevel.alphabet())
+        # a byte-level vocabulary learned from a text knows only the bytes in it, and drops others without a word
+        partial = isinstance(inner.model, models.BPE) and inner.model.unk_token is None and not inner.model.byte_fallback
+        self._bytes = "ByteLevel" in str(inner.pre_tokenizer) and partial and not single_bytes
         self._separable = self._closed or single_bytes  # every token one character or byte: text may be cut anywhere
         self._pieces: dict[int, str] = {}
 
@@ -128,9 +131,17 @@ class Tokenizer:
         return hashlib.sha256(self.inner.to_str().encode()).hexdigest()[:16]
 
     def _check(self, text: str) -> None:
-        if not self._closed:
+        if not self._closed and not self._bytes:
             return
-        lacking = sorted(set(text) - set(self.inner.get_vocab()))
+        vocabulary = set(self.inner.get_vocab())
+        if self._bytes:
+            alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            lacking = [c for c in sorted(set(text)) if not {*alphabet.pre_tokenize_str(c)[0][0]} <= vocabulary]
+            if lacking:
+                shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in lacking[:5]) + (" ..." if len(lacking) > 5 else "")
+                raise InputError(f"this model has no token for {shown}: its vocabulary was learned from a text without")
+            return
+        lacking = sorted(set(text) - vocabulary)
         if lacking:
             shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in lacking[:5]) + (" ..." if len(lacking) > 5 else "")
             known = "".join(c for c in sorted(self.inner.get_vocab()) if c.isprintable())

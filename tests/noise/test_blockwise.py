@@ -5,6 +5,8 @@ Shapes: B rows, T positions, V vocabulary, S = V^T sequences.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -116,3 +118,17 @@ def test_beside_clean_by_hand() -> None:
         [0, 0, 0, 0, 1, 1, 1, 1],
         [0, 0, 0, 0, 1, 1, 1, 1],
     ]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_follows_another_block_length() -> None:
+    sizes: dict[str, Any] = {"layers": 2, "heads": 2, "width": 32, "attention": "block_causal", "block_length": 8}
+    torch.manual_seed(0)
+    models = [Transformer(TransformerConfig(9, 128, backend=backend, **sizes)).eval().requires_grad_(False) for backend in ("sdpa", "flex")]
+    for weight in models[0].parameters():
+        weight.copy_(0.2 * torch.randn_like(weight))
+    models[1].load_state_dict(models[0].state_dict())
+    z_BT = torch.randint(9, (1, 128), generator=torch.Generator().manual_seed(0))
+    for length in (0, 2, 32):
+        assert torch.allclose(*(model(z_BT, block_length=length) for model in models), atol=1e-4)
+    assert not torch.allclose(models[1](z_BT, block_length=2), models[1](z_BT), atol=1e-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +44,12 @@ def calibrate(
     if twin.tokenizer.fingerprint() != lm.tokenizer.fingerprint():
         raise InputError(f"{judge} has another vocabulary than {model}")
 
+    if twin.window < lm.window:
+        raise InputError(f"{judge} reads windows of {twin.window}, {model} writes {lm.window}: a judge needs windows at least as long")
+    place = out or find(model)
+    if not (place.is_dir() and os.access(place, os.W_OK)):  # before the work, not after it
+        raise InputError(f"{place} is no directory that can be written: --out names another")
+
     def generate(options: dict[str, Any], seed: int) -> tuple[Any, float, float]:
         results = lm.generate([""] * samples, length=lm.window, seed=seed, temperature=temperature, **options)
         return results[0].trajectory.current_BT, results[0].forwards, results[0].seconds
@@ -56,7 +63,7 @@ def calibrate(
     made = {"model": lm.name, "judge": twin.name, "texts": samples, "length": lm.window, "temperature": temperature}
     found = Calibration(rows, made | {"seed": seed, "device": device_name(device)})
     Console(stderr=as_json).print(_table(found))
-    path = found.save(out or find(model))
+    path = found.save(place)
     err.print(f"wrote {path}; try: dlm generate --model {model} --sampler auto --budget calls:32", highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps({"made": found.made, "rows": [asdict(row) for row in rows]}))

@@ -56,6 +56,8 @@ def curse(
     lm = load(model, device)
     if not (lm.is_diffusion and isinstance(lm.noise, MaskedNoise)):
         raise InputError(f"{model} is no masked diffusion model: the price of parallel decoding is counted in masks")
+    if lm.is_causal:
+        raise InputError(f"{model} is a model of block diffusion: random tokens that are known are not what it sees")
     sizes = _sizes(tokens_per_step, lm.window)
     rules = {word: choice.make(word, Draw(), lm.noise) for word in sampler.split(",")}
     for rule in rules.values():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +45,9 @@ def evaluate(
         lengths = [int(n) for n in block_lengths.split(",") if n]
     except ValueError:
         raise InputError(f"--block-lengths {block_lengths}: give whole numbers with commas, as in 1,4,16") from None
-    entries = [(name, length) for name in [model] + ([against] if against else []) for length in (lengths if name == model else []) or [0]]
+    if card is not None and len(lengths) > 1:
+        raise InputError("--card names one file, and each of --block-lengths gets a card: leave --card away")
+    entries = [(model, length) for length in lengths or [0]] + ([(against, 0)] if against else [])
     for name, length in entries:
         lm = load(name, device)
         if length and not lm.is_causal:
@@ -55,6 +56,8 @@ def evaluate(
         stream = reading.Stream.encode(documents, lm.tokenizer, lm.window)
         windows_WT = stream.windows(max_windows)
         characters = sum(len(lm.tokenizer.decode(row)) for row in windows_WT.tolist())
+        if lm.is_diffusion and estimator not in likelihood.ESTIMATORS:
+            raise InputError(f"unknown estimator {estimator!r}; known: {', '.join(likelihood.ESTIMATORS)}")
         kind = estimator if lm.is_diffusion else "autoregressive"
         progress = bar(f"measuring {lm.name}", len(windows_WT) * (passes if lm.is_diffusion else 1))
         with progress:
@@ -69,6 +72,7 @@ def evaluate(
                 seed=seed,
                 beside=lm.predict_beside if length else None,
                 block_length=length,
+                reads_time=lm.config.network.time_conditioning,
                 progress=progress.forward,
             )
         record = result.record() | {"model": lm.name} | ({"block_length": length} if length else {})
@@ -80,7 +84,8 @@ def evaluate(
             f"{result.stderr:.4f}",
             result.estimator,
         )
-        place = card if card and name == model and len(lengths) < 2 else Path("runs/eval") / f"{lm.name}-{split}{length or ''}.json"
+        suffix = f"-blocks{length}" if lengths and name == model else ""
+        place = card if card and name == model else Path("runs/eval") / f"{lm.name}-{split}{suffix}.json"
         facts = {"source": data, "split": split, "fingerprint": stream.fingerprint(), "windows": len(windows_WT)}
         chosen = {
             "estimator": result.estimator,
@@ -95,4 +100,4 @@ def evaluate(
     Console(stderr=as_json).print(table)
     if as_json:
         rest: dict[str, object] = {"against": records.pop()} if against else {}
-        print(json.dumps((records[0] if len(records) == 1 else {"block_lengths": records}) | rest))
+        print(cards.dumps((records[0] if len(records) == 1 else {"block_lengths": records}) | rest))

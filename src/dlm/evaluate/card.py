@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -42,10 +43,23 @@ def make(figures: dict[str, Any], *, device: str, dtype: str, seed: int, setting
     }
 
 
+def dumps(value: Any, indent: int | None = None) -> str:
+    """JSON; what is not known (nan) is null."""
+    return json.dumps(_known(value), indent=indent, allow_nan=False)
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _known(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write(card: dict[str, Any], path: str | Path) -> None:
     """Save, to a temporary name first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(dumps(card, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)

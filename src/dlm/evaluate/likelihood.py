@@ -58,6 +58,7 @@ def evaluate(
     batch: int = 32,
     beside: loss.PredictBeside | None = None,
     block_length: int = 0,
+    reads_time: bool = False,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Likelihood:
     """Average over all windows; `passes` independent draws of masks each. estimator `autoregressive` is exact;
@@ -67,18 +68,24 @@ def evaluate(
     characters: how many the windows spell. progress is told the rows done. InputError for an unknown estimator.
     """
     exact = estimator == "autoregressive"
-    if not exact and estimator not in ESTIMATORS:
+    if not exact and estimator not in (*ESTIMATORS, BLOCKWISE):
         raise InputError(f"unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
     if estimator == "any-order" and not isinstance(noise, MaskedNoise):
         raise InputError("only masked noise has an any-order form: use --estimator counted")
     if estimator == "counted" and not isinstance(noise, ReplacementNoise):
         raise InputError("only replacement noise has a counted form: use --estimator any-order")
+    if beside is not None and estimator == "auto":
+        estimator = BLOCKWISE
     if estimator == "auto":
-        estimator = loss.best(noise.schedule, masked=isinstance(noise, MaskedNoise)).replace("_", "-")
+        estimator = loss.best(noise.schedule, masked=isinstance(noise, MaskedNoise), reads_time=reads_time).replace("_", "-")
+    if estimator == "any-order" and reads_time:
+        raise InputError("the any-order form is for networks that do not read the time: use --estimator continuous")
     if beside is not None:
+        if estimator != BLOCKWISE:
+            raise InputError("block diffusion has one estimator, its own: leave --estimator away")
         if block_length < 1 or windows_WT.shape[1] % block_length:
             raise InputError(f"blocks of {block_length} do not divide the window of {windows_WT.shape[1]}")
-        estimator, exact = BLOCKWISE, block_length == 1
+        exact = block_length == 1
     if not exact and passes < 2:
         raise InputError("the error of a Monte-Carlo estimate needs at least 2 passes")
     passes = 1 if exact else passes

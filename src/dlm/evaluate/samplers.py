@@ -20,7 +20,8 @@ EXACT = ("first-hitting", "speculative")
 
 def candidates(*, window: int, causal: bool, quick: bool = False) -> list[dict[str, Any]]:
     """Settings worth a look for a masked model; the exact one first. causal: a model of block diffusion."""
-    few, half = [window // 16, window // 8, window // 4], window // 2
+    few, half = [max(1, window // n) for n in (16, 8, 4)], max(1, window // 2)
+    block = next(n for n in range(few[2], 0, -1) if window % n == 0)
     found: list[dict[str, Any]] = [{"sampler": "first-hitting"}]
     if quick:
         return [*found, *({"sampler": "topk", "steps": n} for n in few[:2])]
@@ -37,7 +38,7 @@ def candidates(*, window: int, causal: bool, quick: bool = False) -> list[dict[s
     found += [{"sampler": f"speculative:{n}"} for n in (2, 4, 8, 16)]
     found += [{"sampler": "speculative:8,0.5"}]
     for cache in ("prefix", "dual", "delayed:8", "drift:0.2"):
-        found += [{"sampler": "ancestral", "steps": n, "cache": cache, "block_length": window // 4} for n in (few[2], half)]
+        found += [{"sampler": "ancestral", "steps": n, "cache": cache, "block_length": block} for n in (few[2], half)]
     return found
 
 

@@ -118,8 +118,8 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)
-        if mask == "flex":
-            out_BHQK = attention.attend_flex(q, k, v, config.attention, config.block_length)
+        if isinstance(mask, tuple):  # ("flex", block length)
+            out_BHQK = attention.attend_flex(q, k, v, config.attention, mask[1])
         else:
             out_BHQK = attention.attend(q, k, v, mask, is_causal, config.dropout if self.training else 0.0)
         y_BQD: Tensor = self.out(out_BHQK.transpose(1, 2).reshape(batch, queries, -1))
@@ -286,7 +286,7 @@ class Transformer(nn.Module):
             pos_BT = torch.cat([torch.arange(held, device=device).expand(batch, held), pos_BQ], 1) if held else pos_BQ
         square = plain and held == 0
         if self._use_flex(z_BQ, square):
-            return pos_BQ, "flex", False
+            return pos_BQ, ("flex", block_length), False
         if held and queries == 1 and valid_BT is None and config.attention == "causal":
             return pos_BQ, None, False  # one new token reads everything before it
         return pos_BQ, *attention.mask(config.attention, block_length, pos_BQ, pos_BT, valid_BT, plain=square)

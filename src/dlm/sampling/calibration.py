@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ ENTROPY, DISTINCT = 0.15, 0.9  # bits below, and share of, the exact sampler's: 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting and what it gave: network calls and seconds per window, bits per token under the judge, diversity.
+    """One setting and what it gave: network calls for a batch of texts, seconds for each, bits per token under the judge, diversity.
 
     exact: whether the distribution is that of one token a call; options are those of `LanguageModel.sampler`.
     """
@@ -51,10 +52,10 @@ class Calibration:
         least = reference.entropy - ENTROPY, DISTINCT * reference.distinct_4
         return [row for row in self.rows if row.entropy >= least[0] and row.distinct_4 >= least[1]]
 
-    def choose(self, budget: str = "bits:0.1") -> Row:
+    def choose(self, budget: str = "bits:0.1", usable: Callable[[dict[str, Any]], bool] = lambda options: True) -> Row:
         """The best row within `calls:N` or `seconds:X` (the fewest bits), or within `bits:X` of the exact sampler (the least time).
 
-        Only among rows as varied as the exact sampler. InputError for a budget that is none or that no row keeps.
+        Only among rows as varied as the exact sampler whose options are usable. InputError for a budget that is none or that no row keeps.
         """
         kind, _, value = budget.partition(":")
         try:
@@ -63,12 +64,13 @@ class Calibration:
             amount = -1.0
         if kind not in ("calls", "seconds", "bits") or not 0 <= amount < float("inf"):
             raise InputError(f"a budget is calls:32, seconds:2 or bits:0.1, got {budget!r}")
+        rows = [row for row in self.fair() if usable(row.options)]
         if kind == "bits":
-            within = [row for row in self.fair() if row.bits <= self.reference().bits + amount]
+            within = [row for row in rows if row.bits <= self.reference().bits + amount]
             return min(within, key=lambda row: row.seconds)
-        within = [row for row in self.fair() if getattr(row, kind) <= amount]
+        within = [row for row in rows if getattr(row, kind) <= amount]
         if not within:
-            least = min(getattr(row, kind) for row in self.fair())
+            least = min(getattr(row, kind) for row in rows)
             raise InputError(f"no setting keeps within {budget}: the least that was measured is {kind}:{least:.3g}")
         return min(within, key=lambda row: row.bits)
 

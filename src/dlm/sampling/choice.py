@@ -77,6 +77,8 @@ def make(word: str, draw: Draw, noise: NoiseProcess, greedy_tail: int = 0) -> Ru
     if name not in known:
         usable = [*known, SPECULATIVE] if kind == "masked" else list(known)
         reason = f"needs {'replacement' if kind == 'masked' else 'masked'} noise" if name in WORDS else "is unknown"
+        if name == SPECULATIVE and kind == "masked":
+            raise InputError("speculative decoding proposes and verifies, it is no rule of one step: it cannot be used here")
         raise InputError(f"the sampler {name!r} {reason}; this model has {kind} noise and can use: {', '.join(usable)}")
     if colon and name not in SETTING:
         raise InputError(f"the sampler {name!r} has no setting, got {word!r}")

@@ -320,8 +320,11 @@ class Held:
     def narrow(self, logp_ATV: Tensor, z_AL: Tensor, hole_AL: Tensor, rows_A: Tensor, start_A: Tensor) -> Tensor:
         """The guesses without the tokens that nothing could follow, normalised."""
         self.text, self.start_A = (z_AL, hole_AL, self.valid_BL[rows_A]), start_A
-        allowed_ATV = self._window(self.constraint.allowed(*self.text))
-        return logp_ATV.masked_fill(~allowed_ATV, -torch.inf).log_softmax(-1)
+        allowed_ALV = self.constraint.allowed(*self.text) | ~self.text[2][..., None]  # padding is as free as what lies past the end
+        logp_ATV = logp_ATV.masked_fill(~self._window(allowed_ALV), -torch.inf)
+        if bool((logp_ATV.amax(-1) == -torch.inf).any()):
+            raise InputError("the model, its guidance and the constraint have no token in common: allow more")
+        return logp_ATV.log_softmax(-1)
 
     def keep(self, next_AT: Tensor, z_AT: Tensor, move_AT: Tensor) -> Tensor:
         """Of the tokens that a rule wrote, those that can stand together."""

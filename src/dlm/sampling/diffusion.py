@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.noise.masked import MaskedNoise
-from dlm.protocols import RNG, CachePolicy, Constraint, Denoiser, Guidance, NoiseProcess, PlannedRule, Rule, Step
+from dlm.protocols import RNG, CachePolicy, CheckingRule, Constraint, Denoiser, Guidance, NoiseProcess, PlannedRule, Rule, Step
 from dlm.sampling import windows
 from dlm.sampling.constraint import Held
 from dlm.sampling.draw import uniform
@@ -62,6 +62,8 @@ class DiffusionSampler:
         if self.constraint is not None and self.constraint.joint and self.revises:
             raise InputError("a pattern needs a sampler that writes each token once, such as ancestral or topk")
         windows.check(self.window, self.context)
+        if not self.sees_ahead and isinstance(self.rule, CheckingRule):
+            raise InputError("revoke and planner need a bidirectional model: block diffusion never saw text beside masks of the same block")
         if not self.sees_ahead and (not self.block_length or self.context % self.block_length):
             raise InputError(f"block diffusion needs a context that is a multiple of its blocks of {self.block_length}")
 
@@ -169,6 +171,8 @@ class DiffusionSampler:
                 written_AT, done_AT = move_AT, open_AT & stopping(rows_A, step, next_AT, open_AT)[:, None]
             else:
                 written_AT = done_AT = move_AT & (next_AT != noise.mask_id)
+                if not bool(written_AT.any(-1).all()):
+                    raise InputError("the model gives no probabilities (nan) where a token is due: its weights or its guidance are broken")
             windows.put(z_BL, rows_A, start_A, next_AT, written_AT)
             windows.put(open_BL, rows_A, start_A, torch.zeros_like(done_AT), done_AT)
             clock_B[rows_A] += 1

@@ -83,15 +83,18 @@ class SpeculativeSampler:
             real_AK = k_K < count_A[:, None]
             row_P, k_P = real_AK.nonzero(as_tuple=True)
             z_PT = z_AT[row_P].scatter(1, pos_AK[row_P], torch.where(k_K < k_P[:, None], token_AK[row_P], z_AT.gather(1, pos_AK)[row_P]))
-            level_P = (z_PT == mask_id).double().mean(-1)
-            logp_PTV = self.draw.shape(noise.log_probs(self.denoiser(z_PT, noise.schedule.inverse(1 - level_P)), z_PT, level_P))
+            last = noise.schedule.alpha(torch.ones((), dtype=torch.float64, device=device))
+            t_P = noise.schedule.inverse(last + (z_PT != mask_id).double().mean(-1) * (1 - last))
+            logp_PTV = self.draw.shape(noise.log_probs(self.denoiser(z_PT, t_P).double(), z_PT, t_P))
             forwards += 1
+            if bool(logp_PTV.isnan().any()):
+                raise InputError("the model gives no probabilities (nan): its weights are broken")
             p_AKV = q_AKV.new_zeros(q_AKV.shape)
             p_AKV[row_P, k_P] = logp_PTV[torch.arange(len(row_P), device=device), pos_AK[row_P, k_P]].exp()
             accept_AK, other_AK = self._verify(p_AKV, q_AKV.exp(), token_AK, test_AK, again_AK)
             accept_AK = accept_AK & ~entered_A[:, None] & real_AK
             taken_A = accept_AK.int().cumprod(-1).sum(-1)
-            fresh_AK = torch.where(entered_A[:, None], categorical(p_AKV.clamp(min=1e-300).log(), draw_AK), other_AK)
+            fresh_AK = torch.where(entered_A[:, None], categorical(p_AKV.log(), draw_AK), other_AK)
             token_AK = torch.where(k_K == taken_A[:, None], fresh_AK, token_AK)
             write_AK = (k_K <= taken_A[:, None]) & real_AK
             z_AT = z_AT.scatter(1, pos_AK, torch.where(write_AK, token_AK, z_AT.gather(1, pos_AK)))
@@ -111,4 +114,4 @@ class SpeculativeSampler:
         accept_AK = test_AK * q_AK < (1 + self.tolerance) * p_AK
         rest_AKV = (p_AKV - q_AKV).clamp(min=0)
         rest_AKV = torch.where(rest_AKV.sum(-1, keepdim=True) > 0, rest_AKV, p_AKV)  # p = q up to rounding
-        return accept_AK, categorical(rest_AKV.clamp(min=1e-300).log(), again_AK)
+        return accept_AK, categorical(rest_AKV.log(), again_AK)

@@ -33,7 +33,8 @@ class Stopping:
             return settled_A
         quiet_A = ((next_AT == step.z_BT) | ~open_AT).all(-1)
         self.still_B[rows_A] = (self.still_B[rows_A] + 1) * quiet_A
-        written_A = ((next_AT != step.noise.mask_id) | ~open_AT).all(-1)
+        possible_AT = step.logp_BTV.gather(-1, next_AT[..., None]).squeeze(-1) > -torch.inf  # no mask, nothing that is forbidden
+        written_A = (possible_AT | ~open_AT).all(-1)
         early_A = (self.still_B[rows_A] >= self.until_settled) & ~settled_A & written_A
         if bool(early_A.any()):
             stays_AT = self._stays(step, next_AT)

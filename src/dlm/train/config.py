@@ -63,6 +63,8 @@ class TrainConfig:
         blocks = self.network.attention == "block_causal"
         if blocks and (self.objective != "diffusion" or self.noise != "masked" or self.network.time_conditioning):
             raise InputError("block diffusion (attention=block_causal) is for masked noise without time_conditioning")
+        if blocks and not schedule.is_whole(alpha):
+            raise InputError(f"the {self.noise_schedule} schedule does not run from 1 to 0: block diffusion needs one that does")
         if blocks and self.estimator != "auto":
             raise InputError(f"block diffusion has one estimator of its own: leave --set estimator={self.estimator} away")
         if self.block_lengths and not blocks:
