@@ -113,6 +113,10 @@ def test_calibrate_then_auto(dlm: Dlm, masked: str, twin: str) -> None:
     assert record["sampler"] in ("topk", "first-hitting")  # what was chosen, not that something was
     code, out, err = dlm("generate", "--model", masked, "--sampler", "auto", "--budget", "calls:32", "--allow", "abc", "--length", "20")
     assert (code, set(out) <= set("abc\n")) == (0, True), err
+    code, out, err = dlm("calibrate", masked, "--judge", twin, "--retime", "--samples", "2", "--json")
+    timed = json.loads(out.splitlines()[-1])["rows"]
+    assert (code, [row | {"seconds": 0} for row in timed]) == (0, [row | {"seconds": 0} for row in rows]), err
+    assert all(row["seconds"] > 0 for row in timed)
     assert "calls" in dlm.told("generate", "--model", masked, "--sampler", "auto", "--budget", "calls:1")
     assert "budget" in dlm.told("generate", "--model", masked, "--sampler", "auto", "--budget", "much")
     assert "budget" in dlm.told("generate", "--model", masked, "--budget", "calls:3")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from dlm.cli.app import Device, Json, Seed, app, bar, err, load
 from dlm.errors import InputError
+
+if TYPE_CHECKING:
+    from dlm.sampling.calibration import Calibration
 
 
 @app.command()
@@ -21,6 +26,7 @@ def calibrate(
     judge: Annotated[str, typer.Option(help="An autoregressive model of the same vocabulary.")] = "shakespeare-ar",
     samples: Annotated[int, typer.Option("--samples", "-n", help="Texts for each setting, a window long.")] = 8,
     temperature: Annotated[float, typer.Option(help="Of every setting.")] = 1.0,
+    retime: Annotated[bool, typer.Option(help="Only measure the seconds of the table that is there again, in turns.")] = False,
     quick: Annotated[bool, typer.Option(help="Three settings only.")] = False,
     out: Annotated[Path | None, typer.Option(help="Directory of the table; default: beside the checkpoint.")] = None,
     seed: Seed = 0,
@@ -54,6 +60,19 @@ def calibrate(
         results = lm.generate([""] * samples, length=lm.window, seed=seed, temperature=temperature, **options)
         return results[0].trajectory.current_BT, results[0].forwards, results[0].seconds
 
+    def pace(options: dict[str, Any], calls: int) -> float:
+        frames = lm.stream([""] * samples, length=lm.window, seed=seed, temperature=temperature, **options)
+        clock = time.perf_counter()
+        done = sum(1 for _ in itertools.islice(frames, calls))
+        return (time.perf_counter() - clock) / done / samples
+
+    if retime:
+        found = lm.calibration()
+        progress = bar(f"timing {lm.name}", 3 * len(found.rows))
+        with progress:
+            rows = samplers.retime(pace, found.rows, progress=progress.forward)
+        _finish(Calibration(rows, found.made | {"device": device_name(device)}), place, model, as_json)
+        return
     settings = samplers.candidates(window=lm.window, causal=lm.is_causal, quick=quick)
     rows, progress = [], bar(f"measuring {lm.name}", len(settings))
     with progress:
@@ -61,15 +80,18 @@ def calibrate(
             rows.append(row)
             progress.forward()
     made = {"model": lm.name, "judge": twin.name, "texts": samples, "length": lm.window, "temperature": temperature}
-    found = Calibration(rows, made | {"seed": seed, "device": device_name(device)})
+    _finish(Calibration(rows, made | {"seed": seed, "device": device_name(device)}), place, model, as_json)
+
+
+def _finish(found: Calibration, place: Path, model: str, as_json: bool) -> None:
     Console(stderr=as_json).print(_table(found))
     path = found.save(place)
     err.print(f"wrote {path}; try: dlm generate --model {model} --sampler auto --budget calls:32", highlight=False, soft_wrap=True)
     if as_json:
-        print(json.dumps({"made": found.made, "rows": [asdict(row) for row in rows]}))
+        print(json.dumps({"made": found.made, "rows": [asdict(row) for row in found.rows]}))
 
 
-def _table(found: Any) -> Any:
+def _table(found: Calibration) -> Any:
     from rich.table import Table
 
     front = found.front("calls") + found.front("seconds")
