@@ -34,6 +34,9 @@ def wider(window: int, out: Path, console: Console) -> None:
     base = recipes.shakespeare_mask()
     config = replace(base, network=base.network.with_(window=window), init="shakespeare-mask", lr=5e-4, warmup=10, **WIDE[window])
     config = replace(config, eval_every=config.steps, eval_windows=4, save_every=20, compile=True)
+    log = out / "log.jsonl"
+    if log.is_file() and any(json.loads(line).get("step") == config.steps for line in log.read_text().splitlines()):
+        return
     train(config, out, resume=(out / "training.safetensors").is_file(), console=console)
 
 
@@ -45,13 +48,13 @@ def main() -> None:
     parser.add_argument("--twin", default="shakespeare-ar")
     parser.add_argument("--characters", type=int, default=4096, help="of all texts of a window together")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--per-step", type=int, default=32, help="tokens written in a call")
-    parser.add_argument("--block-length", type=int, default=64)
+    parser.add_argument("--blocks", type=int, default=8, help="of a window")
+    parser.add_argument("--calls", type=int, default=8, help="for a block")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="one window, one text, few steps: does it run?")
     args = parser.parse_args()
     if args.quick:
-        args.windows, args.characters, args.per_step = [256], 512, 32
+        args.windows, args.characters, args.calls = [256], 512, 2
     console, twin = Console(stderr=True), dlm.load(args.twin, device=args.device)
     table = Table("window", "cache", "seconds", "speed-up", "tokens that differ", "bits/char under twin", "distinct-4", box=None)
     rows: list[dict[str, Any]] = []
@@ -66,7 +69,8 @@ def main() -> None:
         samples = max(1, args.characters // window)
         seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
         texts: dict[str, torch.Tensor] = {}
-        options = {"steps": window // args.per_step, "block_length": args.block_length, "sampler": "topk", "temperature": 1.0}
+        options = {"steps": args.blocks * args.calls, "block_length": window // args.blocks, "sampler": "topk", "temperature": 1.0}
+        model.generate("", length=window, **(options | {"steps": args.blocks}))  # the first run allocates what later ones use
         for repeat in range(args.repeats):
             for policy in POLICIES:
                 console.print(f"window {window}, {policy}, repeat {repeat + 1}", highlight=False)
