@@ -10,6 +10,7 @@ random numbers, so that any token that differs is the cache's doing. Policies ta
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from dataclasses import replace
