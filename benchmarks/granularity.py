@@ -45,7 +45,8 @@ def design(kind: str, text: str, args: argparse.Namespace) -> TrainConfig:
 
     def count(width: int) -> int:
         sized = network.with_(width=width, heads=4, head_dim=32, vocab_size=tokenizer.vocab_size + 1)
-        return dlm.Transformer(sized).parameters_count()
+        with torch.device("meta"):
+            return dlm.Transformer(sized).parameters_count()
 
     width = min(range(16, 513, 2), key=lambda w: abs(count(w) - args.parameters))
     steps = max(2, round(args.compute / (6 * count(width) * args.batch * SPAN)))
