@@ -124,7 +124,8 @@ def generation_defaults(config: ModelConfig) -> dict[str, Any]:
 
 def card(config: ModelConfig, name: str, parameters: int) -> str:
     """The model card, Markdown with the hub's header."""
-    kind = "Autoregressive" if config.objective == "autoregressive" else f"{config.noise['process'].capitalize()} diffusion"
+    block = "block " * (config.network.attention == "block_causal")
+    kind = "Autoregressive" if config.objective == "autoregressive" else f"{config.noise['process'].capitalize()} {block}diffusion"
     return (
         f"---\nlibrary_name: dlm\npipeline_tag: text-generation\n---\n# {name}\n\n{kind} language model, "
         f"{parameters:,} parameters, window {config.network.window}, context {config.context}, trained with dlm.\n\n"
