@@ -68,7 +68,7 @@ def calibrate(
 
     if retime:
         found = lm.calibration()
-        progress = bar(f"timing {lm.name}", 3 * len(found.rows))
+        progress = bar(f"timing {lm.name}", 2 * len(found.rows))
         with progress:
             rows = samplers.retime(pace, found.rows, progress=progress.forward)
         _finish(Calibration(rows, found.made | {"device": device_name(device)}), place, model, as_json)

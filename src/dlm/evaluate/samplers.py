@@ -72,7 +72,7 @@ Pace = Callable[[dict[str, Any], int], float]
 
 
 def retime(
-    pace: Pace, rows: list[Row], *, rounds: int = 3, calls: int = 8, progress: Callable[[int], None] = lambda rows: None
+    pace: Pace, rows: list[Row], *, rounds: int = 2, calls: int = 3, progress: Callable[[int], None] = lambda rows: None
 ) -> list[Row]:
     """The same rows with seconds measured again: the least of several rounds in turns, so that a slow minute counts for none.
 
