@@ -95,7 +95,7 @@ def _measured(model: Any, twin: Any, options: dict[str, Any], args: argparse.Nam
 
 def _points(found: Calibration) -> list[dict[str, Any]]:
     best = found.front("calls") + found.front("seconds")
-    return [_point(row, row in best) for row in found.rows]
+    return [_point(row, row in best) | {"fair": row in found.fair()} for row in found.rows]
 
 
 def _point(row: Row, on_front: bool) -> dict[str, Any]:
@@ -104,7 +104,6 @@ def _point(row: Row, on_front: bool) -> dict[str, Any]:
     note = cache or (setting if colon and "steps" not in row.options else str(row.options.get("steps", "")))
     return {"group": name + (" + cache" if cache else ""), "note": note, "calls": row.calls, "seconds": row.seconds, "bits": row.bits} | {
         "band95": 1.96 * row.bits_stderr,
-        "distinct_4": row.distinct_4,
         "front": on_front,
     }
 

@@ -45,6 +45,7 @@ def test_every_block_is_marked_with_a_known_word() -> None:
 
 
 @pytest.mark.skipif("shakespeare-mask" not in checkpoint.bundled(), reason="the bundled checkpoints are not here")
+@pytest.mark.timeout(1800)
 def test_readme_commands_run(tmp_path: Path) -> None:
     cwd = tmp_path / "work"
     cwd.mkdir()

@@ -132,19 +132,18 @@ MARKERS = "osD^v"
 def fronts_plot(tables: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Bits against network calls and against seconds, a row of panels for each table, the points of each front joined.
 
-    points: `group` (a colour and a marker), `note`, `calls`, `seconds`, `bits`, `band95`, `distinct_4` (dull text is pale) and `front`.
+    points: `group` (a colour and a marker), `note`, `calls`, `seconds`, `bits`, `band95`, `fair` (dull text is pale) and `front`.
     Written to a temporary name first.
     """
     check(path)
     figure, axes = _figure(2 * len(tables))
     groups = list(dict.fromkeys(point["group"] for points in tables.values() for point in points))
-    most = {name: max(point["distinct_4"] for point in points) for name, points in tables.items()}
     for axis, (name, cost) in zip(axes, ((n, c) for n in tables for c in ("calls", "seconds")), strict=True):
         points = tables[name]
         for point in points:
             place = groups.index(point["group"])
             color, marker = COLORS[place % len(COLORS)], MARKERS[place // len(COLORS) % len(MARKERS)]
-            alpha = 1.0 if point["distinct_4"] >= 0.9 * most[name] else 0.3
+            alpha = 1.0 if point["fair"] else 0.3
             where = point[cost], point["bits"]
             axis.errorbar(*where, yerr=point["band95"], fmt=marker, color=color, ms=5, lw=0.8, alpha=alpha, label=point["group"])
             axis.annotate(point["note"], where, fontsize=6, xytext=(4, 3), textcoords="offset points", color=color, alpha=alpha)
