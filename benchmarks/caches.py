@@ -10,7 +10,6 @@ random numbers, so that any token that differs is the cache's doing. Policies ta
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from dataclasses import replace
@@ -24,6 +23,7 @@ from rich.table import Table
 import dlm
 from dlm import recipes
 from dlm.evaluate import card, generative
+from dlm.train.log import finished
 from dlm.train.loop import train
 
 POLICIES = ("uncached", "prefix", "dual", "delayed:8", "drift:0.2")
@@ -35,10 +35,8 @@ def wider(window: int, out: Path, console: Console) -> None:
     base = recipes.shakespeare_mask()
     config = replace(base, network=base.network.with_(window=window), init="shakespeare-mask", lr=5e-4, warmup=10, **WIDE[window])
     config = replace(config, eval_every=config.steps, eval_windows=4, save_every=20, compile=True)
-    log = out / "log.jsonl"
-    if log.is_file() and any(json.loads(line).get("step") == config.steps for line in log.read_text().splitlines()):
-        return
-    train(config, out, resume=(out / "training.safetensors").is_file(), console=console)
+    if not finished(out, config.steps):
+        train(config, out, resume=(out / "training.safetensors").is_file(), console=console)
 
 
 def main() -> None:

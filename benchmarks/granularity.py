@@ -10,7 +10,6 @@ embedding), and compute is 6 x parameters x tokens. Runs are kept in --out and r
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from dlm.sampling.rules import Ancestral, TopScore
 from dlm.text import Tokenizer
 from dlm.train import data as reading
 from dlm.train.config import TrainConfig
+from dlm.train.log import finished
 from dlm.train.loop import train
 
 KINDS = ("chars", "bytes", "bpe:256", "bpe:1024", "bpe:4096", "bpe:16384")
@@ -54,11 +54,6 @@ def design(kind: str, text: str, args: argparse.Namespace) -> TrainConfig:
     config = replace(base, network=network.with_(width=width, heads=4, head_dim=32), tokenizer=kind, context=0, context_share=0.0)
     config = replace(config, steps=steps, batch=batch, warmup=min(100, steps // 4), eval_windows=64, compile=args.compile)
     return replace(config, eval_every=max(1, steps // 4), save_every=max(1, steps // 8))
-
-
-def done(out: Path, steps: int) -> bool:
-    log = out / "log.jsonl"
-    return log.is_file() and any(json.loads(line).get("step") == steps for line in log.read_text().splitlines())
 
 
 def measure(lm: LanguageModel, judge: LanguageModel, text: list[str], args: argparse.Namespace) -> dict[str, Any]:
@@ -164,7 +159,7 @@ def main() -> None:
     for kind in args.kinds:
         config, out = design(kind, text, args), args.out / kind.replace(":", "-")
         console.print(f"{kind}: window {config.network.window}, width {config.network.width}, {config.steps} steps", highlight=False)
-        if not done(out, config.steps):
+        if not finished(out, config.steps):
             train(config, out, resume=(out / "training.safetensors").is_file(), console=console)
     if args.train_only:
         return

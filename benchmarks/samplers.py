@@ -86,11 +86,8 @@ def main() -> None:
 
 
 def _measured(model: Any, twin: Any, options: dict[str, Any], args: argparse.Namespace) -> Row:
-    def generate(options: dict[str, Any], seed: int) -> tuple[Any, float, float]:
-        results = model.generate([""] * args.samples, length=model.window, seed=seed, temperature=1.0, **options)
-        return results[0].trajectory.current_BT, results[0].forwards, results[0].seconds
-
-    return next(iter(samplers.measure(generate, samplers.judged(twin.noise, twin.predict, args.device), [options], seed=args.seed)))
+    generate, judge = samplers.writing(model, args.samples, temperature=1.0), samplers.judged(twin)
+    return next(iter(samplers.measure(generate, judge, [options], seed=args.seed)))
 
 
 def _points(found: Calibration) -> list[dict[str, Any]]:

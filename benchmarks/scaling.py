@@ -10,7 +10,6 @@ line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import dlm
 from dlm import recipes
 from dlm.evaluate import card, likelihood
 from dlm.train import data as reading
+from dlm.train.log import finished
 from dlm.train.loop import train
 
 HEAD = 32  # channels a head
@@ -54,7 +54,7 @@ def main() -> None:
             config = replace(config, warmup=min(100, steps // 4), eval_windows=64, compile=args.compile)
             out = args.out / f"{noise}-{size}"
             console.print(f"{noise} {size}: {parameters:,} parameters, {steps} steps", highlight=False)
-            if not _done(out, steps):
+            if not finished(out, steps):
                 train(config, out, resume=(out / "training.safetensors").is_file(), console=console)
             if args.train_only:
                 continue
@@ -74,11 +74,6 @@ def main() -> None:
     Console().print(table)
     settings = {"compute": args.compute, "batch": args.batch, "passes": args.passes}
     print(card.dumps(card.make({"rows": rows}, device="cpu", dtype="float32", seed=0, settings=settings, data={"source": base.data})))
-
-
-def _done(out: Path, steps: int) -> bool:
-    log = out / "log.jsonl"
-    return log.is_file() and any(json.loads(line)["step"] == steps for line in log.read_text().splitlines())
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from dlm.errors import InputError
 from dlm.generation import Generation, Run
 from dlm.models import checkpoint
 from dlm.models.checkpoint import ModelConfig
-from dlm.models.transformer import Transformer
+from dlm.models.transformer import Transformer, predict_beside
 from dlm.noise import process
 from dlm.noise.masked import MaskedNoise
 from dlm.protocols import CachePolicy, Constraint, Sampler
-from dlm.sampling import caching, choice
+from dlm.sampling import caching, choice, windows
 from dlm.sampling.autoregressive import AutoregressiveSampler
 from dlm.sampling.calibration import Calibration
 from dlm.sampling.constraint import AllowedTokens, Pattern, both
@@ -171,7 +171,20 @@ class LanguageModel:
             raise InputError("the template has no hole: write _ for every token to fill")
         return row
 
-    def sampler(
+    def sampler(self, **options: Any) -> Sampler:
+        """The sampler that these options mean for this model; unset ones come from generation_config.json.
+
+        steps: for each window. temperature, top_p, top_k: of every draw.
+        sampler: a word of `dlm.sampling.choice`, with its setting after a colon, as in `confidence:0.7`; `auto` takes what `dlm
+        calibrate` found best within `budget` (`calls:32`, `seconds:2`, `bits:0.1`). greedy_tail: that many last steps put the likeliest
+        token everywhere. until_settled: stop a window once no token has changed for so many steps. block_length: fill a window block by
+        block; a model of block diffusion has its own. cache: a word of `dlm.sampling.caching` for a bidirectional model; True is the
+        exact cache of an autoregressive one or of block diffusion, False none. guidance: how much more than its due the prompt counts.
+        allow: the characters that may be written; pattern: a regular expression that the whole text must match.
+        """
+        return self._sampler(**self.chosen(options))
+
+    def _sampler(
         self,
         *,
         steps: int | None = None,
@@ -188,18 +201,6 @@ class LanguageModel:
         pattern: str | None = None,
         budget: str | None = None,
     ) -> Sampler:
-        """The sampler that these options mean for this model; unset ones come from generation_config.json.
-
-        sampler: a word of `dlm.sampling.choice`, with its setting after a colon, as in `confidence:0.7`; `auto` takes what `dlm
-        calibrate` found best within `budget` (`calls:32`, `seconds:2`, `bits:0.1`). greedy_tail: that many last steps put the likeliest
-        token everywhere. until_settled: stop a window once no token has changed for so many steps. block_length: fill a window block by
-        block; a model of block diffusion has its own. cache: a word of `dlm.sampling.caching` for a bidirectional model; True is the
-        exact cache of an autoregressive one or of block diffusion, False none. guidance: how much more than its due the prompt counts.
-        allow: the characters that may be written; pattern: a regular expression that the whole text must match.
-        """
-        if (sampler or self.default_sampler) == "auto":
-            mine = {key: value for key, value in locals().items() if key != "self"}
-            return self.sampler(**self.chosen(mine))
         if budget is not None:
             raise InputError("a budget is for --sampler auto")
         draw = Draw(self.defaults.get("temperature", 1.0) if temperature is None else temperature, top_k, top_p)
@@ -225,7 +226,7 @@ class LanguageModel:
             block_length = block_length or self.config.network.block_length
             policy = caching.Exact(block_length) if cache else None
         elif policy is not None:
-            block_length = block_length or max(n for n in range(1, min(BLOCK, self.window) + 1) if self.window % n == 0)
+            block_length = block_length or windows.longest_block(self.window, BLOCK)
         return DiffusionSampler(
             partial(self.network, block_length=block_length) if self.is_causal else self.network,
             self.noise,
@@ -244,6 +245,8 @@ class LanguageModel:
         )
 
     def _constraint(self, allow: str | None, pattern: str | None) -> Constraint | None:
+        if allow is None and pattern is None:
+            return None
         pieces, size = self.tokenizer.pieces(), self.config.network.vocab_size
         parts: list[AllowedTokens | Pattern] = []
         if allow is not None:
@@ -251,7 +254,7 @@ class LanguageModel:
             parts.append(AllowedTokens([i for i, piece in pieces.items() if piece and set(piece) <= known], size, self.tokenizer.mask_id))
         if pattern is not None:
             parts.append(Pattern.compile(pattern, pieces, size))
-        return both(*parts) if parts else None
+        return both(*parts)
 
     def chosen(self, options: dict[str, Any]) -> dict[str, Any]:
         """The same options with what `auto` chooses put in; as they are where another sampler is asked for. InputError as `sampler`."""
@@ -330,8 +333,7 @@ class LanguageModel:
 
     def predict_beside(self, z_BT: Tensor, x_BT: Tensor, block_length: int) -> Tensor:
         """Logits (B, T, V) of block diffusion in float32: every block of z beside the clean blocks of x before it."""
-        logits: Tensor = self.network(torch.cat([z_BT, x_BT], 1), pattern="clean", block_length=block_length).float()
-        return logits
+        return predict_beside(self.network, z_BT, x_BT, block_length)
 
     def predict(self, z_BT: Tensor, t_B: Tensor) -> Tensor:
         """Logits (B, T, V) in float32, as the bounds of `dlm.noise.loss` want them."""

@@ -137,13 +137,13 @@ class Tokenizer:
         if self._bytes:
             alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
             lacking = [c for c in sorted(set(text)) if not {*alphabet.pre_tokenize_str(c)[0][0]} <= vocabulary]
-            if lacking:
-                shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in lacking[:5]) + (" ..." if len(lacking) > 5 else "")
-                raise InputError(f"this model has no token for {shown}: its vocabulary was learned from a text without")
+        else:
+            lacking = sorted(set(text) - vocabulary)
+        if not lacking:
             return
-        lacking = sorted(set(text) - vocabulary)
-        if lacking:
-            shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in lacking[:5]) + (" ..." if len(lacking) > 5 else "")
-            known = "".join(c for c in sorted(self.inner.get_vocab()) if c.isprintable())
-            newline = "newline and " if "\n" in self.inner.get_vocab() else ""
-            raise InputError(f"this model has no token for {shown}; it knows: {newline}{known}")
+        shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in lacking[:5]) + (" ..." if len(lacking) > 5 else "")
+        if self._bytes:
+            raise InputError(f"this model has no token for {shown}: its vocabulary was learned from a text without")
+        known = "".join(c for c in sorted(vocabulary) if c.isprintable())
+        newline = "newline and " if "\n" in vocabulary else ""
+        raise InputError(f"this model has no token for {shown}; it knows: {newline}{known}")

@@ -57,6 +57,11 @@ class Canvas:
             valid_BT[b, : len(row)] = True
         return cls(tokens_BT, free_BT, valid_BT)
 
+    @property
+    def given_BT(self) -> Tensor:
+        """bool (B, T), True where a token stands from the start."""
+        return self.valid_BT & ~self.free_BT
+
     def to(self, device: torch.device | str) -> Canvas:
         return Canvas(self.tokens_BT.to(device), self.free_BT.to(device), self.valid_BT.to(device))
 

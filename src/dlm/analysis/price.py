@@ -18,6 +18,7 @@ from torch import Tensor
 from dlm.errors import InputError
 from dlm.noise.loss import Predict
 from dlm.noise.masked import MaskedNoise
+from dlm.noise.schedule import time_when
 from dlm.protocols import NoiseProcess
 
 FEW = 8
@@ -51,8 +52,8 @@ def stderr(values_WX: Tensor) -> Tensor:
 
 
 def log_probs(noise: NoiseProcess, predict: Predict, z_BT: Tensor) -> Tensor:
-    """log p(x_i | z), the share of masks for the time."""
-    t_B = (z_BT == noise.mask_id).double().mean(-1)
+    """log p(x_i | z), at the time when so much is masked."""
+    t_B = time_when(noise.schedule, (z_BT != noise.mask_id).double().mean(-1))
     return noise.log_probs(predict(z_BT, t_B), z_BT, t_B)
 
 

@@ -43,6 +43,14 @@ def load(name: str, device: str = "cpu", dtype: str = "float32") -> Any:
     return load(name, device=device, dtype=kinds[dtype])
 
 
+def load_judge(name: str, device: str = "cpu") -> Any:
+    """A LanguageModel with an exact likelihood. InputError for a diffusion model."""
+    lm = load(name, device)
+    if lm.is_diffusion:
+        raise InputError(f"{name} is a diffusion model: a judge must be autoregressive, to have an exact likelihood")
+    return lm
+
+
 def bar(label: str, total: int) -> Any:
     """A progress bar on the error stream with a method `forward(amount)`; nothing where that is no terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

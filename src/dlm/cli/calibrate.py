@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from dlm.cli.app import Device, Json, Seed, app, bar, err, load
+from dlm.cli.app import Device, Json, Seed, app, bar, err, load, load_judge
 from dlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,23 +42,16 @@ def calibrate(
 
     if samples < 2:
         raise InputError(f"--samples must be at least 2, to have an error, got {samples}")
-    lm, twin = load(model, device), load(judge, device)
+    lm, twin = load(model, device), load_judge(judge, device)
     if not lm.is_diffusion or not isinstance(lm.noise, MaskedNoise):
         raise InputError(f"{model} is no masked diffusion model: there is nothing to calibrate")
-    if twin.is_diffusion:
-        raise InputError(f"{judge} is a diffusion model: a judge must be autoregressive, to have an exact likelihood")
     if twin.tokenizer.fingerprint() != lm.tokenizer.fingerprint():
         raise InputError(f"{judge} has another vocabulary than {model}")
-
     if twin.window < lm.window:
         raise InputError(f"{judge} reads windows of {twin.window}, {model} writes {lm.window}: a judge needs windows at least as long")
     place = out or find(model)
     if not (place.is_dir() and os.access(place, os.W_OK)):  # before the work, not after it
         raise InputError(f"{place} is no directory that can be written: --out names another")
-
-    def generate(options: dict[str, Any], seed: int) -> tuple[Any, float, float]:
-        results = lm.generate([""] * samples, length=lm.window, seed=seed, temperature=temperature, **options)
-        return results[0].trajectory.current_BT, results[0].forwards, results[0].seconds
 
     def pace(options: dict[str, Any], calls: int) -> float:
         frames = lm.stream([""] * samples, length=lm.window, seed=seed, temperature=temperature, **options)
@@ -68,7 +61,7 @@ def calibrate(
 
     if retime:
         found = lm.calibration()
-        progress = bar(f"timing {lm.name}", 2 * len(found.rows))
+        progress = bar(f"timing {lm.name}", samplers.ROUNDS * len(found.rows))
         with progress:
             rows = samplers.retime(pace, found.rows, progress=progress.forward)
         _finish(Calibration(rows, found.made | {"device": device_name(device)}), place, model, as_json)
@@ -76,7 +69,7 @@ def calibrate(
     settings = samplers.candidates(window=lm.window, causal=lm.is_causal, quick=quick)
     rows, progress = [], bar(f"measuring {lm.name}", len(settings))
     with progress:
-        for row in samplers.measure(generate, samplers.judged(twin.noise, twin.predict, device), settings, seed=seed):
+        for row in samplers.measure(samplers.writing(lm, samples, temperature), samplers.judged(twin), settings, seed=seed):
             rows.append(row)
             progress.forward()
     made = {"model": lm.name, "judge": twin.name, "texts": samples, "length": lm.window, "temperature": temperature}

@@ -72,9 +72,8 @@ def generate(
         lm = load(name, device, dtype)
         canvas = lm.canvas(prompt if samples == 1 else [prompt] * samples, **layout)
         own = options if lm.is_diffusion or compare is None else {k: options[k] for k in ("temperature", "top_p", "top_k")}
-        if compare is not None and word != "auto":
-            own = own | {"budget": None} if "budget" in own else own
-        runs[label or lm.name] = Run(lm, canvas, seed, own | {"sampler": word})
+        own = own | {"sampler": word, "budget": budget if compare is None or word == "auto" else None}
+        runs[label or lm.name] = Run(lm, canvas, seed, own)
     paths = _paths(save, list(runs))
     console = Console(stderr=as_json)
     watching = watch and console.is_terminal

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from dlm.cli.app import Device, Json, app, err, load
+from dlm.cli.app import Device, Json, app, err, load_judge
 from dlm.cli.show import load_runs
 
 if TYPE_CHECKING:
@@ -44,9 +44,7 @@ def settle(
 
         from dlm.evaluate.generative import judge_bits_each
 
-        lm = load(judge, device)
-        if lm.is_diffusion:
-            raise InputError(f"{judge} is a diffusion model: a judge must be autoregressive, to have an exact likelihood")
+        lm = load_judge(judge, device)
         pieces = lm.tokenizer.pieces()
         for run in (run for group in groups.values() for run in group):
             if any(pieces.get(token) != piece for token, piece in run.pieces.items()):

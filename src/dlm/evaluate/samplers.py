@@ -7,23 +7,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dlm.evaluate import generative
+from dlm.sampling import windows
 from dlm.sampling.calibration import Row
 
 Generate = Callable[[dict[str, Any], int], tuple[Tensor, float, float]]
 """(options of a sampler, seed) -> (texts (N, T), network calls for all, seconds for all)."""
 Judge = Callable[[Tensor], generative.Mean]
 """Texts (N, T) -> bits per token."""
+ROUNDS = 2  # of timing
 EXACT = ("first-hitting", "speculative")
 
 
 def candidates(*, window: int, causal: bool, quick: bool = False) -> list[dict[str, Any]]:
     """Settings worth a look for a masked model; the exact one first. causal: a model of block diffusion."""
     few, half = [max(1, window // n) for n in (16, 8, 4)], max(1, window // 2)
-    block = next(n for n in range(few[2], 0, -1) if window % n == 0)
+    block = windows.longest_block(window, few[2])
     found: list[dict[str, Any]] = [{"sampler": "first-hitting"}]
     if quick:
         return [*found, *({"sampler": "topk", "steps": n} for n in few[:2])]
@@ -37,8 +38,7 @@ def candidates(*, window: int, causal: bool, quick: bool = False) -> list[dict[s
     if causal:
         return found
     found += [{"sampler": word, "steps": n} for word in ("revoke:0.6", "planner:1") for n in few[1:]]
-    found += [{"sampler": f"speculative:{n}"} for n in (2, 4, 8, 16)]
-    found += [{"sampler": "speculative:8,0.5"}]
+    found += [{"sampler": f"speculative:{setting}"} for setting in ("2", "4", "8", "16", "8,0.5")]
     for cache in ("prefix", "dual", "delayed:8", "drift:0.2"):
         found += [{"sampler": "ancestral", "steps": n, "cache": cache, "block_length": block} for n in (few[2], half)]
     return found
@@ -72,7 +72,7 @@ Pace = Callable[[dict[str, Any], int], float]
 
 
 def retime(
-    pace: Pace, rows: list[Row], *, rounds: int = 2, calls: int = 3, progress: Callable[[int], None] = lambda rows: None
+    pace: Pace, rows: list[Row], *, rounds: int = ROUNDS, calls: int = 3, progress: Callable[[int], None] = lambda rows: None
 ) -> list[Row]:
     """The same rows with seconds measured again: the least of several rounds in turns, so that a slow minute counts for none.
 
@@ -86,11 +86,20 @@ def retime(
     return [replace(row, seconds=seconds * row.calls) for row, seconds in zip(rows, least, strict=True)]
 
 
-def judged(noise: Any, predict: Any, device: str) -> Judge:
+def writing(model: Any, samples: int, temperature: float) -> Generate:
+    """A language model that writes so many texts, each a window long."""
+
+    def generate(options: dict[str, Any], seed: int) -> tuple[Tensor, float, float]:
+        results = model.generate([""] * samples, length=model.window, seed=seed, temperature=temperature, **options)
+        return results[0].trajectory.current_BT, results[0].forwards, results[0].seconds
+
+    return generate
+
+
+def judged(twin: Any) -> Judge:
     """An autoregressive model of the same vocabulary as a judge."""
 
     def judge(samples_NT: Tensor) -> generative.Mean:
-        with torch.no_grad():
-            return generative.judge_bits(noise, predict, samples_NT.to(device))
+        return generative.judge_bits(twin.noise, twin.predict, samples_NT.to(twin.network.device))
 
     return judge

@@ -297,3 +297,9 @@ class Transformer(nn.Module):
             raise ValueError("the flex backend reads whole unpadded windows; use backend='sdpa' with padding or a cache")
         # SDPA has fused kernels for full and causal; only block-causal needs a mask there, which flex skips over
         return backend == "flex" or (backend == "auto" and square and self.config.attention == "block_causal" and z_BQ.is_cuda)
+
+
+def predict_beside(network: nn.Module, z_BT: Tensor, x_BT: Tensor, block_length: int) -> Tensor:
+    """Logits (B, T, V) of block diffusion in float32: every block of z beside the clean blocks of x before it. network may be wrapped."""
+    logits: Tensor = network(torch.cat([z_BT, x_BT], 1), pattern="clean", block_length=block_length).float()
+    return logits

@@ -126,6 +126,12 @@ def is_whole(schedule: NoiseSchedule) -> bool:
     return bool(abs(first - 1) < 1e-12 and abs(last) < 1e-12)
 
 
+def time_when(schedule: NoiseSchedule, revealed: Tensor) -> Tensor:
+    """The t at which a chain that starts with everything masked has revealed that share, whatever alpha ends at."""
+    last = schedule.alpha(torch.ones((), dtype=revealed.dtype, device=revealed.device))
+    return schedule.inverse(last + revealed * (1 - last))
+
+
 def parse(word: str) -> NoiseSchedule:
     """`"cosine"`, or with arguments `"polynomial:3"`, `"geometric:1e-5,20"`. ValueError says what is known."""
     name, _, arguments = word.partition(":")

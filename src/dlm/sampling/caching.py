@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlm.errors import InputError
+from dlm.errors import InputError, at_least
 from dlm.protocols import CachePolicy, View
 
 
@@ -85,8 +85,7 @@ class Drift:
     probes: int = 8
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold < float("inf"):
-            raise InputError(f"the drift that a cache allows must be at least 0, got {self.threshold}")
+        at_least(self.threshold, 0, "the drift that a cache allows")
 
     def __call__(self, view: View) -> Tensor:
         pos_T = torch.arange(view.z_BT.shape[1], device=view.z_BT.device)

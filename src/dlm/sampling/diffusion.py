@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.noise.masked import MaskedNoise
+from dlm.noise.schedule import time_when
 from dlm.protocols import RNG, CachePolicy, CheckingRule, Constraint, Denoiser, Guidance, NoiseProcess, PlannedRule, Rule, Step
 from dlm.sampling import windows
 from dlm.sampling.constraint import Held
@@ -79,14 +80,13 @@ class DiffusionSampler:
         for b in range(rows) if not masked else ():  # as many draws as the row is long, whatever its neighbours are
             count = int(canvas.valid_BT[b].sum()) + self.window
             z_BL[b, :count] = self.noise.prior(uniform(rng[b : b + 1], count).to(z_BL.device))[0]
-        given_BL = canvas.valid_BT & ~canvas.free_BT
-        z_BL[:, :length] = torch.where(given_BL, canvas.tokens_BT, z_BL[:, :length])
+        z_BL[:, :length] = torch.where(canvas.given_BT, canvas.tokens_BT, z_BL[:, :length])
         return z_BL
 
     def _check_order(self, canvas: Canvas) -> None:
         block_L = torch.arange(canvas.free_BT.shape[1], device=canvas.free_BT.device) // self.block_length
         first_B = block_L.masked_fill(~canvas.free_BT, int(block_L[-1]) + 1).amin(-1)
-        if bool((canvas.valid_BT & ~canvas.free_BT & (block_L > first_B[:, None])).any()):
+        if bool((canvas.given_BT & (block_L > first_B[:, None])).any()):
             raise InputError("block diffusion reads what comes before a block: it cannot fill holes or lead to a suffix in later ones")
 
     @torch.no_grad()
@@ -100,7 +100,7 @@ class DiffusionSampler:
         z_BL = self._start(canvas, rng)
         past_BL = torch.zeros(rows, window, dtype=torch.bool, device=device)
         open_BL = torch.cat([canvas.free_BT, past_BL], 1)
-        given_BL = torch.cat([canvas.valid_BT & ~canvas.free_BT, past_BL], 1)
+        given_BL = torch.cat([canvas.given_BT, past_BL], 1)
         beyond_BL = torch.cat([~canvas.valid_BT, ~past_BL], 1)  # no part of the text: read as noise, denoised with it unless masked
         grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)
         alphas_N, last = noise.schedule.alpha(grid), noise.schedule.alpha(grid[0])
@@ -150,11 +150,11 @@ class DiffusionSampler:
             t_A, s_A = grid[clock_A.clamp(max=steps - 1)], grid[(clock_A + 1).clamp(max=steps)]
             if planned:  # a rule without a grid says at which alpha each position moves
                 alpha_A = level_BT[rows_A].masked_fill(~move_AT, -1).amax(-1)
-                reached_A = noise.schedule.inverse(last + alpha_A.clamp(min=0) * (1 - last))
+                reached_A = time_when(noise.schedule, alpha_A.clamp(min=0))
                 t_A, s_A = (torch.where(alpha_A >= 0, reached_A, x_A) for x_A in (t_A, s_A))
             seen_A = t_A
             if self.block_length:  # the network knows the noise of a window, not of a block
-                seen_A = noise.schedule.inverse(last + (z_AT != noise.mask_id).double().mean(-1) * (1 - last))
+                seen_A = time_when(noise.schedule, (z_AT != noise.mask_id).double().mean(-1))
             logits_ATV, shadow_ATV = reader(rows_A, start_A, z_AT, hole_AT, open_AT, given_AT, entered_A, seen_A)
             logp_ATV = noise.log_probs(logits_ATV, z_AT, t_A)
             forwards += 1

@@ -36,6 +36,11 @@ def categorical(logp_BTV: Tensor, u_BT: Tensor) -> Tensor:
     return torch.minimum(index_BT, last_BT)
 
 
+def pick(x_BTV: Tensor, token_BT: Tensor) -> Tensor:
+    """The entry of each position's token (B, T)."""
+    return x_BTV.gather(-1, token_BT[..., None]).squeeze(-1)
+
+
 def ranked(score_BT: Tensor, open_BT: Tensor, count_B: Tensor) -> Tensor:
     """bool (B, T): the count_B open positions of highest score, the first of equals."""
     order_BT = score_BT.masked_fill(~open_BT, -torch.inf).argsort(dim=-1, descending=True, stable=True)

@@ -61,13 +61,13 @@ class Reader:
             return self.guidance(self._read, z_AT, t_A, given_AT), None
         if not self.shadow:
             return self._read(z_AT, t_A), None
-        logits_AQV = self.denoiser(torch.cat([z_AT, torch.full_like(z_AT, self.mask_id)], 1), t_A, pattern="shadow")
+        logits_AQV = self._read(torch.cat([z_AT, torch.full_like(z_AT, self.mask_id)], 1), t_A, pattern="shadow")
         return logits_AQV[:, : z_AT.shape[1]], logits_AQV[:, z_AT.shape[1] :]
 
-    def _read(self, z_AT: Tensor, t_A: Tensor) -> Tensor:
+    def _read(self, z_AQ: Tensor, t_A: Tensor, **how: Any) -> Tensor:
         """Logits in float32 at least: in bf16 probabilities of a large vocabulary do not sum to 1."""
-        logits_ATV = self.denoiser(z_AT, t_A)
-        return logits_ATV.float() if logits_ATV.dtype in HALF else logits_ATV
+        logits_AQV = self.denoiser(z_AQ, t_A, **how)
+        return logits_AQV.float() if logits_AQV.dtype in HALF else logits_AQV
 
     def _cached(
         self, rows_A: Tensor, start_A: Tensor, z_AT: Tensor, hole_AT: Tensor, block_AT: Tensor, entered_A: Tensor, t_A: Tensor
@@ -85,8 +85,7 @@ class Reader:
         real_AQ = torch.arange(order_AQ.shape[1], device=z_AT.device) < count_A[:, None]
         pos_AQ = torch.where(real_AQ, order_AQ, window)
         token_AQ = torch.where(real_AQ, z_AT.gather(1, order_AQ), self.mask_id)
-        logits_AQV = self.denoiser(token_AQ, t_A, pos_BQ=pos_AQ, cache=self.cache.of(rows_A))
-        logits_AQV = logits_AQV.float() if logits_AQV.dtype in HALF else logits_AQV
+        logits_AQV = self._read(token_AQ, t_A, pos_BQ=pos_AQ, cache=self.cache.of(rows_A))
         self.seen_BT[rows_A] = torch.where(read_AT, z_AT, self.seen_BT[rows_A])
         self.age_B[rows_A] = torch.where(read_AT.all(-1), 0, self.age_B[rows_A] + 1)
         logits_ATV = logits_AQV.new_zeros(len(z_AT), window + 1, logits_AQV.shape[-1])

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dlm.errors import InputError
+from dlm.errors import InputError, at_least
 from dlm.protocols import RNG, Step
-from dlm.sampling.draw import Draw, ranked, uniform
+from dlm.sampling.draw import Draw, pick, ranked, uniform
 
 KINDS = ("cap", "rescale", "conf", "loop")
 
@@ -58,7 +58,7 @@ class Remask:
         reveal_BT = masked_BT & ((u_BT < reveal_B[:, None]) | (step.s_B == 0)[:, None])
         remask_BT = step.open_BT & ~masked_BT & (u_BT < sigma_BT) & (step.s_B > 0)[:, None]
         if self.kind == "conf":
-            sure_BT = step.logp_BTV.gather(-1, token_BT[..., None]).squeeze(-1)
+            sure_BT = pick(step.logp_BTV, token_BT)
             before_BT = step.memory.get("sure", torch.full_like(sure_BT, torch.nan))
             step.memory["sure"] = torch.where(reveal_BT, sure_BT, before_BT)
         return torch.where(reveal_BT, token_BT, torch.where(remask_BT, step.noise.mask_id, step.z_BT))
@@ -107,7 +107,7 @@ class Revoke:
         write_BT = ranked(top_BT, masked_BT, count_B)
         # fewer are taken back than are written, so that every step goes on
         stands_BT = step.open_BT & ~masked_BT
-        sure_BT = _shadow_logp(step).gather(-1, step.z_BT[..., None]).squeeze(-1).exp().masked_fill(~stands_BT, 2.0)
+        sure_BT = pick(_shadow_logp(step), step.z_BT).exp().masked_fill(~stands_BT, 2.0)
         most_B = (count_B - 1).clamp(min=0) * (step.left_B > 1)
         drop_BT = ranked(-sure_BT, stands_BT & (sure_BT < self.keep), most_B)
         return torch.where(write_BT, self.draw(step.logp_BTV, rng), torch.where(drop_BT, step.noise.mask_id, step.z_BT))
@@ -127,13 +127,12 @@ class Planned:
     draw: Draw = field(default_factory=Draw)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta < float("inf"):
-            raise InputError(f"eta must be at least 0, got {self.eta}")
+        at_least(self.eta, 0, "eta")
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         masked_BT = step.z_BT == step.noise.mask_id
         token_BT = torch.where(masked_BT, self.draw(step.logp_BTV, rng), step.z_BT)
-        score_BT = _shadow_logp(step).gather(-1, token_BT[..., None]).squeeze(-1)
+        score_BT = pick(_shadow_logp(step), token_BT)
         score_BT = torch.where(masked_BT, score_BT, self.eta * score_BT if self.eta else torch.inf)  # before any, also a certain one
         count_B = (step.noise.schedule.alpha(step.s_B) * step.open_BT.sum(-1) - 1e-9).ceil().long()  # 0.3 of 10 is 3
         count_B = torch.where(step.left_B == 1, step.open_BT.sum(-1), count_B)

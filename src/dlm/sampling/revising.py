@@ -13,14 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dlm.errors import InputError
+from dlm.errors import InputError, at_least
 from dlm.protocols import RNG, Rule, Step
-from dlm.sampling.draw import Draw, categorical, ranked, uniform
-
-
-def _at_least(value: float, low: float, what: str) -> None:
-    if not low <= value < float("inf"):
-        raise InputError(f"{what} must be at least {low:g}, got {value}")
+from dlm.sampling.draw import Draw, categorical, pick, ranked, uniform
+from dlm.sampling.rules import entropy, within
 
 
 def _reverse(step: Step, draw: Draw, to_B: Tensor, rng: RNG) -> Tensor:
@@ -57,7 +53,7 @@ class PredictorCorrector:
     draw: Draw = field(default_factory=Draw)
 
     def __post_init__(self) -> None:
-        _at_least(self.corrector, 0, "the corrector")
+        at_least(self.corrector, 0, "the corrector")
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         below_B = (step.s_B - self.corrector * (step.t_B - step.s_B)).clamp(min=0)
@@ -92,15 +88,13 @@ class EntropyBound:
     draw: Draw = field(default_factory=Draw)
 
     def __post_init__(self) -> None:
-        _at_least(self.bound, 0, "the entropy bound")
+        at_least(self.bound, 0, "the entropy bound")
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         logp_BTV = self._denoised(step)
         drawn_BT = self.draw(logp_BTV, rng)
-        entropy_BT = torch.special.entr(logp_BTV.exp()).sum(-1).masked_fill(~step.open_BT, torch.inf)
-        order_BT = entropy_BT.sort(dim=-1, stable=True)
-        within_BT = order_BT.values.cumsum(-1) - order_BT.values <= self.bound  # sorted: the largest so far is the last
-        count_B = torch.where(step.left_B == 1, step.open_BT.sum(-1), within_BT.sum(-1))
+        entropy_BT = entropy(logp_BTV).masked_fill(~step.open_BT, torch.inf)
+        count_B = torch.where(step.left_B == 1, step.open_BT.sum(-1), within(entropy_BT, self.bound))
         keep_BT = ranked(-entropy_BT, step.open_BT, count_B)
         noise_BT = step.noise.prior(uniform(rng, drawn_BT.shape[1]).to(drawn_BT.device))
         return torch.where(step.open_BT, torch.where(keep_BT, drawn_BT, noise_BT), step.z_BT)
@@ -109,7 +103,7 @@ class EntropyBound:
         t_B, count_B = step.t_B, step.open_BT.sum(-1).clamp(min=1)
         for _ in range(rounds):
             logp_BTV = step.noise.denoised(step.logp_BTV.double(), step.z_BT, t_B)
-            stays_BT = logp_BTV.gather(-1, step.z_BT[..., None]).squeeze(-1).exp()
+            stays_BT = pick(logp_BTV, step.z_BT).exp()
             wrong_B = torch.where(step.open_BT, 1 - stays_BT, 0.0).sum(-1) / count_B  # a given token may be impossible at t
             t_B = step.noise.schedule.inverse(1 - wrong_B.clamp(1e-3, 1 - 1e-3)).to(t_B)
         return logp_BTV
@@ -132,10 +126,11 @@ class ChangeWorst:
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         mu_BTV = step.logp_BTV.exp()
-        gain_BT = mu_BTV.max(-1).values - mu_BTV.gather(-1, step.z_BT[..., None]).squeeze(-1)
+        stands_BT = pick(mu_BTV, step.z_BT)
+        gain_BT = mu_BTV.max(-1).values - stands_BT
         count_B = (self.edits * step.open_BT.sum(-1) / step.steps).ceil().long()
         # a mask, or what a constraint forbids, is never text: at the end it must go whatever it gains
-        never_BT = step.open_BT & (mu_BTV.gather(-1, step.z_BT[..., None]).squeeze(-1) == 0)
+        never_BT = step.open_BT & (stands_BT == 0)
         count_B = torch.where(step.left_B == 1, torch.maximum(count_B, never_BT.sum(-1)), count_B)
         worst_BT = ranked(gain_BT + never_BT, step.open_BT & ((gain_BT > 0) | never_BT), count_B)
         return torch.where(worst_BT, self.draw(step.logp_BTV, rng), step.z_BT)
@@ -150,7 +145,7 @@ class GreedyTail:
     steps: int = 1
 
     def __post_init__(self) -> None:
-        _at_least(self.steps, 1, "the greedy tail")
+        at_least(self.steps, 1, "the greedy tail")
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         likeliest_BT = step.noise.denoised(step.logp_BTV, step.z_BT, step.t_B).argmax(-1)

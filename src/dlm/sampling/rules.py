@@ -11,15 +11,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dlm.errors import InputError
+from dlm.errors import InputError, at_least
 from dlm.protocols import RNG, Step
-from dlm.sampling.draw import Draw, ranked, uniform
+from dlm.sampling.draw import Draw, pick, ranked, uniform
 
 
 def entropy(logp_BTV: Tensor) -> Tensor:
     """Nats (B, T)."""
     nats_BT: Tensor = torch.special.entr(logp_BTV.double().exp()).sum(-1)
     return nats_BT
+
+
+def within(entropy_BT: Tensor, bound: float) -> Tensor:
+    """How many of the surest positions have sum H - max H <= bound (B,); inf where none is open."""
+    order_BT = entropy_BT.sort(dim=-1).values
+    return (order_BT.cumsum(-1) - order_BT <= bound).sum(-1)  # sorted: the largest so far is the last
 
 
 def share(step: Step) -> Tensor:
@@ -67,7 +73,7 @@ class FirstHitting:
 
 
 def _confidence(step: Step, token_BT: Tensor) -> Tensor:
-    return step.logp_BTV.gather(-1, token_BT[..., None]).squeeze(-1)
+    return pick(step.logp_BTV, token_BT)
 
 
 def _margin(step: Step, token_BT: Tensor) -> Tensor:
@@ -163,14 +169,11 @@ class EntropyBudget:
     draw: Draw = field(default_factory=Draw)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.bound < float("inf"):
-            raise InputError(f"the entropy bound must be at least 0, got {self.bound}")
+        at_least(self.bound, 0, "the entropy bound")
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         entropy_BT = entropy(step.logp_BTV).masked_fill(~step.open_BT, torch.inf)
-        order_BT = entropy_BT.sort(dim=-1).values
-        within_BT = order_BT.cumsum(-1) - order_BT <= self.bound  # sorted: the largest so far is the last
-        return _at_least_share(step, -entropy_BT, within_BT.sum(-1), self.draw, rng)
+        return _at_least_share(step, -entropy_BT, within(entropy_BT, self.bound), self.draw, rng)
 
 
 @dataclass(frozen=True)

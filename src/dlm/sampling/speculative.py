@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dlm.errors import InputError
+from dlm.errors import InputError, at_least
 from dlm.noise.masked import MaskedNoise
+from dlm.noise.schedule import time_when
 from dlm.protocols import RNG, Denoiser
 from dlm.sampling import windows
-from dlm.sampling.draw import Draw, categorical, uniform
+from dlm.sampling.draw import Draw, categorical, pick, uniform
 from dlm.trajectory import Canvas, Frame
 
 
@@ -43,8 +44,7 @@ class SpeculativeSampler:
     def __post_init__(self) -> None:
         if self.proposals < 1:
             raise InputError(f"a speculative sampler proposes 1 token or more, got {self.proposals}")
-        if not 0 <= self.tolerance < float("inf"):
-            raise InputError(f"the tolerance must be at least 0, got {self.tolerance}")
+        at_least(self.tolerance, 0, "the tolerance")
         windows.check(self.window, self.context)
 
     @torch.no_grad()
@@ -54,7 +54,7 @@ class SpeculativeSampler:
         rows, length = canvas.tokens_BT.shape
         past_BL = torch.zeros(rows, window, dtype=torch.bool, device=device)
         open_BL = torch.cat([canvas.free_BT, past_BL], 1)
-        z_BL = torch.where(canvas.valid_BT & ~canvas.free_BT, canvas.tokens_BT, mask_id)
+        z_BL = torch.where(canvas.given_BT, canvas.tokens_BT, mask_id)
         z_BL = torch.cat([z_BL, torch.full_like(past_BL, mask_id, dtype=torch.long)], 1)
         place_B = torch.full((rows,), -1, device=device)
         order_BT = torch.zeros(rows, window, dtype=torch.long, device=device)
@@ -83,8 +83,7 @@ class SpeculativeSampler:
             real_AK = k_K < count_A[:, None]
             row_P, k_P = real_AK.nonzero(as_tuple=True)
             z_PT = z_AT[row_P].scatter(1, pos_AK[row_P], torch.where(k_K < k_P[:, None], token_AK[row_P], z_AT.gather(1, pos_AK)[row_P]))
-            last = noise.schedule.alpha(torch.ones((), dtype=torch.float64, device=device))
-            t_P = noise.schedule.inverse(last + (z_PT != mask_id).double().mean(-1) * (1 - last))
+            t_P = time_when(noise.schedule, (z_PT != mask_id).double().mean(-1))
             logp_PTV = self.draw.shape(noise.log_probs(self.denoiser(z_PT, t_P).double(), z_PT, t_P))
             forwards += 1
             if bool(logp_PTV.isnan().any()):
@@ -110,7 +109,7 @@ class SpeculativeSampler:
 
     def _verify(self, p_AKV: Tensor, q_AKV: Tensor, token_AK: Tensor, test_AK: Tensor, again_AK: Tensor) -> tuple[Tensor, Tensor]:
         """(accepted, what to write instead) for every proposal."""
-        p_AK, q_AK = (x.gather(-1, token_AK[..., None]).squeeze(-1) for x in (p_AKV, q_AKV))
+        p_AK, q_AK = (pick(x, token_AK) for x in (p_AKV, q_AKV))
         accept_AK = test_AK * q_AK < (1 + self.tolerance) * p_AK
         rest_AKV = (p_AKV - q_AKV).clamp(min=0)
         rest_AKV = torch.where(rest_AKV.sum(-1, keepdim=True) > 0, rest_AKV, p_AKV)  # p = q up to rounding

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dlm.protocols import Step
+from dlm.sampling.draw import pick
 
 
 class Stopping:
@@ -33,7 +34,7 @@ class Stopping:
             return settled_A
         quiet_A = ((next_AT == step.z_BT) | ~open_AT).all(-1)
         self.still_B[rows_A] = (self.still_B[rows_A] + 1) * quiet_A
-        possible_AT = step.logp_BTV.gather(-1, next_AT[..., None]).squeeze(-1) > -torch.inf  # no mask, nothing that is forbidden
+        possible_AT = pick(step.logp_BTV, next_AT) > -torch.inf  # no mask, nothing that is forbidden
         written_A = (possible_AT | ~open_AT).all(-1)
         early_A = (self.still_B[rows_A] >= self.until_settled) & ~settled_A & written_A
         if bool(early_A.any()):
@@ -48,4 +49,4 @@ class Stopping:
             logp_ATV = step.noise.denoised(step.logp_BTV, step.z_BT, step.t_B)
         else:
             logp_ATV = step.noise.log_probs(step.shadow_BTV, torch.full_like(step.z_BT, step.noise.mask_id), step.t_B)
-        return logp_ATV.gather(-1, next_AT[..., None]).squeeze(-1).exp()
+        return pick(logp_ATV, next_AT).exp()

@@ -26,6 +26,11 @@ def start(open_BL: Tensor, window: int, context: int) -> Tensor:
     return (first_B - context).clamp(min=0) // (window - context) * (window - context)
 
 
+def longest_block(window: int, most: int) -> int:
+    """The longest block of at most `most` positions that divides the window."""
+    return next(n for n in range(min(most, window), 0, -1) if window % n == 0)
+
+
 def block(open_BT: Tensor, block_length: int) -> tuple[Tensor, Tensor]:
     """The open positions of the first block of each row that has one, bool (B, T), and where that block begins, int64 (B,).
 

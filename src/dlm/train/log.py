@@ -49,6 +49,12 @@ class Log:
                 sink.close()
 
 
+def finished(out: Path, steps: int) -> bool:
+    """Whether the run in `out` has come to that step."""
+    path = out / "log.jsonl"
+    return path.is_file() and any(json.loads(line).get("step") == steps for line in path.read_text(encoding="utf-8").splitlines())
+
+
 def _until(path: Path, step: int) -> list[str]:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():

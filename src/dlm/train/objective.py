@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dlm.models.transformer import predict_beside
 from dlm.noise import loss
 from dlm.noise.process import Process
 from dlm.train.config import TrainConfig
@@ -60,13 +62,9 @@ class Objective:
             logits: Tensor = network(z_BT, t_B).float()
             return logits
 
-        def beside(z_BT: Tensor, x_BT: Tensor, block_length: int) -> Tensor:
-            logits: Tensor = network(torch.cat([z_BT, x_BT], 1), pattern="clean", block_length=block_length).float()
-            return logits
-
         if self.config.network.attention == "block_causal":
             block_length = block_length or self.config.network.block_length
-            nats_B = loss.blockwise(self.noise, beside, x_BT, free_BT, rng, block_length, t_B)
+            nats_B = loss.blockwise(self.noise, partial(predict_beside, network), x_BT, free_BT, rng, block_length, t_B)
         elif self.config.objective == "autoregressive":
             nats_B = loss.autoregressive(self.noise, predict, x_BT, free_BT)
         else:
