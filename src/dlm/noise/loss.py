@@ -80,20 +80,28 @@ def discrete(
 
 
 def any_order(
-    noise: MaskedNoise, predict: Predict, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, t_B: Tensor | None = None
+    noise: MaskedNoise,
+    predict: Predict,
+    x_BT: Tensor,
+    free_BT: Tensor,
+    rng: torch.Generator,
+    t_B: Tensor | None = None,
+    teacher: Predict | None = None,
 ) -> Tensor:
     """The continuous bound with the time integrated out: k masks, k uniform on 1..n, weight n/k. (B,) nats.
 
     Given a mask pattern with k of n positions masked, the time is Beta distributed and E[1/t] P(k) = 1/k: the same
     expectation as `continuous` for any schedule from 1 to 0, with less variance (Rao-Blackwell), and equal to the mean
     over all orders of the autoregressive loss. Only for a network that does not read t.
+    teacher: a network whose guess takes the place of the text: nats are then KL(teacher || network), the path KL of their chains.
     """
     levels_B = draw_levels(len(x_BT), rng) if t_B is None else t_B
     free_B = free_BT.sum(-1)
     count_B = (levels_B * free_B).floor().long().clamp(max=free_B - 1) + 1
     z_BT = noise.corrupt_count(x_BT, count_B, free_BT, rng)
     t_B = count_B / free_B.clamp(min=1)
-    nll_BT = noise.nll(predict(z_BT, t_B), x_BT, z_BT)
+    logits_BTV = predict(z_BT, t_B)
+    nll_BT = noise.nll(logits_BTV, x_BT, z_BT) if teacher is None else noise.kl(teacher(z_BT, t_B), logits_BTV, z_BT)
     return nll_BT.sum(-1) * free_B / count_B.clamp(min=1)  # a row with nothing to predict costs nothing
 
 

@@ -81,10 +81,21 @@ class MaskedNoise:
     def nll(self, logits_BTV: Tensor, x_BT: Tensor, z_BT: Tensor) -> Tensor:
         """`cross_entropy` of `log_probs` (B, T), normalised at masks alone: with a large vocabulary that is most of a training step."""
         masked_BT = z_BT == self.mask_id
-        logits_MV = logits_BTV[masked_BT].clone()
-        logits_MV[:, self.mask_id] = -torch.inf
-        nll_BT = torch.zeros(z_BT.shape, dtype=logits_BTV.dtype, device=z_BT.device)
-        return nll_BT.masked_scatter(masked_BT, F.cross_entropy(logits_MV, x_BT[masked_BT], reduction="none"))
+        nll_M = F.cross_entropy(self._guesses(logits_BTV, masked_BT), x_BT[masked_BT], reduction="none")
+        return torch.zeros(z_BT.shape, dtype=logits_BTV.dtype, device=z_BT.device).masked_scatter(masked_BT, nll_M)
+
+    def kl(self, heavy_BTV: Tensor, light_BTV: Tensor, z_BT: Tensor) -> Tensor:
+        """KL(heavy || light) of two networks' logits at masks, 0 where the token is visible: nats (B, T)."""
+        masked_BT = z_BT == self.mask_id
+        heavy_MV, light_MV = (self._guesses(logits, masked_BT).log_softmax(-1) for logits in (heavy_BTV, light_BTV))
+        p_MV = heavy_MV.exp()
+        kl_M = torch.where(p_MV > 0, p_MV * (heavy_MV - light_MV), 0.0).sum(-1)
+        return torch.zeros(z_BT.shape, dtype=kl_M.dtype, device=z_BT.device).masked_scatter(masked_BT, kl_M)
+
+    def _guesses(self, logits_BTV: Tensor, masked_BT: Tensor) -> Tensor:
+        """Logits of the masks (M, V), none of which stays a mask."""
+        never_V = torch.arange(self.vocab_size, device=logits_BTV.device) == self.mask_id
+        return logits_BTV[masked_BT].masked_fill(never_V, -torch.inf)
 
     def nelbo(self, logp_BTV: Tensor, x_BT: Tensor, z_BT: Tensor, t_B: Tensor) -> Tensor:
         """-alpha'_t / (1 - alpha_t) [z = MASK] (-log mu(x | z)) (B, T): the integrand of MD4 eq. 5, to be averaged over t ~ U(0, 1)."""

@@ -25,7 +25,10 @@ class TrainConfig:
     clusters: str = "classes"  # of semantic noise: classes | MODEL:COUNT (k-means of its output embedding) | a JSON file
     head: str = "leave-one-out"  # what the network gives under replacement noise: leave-one-out | posterior
     estimator: str = "auto"  # any_order (masks, no time input) | counted (replacement) | continuous | auto: the first that applies
-    init: str = ""  # a checkpoint of the same shape to begin with, instead of fresh weights
+    init: str = ""  # a checkpoint to begin with, instead of fresh weights: of the same shape, or deeper
+    trunk: int = 0  # blocks that stay as the first ones of a deeper `init` are, with its embedding: an early exit that shares them
+    teacher: str = ""  # a masked model to learn from: its guess takes the place of the text (distillation)
+    levels: tuple[float, float] = (0.0, 1.0)  # share of masks that the network is trained on, from .. to
     block_lengths: tuple[int, ...] = ()  # of block diffusion (attention=block_causal), one drawn each step; none: block_length
     context: int = 64
     context_share: float = 0.5  # share of training windows whose first `context` tokens are given
@@ -90,6 +93,12 @@ class TrainConfig:
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+        if (self.teacher or self.levels != (0, 1)) and (self.estimate != "any_order" or self.objective != "diffusion" or blocks):
+            raise InputError("teacher and levels are for bidirectional masked models that do not read the time")
+        if len(self.levels) != 2 or not 0 <= self.levels[0] < self.levels[1] <= 1:
+            raise InputError(f"levels run from a share of masks to a higher one, as in 0.5,1; got {self.levels}")
+        if not 0 <= self.trunk <= self.network.layers or (self.trunk and not self.init):
+            raise InputError(f"trunk counts blocks of `init` that stay as they are, 0 .. {self.network.layers}; got {self.trunk}")
         for name in ("context_share", "decay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie in 0 .. 1, got {getattr(self, name)}")
@@ -131,8 +140,8 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TrainConfig:
-        data = data | {"network": TransformerConfig(**data["network"]), "betas": tuple(data["betas"])}
-        return cls(**(data | {"block_lengths": tuple(data.get("block_lengths", ()))}))
+        plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+        return cls(**(plain | {"network": TransformerConfig(**data["network"])}))
 
 
 def _parse(value: str, like: Any) -> Any:

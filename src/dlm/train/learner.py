@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dlm.errors import InputError
@@ -27,12 +27,34 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % (1 << 63))
 
 
-def begin_with(name: str, network: Transformer) -> None:
-    """Take the weights of a checkpoint. InputError where they do not fit."""
-    state, own = checkpoint.load(checkpoint.find(name))[0].state_dict(), network.state_dict()
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+def begin_with(name: str, network: Transformer, trunk: int = 0) -> None:
+    """Take the weights of a checkpoint, of a deeper one those of blocks spread evenly, or of the first ones to share `trunk` of them.
+
+    InputError where they do not fit.
+    """
+    found = checkpoint.load(checkpoint.find(name))[0]
+    deep, own = len(found.blocks), len(network.blocks)
+    if deep > own:
+        found.blocks = nn.ModuleList(found.blocks[i if trunk else i * deep // own] for i in range(own))
+    state, fresh = found.state_dict(), network.state_dict()
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in fresh.items()}:
         raise InputError(f"init={name} has another size, vocabulary or kind of network than this run")
     network.load_state_dict(state)
+
+
+def teacher_of(config: TrainConfig, network: TransformerConfig, mask_id: int, device: torch.device) -> loss.Predict:
+    """The guess of the network to learn from. InputError where it is no masked model of the same vocabulary and window."""
+    teacher, about = checkpoint.load(checkpoint.find(config.teacher), device=str(device))
+    same = (about.network.vocab_size, about.network.window, about.mask_token_id) == (network.vocab_size, network.window, mask_id)
+    if not same or about.objective != "diffusion" or about.noise["process"] != "masked" or about.network.attention != "full":
+        raise InputError(f"teacher={config.teacher} is no masked diffusion model with the vocabulary and window of this run")
+
+    @torch.no_grad()
+    def guess(z_BT: Tensor, t_B: Tensor) -> Tensor:
+        logits: Tensor = teacher(z_BT, t_B).float()
+        return logits
+
+    return guess
 
 
 class Learner:
@@ -55,7 +77,9 @@ class Learner:
         set_seed(config.seed)
         self.bare = Transformer(network)
         if config.init and not resume:  # a resumed run has weights of its own
-            begin_with(config.init, self.bare)
+            begin_with(config.init, self.bare, config.trunk)
+        for part in (self.bare.embed, *self.bare.blocks[: config.trunk]) if config.trunk else ():
+            part.requires_grad_(False)
         if config.compile:
             self.bare.compile()
         fused = self.device.type == "cuda"
@@ -65,7 +89,8 @@ class Learner:
         self.ema = EMA(self.network, config.ema)
         share = config.batch // accelerator.num_processes
         self.own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-        self.objective = Objective(config, RowsOf(noise, batch=config.batch, own=self.own))
+        guess = teacher_of(config, network, noise.mask_id, self.device) if config.teacher else None
+        self.objective = Objective(config, RowsOf(noise, batch=config.batch, own=self.own), guess)
         self.network.train()
 
     def update(self, step: int) -> tuple[Tensor, Tensor, float]:
@@ -73,6 +98,7 @@ class Learner:
         config, own, device = self.config, self.own, self.device
         rng = step_generator(config.seed, step)
         x_BT, t_B = self.stream.draw(config.batch, rng), loss.draw_levels(config.batch, rng)
+        t_B = config.levels[0] + (config.levels[1] - config.levels[0]) * t_B
         free_BT = self.objective.free(config.batch, rng)
         block_length = self.objective.block_length(rng)
         mask_rng = torch.Generator(device).manual_seed(step_generator(config.seed + 1, step).initial_seed())

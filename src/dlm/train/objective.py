@@ -52,6 +52,7 @@ class Objective:
 
     config: TrainConfig
     noise: Any  # a process, or RowsOf one
+    teacher: loss.Predict | None = None
 
     def __call__(
         self, network: nn.Module, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, t_B: Tensor, block_length: int = 0
@@ -67,6 +68,8 @@ class Objective:
             nats_B = loss.blockwise(self.noise, partial(predict_beside, network), x_BT, free_BT, rng, block_length, t_B)
         elif self.config.objective == "autoregressive":
             nats_B = loss.autoregressive(self.noise, predict, x_BT, free_BT)
+        elif self.teacher is not None:
+            nats_B = loss.any_order(self.noise, predict, x_BT, free_BT, rng, t_B, self.teacher)
         else:
             nats_B = getattr(loss, self.config.estimate)(self.noise, predict, x_BT, free_BT, rng, t_B)
         return nats_B / free_BT.sum(-1)
