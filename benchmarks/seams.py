@@ -1,6 +1,7 @@
 """Does a long text show where its windows join? Bits under the autoregressive twin near the joins and elsewhere.
 
     python benchmarks/seams.py                 # 8 texts of 1,600 characters, 64 steps for each window
+    python benchmarks/seams.py --model shakespeare-block --contexts 64 192 240 --length 10240 --texts 2
 
 Every character is judged from at least 128 characters before it, so the judge's own windows leave no pattern. `context 0` is the
 same model without carrying text over: the seam that there would be. The last line is one JSON object.
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--length", type=int, default=1600)
     parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--contexts", type=int, nargs="+", help="characters carried into the next window; default: the model's own, and 0")
     parser.add_argument("--quick", action="store_true", help="one short text: does it run?")
     args = parser.parse_args()
     if args.quick:
@@ -53,7 +55,7 @@ def main() -> None:
     model, twin = dlm.load(args.model), dlm.load(args.twin)
     rows = []
     table = Table("context", "near a join", "elsewhere", "difference", box=None)
-    for context in (model.context, 0):
+    for context in args.contexts or (model.context, 0):
         lm = dlm.LanguageModel(model.network, dataclasses.replace(model.config, context=context), model.tokenizer, model.name)
         results = lm.generate([""] * args.texts, length=args.length, steps=args.steps, seed=0)
         texts_NL = results[0].trajectory.current_BT

@@ -101,8 +101,12 @@ class Denoiser(Protocol):
         valid_BT: Tensor | None = None,
         cache: Any = None,
         pattern: str = "",
+        at_BQ: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, Q, V). pattern `shadow`: z is [text | masks], and a mask guesses its position without seeing the text there."""
+        """Logits (B, Q, V). at_BQ: the only positions whose logits are asked for.
+
+        pattern `shadow`: z is [text | masks], and a mask guesses its position without seeing the text there.
+        """
 
 
 @dataclass(frozen=True)

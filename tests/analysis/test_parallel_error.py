@@ -17,7 +17,7 @@ from torch import Tensor
 
 from conftest import Dlm, make_model
 from dlm.analysis.parallel_error import curse, pair_information, total_correlation
-from dlm.analysis.price import best_price, best_steps, curve_rows, entropy_curve, equal_steps, price, smooth
+from dlm.analysis.price import ancestral_price, best_price, best_steps, curve_rows, entropy_curve, equal_steps, price, smooth
 from dlm.errors import InputError
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.uniform import UniformNoise
@@ -277,3 +277,12 @@ def test_bad_input_gets_one_line(dlm: Dlm, masked_dir: Path, autoregressive_dir:
     assert "2 windows" in dlm.told(*model, "--max-windows", "1")
     assert "no data" in dlm.told("curse", str(masked_dir))
     assert ".png" in dlm.told(*model, "--plot", "curse.txt")
+
+
+def test_the_price_of_random_steps_is_the_mean_over_all_of_them() -> None:
+    h_T = torch.tensor([2.0, 1.5, 0.7, 0.2], dtype=torch.float64)
+    exact = 0.0
+    for steps in itertools.product(range(3), repeat=4):  # the step of every position
+        exact += float(price(h_T, [steps.count(s) for s in range(3) if s in steps])) / 3**4
+    assert float(ancestral_price(h_T, 3, draws=4000)) == pytest.approx(exact, abs=0.02)
+    assert float(ancestral_price(h_T, 10**6)) < 1e-3

@@ -124,6 +124,14 @@ def price(h_T: Tensor, steps: Sequence[int]) -> Tensor:
     return (h_T[..., begin_N] * torch.tensor(steps, device=h_T.device)).sum(-1) - h_T.sum(-1)
 
 
+def ancestral_price(h_T: Tensor, steps: int, *, draws: int = 64, seed: int = 0) -> Tensor:
+    """Nats that a text loses when every position moves in one of `steps` equal steps by chance: the mean of `price` over such draws."""
+    length, rng = h_T.shape[-1], torch.Generator().manual_seed(seed)
+    step_NT = torch.randint(steps, (draws, length), generator=rng)
+    counts_NS = torch.zeros(draws, steps, dtype=torch.long).scatter_add(1, step_NT, torch.ones_like(step_NT))
+    return torch.stack([price(h_T, counts_S[counts_S > 0].tolist()) for counts_S in counts_NS]).mean(0)
+
+
 def equal_steps(length: int, count: int) -> list[int]:
     """Sizes of `count` steps that share the tokens evenly, larger ones first. InputError unless 1 <= count <= length."""
     if not 1 <= count <= length:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dlm.errors import InputError
 from dlm.noise import loss
 from dlm.protocols import NoiseProcess
 
@@ -31,15 +34,40 @@ class Mean:
 
 
 @torch.no_grad()
-def judge_bits_each(noise: NoiseProcess, predict: loss.Predict, samples_NT: Tensor, *, batch: int = 32) -> Tensor:
-    """Bits per token of every sample under an autoregressive judge with the same vocabulary (exact likelihood). (N,)"""
-    parts = [loss.autoregressive(noise, predict, x, torch.ones_like(x, dtype=torch.bool)) for x in torch.split(samples_NT, batch)]
-    return torch.cat(parts) / samples_NT.shape[1] / math.log(2)
+def judge_bits_each(noise: NoiseProcess, predict: loss.Predict, samples_NT: Tensor, *, batch: int = 32, given: int = 0) -> Tensor:
+    """Bits per token of every sample under an autoregressive judge with the same vocabulary (exact likelihood), the first `given`
+    tokens not counted. (N,)"""
+    counted_T = torch.arange(samples_NT.shape[1], device=samples_NT.device) >= given
+    parts = [loss.autoregressive(noise, predict, x, counted_T.expand_as(x)) for x in torch.split(samples_NT, batch)]
+    return torch.cat(parts) / (samples_NT.shape[1] - given) / math.log(2)
 
 
 def judge_bits(noise: NoiseProcess, predict: loss.Predict, samples_NT: Tensor, *, batch: int = 32) -> Mean:
     """Mean of `judge_bits_each`."""
     return Mean.of(judge_bits_each(noise, predict, samples_NT, batch=batch))
+
+
+def entropy_each(samples_NT: Tensor) -> Tensor:
+    """Bits of the token frequencies within every sample (N,): of one length, or they cannot be compared."""
+    counts_NV = torch.nn.functional.one_hot(samples_NT).sum(1).double()
+    bits_N: Tensor = torch.special.entr(counts_NV / samples_NT.shape[1]).sum(-1) / math.log(2)
+    return bits_N
+
+
+def distinct_each(samples_NT: Tensor, n: int) -> Tensor:
+    """Share of n-grams within every sample that are different from each other (N,)."""
+    return torch.tensor([distinct(row[None], n) for row in samples_NT], dtype=torch.float64)
+
+
+def figures(noise: NoiseProcess, predict: loss.Predict, *, given: int = 0) -> Callable[[Tensor], dict[str, Tensor]]:
+    """What every text after its first `given` tokens is worth under an autoregressive judge of the same vocabulary: bits, entropy,
+    distinct_4, each (N,)."""
+
+    def measure(samples_NT: Tensor) -> dict[str, Tensor]:
+        bits_N, new_NT = judge_bits_each(noise, predict, samples_NT, given=given), samples_NT[:, given:]
+        return {"bits": bits_N, "entropy": entropy_each(new_NT), "distinct_4": distinct_each(new_NT, 4)}
+
+    return measure
 
 
 def unigram_entropy(samples_NT: Tensor) -> float:
@@ -53,6 +81,30 @@ def distinct(samples_NT: Tensor, n: int) -> float:
     """Share of n-grams, pooled over the samples, that are different from each other."""
     grams = Counter(tuple(g) for row in samples_NT.unfold(1, n, 1).tolist() for g in row)
     return len(grams) / sum(grams.values())
+
+
+def mauve(p_ND: Tensor, q_ND: Tensor, *, seed: int = 25) -> float:
+    """MAUVE of two sets of texts from features of each (Pillutla et al. 2102.01454), with smoothed clusters (mauve-star): 1 where they
+    lie alike. It depends on how many there are: compare equal numbers, and real text with real text for the floor. (eval extra)"""
+    try:
+        from mauve import compute_mauve
+    except ModuleNotFoundError:
+        raise InputError("MAUVE needs the eval extra: pip install 'dlm[eval]'") from None
+    features = {"p_features": p_ND.double().cpu().numpy(), "q_features": q_ND.double().cpu().numpy()}
+    return float(compute_mauve(**features, seed=seed, verbose=False).mauve_star)
+
+
+@torch.no_grad()
+def hidden_features(network: Any, samples_NT: Tensor, mask_id: int, *, batch: int = 32) -> Tensor:
+    """Mean over positions of what an autoregressive network of the same vocabulary feeds its head (N, D)."""
+    found: list[Tensor] = []
+    hook = network.head.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].mean(1)))
+    try:
+        for x_BT in torch.split(samples_NT, batch):
+            network(torch.cat([torch.full_like(x_BT[:, :1], mask_id), x_BT[:, :-1]], 1))
+    finally:
+        hook.remove()
+    return torch.cat(found)
 
 
 def known_words(texts: list[str], vocabulary: set[str]) -> float:

@@ -34,6 +34,7 @@ class TransformerConfig:
     attention: str = "full"  # full | causal | block_causal
     block_length: int = 0  # for block_causal
     rope_base: float = 10_000.0
+    rope_scaling: tuple[float, ...] = ()  # Llama 3: factor, low and high frequency factor, window before
     norm_eps: float = 1e-6
     qk_norm: bool = True
     qkv_bias: bool = False
@@ -57,6 +58,9 @@ class TransformerConfig:
             object.__setattr__(self, name, value)
         if self.heads % self.kv_heads or self.head_dim % 2:
             raise ValueError(f"{self.heads} heads need a divisor of kv_heads ({self.kv_heads}) and an even head_dim ({self.head_dim})")
+        object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))  # JSON has lists
+        if len(self.rope_scaling) not in (0, 4):
+            raise ValueError(f"rope_scaling has four numbers or none, got {self.rope_scaling}")
         if self.mlp not in ("relu2", "swiglu"):
             raise ValueError(f"unknown mlp {self.mlp!r}; known: relu2, swiglu")
         if self.attention not in attention.PATTERNS:
@@ -76,10 +80,28 @@ class TransformerConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def forward_flops(self, *, keys: int | None = None) -> tuple[int, int]:
+        """FLOPs of a token in (the blocks, the output head) when it attends to `keys` positions, by default a window.
 
-def rotary(pos_BQ: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, Q, K), float32, of RoPE (Su et al. 2104.09864), halves rotated as in Llama."""
+        Two for each multiply and add; embedding, norms, rotations and softmax are free, as `torch.utils.flop_counter` counts.
+        """
+        inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        weights = 2 * self.width * (inner + kv_inner) + (3 if self.mlp == "swiglu" else 2) * self.width * self.mlp_width
+        attention = 4 * inner * (self.window if keys is None else keys)
+        return self.layers * (2 * weights + attention), 2 * self.width * self.vocab_size
+
+
+def rotary(pos_BQ: Tensor, head_dim: int, base: float, scaling: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, 1, Q, K), float32, of RoPE (Su et al. 2104.09864), halves rotated as in Llama.
+
+    scaling: (factor, low, high, window before) of Llama 3.1: what turns less than `low` times in the former window turns `factor`
+    times slower, what turns more than `high` times as ever, and between them it goes over smoothly.
+    """
     frequency_K = base ** (-torch.arange(0, head_dim, 2, device=pos_BQ.device, dtype=torch.float32) / head_dim)
+    if scaling:
+        factor, low, high, before = scaling
+        kept_K = ((frequency_K * before / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequency_K = frequency_K * (kept_K + (1 - kept_K) / factor)
     angle_BQK = pos_BQ[..., None].float() * frequency_K
     angle_BQK = torch.cat([angle_BQK, angle_BQK], -1)[:, None]
     return angle_BQK.cos(), angle_BQK.sin()
@@ -227,6 +249,7 @@ class Transformer(nn.Module):
         cache: KVCache | WindowCache | None = None,
         pattern: str = "",
         block_length: int = 0,
+        at_BQ: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, Q, V).
 
@@ -238,6 +261,7 @@ class Transformer(nn.Module):
         pattern `shadow`: z is [text | masks] (B, 2T) and a mask guesses its position without seeing the text there (but for
         what deeper layers of other positions have read of it); logits of both.
         block_length: of block-causal attention, another one than the network's own.
+        at_BQ: bool, the only positions that get logits; those of the others are 0.
         """
         x_BQD = self.embed(z_BQ)
         if self.time is not None:
@@ -246,13 +270,16 @@ class Transformer(nn.Module):
             x_BQD = x_BQD + self.time(t_B)[:, None]
         x_BQD = self.dropout(x_BQD)
         pos_BQ, mask, is_causal = self._attends(z_BQ, pos_BQ, valid_BT, cache, pattern, block_length or self.config.block_length)
-        cos, sin = rotary(pos_BQ, self.config.head_dim, self.config.rope_base)
+        cos, sin = rotary(pos_BQ, self.config.head_dim, self.config.rope_base, self.config.rope_scaling)
         for block in self.blocks:
             x_BQD = block(x_BQD, cos, sin, mask, is_causal, cache)
         if isinstance(cache, KVCache):
             cache.advance(z_BQ.shape[1])
         if pattern == "clean":
             x_BQD = x_BQD[:, : x_BQD.shape[1] // 2]
+        if at_BQ is not None:
+            logits_MV: Tensor = self.head(self.norm(x_BQD[at_BQ]))
+            return logits_MV.new_zeros(*z_BQ.shape, logits_MV.shape[-1]).index_put_((at_BQ,), logits_MV)
         logits_BQV: Tensor = self.head(self.norm(x_BQD))
         return logits_BQV
 
@@ -302,4 +329,16 @@ class Transformer(nn.Module):
 def predict_beside(network: nn.Module, z_BT: Tensor, x_BT: Tensor, block_length: int) -> Tensor:
     """Logits (B, T, V) of block diffusion in float32: every block of z beside the clean blocks of x before it. network may be wrapped."""
     logits: Tensor = network(torch.cat([z_BT, x_BT], 1), pattern="clean", block_length=block_length).float()
+    return logits
+
+
+def predict_next(network: nn.Module, z_BT: Tensor, start: int | None) -> Tensor:
+    """Logits (B, T, V) of an autoregressive network in float32. z: the text after a place for the start token, without its last token.
+
+    start: the token that goes to that place; None for a network that reads none: its law of the first token is taken as uniform.
+    """
+    if start is None:
+        logits: Tensor = network(z_BT[:, 1:]).float()
+        return torch.cat([torch.zeros_like(logits[:, :1]), logits], 1)
+    logits = network(torch.cat([torch.full_like(z_BT[:, :1], start), z_BT[:, 1:]], 1)).float()
     return logits

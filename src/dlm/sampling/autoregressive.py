@@ -1,7 +1,8 @@
 """The baseline: one token a call, left to right, against a cache.
 
-The network reads MASK as the start token, then the text; output i predicts text token i. Windows tile a long text as
-in diffusion: at the end of a window the last `context` tokens are read again as the beginning of the next.
+The network reads a start token (MASK in our own), then the text; output i predicts text token i. A converted base may have none: it
+reads the text alone, and the first token must be given. Windows tile a long text as in diffusion: at the end of a window the last
+`context` tokens are read again as the beginning of the next.
 Shapes: B rows, L positions of the canvas, V vocabulary.
 """
 
@@ -22,18 +23,28 @@ from dlm.trajectory import Canvas, Frame
 
 @dataclass(frozen=True)
 class AutoregressiveSampler:
-    """Continue prompts. make_cache(rows) gives an empty cache; without it every call reads the whole window again."""
+    """Continue prompts. make_cache(rows, positions) gives an empty cache; without it every call reads the whole window again.
+
+    start: the token that is read before a window, -1 for the mask, None for nothing. stop: tokens that end a row; what was still
+    free after one stays so.
+    """
 
     denoiser: Denoiser
     mask_id: int
     window: int
-    make_cache: Callable[[int], Any] | None = None
+    make_cache: Callable[[int, int], Any] | None = None
     draw: Draw = field(default_factory=Draw)
     context: int = 0
     model: str = ""
+    start: int | None = -1
+    stop: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         windows.check(self.window, self.context)
+        if self.start == -1:
+            object.__setattr__(self, "start", self.mask_id)
+        if self.start is None and not self.context:
+            raise InputError("a model without start token needs context in every window")
 
     @torch.no_grad()
     def steps(self, canvas: Canvas, *, rng: RNG) -> Iterator[Frame]:
@@ -41,27 +52,36 @@ class AutoregressiveSampler:
         free_BL, valid_BL = canvas.free_BT, canvas.valid_BT
         if bool((free_BL[:, :-1] & ~free_BL[:, 1:] & valid_BL[:, 1:]).any()):
             raise InputError("an autoregressive model only continues a prompt: it cannot fill holes or lead to a suffix")
+        if self.start is None and bool(free_BL[:, 0].any()):
+            raise InputError("this model reads no start token: give a prompt of at least one token")
         rows, length = free_BL.shape
         text_BL = torch.where(free_BL, self.mask_id, canvas.tokens_BT)
         input_BL = torch.cat([torch.full_like(text_BL[:, :1], self.mask_id), text_BL], 1)  # input j predicts text j
         open_BL, begin = free_BL.clone(), 0
-        cache, read = self._empty(rows), 0  # read: inputs of this window in the cache
+        done_B = torch.zeros_like(free_BL[:, 0])
+        stop_S = torch.tensor(sorted(self.stop), dtype=torch.long, device=text_BL.device)
+        cache, read = self._empty(rows, length), 0  # read: inputs of this window in the cache
         columns = free_BL.any(0).nonzero().squeeze(-1).tolist()
         for forwards, column in enumerate(columns, 1):
             if column - begin >= self.window:
                 begin = (column - self.context) // (self.window - self.context) * (self.window - self.context)
-                cache, read = self._empty(rows), 0
+                cache, read = self._empty(rows, length), 0
             tokens = input_BL[:, begin + read : column + 1].clone()
-            if read == 0:
-                tokens[:, 0] = self.mask_id
-            logits_BV = self.denoiser(tokens, cache=cache)[:, -1].clone()
+            if read == 0 and self.start is not None:
+                tokens[:, 0] = self.start
+            elif read == 0:
+                tokens = tokens[:, 1:]
+            logits_BV = self.denoiser(tokens, cache=cache)[:, -1].float().clone()
             read = column - begin + 1 if cache is not None else 0
             logits_BV[:, self.mask_id] = -torch.inf
-            rows_A = free_BL[:, column].nonzero().squeeze(-1)
+            rows_A = (free_BL[:, column] & ~done_B).nonzero().squeeze(-1)
             drawn_A = self.draw(logits_BV[rows_A, None].log_softmax(-1), [rng[b] for b in rows_A.tolist()]).squeeze(1)
             text_BL[rows_A, column] = input_BL[rows_A, column + 1] = drawn_A
-            open_BL[:, column] = False
+            open_BL[rows_A, column] = False
+            done_B[rows_A] = torch.isin(drawn_A, stop_S)
             yield Frame(text_BL.clone(), ~open_BL, open_BL.double().sum(-1) / length, self.model, forwards)
+            if self.stop and bool((done_B | ~(free_BL[:, column + 1 :].any(-1))).all()):
+                return
 
-    def _empty(self, rows: int) -> Any:
-        return self.make_cache(rows) if self.make_cache else None
+    def _empty(self, rows: int, length: int) -> Any:
+        return self.make_cache(rows, min(self.window, length)) if self.make_cache else None

@@ -119,7 +119,8 @@ class DiffusionSampler:
         def frame(level_B: Tensor) -> Frame:
             adaptive = (stopping.saved_B.clone(), stopping.doubt_B.clone()) if self.until_settled else (None, None)
             tokens_BL = torch.where(canvas.valid_BT, z_BL[:, :length], canvas.tokens_BT)  # padding is no text
-            return Frame(tokens_BL, ~open_BL[:, :length], level_B, self.model, forwards, *adaptive)
+            taken = getattr(self.denoiser, "taken", "") or self.model  # of several models, whose turn it was
+            return Frame(tokens_BL, ~open_BL[:, :length], level_B, taken, forwards, *adaptive)
 
         if not masked:
             yield frame(torch.ones(rows, dtype=torch.float64, device=device))
@@ -155,7 +156,8 @@ class DiffusionSampler:
             seen_A = t_A
             if self.block_length:  # the network knows the noise of a window, not of a block
                 seen_A = time_when(noise.schedule, (z_AT != noise.mask_id).double().mean(-1))
-            logits_ATV, shadow_ATV = reader(rows_A, start_A, z_AT, hole_AT, open_AT, given_AT, entered_A, seen_A)
+            due_AT = move_AT if planned and not self.revises and held is None else None
+            logits_ATV, shadow_ATV = reader(rows_A, start_A, z_AT, hole_AT, open_AT, given_AT, entered_A, seen_A, due_AT)
             logp_ATV = noise.log_probs(logits_ATV, z_AT, t_A)
             forwards += 1
             if held is not None:

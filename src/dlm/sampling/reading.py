@@ -53,14 +53,16 @@ class Reader:
         given_AT: Tensor,
         entered_A: Tensor,
         t_A: Tensor,
+        due_AT: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(logits_ATV, shadow_ATV or None); with a cache, logits of positions that were not read are 0."""
+        """(logits_ATV, shadow_ATV or None). due_AT: the only positions whose logits matter, where no logit decides which; logits of
+        positions that were not read are 0."""
         if self.policy is not None:
             return self._cached(rows_A, start_A, z_AT, hole_AT, block_AT, entered_A, t_A), None
         if self.guidance is not None:
             return self.guidance(self._read, z_AT, t_A, given_AT), None
         if not self.shadow:
-            return self._read(z_AT, t_A), None
+            return self._read(z_AT, t_A) if due_AT is None else self._read(z_AT, t_A, at_BQ=due_AT), None
         logits_AQV = self._read(torch.cat([z_AT, torch.full_like(z_AT, self.mask_id)], 1), t_A, pattern="shadow")
         return logits_AQV[:, : z_AT.shape[1]], logits_AQV[:, z_AT.shape[1] :]
 

@@ -110,9 +110,9 @@ Line = Sequence[tuple[float, float, float]]
 """Points x, y, half-width of the band."""
 
 
-def panels_plot(panels: Sequence[tuple[str, str, Mapping[str, Line]]], path: Path) -> None:
-    """A panel for each (title, name of x, lines by label), x in powers of two; a label keeps its colour. Written to a temporary name
-    first."""
+def panels_plot(panels: Sequence[tuple[str, str, Mapping[str, Line]]], path: Path, *, doubling: bool = True) -> None:
+    """A panel for each (title, name of x, lines by label); a label keeps its colour. doubling: x in powers of two. Written to a
+    temporary name first."""
     check(path)
     figure, axes = _figure(len(panels))
     labels = list(dict.fromkeys(label for *_, lines in panels for label in lines))
@@ -120,7 +120,8 @@ def panels_plot(panels: Sequence[tuple[str, str, Mapping[str, Line]]], path: Pat
         for label, line in lines.items():
             color = COLORS[labels.index(label) % len(COLORS)]
             _band(axis, [p[0] for p in line], [p[1] for p in line], [p[2] for p in line], color, label, "o-")
-        _doubling(axis, [point[0] for line in lines.values() for point in line])
+        if doubling:
+            _doubling(axis, [point[0] for line in lines.values() for point in line])
         axis.set_xlabel(x)
         axis.set_title(title, fontsize=10, loc="left")
     _save(figure, axes, path)

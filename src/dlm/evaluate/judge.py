@@ -1,0 +1,81 @@
+"""Judges with a vocabulary of their own: they read text, and say how many bits it takes. Shapes: N texts of T tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlm.errors import InputError
+from dlm.evaluate.generative import distinct_each, entropy_each
+from dlm.noise import loss
+
+TextBits = Callable[[Sequence[str]], Tensor]
+"""Texts -> bits of each (N,)."""
+
+
+def of_model(judge: Any) -> TextBits:
+    """An autoregressive `LanguageModel`. InputError for a text with characters that it does not know, or longer than its window."""
+
+    @torch.no_grad()
+    def bits(texts: Sequence[str]) -> Tensor:
+        found = []
+        for text in texts:
+            try:
+                x_1T = torch.tensor([judge.tokenizer.encode(text)], device=judge.network.device)
+            except InputError as error:
+                raise InputError(f"the judge {judge.name} cannot read the text: {error}") from None
+            _check(x_1T, judge.window, judge.name)
+            found.append(loss.autoregressive(judge.noise, judge.predict, x_1T, torch.ones_like(x_1T, dtype=torch.bool)))
+        return torch.cat(found).double().cpu() / math.log(2)
+
+    return bits
+
+
+def of_transformers(name: str, device: str = "cpu") -> TextBits:
+    """Any causal model that transformers reads, from a directory or a hub id; no code of the checkpoint is run.
+
+    The first token costs nothing where the tokenizer has no beginning of text. InputError where there is no such model.
+    """
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ModuleNotFoundError:
+        raise InputError(f"{name} is no model of dlm's: as a judge it needs the eval extra: pip install 'dlm[eval]'") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        network: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
+        network = network.to(device).eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{name} is no causal model that transformers can read ({str(error).splitlines()[0]})") from None
+
+    @torch.no_grad()
+    def bits(texts: Sequence[str]) -> Tensor:
+        found = []
+        for text in texts:
+            begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+            x_1T = torch.tensor([[*begin, *tokenizer(text, add_special_tokens=False)["input_ids"]]], device=device)
+            _check(x_1T, getattr(network.config, "max_position_embeddings", 1 << 30), name)
+            logits_1TV = network(x_1T).logits[:, :-1].double()
+            found.append(torch.nn.functional.cross_entropy(logits_1TV.transpose(1, 2), x_1T[:, 1:], reduction="sum").cpu())
+        return torch.stack(found) / math.log(2)
+
+    return bits
+
+
+def _check(x_1T: Tensor, window: int, name: str) -> None:
+    if not 2 <= x_1T.shape[1] <= window:
+        raise InputError(f"the judge {name} reads 2 to {window} tokens, a text has {x_1T.shape[1]}: shorter texts, or another judge")
+
+
+def figures(bits: TextBits, decode: Callable[[list[int]], str]) -> Callable[[Tensor], dict[str, Tensor]]:
+    """As `generative.figures`, through text: bits for each token of the sample, whatever tokens the judge cuts it into."""
+
+    def measure(samples_NT: Tensor) -> dict[str, Tensor]:
+        texts = [decode(row) for row in samples_NT.tolist()]
+        diversity = {"entropy": entropy_each(samples_NT), "distinct_4": distinct_each(samples_NT, 4)}
+        return {"bits": bits(texts) / samples_NT.shape[1]} | diversity
+
+    return measure

@@ -1,0 +1,94 @@
+"""The law of a schedule written out: one token a call in random order, a model for each number of tokens known.
+
+For sources small enough to enumerate, where the exact posterior is known: a schedule is judged with no judge. Shapes: V tokens, T
+positions, S = V^T texts, X states of a set of known positions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dlm.protocols import Denoiser
+
+
+class Enumerated:
+    """Conditionals of every model in every state, read once; then the law of any schedule costs 2^T V^T additions."""
+
+    def __init__(self, denoisers: Mapping[str, Denoiser], vocab: int, length: int) -> None:
+        self.vocab, self.length, self.mask_id = vocab, length, vocab
+        self.x_ST = torch.tensor(list(itertools.product(range(vocab), repeat=length)))
+        self.sets = [frozenset(known) for k in range(length + 1) for known in itertools.combinations(range(length), k)]
+        self.log_p: dict[str, dict[frozenset[int], Tensor]] = {key: {} for key in denoisers}
+        for known in self.sets:
+            hidden_T = torch.tensor([i not in known for i in range(length)])
+            z_ST = torch.where(hidden_T, self.mask_id, self.x_ST)
+            t_S = torch.full((len(z_ST),), 1 - len(known) / length, dtype=torch.float64)
+            for key, denoiser in denoisers.items():
+                logits_STV = denoiser(z_ST, t_S)[..., :vocab].double()
+                self.log_p[key][known] = logits_STV.log_softmax(-1).gather(-1, self.x_ST[..., None]).squeeze(-1)
+
+    def law(self, keys: Sequence[str]) -> Tensor:
+        """Probability of every text (S,), keys[k] drawing the token after k known ones, positions in uniformly random order."""
+        count, empty = len(self.x_ST), frozenset[int]()
+        mass = {empty: torch.ones(count, dtype=torch.float64)}  # of x at the known positions, given which are known
+        for known in self.sets[1:]:
+            before = len(known) - 1
+            parts = [mass[known - {i}] * self.log_p[keys[before]][known - {i}][:, i].exp() for i in known]
+            mass[known] = torch.stack(parts).mean(0)
+        return mass[frozenset(range(self.length))]
+
+    def path_kl(self, keys: Sequence[str], heavy: str) -> float:
+        """KL between the chain of `heavy` alone and the mixed one: nats, additive over the steps."""
+        law_of_heavy: dict[frozenset[int], Tensor] = {frozenset(): torch.ones(len(self.x_ST), dtype=torch.float64)}
+        nats = 0.0
+        for known in self.sets:
+            if known:
+                parts = [law_of_heavy[known - {i}] * self.log_p[heavy][known - {i}][:, i].exp() for i in known]
+                law_of_heavy[known] = torch.stack(parts).mean(0)
+            step, left = len(known), self.length - len(known)
+            if not left or keys[step] == heavy:
+                continue
+            weight_S = law_of_heavy[known] / self.vocab**left / math.comb(self.length, step)  # every x that agrees stands for the state
+            ratio_ST = self.log_p[heavy][known] - self.log_p[keys[step]][known]
+            hidden = [i for i in range(self.length) if i not in known]
+            for i in hidden:
+                p_S = self.log_p[heavy][known][:, i].exp() * self.vocab  # x_i itself is uniform among those that agree
+                nats += float((weight_S * p_S * ratio_ST[:, i]).sum()) / left
+        return nats
+
+
+class MarkovPosterior:
+    """p(x_i | z) of a stationary Markov chain, exact; or, as a smaller model would see it, from what is visible within `reach`.
+
+    transition_VV: rows sum to 1. The visible tokens next to i on either side say all that the chain knows of it.
+    """
+
+    def __init__(self, transition_VV: Tensor, length: int, reach: int | None = None) -> None:
+        self.vocab, self.length = len(transition_VV), length
+        self.reach = length if reach is None else reach
+        self.powers_KVV = torch.stack([torch.linalg.matrix_power(transition_VV.double(), k) for k in range(length + 1)])
+        self.stationary_V = torch.linalg.matrix_power(transition_VV.double(), 1 << 20)[0]
+
+    def __call__(self, z_BQ: Tensor, t_B: Tensor | None = None, **_: object) -> Tensor:
+        place_T = torch.arange(self.length).expand_as(z_BQ)
+        seen_BT = z_BQ != self.vocab
+        left_BT = torch.where(seen_BT, place_T, -2 * self.length).cummax(-1).values
+        right_BT = torch.where(seen_BT, place_T, 2 * self.length).flip(-1).cummin(-1).values.flip(-1)
+        p_BTV = self._from(z_BQ, left_BT, place_T - left_BT, backward=False) * self._from(z_BQ, right_BT, right_BT - place_T, backward=True)
+        p_BTV = torch.nn.functional.pad(p_BTV / p_BTV.sum(-1, keepdim=True), (0, 1))
+        return p_BTV.clamp(min=1e-300).log()
+
+    def _from(self, z_BT: Tensor, where_BT: Tensor, distance_BT: Tensor, *, backward: bool) -> Tensor:
+        """What the nearest visible token on one side says of each position; nothing where it is out of reach."""
+        token_BT = z_BT.gather(1, where_BT.clamp(0, self.length - 1)).clamp(max=self.vocab - 1)
+        power_BTVV = self.powers_KVV[distance_BT.clamp(max=self.length)]
+        index_BT1V = token_BT[..., None, None].expand(*token_BT.shape, 1, self.vocab)
+        said_BTV = power_BTVV.transpose(-1, -2) if backward else power_BTVV
+        said_BTV = said_BTV.gather(-2, index_BT1V).squeeze(-2)
+        nothing_V = torch.ones_like(self.stationary_V) if backward else self.stationary_V
+        return torch.where((distance_BT <= self.reach)[..., None], said_BTV, nothing_V)
