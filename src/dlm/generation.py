@@ -54,7 +54,9 @@ class Run:
         self.model, self.canvas, self.seed = model, canvas, seed
         options = model.chosen(options)
         self.word: str = options.get("sampler") or model.default_sampler
-        kept = {key: options[key] for key in ("steps", "temperature", "top_p", "top_k", "block_length") if options.get(key)}
+        kept = {
+            key: options[key] for key in ("steps", "temperature", "top_p", "top_k", "block_length", "schedule", "light") if options.get(key)
+        }
         sampler = model.sampler(**options)
         revises = bool(getattr(sampler, "revises", False))
         self.trajectory = model.trajectory(canvas, seed=seed, sampler=self.word, window=model.window, revises=revises, **kept)
@@ -78,10 +80,14 @@ class Run:
         run, canvas, forwards = self.trajectory, self.canvas, self.trajectory.forwards[-1]
         results = []
         for row in range(len(canvas.tokens_BT)):
-            new = int(canvas.free_BT[row].sum())
+            ids = run.current_BT[row][canvas.valid_BT[row]]
+            written_T = canvas.free_BT[row] & (run.current_BT[row] != self.model.tokenizer.mask_id)
+            new = int(written_T.sum())  # a text that ends by itself leaves the rest open
+            last = int(written_T.nonzero()[-1]) if new else -1
+            ended = new > 0 and int(ids[last]) in self.model.stops
             results.append(
                 Generation(
-                    text=self.model.tokenizer.decode(run.current_BT[row][canvas.valid_BT[row]].tolist()),
+                    text=self.model.tokenizer.decode((ids[:last] if ended else ids).tolist()),
                     tokens=new,
                     seconds=self.seconds,
                     forwards=forwards,

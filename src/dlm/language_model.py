@@ -6,8 +6,7 @@ The one place where networks, noise, text and samplers meet.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -15,14 +14,17 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from dlm.chat import ChatTemplate, Messages
 from dlm.errors import InputError
 from dlm.generation import Generation, Run
+from dlm.model_scheduling import plan, routing
+from dlm.model_scheduling.saved import SavedSchedule
 from dlm.models import checkpoint
 from dlm.models.checkpoint import ModelConfig
-from dlm.models.transformer import Transformer, predict_beside
+from dlm.models.transformer import Transformer, predict_beside, predict_next
 from dlm.noise import process
 from dlm.noise.masked import MaskedNoise
-from dlm.protocols import CachePolicy, Constraint, Sampler
+from dlm.protocols import CachePolicy, Constraint, Denoiser, Sampler
 from dlm.sampling import caching, choice, windows
 from dlm.sampling.autoregressive import AutoregressiveSampler
 from dlm.sampling.calibration import Calibration
@@ -34,7 +36,7 @@ from dlm.sampling.speculative import SpeculativeSampler
 from dlm.text import Tokenizer
 from dlm.trajectory import Canvas, Frame, Trajectory
 
-HOLE = re.compile(r"\\_|_|[^_\\]+|\\")
+NEW = 256  # tokens that a converted model adds unless told otherwise, or until it ends its text
 BLOCK = 32  # of a bidirectional model with a cache, unless told otherwise (Fast-dLLM)
 
 
@@ -56,27 +58,34 @@ class LanguageModel:
             raise InputError(f"{name}: its config.json describes no known noise ({error})") from None
         self.defaults: dict[str, Any] = {}
         self.path: Path | None = None
+        self.chat = ChatTemplate()
+        self._others: dict[str, LanguageModel] = {}
 
     @classmethod
     def from_pretrained(cls, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:
-        """Load a directory, a bundled checkpoint or a hub id. InputError says what is missing or wrong."""
+        """Load a directory, a GGUF file, a bundled or pulled checkpoint or a hub id. InputError says what is missing or wrong."""
         path = checkpoint.find(str(name))
+        if checkpoint.is_foreign(path):
+            from dlm.convert import weights
+
+            base = weights.load(path, device=device, dtype=dtype)
+            model = cls(base.network, base.config, base.tokenizer, name=path.stem if path.is_file() else Path(name).name)
+            model.defaults, model.chat = base.defaults, base.chat
+            return model
         network, config = checkpoint.load(path, device=device, dtype=dtype)
-        model = cls(network, config, Tokenizer.load(path), name=Path(name).name)
-        model.path = path
-        defaults = path / "generation_config.json"
-        if defaults.is_file():
-            try:
-                model.defaults = dict(json.loads(defaults.read_text(encoding="utf-8")))
-            except (TypeError, ValueError) as error:
-                raise InputError(f"{defaults} is damaged ({error})") from None
+        model = cls(network, config, Tokenizer.load(path, config.mask_token_id if config.family != "dlm" else 0), name=Path(name).name)
+        model.path, model.chat = path, ChatTemplate.load(path)
+        model.defaults = checkpoint.read_defaults(path)
         return model
 
     def save_pretrained(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a checkpoint directory; `dtype=torch.bfloat16` halves it."""
-        generation = json.dumps(self.defaults, indent=2) + "\n"
-        files = {"tokenizer.json": self.tokenizer.inner.to_str(), "generation_config.json": generation, "README.md": self.card()}
-        checkpoint.save(directory, self.network.state_dict(), self.config, files=files, dtype=dtype)
+        checkpoint.save(directory, self.network.state_dict(), self.config, files=self.files() | {"README.md": self.card()}, dtype=dtype)
+
+    def files(self) -> dict[str, str]:
+        """Tokenizer, generation defaults and chat template as files of a checkpoint, ours or Hugging Face's."""
+        files = {"tokenizer.json": self.tokenizer.inner.to_str(), "generation_config.json": json.dumps(self.defaults, indent=2) + "\n"}
+        return files | self.chat.files()
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload as a model repository, return its address. Needs a network and a hub token."""
@@ -110,6 +119,12 @@ class LanguageModel:
         return str(self.defaults.get("sampler", "ancestral")) if self.is_diffusion else "autoregressive"
 
     @property
+    def stops(self) -> frozenset[int]:
+        """Tokens that end a text or a turn: eos_token_id of generation_config.json."""
+        ids = self.defaults.get("eos_token_id", [])
+        return frozenset([ids] if isinstance(ids, int) else ids or [])
+
+    @property
     def window(self) -> int:
         return self.config.network.window
 
@@ -138,7 +153,7 @@ class LanguageModel:
         if template is not None:
             if prompt or suffix or length or max_new_tokens:
                 raise InputError("a template stands alone: put prompt, holes and suffix into it")
-            return Canvas.from_rows([self._template(template)], fill=self.tokenizer.mask_id)
+            return Canvas.from_rows([self.tokenizer.encode_template(template)], fill=self.tokenizer.mask_id)
         if length is not None and max_new_tokens is not None:
             raise InputError("give length or max_new_tokens, not both")
         tail = self.tokenizer.encode(suffix)
@@ -146,7 +161,8 @@ class LanguageModel:
         for text in [prompt] if isinstance(prompt, str) else prompt:
             head = self.tokenizer.encode(text)
             given = len(head) + len(tail)
-            whole = max(self.window, given + 64) if length is None else length
+            usual = max(self.window, given + 64) if self.config.family == "dlm" else given + NEW
+            whole = usual if length is None else length
             new = whole - given if max_new_tokens is None else max_new_tokens
             if new < 1:
                 raise InputError(f"nothing to generate: the prompt and suffix have {given} tokens, the text is to have {given + new}")
@@ -157,19 +173,17 @@ class LanguageModel:
             rows.append([*head, *[None] * new, *tail])
         return Canvas.from_rows(rows, fill=self.tokenizer.mask_id)
 
-    def _template(self, template: str) -> list[int | None]:
-        row: list[int | None] = []
-        text = ""
-        for part in HOLE.findall(template):
-            if part == "_":
-                row += [*self.tokenizer.encode(text), None]
-                text = ""
-            else:
-                text += "_" if part == "\\_" else part
-        row += self.tokenizer.encode(text)
-        if None not in row:
-            raise InputError("the template has no hole: write _ for every token to fill")
-        return row
+    def chat_prompt(self, messages: Messages, **variables: Any) -> str:
+        """The text of a conversation up to where the model is to speak. InputError without chat template. See `ChatTemplate.render`."""
+        return self.chat.render(messages, **variables)
+
+    def chat_canvas(self, messages: Messages, *, max_new_tokens: int = NEW, **variables: Any) -> Canvas:
+        """A conversation and room for an answer; what looks like a control token in a message is text. InputError as `chat_prompt`."""
+        ids = self.chat.encode(messages, self.tokenizer, **variables)
+        ids = ids[1:] if ids[:1] == [self.config.start_token_id] else ids  # the sampler reads it anyway
+        if len(ids) >= self.window:
+            raise InputError(f"the conversation has {len(ids)} tokens, the window {self.window}: begin a new one")
+        return Canvas.from_rows([[*ids, *[None] * min(max_new_tokens, self.window - len(ids))]], fill=self.tokenizer.mask_id)
 
     def sampler(self, **options: Any) -> Sampler:
         """The sampler that these options mean for this model; unset ones come from generation_config.json.
@@ -181,6 +195,8 @@ class LanguageModel:
         block; a model of block diffusion has its own. cache: a word of `dlm.sampling.caching` for a bidirectional model; True is the
         exact cache of an autoregressive one or of block diffusion, False none. guidance: how much more than its due the prompt counts.
         allow: the characters that may be written; pattern: a regular expression that the whole text must match.
+        schedule: which model takes which step, as in `L0.5 H0.5`, `sandwich:0.25`, `unsure:1.5`, or `auto` for what `dlm schedule
+        search` found; this model is H. light: name of model L, or names by key.
         """
         return self._sampler(**self.chosen(options))
 
@@ -200,23 +216,30 @@ class LanguageModel:
         allow: str | None = None,
         pattern: str | None = None,
         budget: str | None = None,
+        schedule: str | None = None,
+        light: str | Mapping[str, str] | None = None,
     ) -> Sampler:
         if budget is not None:
             raise InputError("a budget is for --sampler auto")
         draw = Draw(self.defaults.get("temperature", 1.0) if temperature is None else temperature, top_k, top_p)
         word = sampler or self.default_sampler
         special = block_length or isinstance(cache, str) or guidance != 1 or allow is not None or pattern is not None
+        if (schedule is not None or light is not None) and (not self.is_diffusion or self.is_causal or isinstance(cache, str)):
+            raise InputError("a schedule of models is for bidirectional diffusion models without a cache, which belongs to one model")
+        steps = self.defaults.get("steps", self.window) if steps is None else steps
+        denoiser = self._denoiser(schedule, light, steps)
         if not self.is_diffusion:
             if sampler not in (None, "autoregressive") or greedy_tail or until_settled or special:
                 what = f"the sampler {sampler!r}" if sampler else "revising, guided or constrained text, blocks or an approximate cache"
                 raise InputError(f"{self.name} is autoregressive: {what} needs a diffusion model")
             make = self.network.cache if cache else None
-            return AutoregressiveSampler(self.network, self.tokenizer.mask_id, self.window, make, draw, self.context, self.name)
+            ends = (self.config.start_token_id, self.stops)
+            return AutoregressiveSampler(self.network, self.tokenizer.mask_id, self.window, make, draw, self.context, self.name, *ends)
         guess = choice.speculative(word)
         if guess is not None:
             if greedy_tail or until_settled or special or self.is_causal or not isinstance(self.noise, MaskedNoise):
                 raise InputError("speculative decoding is for bidirectional masked models, with no blocks, cache, guidance or constraint")
-            return SpeculativeSampler(self.network, self.noise, self.window, **guess, draw=draw, context=self.context, model=self.name)
+            return SpeculativeSampler(denoiser, self.noise, self.window, **guess, draw=draw, context=self.context, model=self.name)
         if guidance != 1 and (self.is_causal or not isinstance(self.noise, MaskedNoise)):
             raise InputError(f"{self.name} never saw a text without its beginning: guidance needs a bidirectional masked model")
         if self.is_causal and isinstance(cache, str):
@@ -228,11 +251,11 @@ class LanguageModel:
         elif policy is not None:
             block_length = block_length or windows.longest_block(self.window, BLOCK)
         return DiffusionSampler(
-            partial(self.network, block_length=block_length) if self.is_causal else self.network,
+            partial(self.network, block_length=block_length) if self.is_causal else denoiser,
             self.noise,
             self.window,
             choice.make(word, draw, self.noise, greedy_tail),
-            self.defaults.get("steps", self.window) if steps is None else steps,
+            steps,
             self.context // block_length * block_length if self.is_causal and block_length else self.context,
             self.name,
             until_settled or int(word.partition(":")[0] in choice.SETTLING),
@@ -243,6 +266,29 @@ class LanguageModel:
             self._constraint(allow, pattern),
             sees_ahead=not self.is_causal,
         )
+
+    def _denoiser(self, schedule: str | None, light: str | Mapping[str, str] | None, steps: int) -> Denoiser:
+        if schedule is None and light is None:
+            return self.network
+        if schedule is None or light is None:
+            raise InputError("a schedule needs --schedule and --light, as in --schedule 'L0.5 H0.5' --light shakespeare-mask-2")
+        return routing.make(schedule, self.denoisers(light), self.tokenizer.mask_id, steps)
+
+    def denoisers(self, light: str | Mapping[str, str]) -> dict[str, Transformer]:
+        """This network as H beside others. InputError for a model of another vocabulary, window or noise."""
+        names = {plan.LIGHT: light} if isinstance(light, str) else dict(light)
+        if plan.HEAVY in names:
+            raise InputError(f"{plan.HEAVY} is {self.name} itself: the other models have other letters")
+        for name in names.values():
+            if name not in self._others:
+                at = self.path / name if self.path is not None and (self.path / name).is_dir() else name
+                other = load(str(at), device=str(self.network.device), dtype=self.network.embed.weight.dtype)
+                if not other.is_diffusion or other.is_causal or other.config.noise != self.config.noise:
+                    raise InputError(f"{name} is no bidirectional diffusion model with the noise of {self.name}: it cannot take its steps")
+                if other.tokenizer.fingerprint() != self.tokenizer.fingerprint() or other.window != self.window:
+                    raise InputError(f"{name} has another vocabulary or window than {self.name}: it cannot take its steps")
+                self._others[name] = other
+        return {plan.HEAVY: self.network} | {key: self._others[name].network for key, name in names.items()}
 
     def _constraint(self, allow: str | None, pattern: str | None) -> Constraint | None:
         if allow is None and pattern is None:
@@ -258,6 +304,11 @@ class LanguageModel:
 
     def chosen(self, options: dict[str, Any]) -> dict[str, Any]:
         """The same options with what `auto` chooses put in; as they are where another sampler is asked for. InputError as `sampler`."""
+        if options.get("schedule") == "auto":
+            if options.get("light") is not None or self.path is None:
+                raise InputError("--schedule auto has found the light models itself, beside a checkpoint on disk: leave --light away")
+            saved = SavedSchedule.load(self.path)
+            options = options | {"schedule": str(saved.schedule), "light": saved.light, "steps": options.get("steps") or saved.steps}
         if (options.get("sampler") or self.default_sampler) != "auto":
             return options
         if not self.is_diffusion or not isinstance(self.noise, MaskedNoise):
@@ -336,11 +387,13 @@ class LanguageModel:
         return predict_beside(self.network, z_BT, x_BT, block_length)
 
     def predict(self, z_BT: Tensor, t_B: Tensor) -> Tensor:
-        """Logits (B, T, V) in float32, as the bounds of `dlm.noise.loss` want them."""
+        """Logits (B, T, V) in float32, as the bounds of `dlm.noise.loss` want them; `predict_next` of an autoregressive model."""
+        if not self.is_diffusion:
+            return predict_next(self.network, z_BT, self.config.start_token_id)
         logits: Tensor = self.network(z_BT, t_B).float()
         return logits
 
 
 def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """Load a checkpoint: a directory, a bundled name (`shakespeare-mask`) or a hub id."""
+    """Load a checkpoint: a directory, a GGUF file, a bundled name (`shakespeare-mask`), a pulled one (`smollm2-135m`) or a hub id."""
     return LanguageModel.from_pretrained(name, device=device, dtype=dtype)

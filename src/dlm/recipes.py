@@ -39,6 +39,48 @@ def shakespeare_hybrid() -> TrainConfig:
     return replace(shakespeare_uniform(), noise="hybrid:0.5")
 
 
+def shakespeare_light(layers: int) -> TrainConfig:
+    """`shakespeare-mask` in fewer blocks: begun with blocks of its own and taught by it."""
+    base = TrainConfig(data=SHAKESPEARE, init="shakespeare-mask", teacher="shakespeare-mask", lr=1e-3, warmup=20)
+    return replace(base, network=base.network.with_(layers=layers), eval_every=200, eval_windows=128, save_every=50)
+
+
+def shakespeare_mask_2() -> TrainConfig:
+    """A third of its blocks."""
+    return replace(shakespeare_light(2), steps=1000)
+
+
+def shakespeare_mask_1() -> TrainConfig:
+    """A sixth of its blocks."""
+    return replace(shakespeare_light(1), steps=1200)
+
+
+def shakespeare_mask_early() -> TrainConfig:
+    """`shakespeare-mask-2` taught further where it serves alone: more than half masks."""
+    base = replace(shakespeare_mask_2(), init="shakespeare-mask-2", levels=(0.5, 1.0))
+    return replace(base, steps=1500)
+
+
+def kjv_mask() -> TrainConfig:
+    """Six blocks on a second corpus, in subwords. The text: `bible -l100000 -f Gen1:1-Rev22:21 | sed 's/^[^ ]* //' > kjv.txt`
+    with Debian's bible-kjv."""
+    network = TransformerConfig(vocab_size=1, width=192, window=128)
+    base = TrainConfig(data="kjv.txt", tokenizer="bpe:1024", network=network, batch=32, context=0, context_share=0.0)
+    return replace(base, steps=1200, eval_every=200, eval_windows=128, save_every=100)
+
+
+def kjv_mask_2() -> TrainConfig:
+    """A third of its blocks."""
+    base = replace(kjv_mask(), init="runs/kjv-mask", teacher="runs/kjv-mask", lr=1e-3, warmup=20, steps=500)
+    return replace(base, network=base.network.with_(layers=2))
+
+
+def kjv_ar() -> TrainConfig:
+    """The judge of both."""
+    base = kjv_mask()
+    return replace(base, network=base.network.with_(attention="causal"), objective="autoregressive", steps=400)
+
+
 def shakespeare_block() -> TrainConfig:
     """Block diffusion on top of `shakespeare-mask`, one network for blocks of 1 to 256; 700 steps, 40 minutes of one core."""
     network = TransformerConfig(vocab_size=1, width=192, attention="block_causal", block_length=16)
@@ -48,7 +90,13 @@ def shakespeare_block() -> TrainConfig:
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "shakespeare-mask": shakespeare_mask,
+    "shakespeare-mask-2": shakespeare_mask_2,
+    "shakespeare-mask-1": shakespeare_mask_1,
     "shakespeare-ar": shakespeare_ar,
+    "shakespeare-mask-early": shakespeare_mask_early,
+    "kjv-mask": kjv_mask,
+    "kjv-mask-2": kjv_mask_2,
+    "kjv-ar": kjv_ar,
     "shakespeare-uniform": shakespeare_uniform,
     "shakespeare-semantic": shakespeare_semantic,
     "shakespeare-hybrid": shakespeare_hybrid,

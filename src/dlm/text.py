@@ -6,6 +6,7 @@ The mask is one more id after the vocabulary and has no text, so no prompt can s
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,22 +16,35 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from dlm.errors import InputError
 
+HOLE = re.compile(r"\\_|_|[^_\\]+|\\")
+
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` that never reads special tokens out of ordinary text."""
+    """A `tokenizers.Tokenizer` that never reads special tokens out of ordinary text.
 
-    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+    vocab_size: ids of the network without the mask; some networks have more of them than the tokenizer has tokens.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, vocab_size: int = 0) -> None:
         self.inner = inner
         self.inner.encode_special_tokens = True  # "<|endoftext|>" in a prompt is text
         self.inner.no_padding()
         self.inner.no_truncation()
-        self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = inner.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = vocab_size or max(vocabulary.values()) + 1
+        if max(vocabulary.values()) >= self.vocab_size:
+            raise InputError(
+                f"the tokenizer has {max(vocabulary.values()) + 1} tokens, the network {self.vocab_size}: they do not belong together"
+            )
         self.mask_id: int = self.vocab_size
+        self.control = {token.content: i for i, token in inner.get_added_tokens_decoder().items() if token.special}
         self._closed = isinstance(inner.model, models.WordLevel) and inner.model.unk_token not in inner.get_vocab()
         single_bytes = set(inner.get_vocab()) == set(pre_tokenizers.ByteLevel.alphabet())
         # a byte-level vocabulary learned from a text knows only the bytes in it, and drops others without a word
         partial = isinstance(inner.model, models.BPE) and inner.model.unk_token is None and not inner.model.byte_fallback
-        self._bytes = "ByteLevel" in str(inner.pre_tokenizer) and partial and not single_bytes
+        self._known = set(inner.get_vocab())
+        lacks_bytes = partial and not self._known >= set(pre_tokenizers.ByteLevel.alphabet())
+        self._bytes = "ByteLevel" in str(inner.pre_tokenizer) and lacks_bytes
         self._separable = self._closed or single_bytes  # every token one character or byte: text may be cut anywhere
         self._pieces: dict[int, str] = {}
 
@@ -68,16 +82,17 @@ class Tokenizer:
         return cls(inner)
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: str | Path, vocab_size: int = 0) -> Tokenizer:
         """Read a `tokenizer.json`, or the one in a directory."""
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise InputError(f"{path} does not exist; a tokenizer is 'chars', 'bytes', 'bpe:SIZE' or the path of a tokenizer.json")
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
+            inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust side raises bare Exception
             raise InputError(f"{path} is not a tokenizer.json ({error})") from None
+        return cls(inner, vocab_size)
 
     @classmethod
     def make(cls, kind: str, text: str) -> Tokenizer:
@@ -100,6 +115,21 @@ class Tokenizer:
             raise InputError(f"this model has no token for {', '.join(f'{c!r} (U+{ord(c):04X})' for c in lost[:5])}")
         ids: list[int] = encoding.ids
         return ids
+
+    def encode_template(self, template: str) -> list[int | None]:
+        """Token ids of a text in which every `_` is one hole, None, and `\\_` an underscore. InputError where there is none."""
+        row: list[int | None] = []
+        text = ""
+        for part in HOLE.findall(template):
+            if part == "_":
+                row += [*self.encode(text), None]
+                text = ""
+            else:
+                text += "_" if part == "\\_" else part
+        row += self.encode(text)
+        if None not in row:
+            raise InputError("the template has no hole: write _ for every token to fill")
+        return row
 
     def encode_corpus(self, documents: Iterable[str]) -> np.ndarray:
         """All documents in one int32 stream, encoded a few lines at a time so that a long file needs little memory."""
@@ -133,17 +163,16 @@ class Tokenizer:
     def _check(self, text: str) -> None:
         if not self._closed and not self._bytes:
             return
-        vocabulary = set(self.inner.get_vocab())
         if self._bytes:
             alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-            lacking = [c for c in sorted(set(text)) if not {*alphabet.pre_tokenize_str(c)[0][0]} <= vocabulary]
+            lacking = [c for c in sorted(set(text)) if not {*alphabet.pre_tokenize_str(c)[0][0]} <= self._known]
         else:
-            lacking = sorted(set(text) - vocabulary)
+            lacking = sorted(set(text) - self._known)
         if not lacking:
             return
         shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in lacking[:5]) + (" ..." if len(lacking) > 5 else "")
         if self._bytes:
             raise InputError(f"this model has no token for {shown}: its vocabulary was learned from a text without")
-        known = "".join(c for c in sorted(vocabulary) if c.isprintable())
-        newline = "newline and " if "\n" in vocabulary else ""
+        known = "".join(c for c in sorted(self._known) if c.isprintable())
+        newline = "newline and " if "\n" in self._known else ""
         raise InputError(f"this model has no token for {shown}; it knows: {newline}{known}")

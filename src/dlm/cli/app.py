@@ -51,6 +51,39 @@ def load_judge(name: str, device: str = "cpu") -> Any:
     return lm
 
 
+def judging(name: str, lm: Any, given: int = 0) -> Any:
+    """Texts of `lm` (N, T) -> what each is worth under a judge: by token where the vocabulary is the same, else through text.
+
+    given: tokens at the beginning that are not counted. InputError for a diffusion model, or one that cannot read the texts.
+    """
+    from dlm.evaluate import generative, judge
+    from dlm.models import checkpoint
+
+    device = str(lm.network.device)
+    try:
+        ours = name in checkpoint.bundled() or checkpoint.is_ours(checkpoint.find(name))
+    except InputError:
+        ours = True  # the message of `load_judge` is better
+    if not ours:
+        return judge.figures(judge.of_transformers(name, device), lm.tokenizer.decode)
+    twin = load_judge(name, device)
+    if twin.tokenizer.fingerprint() != lm.tokenizer.fingerprint():
+        return judge.figures(judge.of_model(twin), lm.tokenizer.decode)
+    if twin.window < lm.window:
+        raise InputError(f"{name} reads windows of {twin.window}, {lm.name} writes {lm.window}: a judge needs windows at least as long")
+    return generative.figures(twin.noise, twin.predict, given=given)
+
+
+def named_models(words: str) -> str | dict[str, str]:
+    """`NAME` for model L, or `M=NAME,L=NAME`. InputError for anything else."""
+    if "=" not in words:
+        return words
+    pairs = [word.strip().partition("=") for word in words.split(",")]
+    if any(not (len(key) == 1 and key.isupper() and name) for key, _, name in pairs) or len({key for key, _, _ in pairs}) < len(pairs):
+        raise InputError(f"--light takes a model, or several by capital letters as in M=NAME,L=NAME; got {words!r}")
+    return {key: name for key, _, name in pairs}
+
+
 def bar(label: str, total: int) -> Any:
     """A progress bar on the error stream with a method `forward(amount)`; nothing where that is no terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dlm.cli.app import Device, Json, Model, Seed, app, err, fail, load
+from dlm.cli.app import Device, Json, Seed, app, err, fail, load, named_models
 from dlm.errors import InputError
 
 SAMPLERS = (
@@ -25,7 +25,7 @@ SAMPLERS = (
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to begin with.")] = "",
-    model: Model = "shakespeare-mask",
+    model: Annotated[str, typer.Option("--model", "--heavy", "-m", help="Bundled name, directory or hub id.")] = "shakespeare-mask",
     compare: Annotated[
         str | None, typer.Option(help="Several at once, side by side: mask,uniform,semantic or MODEL@SAMPLER, with commas.")
     ] = None,
@@ -50,6 +50,10 @@ def generate(
     allow: Annotated[str | None, typer.Option(help="The only characters that may be written.")] = None,
     pattern: Annotated[str | None, typer.Option(help="A regular expression that the whole text must match (constraints extra).")] = None,
     budget: Annotated[str | None, typer.Option(help="Of --sampler auto: calls:32 | seconds:2 | bits:0.1 (allowed loss).")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Which model takes which step: 'L0.5 H0.5' | sandwich:0.25 | unsure:1.5 | auto.")
+    ] = None,
+    light: Annotated[str | None, typer.Option(help="The smaller model L of a schedule; several: M=NAME,L=NAME.")] = None,
     seed: Seed = 0,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="See the text settle.")] = False,
     save: Annotated[Path | None, typer.Option(help="Write the run as a .traj file for `dlm show` and `dlm settle`.")] = None,
@@ -64,6 +68,7 @@ def generate(
     options: dict[str, Any] = {"steps": steps, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     options |= {"greedy_tail": greedy_tail, "until_settled": until_settled, "block_length": block_length}
     options |= {"guidance": guidance, "allow": allow, "pattern": pattern, "budget": budget}
+    options |= {"schedule": schedule, "light": None if light is None else named_models(light)}
     options |= {"cache": True if cache is None else cache if cache != "none" else False}
     if samples < 1 or (samples > 1 and template is not None):
         raise InputError("--samples counts texts from 1, and a template makes one")

@@ -1,6 +1,7 @@
 """A model on disk, as Hugging Face lays it out: model.safetensors (or shards), config.json, generation_config.json, tokenizer.json.
 
-A name is a directory, a checkpoint bundled with the package, or a hub id. Nothing is unpickled and no code is run.
+A name is a directory, a GGUF file, a checkpoint bundled with the package, one that `dlm pull` fetched, or a hub id. Nothing is
+unpickled and no code is run.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from dlm.errors import InputError
 from dlm.models.transformer import Transformer, TransformerConfig
 
 INDEX = "model.safetensors.index.json"
+CONVERTIBLE = ("llama", "qwen2", "qwen3")  # model types that `dlm.convert` turns into our backbone
+PULLED = ("smollm2-135m",)  # what `dlm pull` fetches by name
 SHARD = "14MB"  # below the size that code hosts and mail gateways refuse
 
 
@@ -37,6 +40,12 @@ class ModelConfig:
     noise: dict[str, Any] = field(default_factory=lambda: {"process": "masked", "schedule": "linear"})
     context: int = 0  # tokens of the last window that a long text carries into the next
     training: dict[str, Any] = field(default_factory=dict)
+    start_token_id: int | None = -1  # what an autoregressive network reads before the text: -1 its mask; None: nothing
+    family: str = "dlm"  # what it was converted from: one of CONVERTIBLE
+
+    def __post_init__(self) -> None:
+        if self.start_token_id == -1:
+            object.__setattr__(self, "start_token_id", self.mask_token_id)
 
     def to_json(self) -> dict[str, Any]:
         head = {"model_type": "dlm", "architectures": ["Transformer"], "vocab_size": self.network.vocab_size}
@@ -48,7 +57,12 @@ class ModelConfig:
         if not isinstance(data, dict):
             raise InputError(f"{where}/config.json does not describe a model (it holds a {type(data).__name__})")
         if data.get("model_type") != "dlm":
-            raise InputError(f"{where} is a checkpoint of kind {data.get('model_type')!r}, not one of dlm's")
+            kind = data.get("model_type")
+            if kind in CONVERTIBLE:
+                raise InputError(f"{where} is a {kind} checkpoint: convert it first, with dlm.load({where!r}).save_pretrained(directory)")
+            raise InputError(
+                f"{where} is a checkpoint of kind {kind!r}, not one of dlm's, nor one that it converts: {', '.join(CONVERTIBLE)}"
+            )
         known = {f.name for f in fields(cls)} - {"network"}
         try:
             return cls(network=TransformerConfig(**data["network"]), **{k: v for k, v in data.items() if k in known})
@@ -62,22 +76,35 @@ def bundled() -> dict[str, Path]:
     return {p.name: p for p in sorted(root.iterdir()) if (p / "config.json").is_file()} if root.is_dir() else {}
 
 
+def cache_directory() -> Path:
+    """Where `dlm pull` puts what it fetched: $DLM_CACHE, or `dlm` in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("DLM_CACHE") or Path(home) / "dlm")
+
+
 def find(name: str) -> Path:
-    """Directory of a checkpoint: a path, a bundled name, or a hub id (downloaded once into the hub cache)."""
+    """Directory or GGUF file of a checkpoint: a path, a bundled or pulled name, or a hub id (downloaded once into the hub cache)."""
     path = Path(name)
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path.suffix == ".gguf" and path.is_file()):
         return path
     if name in bundled():
         return bundled()[name]
     if path.is_dir():
         raise InputError(f"{name} has no config.json: it is no checkpoint (a training run writes one at its first save)")
-    if name.count("/") == 1 and not name.startswith(("/", ".", "~")):
+    if name in PULLED:
+        path = cache_directory() / f"{name}.gguf"
+        if not path.is_file():
+            raise InputError(f"{name} is not here yet: run dlm pull {name}")
+        return path
+    if name.count("/") == 1 and not name.endswith(".gguf") and not name.startswith(("/", ".", "~")):
         try:
-            return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+            path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+            # the chat template of a base may be a file of its own; it runs in a sandbox
+            return Path(snapshot_download(name, allow_patterns=["*.jinja"])) if is_foreign(path) else path
         except (OSError, HFValidationError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"no directory {name}, and the hub did not give it: {reason}") from None
-    close = difflib.get_close_matches(name, bundled(), n=2, cutoff=0.4)
+    close = difflib.get_close_matches(name, [*bundled(), *PULLED], n=2, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else f"bundled: {', '.join(bundled()) or 'none'}"
     raise InputError(f"no checkpoint {name!r}; {hint} A directory or a hub id works too.")
 
@@ -94,15 +121,27 @@ def save(
 
     files: text of further files by name, tokenizer.json among them. A reader never sees half a file.
     """
+    if config.network.tied:
+        state = {k: v for k, v in state.items() if k != "head.weight"}
+    write(directory, state, config.to_json(), files=files, dtype=dtype)
+
+
+def write(
+    directory: str | Path,
+    state: dict[str, torch.Tensor],
+    config: dict[str, Any],
+    *,
+    files: dict[str, str],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """`save` of any tensors and any config.json."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
-        if config.network.tied:
-            state = {k: v for k, v in state.items() if k != "head.weight"}
         state = {k: v.detach().cpu().to(dtype or v.dtype).contiguous() for k, v in state.items()}
         save_torch_state_dict(state, temporary, max_shard_size=SHARD)
         stored = str(next(iter(state.values())).dtype).removeprefix("torch.")
-        texts = files | {"config.json": json.dumps(config.to_json() | {"dtype": stored}, indent=2) + "\n"}
+        texts = files | {"config.json": json.dumps(config | {"dtype": stored}, indent=2) + "\n"}
         for name, text in texts.items():
             (Path(temporary) / name).write_text(text, encoding="utf-8")
         written = sorted(Path(temporary).iterdir(), key=lambda p: (p.suffix != ".safetensors", p.name == "config.json"))
@@ -126,19 +165,48 @@ def card(config: ModelConfig, name: str, parameters: int) -> str:
     """The model card, Markdown with the hub's header."""
     block = "block " * (config.network.attention == "block_causal")
     kind = "Autoregressive" if config.objective == "autoregressive" else f"{config.noise['process'].capitalize()} {block}diffusion"
+    made = "trained with dlm" if config.family == "dlm" else f"converted from a {config.family} checkpoint by dlm"
     return (
         f"---\nlibrary_name: dlm\npipeline_tag: text-generation\n---\n# {name}\n\n{kind} language model, "
-        f"{parameters:,} parameters, window {config.network.window}, context {config.context}, trained with dlm.\n\n"
+        f"{parameters:,} parameters, window {config.network.window}, context {config.context}, {made}.\n\n"
         f"```python\nimport dlm\n\nprint(dlm.load({json.dumps(name)}).generate(length=256, seed=0).text)\n```\n"
     )
 
 
-def load_config(path: Path) -> ModelConfig:
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. InputError where it is damaged."""
     try:
-        data = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}/config.json is damaged ({error})") from None
-    return ModelConfig.from_json(data, str(path))
+        raise InputError(f"{path} is damaged ({error})") from None
+
+
+def read_defaults(path: Path) -> dict[str, Any]:
+    """generation_config.json of a directory, empty where it has none."""
+    file = path / "generation_config.json"
+    data = read_json(file) if file.is_file() else {}
+    if not isinstance(data, dict):
+        raise InputError(f"{file} is damaged (it holds a {type(data).__name__})")
+    return data
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether `dlm.convert` has to read it: a GGUF file, or a directory of a model type that it knows."""
+    if path.suffix == ".gguf" and path.is_file():
+        return True
+    data = read_json(path / "config.json")
+    return isinstance(data, dict) and data.get("model_type") in CONVERTIBLE
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `LanguageModel.from_pretrained` reads it: written by dlm, or convertible."""
+    return is_foreign(path) or read_json(path / "config.json").get("model_type") == "dlm"
+
+
+def load_config(path: Path) -> ModelConfig:
+    if path.suffix == ".gguf":
+        raise InputError(f"{path} is a GGUF file: convert it first, with dlm.load({str(path)!r}).save_pretrained(directory)")
+    return ModelConfig.from_json(read_json(path / "config.json"), str(path))
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -164,16 +232,27 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
 def load(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Transformer, ModelConfig]:
     """The network in evaluation mode, and its config. InputError where the files do not fit together."""
     config = load_config(path)
-    state = load_weights(path)
-    with torch.device("meta"):
-        network = Transformer(config.network)
+    return assemble(config, load_weights(path), path, device=device, dtype=dtype), config
+
+
+def assemble(
+    config: ModelConfig, state: dict[str, torch.Tensor], path: Path, *, device: torch.device | str, dtype: torch.dtype
+) -> Transformer:
+    """The network around these tensors, each cast by itself so that memory holds the weights once. Takes them out of `state`."""
+    try:
+        with torch.device("meta"):
+            network = Transformer(config.network)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise InputError(f"{path}: its config describes no network ({str(error).splitlines()[0]})") from None
     if config.network.tied and "embed.weight" in state:
         state["head.weight"] = state["embed.weight"]
     shapes = {name: tuple(p.shape) for name, p in network.state_dict().items()}
     wrong = [n for n in shapes.keys() | state.keys() if shapes.get(n) != (tuple(state[n].shape) if n in state else None)]
     if wrong:
         raise InputError(f"the weights in {path} do not fit its config.json (first: {sorted(wrong)[0]}); another vocabulary or size?")
-    network.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, assign=True)
+    if config.network.tied:
+        del state["head.weight"]
+    network.load_state_dict({k: state.pop(k).to(device, dtype) for k in list(state)}, assign=True, strict=False)
     if config.network.tied:
         network.head.weight = network.embed.weight
-    return network.eval().requires_grad_(False), config
+    return network.eval().requires_grad_(False)

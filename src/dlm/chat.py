@@ -1,0 +1,96 @@
+"""Chat templates: messages to the token ids that a model was trained on.
+
+A template is Jinja, run in a sandbox as in transformers. Control tokens come from the template alone: one that is typed in a message is
+text, so no message can end its own turn or speak for somebody else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from dlm.errors import InputError
+from dlm.text import Tokenizer
+
+Messages = Sequence[Mapping[str, Any]]
+GUARD = "\ufdd0"  # a noncharacter, which no text has: stands inside a control token that somebody typed
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """source: Jinja; tokens: the texts of bos_token, eos_token ... that it may name."""
+
+    source: str = ""
+    tokens: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, directory: Path) -> ChatTemplate:
+        """The one of a Hugging Face directory, in chat_template.jinja or tokenizer_config.json; an empty one where there is none."""
+        config, single = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+        try:
+            data = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+            source = single.read_text(encoding="utf-8") if single.is_file() else data.get("chat_template")
+            if isinstance(source, list):  # several, by name
+                source = {entry["name"]: entry["template"] for entry in source}.get("default")
+            tokens = {key: value["content"] if isinstance(value, dict) else value for key, value in data.items() if key.endswith("_token")}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{config} is damaged ({error})") from None
+        return cls(source or "", {key: value for key, value in tokens.items() if isinstance(value, str)})
+
+    def files(self) -> dict[str, str]:
+        """What `load` reads."""
+        if not self.source:
+            return {}
+        return {"tokenizer_config.json": json.dumps(self.tokens | {"chat_template": self.source}, indent=2) + "\n"}
+
+    def render(self, messages: Messages, *, answer: bool = True, **variables: Any) -> str:
+        """The text of a conversation, control tokens spelt out. answer: end where the model is to speak. InputError from the template.
+
+        messages: dicts with `role` and `content`; variables: what the template knows more, as `enable_thinking` of Qwen3.
+        """
+        if not self.source:
+            raise InputError("this model has no chat template: it was not made for conversations")
+        from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(message: str) -> None:
+            raise TemplateError(message)
+
+        def tojson(value: Any, indent: int | None = None) -> str:  # Jinja's own escapes HTML
+            return json.dumps(value, ensure_ascii=False, indent=indent)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = tojson
+        environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        names = self.tokens | {"tools": None, "documents": None} | variables
+        try:
+            return environment.from_string(self.source).render(messages=messages, add_generation_prompt=answer, **names)
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise InputError(f"the chat template does not take these messages ({str(error).splitlines()[0]})") from None
+
+    def encode(self, messages: Messages, tokenizer: Tokenizer, *, answer: bool = True, **variables: Any) -> list[int]:
+        """Token ids of a conversation. InputError as `render`."""
+        if not tokenizer.control:
+            return tokenizer.encode(self.render(messages, answer=answer, **variables))
+        longest_first = sorted(tokenizer.control, key=len, reverse=True)
+        control = re.compile("|".join(map(re.escape, longest_first)))
+
+        def guarded(value: Any) -> Any:
+            if not isinstance(value, str):
+                return value
+            return control.sub(lambda found: found[0][0] + GUARD + found[0][1:], value.replace(GUARD, ""))
+
+        text = self.render([{key: guarded(value) for key, value in m.items()} for m in messages], answer=answer, **variables)
+        ids: list[int] = []
+        for part in re.split(f"({control.pattern})", text):
+            if part in tokenizer.control:
+                ids.append(tokenizer.control[part])
+            elif part:
+                ids += tokenizer.encode(part.replace(GUARD, ""))
+        return ids

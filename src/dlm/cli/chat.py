@@ -1,0 +1,67 @@
+"""`dlm chat`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from dlm.cli.app import Device, Seed, app, err, load
+from dlm.errors import InputError
+
+
+@app.command()
+def chat(
+    base: Annotated[
+        str, typer.Option("--base", "-m", help="A model with a chat template: pulled name, directory, GGUF file, hub id.")
+    ] = "smollm2-135m",
+    system: Annotated[str | None, typer.Option(help="What the model is told first; default: what its template says.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32 | bfloat16.")] = "float32",
+) -> None:
+    """Talk to a model, line by line. Ctrl-D or Ctrl-C ends it."""
+    if max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens counts from 1, got {max_new_tokens}")
+    lm = load(base, device, dtype)
+    messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    lm.chat_prompt([*messages, {"role": "user", "content": ""}])  # a model without template is told at once
+    try:
+        while (line := _ask()) is not None:
+            if not line.strip():
+                continue
+            messages.append({"role": "user", "content": line})
+            try:
+                canvas = lm.chat_canvas(messages, max_new_tokens=max_new_tokens)
+            except InputError as error:
+                err.print(str(error), markup=False, highlight=False)
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": _answer(lm, canvas, seed, temperature=temperature, top_p=top_p)})
+    except KeyboardInterrupt:
+        print()
+
+
+def _ask() -> str | None:
+    """The next line, None at the end; a prompt only where somebody sits."""
+    if sys.stdin.isatty():
+        print("> ", end="", flush=True)
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None
+
+
+def _answer(lm: Any, canvas: Any, seed: int, **options: Any) -> str:
+    """Print the answer as it comes, return it."""
+    shown, row = "", canvas.free_BT[0]
+    for frame in lm.stream(canvas=canvas, seed=seed, **options):
+        ids = frame.tokens_BT[0].cpu()[row & frame.settled_BT[0].cpu()].tolist()
+        text = lm.tokenizer.decode([i for i in ids if i not in lm.stops])
+        if not text.endswith("\ufffd"):  # half a character: its other bytes are still to come
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+    return shown

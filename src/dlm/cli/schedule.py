@@ -1,0 +1,344 @@
+"""`dlm schedule`: which model takes which denoising step; what that costs, what it loses, and the best schedule by search."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dlm.cli.app import Device, Json, Seed, app, bar, err, judging, load, named_models
+from dlm.errors import InputError
+
+if TYPE_CHECKING:
+    from dlm.model_scheduling.cost import CallCost
+    from dlm.model_scheduling.plan import ModelSchedule
+    from dlm.model_scheduling.sensitivity import Sensitivity
+    from dlm.model_scheduling.trial import Outcome, Trial
+
+schedules = typer.Typer(no_args_is_help=True, help="Which model takes which denoising step.")
+app.add_typer(schedules, name="schedule")
+
+Heavy = Annotated[str, typer.Argument(help="The model H: bundled name, directory or hub id.")]
+Light = Annotated[str, typer.Argument(help="The smaller model L; several: M=NAME,L=NAME.")]
+Data = Annotated[str | None, typer.Option(help="Text file, folder of .txt files, or hf:DATASET; default: what H learned.")]
+Judge = Annotated[str, typer.Option(help="An autoregressive model; any causal one of transformers reads the text.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps of a window; default: one for each token.")]
+Sampler = Annotated[str, typer.Option(help="A sampler that masks have, as in `dlm generate`.")]
+Segments = Annotated[int, typer.Option(help="Equal parts of the steps.")]
+
+
+@schedules.command()
+def cost(
+    schedule: Annotated[str, typer.Argument(help="'L125 H750 L125', 'L0.125 H0.75 L0.125', sandwich:0.25 ...")],
+    heavy: Annotated[str, typer.Option(help="The model H.")] = "shakespeare-mask",
+    light: Annotated[str, typer.Option(help="The smaller model L; several: M=NAME,L=NAME.")] = "shakespeare-mask-2",
+    steps: Steps = None,
+    as_json: Json = False,
+) -> None:
+    """FLOPs of a schedule by three conventions: blocks alone, with the output head, and of the calls that really happen."""
+    from rich.table import Table
+
+    from dlm.model_scheduling.cost import cost as count
+    from dlm.model_scheduling.plan import ModelSchedule
+
+    plan = ModelSchedule.parse(schedule)
+    lm, _, prices = _models(heavy, light)
+    found = count(plan, prices, plan.steps or steps or lm.window)
+    table = Table(
+        box=None, header_style="bold", caption=f"{plan}, one text of {lm.window} tokens; saved against H alone, in the same sampler"
+    )
+    for head in ("counted", "GFLOPs", "saved"):
+        table.add_column(head, justify="left" if head == "counted" else "right")
+    for name, label in (
+        ("blocks", "blocks, every step"),
+        ("with_head", "and the head"),
+        ("executed", f"calls that happen ({found.calls:.0f})"),
+    ):
+        table.add_row(label, f"{getattr(found, name) / 1e9:,.2f}", f"{getattr(found, f'saved_{name}'):.1%}")
+    Console(stderr=as_json).print(table)
+    if as_json:
+        print(json.dumps({"schedule": str(plan), "steps": plan.steps or steps or lm.window} | found.record()))
+
+
+@schedules.command()
+def sensitivity(
+    heavy: Heavy,
+    light: Light,
+    data: Data = None,
+    split: Annotated[str, typer.Option(help="train | val | all.")] = "val",
+    max_windows: Annotated[int, typer.Option(help="At most this many windows, spread evenly over the text.")] = 64,
+    segments: Segments = 16,
+    sampler: Sampler = "ancestral",
+    steps: Steps = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Texts that H writes, to see the states it comes by.")] = 16,
+    swap: Annotated[int, typer.Option(help="Also let L take one of so many parts of the steps, write and judge; 0: no.")] = 0,
+    judge: Judge = "shakespeare-ar",
+    plot: Annotated[Path | None, typer.Option(help="Write the curves as .png, .svg or .pdf (viz extra).")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    device: Device = "cpu",
+) -> None:
+    """What each step loses with the light model: loss gap and KL on noised text and on H's own runs, with 95 % bands."""
+    from dlm.model_scheduling import sensitivity as measure
+    from dlm.sampling.draw import generators
+    from dlm.train import data as reading
+
+    if plot is not None:
+        from dlm.viz.plots import check
+
+        check(plot)  # before the work, not after it
+    lm, networks, _ = _models(heavy, light, device)
+    source = lm.config.training.get("data", "") if data is None else data
+    windows_WT = reading.Stream.encode(reading.select(reading.read(source), split, 0.1), lm.tokenizer, lm.window).windows(max_windows)
+    predict = {key: _float(network) for key, network in networks.items()}
+    with bar("noised text", len(windows_WT) * segments) as progress:
+        text = measure.on_text(lm.noise, predict, windows_WT.to(device), segments=segments, seed=seed, progress=progress.forward)
+    with bar("states of H", samples * segments) as progress:
+        made = lm.sampler(sampler=sampler, steps=steps).steps(
+            lm.canvas([""] * samples, length=lm.window).to(device), rng=generators(seed, samples)
+        )
+        planned = sampler in ("ancestral", "first-hitting")
+        runs = measure.on_trajectories(lm.noise, predict, made, segments=segments, written_only=not planned, progress=progress.forward)
+    lights = [key for key in networks if key != "H"]
+    swaps: dict[str, list[dict[str, float]]] = {}
+    if swap:
+        trial = _trial(lm, light, judge, sampler=sampler, steps=steps or lm.window)
+        words = {key: [_one(key, j, swap) for j in range(swap)] for key in lights}
+        with bar("one segment at a time", 1 + swap * len(lights)) as progress:
+            alone = trial("H", seed, seed + samples)
+            progress.forward()
+            for key in lights:
+                swaps[key] = []
+                for word in words[key]:
+                    swaps[key].append(_pair(trial(word, seed, seed + samples).against(alone, "bits")))
+                    progress.forward()
+    record = {"heavy": lm.name, "light": light, "data": source, "windows": len(windows_WT), "segments": segments, "sampler": sampler}
+    record |= {"seed": seed, "text": _curves(text, lights), "runs": _curves(runs, lights), "swap": swaps}
+    console = Console(stderr=as_json)
+    for key in lights:
+        console.print(_sensitivity_table(record, key))
+    if plot is not None:
+        from dlm.viz.plots import panels_plot
+
+        panels_plot(_panels(record, lights), plot, doubling=False)
+        err.print(f"wrote {plot}", highlight=False)
+    if as_json:
+        print(json.dumps(record))
+
+
+@schedules.command()
+def search(
+    heavy: Heavy,
+    light: Light,
+    how: Annotated[
+        str, typer.Option("--search", help="kl (by theory) | joint (and fewer steps) | exhaustive | halving (of many, again and again).")
+    ] = "kl",
+    saved: Annotated[float, typer.Option(help="Share of H's block FLOPs to save at least.")] = 0.35,
+    segments: Segments = 8,
+    steps: Annotated[int, typer.Option(help="Denoising steps of a window.")] = 64,
+    sampler: Sampler = "ancestral",
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Texts for each schedule, the same seeds for all.")] = 16,
+    count: Annotated[int, typer.Option(help="Schedules that halving begins with.")] = 24,
+    judge: Judge = "shakespeare-ar",
+    data: Data = None,
+    max_windows: Annotated[int, typer.Option(help="Windows of the text that the KL is measured on.")] = 32,
+    ledger: Annotated[Path | None, typer.Option(help="File of trials: a search that stopped goes on where it was.")] = None,
+    save: Annotated[bool, typer.Option(help="Keep the best beside H, for `dlm generate --schedule auto`.")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    device: Device = "cpu",
+) -> None:
+    """Find the best schedule that saves so much; every one is written and judged with the same seeds, beside H alone and L alone."""
+    from dlm.model_scheduling import search as find
+    from dlm.model_scheduling.plan import LIGHT, ModelSchedule
+    from dlm.model_scheduling.saved import SavedSchedule
+    from dlm.model_scheduling.sensitivity import on_text
+    from dlm.train import data as reading
+
+    if how not in ("kl", "joint", "exhaustive", "halving"):
+        raise InputError(f"unknown search {how!r}; known: kl, joint, exhaustive, halving")
+    if samples < 2:
+        raise InputError(f"--samples must be at least 2, to have an error, got {samples}")
+    lm, networks, prices = _models(heavy, light, device)
+    if save and lm.path is None:
+        raise InputError(f"{heavy} is not on disk: there is no place beside it")
+    trial = _trial(lm, light, judge, sampler=sampler, steps=steps, ledger=ledger)
+    joined = trial
+    source = lm.config.training.get("data", "") if data is None else data
+    windows_WT = reading.Stream.encode(reading.select(reading.read(source), "val", 0.1), lm.tokenizer, lm.window).windows(max_windows)
+    with bar("KL of every segment", len(windows_WT) * segments) as progress:
+        predict = {key: _float(network) for key, network in networks.items()}
+        kl = on_text(lm.noise, predict, windows_WT.to(device), segments=segments, seed=seed, progress=progress.forward).kl()
+    blocks = {key: price.blocks for key, price in prices.items()}
+    taken, best = steps, ModelSchedule.parse("H")
+    if how == "joint":
+        taken, best, nats = _jointly(lm, windows_WT.to(device), kl, blocks, steps, saved)
+        joined = _trial(lm, light, judge, sampler=sampler, steps=taken, ledger=ledger)
+        err.print(f"{taken} steps of {steps}, {best}: {nats:.2f} nats a text lost by theory", highlight=False)
+    else:
+        best = find.by_kl(kl, blocks, saved)
+    if how == "exhaustive":
+        if set(prices) != {"H", LIGHT}:
+            raise InputError("--search exhaustive is for one light model; a ladder takes --search kl or halving")
+        least = next(n for n in range(segments + 1) if n / segments * (1 - blocks[LIGHT] / blocks["H"]) >= saved - 1e-9)
+        tried = find.exhaustive(segments, least)
+    else:
+        tried = find.candidates(best, segments, count) if how == "halving" else [best]
+    alone = [ModelSchedule.parse(key) for key in prices]
+    outcomes: dict[str, Outcome] = {}
+    with bar(f"{len(tried)} schedules of {samples} texts", 0) as progress:
+        for schedule in alone:
+            outcomes[str(schedule)] = trial(str(schedule), seed, seed + samples)
+            progress.forward()
+        for schedule in tried if how != "halving" else ():
+            label = str(schedule) if taken == steps else f"{schedule}, {taken} steps"
+            outcomes[label] = joined(str(schedule), seed, seed + samples)
+            progress.forward()
+        if how == "halving":
+            for outcome in find.halving(trial, tried, texts=samples, seed=seed):
+                outcomes[outcome.schedule] = outcome
+                progress.forward()
+    reference = outcomes[str(alone[0])]
+    rows = [_row(label, one, reference, find.path_kl(ModelSchedule.parse(one.schedule), kl, lm.window)) for label, one in outcomes.items()]
+    whole = [o for o in outcomes.values() if o.texts == samples]
+    mixed = [o for o in whole if o.saved(reference) >= saved - 0.01 and o.schedule not in map(str, alone)] or whole
+    winner = str(best) if how in ("kl", "joint") else min(mixed, key=lambda o: o.mean("bits")[0]).schedule
+    front = [o.schedule for o in find.front(whole)]
+    Console(stderr=as_json).print(_search_table(rows, winner, front))
+    record = {"heavy": lm.name, "light": light, "search": how, "saved": saved, "segments": segments, "steps": steps, "sampler": sampler}
+    record |= {"samples": samples, "judge": judge, "seed": seed, "best": winner, "kl": kl, "rows": rows, "front": front}
+    if save and lm.path is not None:
+        others = named_models(light)
+        made = {name: record[name] for name in ("search", "saved", "segments", "steps", "sampler", "samples", "judge", "seed")}
+        names = {LIGHT: others} if isinstance(others, str) else others
+        path = SavedSchedule(ModelSchedule.parse(winner), names, taken, made).save(lm.path)
+        err.print(f"wrote {path}; try: dlm generate --heavy {heavy} --schedule auto", highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(record))
+
+
+def _models(heavy: str, light: str, device: str = "cpu") -> tuple[Any, dict[str, Any], dict[str, CallCost]]:
+    """(H, networks by key, what a call of each costs)."""
+    from dlm.model_scheduling.cost import call_costs
+
+    lm = load(heavy, device)
+    if not lm.is_diffusion or lm.is_causal:
+        raise InputError(f"{heavy} is no bidirectional diffusion model: it has no denoising steps to schedule")
+    networks = lm.denoisers(named_models(light))
+    return lm, networks, call_costs(networks, lm.window)
+
+
+def _trial(lm: Any, light: str, judge: str, **settings: Any) -> Trial:
+    from dlm.model_scheduling.trial import Trial
+
+    return Trial.of(lm, named_models(light), judging(judge, lm), judge=judge, **settings)
+
+
+def _float(network: Any) -> Any:
+    def predict(z_BT: Any, t_B: Any) -> Any:
+        return network(z_BT, t_B).float()
+
+    return predict
+
+
+def _one(key: str, j: int, parts: int) -> str:
+    """The schedule in which H gives one part of the steps away."""
+    from dlm.model_scheduling.plan import ModelSchedule
+
+    return str(ModelSchedule.of([key if i == j else "H" for i in range(parts)], shares=True))
+
+
+def _pair(values: tuple[float, float]) -> dict[str, float]:
+    return {"mean": values[0], "band95": values[1]}
+
+
+def _curves(found: Sensitivity, lights: Sequence[str]) -> dict[str, Any]:
+    from dlm.model_scheduling.sensitivity import band
+
+    def curve(values_WJ: Any) -> dict[str, list[float]]:
+        mean_J, band_J = band(values_WJ)
+        return {"mean": mean_J.tolist(), "band95": band_J.tolist()}
+
+    record: dict[str, Any] = {"kl": {key: curve(found.kl_WJ[key]) for key in lights}}
+    if found.loss_WJ:
+        record["loss"] = {key: curve(values_WJ) for key, values_WJ in found.loss_WJ.items()}
+        record["gap"] = {key: curve(found.gap_WJ(key)) for key in lights}
+    return record
+
+
+def _panels(record: dict[str, Any], lights: Sequence[str]) -> list[tuple[str, str, dict[str, list[tuple[float, float, float]]]]]:
+    def line(mean: Sequence[float], band: Sequence[float]) -> list[tuple[float, float, float]]:
+        return [((j + 0.5) / len(mean), m, b) for j, (m, b) in enumerate(zip(mean, band, strict=True))]
+
+    def lines(curves: dict[str, Any]) -> dict[str, list[tuple[float, float, float]]]:
+        return {key: line(curve["mean"], curve["band95"]) for key, curve in curves.items()}
+
+    x, text, runs = "share of the steps done", record["text"], record["runs"]
+    panels = [("loss on noised text, nats per token", x, lines(text["loss"])), ("KL(H || model), noised text", x, lines(text["kl"]))]
+    panels.append(("KL(H || model), states that H comes by", x, lines(runs["kl"])))
+    swaps = {key: line([one["mean"] for one in each], [one["band95"] for one in each]) for key, each in record["swap"].items()}
+    return [*panels, ("bits per token added by one segment", x, swaps)] if swaps else panels
+
+
+def _sensitivity_table(record: dict[str, Any], key: str) -> Any:
+    from rich.table import Table
+
+    caption = "Nats per token, by share of the steps done; +- 95 %. KL(H || L) on noised text and on the states that H comes by."
+    table = Table(box=None, header_style="bold", title=f"{record['heavy']} against {record['light']}: {key}", caption=caption)
+    for head in ("steps done", "loss of H", f"loss of {key}", "gap", "KL, text", "KL, runs"):
+        table.add_column(head, no_wrap=True, justify="right")
+    segments, text = record["segments"], record["text"]
+    for j in range(segments):
+        curves = (text["loss"]["H"], text["loss"][key], text["gap"][key], text["kl"][key], record["runs"]["kl"][key])
+        cells = [f"{curve['mean'][j]:.4f}" + (f" +- {curve['band95'][j]:.4f}" if i > 1 else "") for i, curve in enumerate(curves)]
+        table.add_row(f"{j / segments:.0%} - {(j + 1) / segments:.0%}", *cells)
+    for j, one in enumerate(record["swap"].get(key, ())):
+        parts = len(record["swap"][key])
+        table.add_row(
+            f"{j / parts:.0%} - {(j + 1) / parts:.0%}", f"only here {key}:", f"{one['mean']:+.4f} +- {one['band95']:.4f}", "bits/token"
+        )
+    return table
+
+
+def _jointly(
+    lm: Any, windows_WT: Any, kl: dict[str, list[float]], blocks: dict[str, float], steps: int, saved: float
+) -> tuple[int, ModelSchedule, float]:
+    """What `search.jointly` finds among a dozen numbers of steps."""
+    from dlm.analysis import price
+    from dlm.model_scheduling import search as find
+    from dlm.model_scheduling.cost import expected_calls
+
+    with bar("the price of fewer steps", price.curve_rows(*windows_WT.shape)) as progress:
+        curve = price.entropy_curve(lm.noise, lm.predict, windows_WT, progress=progress.forward)
+    h_T = curve.every(curve.entropy_WK).mean(0)
+    counts = sorted({max(1, round(steps * 0.8**i)) for i in range(16)})
+    prices = {n: float(price.ancestral_price(h_T, n)) for n in counts}
+    return find.jointly(kl, blocks, prices, {n: sum(expected_calls(n, lm.window)) for n in counts}, lm.window, saved)
+
+
+def _row(label: str, outcome: Outcome, reference: Outcome, kl: float) -> dict[str, Any]:
+    own = {name: _pair(outcome.mean(name)) for name in outcome.figures}
+    paired = {f"d_{name}": _pair(outcome.against(reference, name)) for name in outcome.figures}
+    facts = {"schedule": label, "texts": outcome.texts, "saved": outcome.saved(reference), "path_kl": kl}
+    return facts | own | paired | {"seconds": outcome.seconds / outcome.texts, "calls": outcome.calls}
+
+
+def _search_table(rows: Sequence[dict[str, Any]], winner: str, front: Sequence[str]) -> Any:
+    from rich.table import Table
+
+    caption = (
+        "saved: block FLOPs of the calls that happened; bits per token under the judge, +- 95 % of the paired difference to H; * front"
+    )
+    table = Table(box=None, header_style="bold", caption=caption, caption_justify="left")
+    for head in ("schedule", "texts", "saved", "path KL", "bits", "against H", "entropy", "s/text", ""):
+        table.add_column(head, no_wrap=head != "schedule", justify="left" if head == "schedule" else "right")
+    for row in sorted(rows, key=lambda row: (-row["texts"], row["bits"]["mean"])):
+        change = f"{row['d_bits']['mean']:+.4f} +- {row['d_bits']['band95']:.4f}"
+        cells = f"{row['saved']:.1%}", f"{row['path_kl']:.2f}", f"{row['bits']['mean']:.3f}", change, f"{row['entropy']['mean']:.3f}"
+        mark = ("best" if row["schedule"] == winner else "") + ("*" if row["schedule"] in front else "")
+        table.add_row(row["schedule"], str(row["texts"]), *cells, f"{row['seconds']:.2f}", mark)
+    return table

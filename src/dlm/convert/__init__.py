@@ -1,0 +1,1 @@
+"""Autoregressive checkpoints of other libraries, and what makes diffusers of them."""

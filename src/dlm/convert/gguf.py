@@ -1,0 +1,221 @@
+"""GGUF, the file format of llama.cpp: what it says and holds, as a Hugging Face directory would.
+
+The header is read here: the reader of the `gguf` package makes an array of every string and takes ten seconds for 49,152 tokens.
+What undoes the quantisation is the package's. Format: ggml-org/ggml docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
+from tokenizers import models as bpe
+from torch import Tensor
+
+from dlm.chat import ChatTemplate
+from dlm.errors import InputError
+from dlm.models.checkpoint import CONVERTIBLE
+from dlm.text import Tokenizer
+
+OUTSIDE = {"token_embd": "embed", "output_norm": "norm", "output": "head"}
+INSIDE = {
+    "attn_norm": "attention_norm",
+    "attn_q": "attention.q",
+    "attn_k": "attention.k",
+    "attn_v": "attention.v",
+    "attn_output": "attention.out",
+    "attn_q_norm": "attention.q_norm",
+    "attn_k_norm": "attention.k_norm",
+    "ffn_norm": "mlp_norm",
+    "ffn_gate": "mlp.gate",
+    "ffn_up": "mlp.up",
+    "ffn_down": "mlp.down",
+}
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+CONTROL, USER_DEFINED = 3, 4  # kinds of token
+LLAMA3 = (1.0, 4.0, 8192.0)  # low, high and window before of every Llama 3.1 and 3.2; the file has only what follows from them
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+class Header:
+    """metadata by key; tensors by name: (shape with the fastest axis last, kind of quantisation, bytes from the file's beginning)."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 4
+        if data[:4] != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        version, count, pairs = self._take("<IQQ")
+        if version not in (2, 3):
+            raise ValueError(f"version {version} of the format")
+        self.metadata: dict[str, Any] = {}
+        for _ in range(pairs):
+            key = self._string()
+            self.metadata[key] = self._value(self._take("<I")[0])
+        infos = []
+        for _ in range(count):
+            name, (axes,) = self._string(), self._take("<I")
+            shape, (kind, offset) = self._take(f"<{axes}Q"), self._take("<IQ")
+            infos.append((name, shape[::-1], kind, offset))
+        alignment = self.metadata.get("general.alignment", 32)
+        begin = -(-self.at // alignment) * alignment
+        self.tensors = {name: (shape, kind, begin + offset) for name, shape, kind, offset in infos}
+
+    def _take(self, form: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(form, self.data, self.at)
+        self.at += struct.calcsize(form)
+        return values
+
+    def _string(self) -> str:
+        (length,) = self._take("<Q")
+        if self.at + length > len(self.data):
+            raise ValueError("a string runs past its end")
+        self.at += length
+        return self.data[self.at - length : self.at].decode("utf-8")
+
+    def _value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self._string()
+        if kind != ARRAY:
+            return self._take(f"<{SCALARS[kind]}")[0]
+        inner, count = self._take("<IQ")
+        if inner in SCALARS:
+            return list(self._take(f"<{count}{SCALARS[inner]}"))
+        return [self._value(inner) for _ in range(count)]
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tokenizer, dict[str, Any], ChatTemplate]:
+    """config.json, tensors in our names, tokenizer, generation defaults and start_token_id, chat template. InputError as `weights.load`."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise InputError("GGUF files need the convert extra: pip install 'dlm[convert]'") from None
+    try:
+        with path.open("rb") as file:
+            header = Header(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except (struct.error, ValueError, LookupError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise InputError(f"{path} is no whole GGUF file ({error}): fetch it again") from None
+    meta = header.metadata
+    kind = meta.get("general.architecture")
+    if kind not in CONVERTIBLE:
+        raise InputError(f"{path} is a checkpoint of kind {kind!r}; dlm converts {', '.join(CONVERTIBLE)}")
+    try:
+        config, state = _config(header, path), _tensors(header, path)
+        tokenizer, control = _tokenizer(meta, path), {"bos_token": "bos_token_id", "eos_token": "eos_token_id"}
+        tokens = meta["tokenizer.ggml.tokens"]
+        named = {name: tokens[meta[f"tokenizer.ggml.{key}"]] for name, key in control.items() if f"tokenizer.ggml.{key}" in meta}
+        stops = {meta[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in meta}
+        begins = meta.get("tokenizer.ggml.add_bos_token", meta.get("tokenizer.ggml.pre") == "llama-bpe")
+        start = meta.get("tokenizer.ggml.bos_token_id") if begins else None
+    except KeyError as error:
+        raise InputError(f"{path} lacks {error}: it is no whole {kind} checkpoint") from None
+    except InputError:
+        raise
+    except (TypeError, ValueError, IndexError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise InputError(f"{path} contradicts itself ({str(error).splitlines()[0]})") from None
+    chat = ChatTemplate(meta.get("tokenizer.chat_template", ""), named)
+    return config, state, tokenizer, {"eos_token_id": sorted(stops), "start_token_id": start}, chat
+
+
+def _config(header: Header, path: Path) -> dict[str, Any]:
+    """As a Hugging Face config.json says it."""
+    meta = header.metadata
+    kind = meta["general.architecture"]
+    its = {key.removeprefix(f"{kind}."): value for key, value in meta.items() if key.startswith(f"{kind}.")}
+    if its.get("rope.scaling.type", "none") not in ("none", ""):
+        raise InputError(f"dlm does not read a {kind} checkpoint with rotary positions of kind {its['rope.scaling.type']!r}")
+    heads, width = its["attention.head_count"], its["embedding_length"]
+    head_dim = its.get("attention.key_length", width // heads)
+    rope: dict[str, Any] = {"rope_theta": its.get("rope.freq_base", 10_000.0)}
+    if "rope_freqs.weight" in header.tensors:
+        factor = float(_tensor(header, "rope_freqs.weight", path).max())
+        rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": LLAMA3[0], "high_freq_factor": LLAMA3[1]}
+        rope["original_max_position_embeddings"] = LLAMA3[2]
+    return {
+        "model_type": kind,
+        "vocab_size": len(meta["tokenizer.ggml.tokens"]),
+        "hidden_size": width,
+        "intermediate_size": its["feed_forward_length"],
+        "num_hidden_layers": its["block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": its.get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": its["context_length"],
+        # a float32 of the file is the decimal that was meant: 1e-05, not 9.999999747378752e-06
+        "rms_norm_eps": float(str(np.float32(its["attention.layer_norm_rms_epsilon"]))),
+        "rope_parameters": rope,
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+    }
+
+
+def _tensors(header: Header, path: Path) -> dict[str, Tensor]:
+    meta, state = header.metadata, {}
+    kind = meta["general.architecture"]
+    heads = meta[f"{kind}.attention.head_count"]
+    groups = {"attn_q": heads, "attn_k": meta.get(f"{kind}.attention.head_count_kv", heads)}
+    for name in header.tensors:
+        stem, _, what = name.rpartition(".")
+        block, _, part = stem.removeprefix("blk.").partition(".")
+        if name == "rope_freqs.weight":
+            continue
+        if stem not in OUTSIDE and part not in INSIDE:
+            raise InputError(f"{path} has a tensor {name}, which no Llama, Qwen2 or Qwen3 model has: it is of another architecture")
+        tensor = _tensor(header, name, path)
+        if kind == "llama" and part in groups:  # llama.cpp turns neighbours, not halves: its converter interleaves them
+            tensor = tensor.view(groups[part], -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        state[f"{OUTSIDE[stem]}.{what}" if stem in OUTSIDE else f"blocks.{block}.{INSIDE[part]}.{what}"] = tensor
+    return state
+
+
+def _tensor(header: Header, name: str, path: Path) -> Tensor:
+    """float32. InputError for a quantisation that gguf does not undo, or a file that ends before."""
+    from gguf import quants
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    shape, number, begin = header.tensors[name]
+    try:
+        kind = GGMLQuantizationType(number)
+        row = quants.quant_shape_to_byte_shape(shape, kind)
+        block, size = GGML_QUANT_SIZES[kind]
+        raw = np.frombuffer(header.data, dtype=np.uint8, count=math.prod(shape) // block * size, offset=begin).reshape(row)
+        values = quants.dequantize(raw, kind)
+    except NotImplementedError as error:
+        raise InputError(f"{path}: {name} is quantised in a way that gguf does not undo ({error})") from None
+    except ValueError as error:
+        raise InputError(f"{path} is no whole GGUF file ({name}: {error}): fetch it again") from None
+    return torch.from_numpy(np.array(values, dtype=np.float32, copy=None if values.flags.writeable else True))
+
+
+def _tokenizer(meta: dict[str, Any], path: Path) -> Tokenizer:
+    """Byte-level BPE; which words it begins with goes by a name, as in llama.cpp's llama-vocab.cpp."""
+    model, pre = meta["tokenizer.ggml.model"], meta.get("tokenizer.ggml.pre", "default")
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if model != "gpt2" or pre not in ("gpt-2", "smollm", "llama-bpe", "qwen2"):
+        raise InputError(f"{path}: dlm does not read a vocabulary of kind {model}/{pre}: load the Hugging Face directory of this model")
+    tokens, merges = meta["tokenizer.ggml.tokens"], [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    try:
+        inner = tokenizers.Tokenizer(bpe.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+    except Exception as error:  # the Rust side raises bare Exception
+        raise InputError(f"{path} has a damaged vocabulary ({str(error).splitlines()[0]})") from None
+    if pre == "gpt-2":
+        inner.pre_tokenizer = whole
+    elif pre == "smollm":
+        inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole])
+    else:
+        split = pre_tokenizers.Split(Regex(WORDS % ("{1,3}" if pre == "llama-bpe" else "")), "isolated")
+        inner.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    if pre == "qwen2":
+        inner.normalizer = normalizers.NFC()
+    inner.decoder = decoders.ByteLevel()
+    kinds = meta["tokenizer.ggml.token_type"]
+    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
+        inner.add_tokens([AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == kind])
+    return Tokenizer(inner, len(tokens))

@@ -1,0 +1,227 @@
+"""Llama, Qwen2 and Qwen3 checkpoints in our backbone, and back: a Hugging Face directory or a GGUF file. Nothing is unpickled.
+
+A base has no mask; it gets one as the id after its own. The mask's embedding begins as the mean of the others, so that it lies
+where the network has seen inputs; its logit is never read. Logits of the base's own tokens are those of the base.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlm.chat import ChatTemplate
+from dlm.errors import InputError
+from dlm.models import checkpoint
+from dlm.models.checkpoint import CONVERTIBLE, ModelConfig
+from dlm.models.transformer import Transformer, TransformerConfig
+from dlm.text import Tokenizer
+
+OUTSIDE = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}
+INSIDE = {
+    "input_layernorm": "attention_norm",
+    "self_attn.q_proj": "attention.q",
+    "self_attn.k_proj": "attention.k",
+    "self_attn.v_proj": "attention.v",
+    "self_attn.o_proj": "attention.out",
+    "self_attn.q_norm": "attention.q_norm",
+    "self_attn.k_norm": "attention.k_norm",
+    "post_attention_layernorm": "mlp_norm",
+    "mlp.gate_proj": "mlp.gate",
+    "mlp.up_proj": "mlp.up",
+    "mlp.down_proj": "mlp.down",
+}
+IGNORED = ("rotary_emb.inv_freq",)  # old checkpoints store what follows from the config
+
+
+@dataclass(frozen=True)
+class Base:
+    """A converted checkpoint: what a `LanguageModel` is made of. defaults: of generation_config.json, eos_token_id among them."""
+
+    network: Transformer
+    config: ModelConfig
+    tokenizer: Tokenizer
+    defaults: dict[str, Any]
+    chat: ChatTemplate
+
+
+def ours(name: str) -> str | None:
+    """Our name of a Hugging Face tensor; None for one that is not needed. InputError for one that has no place."""
+    stem, _, kind = name.rpartition(".")
+    if stem in OUTSIDE:
+        return f"{OUTSIDE[stem]}.{kind}"
+    if name.startswith("model.layers."):
+        layer, _, rest = stem.removeprefix("model.layers.").partition(".")
+        if rest in INSIDE:
+            return f"blocks.{layer}.{INSIDE[rest]}.{kind}"
+    if name.endswith(IGNORED):
+        return None
+    raise InputError(f"the checkpoint has a tensor {name}, which no Llama, Qwen2 or Qwen3 model has: it is of another architecture")
+
+
+def theirs(name: str) -> str:
+    """The Hugging Face name of one of our tensors."""
+    stem, _, kind = name.rpartition(".")
+    if stem.startswith("blocks."):
+        _, layer, rest = stem.split(".", 2)
+        return f"model.layers.{layer}.{ {v: k for k, v in INSIDE.items()}[rest] }.{kind}"
+    return f"{ {v: k for k, v in OUTSIDE.items()}[stem] }.{kind}"
+
+
+def read_config(data: dict[str, Any], where: str) -> TransformerConfig:
+    """The backbone of a Hugging Face config.json, mask included. InputError for what it cannot be."""
+
+    def refuse(what: str) -> InputError:
+        return InputError(f"{where}: dlm does not read a {data.get('model_type')} checkpoint with {what}")
+
+    kind = data.get("model_type")
+    if kind not in CONVERTIBLE:
+        raise InputError(f"{where} is a checkpoint of kind {kind!r}; dlm converts {', '.join(CONVERTIBLE)}")
+    if data.get("quantization_config"):
+        raise refuse("quantised weights: take the plain one, or a GGUF file")
+    if data.get("hidden_act", "silu") != "silu":
+        raise refuse(f"the activation {data['hidden_act']!r}")
+    if data.get("attention_bias") or data.get("mlp_bias"):
+        raise refuse("biases of its output and MLP projections")
+    rope = {**(data.get("rope_scaling") or {}), **(data.get("rope_parameters") or {})}
+    rope_kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope_kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise refuse(f"rotary positions of kind {rope_kind!r}")
+    try:
+        window, heads = data["max_position_embeddings"], data["num_attention_heads"]
+        slides = data.get("use_sliding_window") and (data.get("sliding_window") or window) < window
+        if slides and data.get("max_window_layers", 0) < data["num_hidden_layers"]:
+            raise refuse(f"attention that slides over {data['sliding_window']} tokens")
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        return TransformerConfig(
+            vocab_size=data["vocab_size"] + 1,
+            window=window,
+            layers=data["num_hidden_layers"],
+            heads=heads,
+            kv_heads=data.get("num_key_value_heads") or heads,
+            width=data["hidden_size"],
+            head_dim=data.get("head_dim") or (128 if kind == "qwen3" else data["hidden_size"] // heads),
+            mlp="swiglu",
+            mlp_width=data["intermediate_size"],
+            attention="causal",
+            rope_base=float(rope.get("rope_theta", data.get("rope_theta", 10_000.0))),
+            rope_scaling=tuple(float(rope[key]) for key in keys) if rope_kind == "llama3" else (),
+            norm_eps=data.get("rms_norm_eps", 1e-6),
+            qk_norm=kind == "qwen3",
+            qkv_bias=kind == "qwen2",
+            tied=bool(data.get("tie_word_embeddings", False)),
+        )
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else f"does not describe a model ({error})"
+        raise InputError(f"{where}: its config of kind {kind} {what}") from None
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """The Hugging Face config.json of a converted model. InputError for a network that no known architecture is."""
+    n = config.network
+    kind = {(False, False): "llama", (False, True): "qwen2", (True, False): "qwen3"}.get((n.qk_norm, n.qkv_bias))
+    if kind is None or n.mlp != "swiglu" or n.attention != "causal" or n.time_conditioning:
+        raise InputError(
+            "only a causal network with SwiGLU, and either qk-norm or biases of q, k and v or neither, has a Hugging Face form"
+        )
+    rope: dict[str, Any] = {"rope_theta": n.rope_base, "rope_type": "default"}
+    if n.rope_scaling:
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        rope |= {"rope_type": "llama3"} | dict(zip(keys, n.rope_scaling, strict=True))
+        rope["original_max_position_embeddings"] = int(n.rope_scaling[3])
+    return {
+        "model_type": kind,
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "vocab_size": n.vocab_size - 1,
+        "hidden_size": n.width,
+        "intermediate_size": n.mlp_width,
+        "num_hidden_layers": n.layers,
+        "num_attention_heads": n.heads,
+        "num_key_value_heads": n.kv_heads,
+        "head_dim": n.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": n.window,
+        "rms_norm_eps": n.norm_eps,
+        "rope_parameters": rope,
+        "tie_word_embeddings": n.tied,
+    }
+
+
+def with_mask(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with a row for the mask at the end of embedding and head."""
+    for name in {"embed.weight", "head.weight"} & state.keys():
+        rows = state[name]
+        state[name] = torch.cat([rows, rows.float().mean(0, keepdim=True).to(rows.dtype)])
+    return state
+
+
+def assemble(
+    data: dict[str, Any],
+    state: dict[str, Tensor],
+    path: Path,
+    start_token_id: int | None,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> tuple[Transformer, ModelConfig]:
+    """Network and config of a Hugging Face config.json and tensors in our names."""
+    shape = read_config(data, str(path))
+    layers = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    if len(layers) != shape.layers:
+        raise InputError(f"{path} says that it has {shape.layers} layers, its weights do not fit: they have {len(layers)}")
+    if shape.tied:
+        state.pop("head.weight", None)
+    # a long text carries half a window into the next
+    settings = {"objective": "autoregressive", "context": shape.window // 2, "family": data["model_type"]}
+    config = ModelConfig(shape, shape.vocab_size - 1, start_token_id=start_token_id, **settings)
+    return checkpoint.assemble(config, with_mask(state), path, device=device, dtype=dtype), config
+
+
+def load(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
+    """Read a directory with config.json, safetensors and tokenizer.json, or a GGUF file. InputError for what it cannot be."""
+    if path.suffix == ".gguf":
+        from dlm.convert import gguf
+
+        data, state, tokenizer, defaults, chat = gguf.read(path)
+        start = defaults.pop("start_token_id")
+    else:
+        data = checkpoint.read_json(path / "config.json")
+        read_config(data, str(path))  # before gigabytes of weights are
+        tokenizer = Tokenizer.load(path, data["vocab_size"])
+        defaults = checkpoint.read_defaults(path)
+        chat = ChatTemplate.load(path)
+        defaults["eos_token_id"] = _stops(defaults.get("eos_token_id"), data.get("eos_token_id"), chat, tokenizer)
+        begins = tokenizer.inner.encode("", add_special_tokens=True).ids
+        start = begins[0] if begins else None
+        state = {name: tensor for key, tensor in checkpoint.load_weights(path).items() if (name := ours(key)) is not None}
+    network, config = assemble(data, state, path, start, device=device, dtype=dtype)
+    return Base(network, config, tokenizer, defaults, chat)
+
+
+def _stops(generation: Any, config: Any, chat: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
+    """Ids that end a text: of generation_config.json, else config.json; and the tokenizer's eos_token, which ends a turn of a chat."""
+    found = generation if generation is not None else config
+    ids = {found} if isinstance(found, int) else set(found or [])
+    turn = tokenizer.control.get(chat.tokens.get("eos_token", ""))
+    return sorted(i for i in ids | {turn} if isinstance(i, int))
+
+
+def to_hugging_face(
+    network: Transformer,
+    config: ModelConfig,
+    directory: str | Path,
+    *,
+    files: dict[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write what transformers and llama.cpp read: the network without its mask. files: tokenizer.json and others, by name."""
+    data = write_config(config)
+    state = {theirs(name): tensor for name, tensor in network.state_dict().items() if not (config.network.tied and name == "head.weight")}
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & state.keys():
+        state[name] = state[name][:-1].clone()  # safetensors refuses a part of a storage
+    checkpoint.write(directory, state, data, files=files or {}, dtype=dtype)

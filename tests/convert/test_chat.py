@@ -1,0 +1,146 @@
+"""Chat templates: the text and ids of transformers; a control token in a message is text; `dlm chat` line by line."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Dlm
+from convert.bases import SPECIAL, TEMPLATE, publish, tokenizer, transformer
+from dlm.chat import GUARD, ChatTemplate
+from dlm.errors import InputError
+from dlm.language_model import LanguageModel, load
+from dlm.text import Tokenizer
+
+MESSAGES = [{"role": "ROMEO", "content": "But soft, what"}, {"role": "JULIET", "content": "light"}, {"role": "ROMEO", "content": "O Romeo"}]
+QWEN3_LIKE = """
+{%- for message in messages %}
+    {%- if loop.first and message.role == 'R' %}{{ bos_token }}{% continue %}{% endif %}
+    {{- '<|im_start|>' + message.role + '\n' + message.content|trim + '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>' }}{% if enable_thinking %}{{ 'think' }}{% endif %}{% endif %}
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return publish(transformer("Llama"), tmp_path_factory.mktemp("chat") / "base")
+
+
+@pytest.fixture(scope="module")
+def lm(base: Path) -> LanguageModel:
+    return load(str(base))
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, QWEN3_LIKE])
+@pytest.mark.parametrize("answer", [True, False])
+def test_text_and_ids_are_those_of_transformers(template: str, answer: bool) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer(), bos_token=SPECIAL[0], eos_token=SPECIAL[1])
+    theirs.chat_template = template
+    chat, ours = ChatTemplate(template, {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1]}), Tokenizer(tokenizer())
+    options: dict[str, Any] = {"enable_thinking": True} if template == QWEN3_LIKE else {}
+    text = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=answer, **options)
+    assert chat.render(MESSAGES, answer=answer, **options) == text
+    assert chat.encode(MESSAGES, ours, answer=answer, **options) == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_control_token_in_a_message_is_text(lm: LanguageModel) -> None:
+    typed = f"a{SPECIAL[1]}{SPECIAL[0]}b{GUARD}"
+    ids = lm.chat.encode([{"role": "R", "content": typed}], lm.tokenizer)
+    plain = lm.chat.encode([{"role": "R", "content": "ab"}], lm.tokenizer)
+    for token in SPECIAL:
+        number = lm.tokenizer.control[token]
+        assert ids.count(number) == plain.count(number)
+    assert f"\na{SPECIAL[1]}{SPECIAL[0]}b{SPECIAL[1]}" in lm.tokenizer.decode(ids)
+
+
+def test_templates_come_from_three_places(tmp_path: Path) -> None:
+    def found() -> ChatTemplate:
+        return ChatTemplate.load(tmp_path)
+
+    assert found() == ChatTemplate() and found().files() == {}
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": "one", "eos_token": {"content": "<e>"}, "add_bos_token": False}))
+    assert found() == ChatTemplate("one", {"eos_token": "<e>"})
+    config.write_text(json.dumps({"chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "two"}]}))
+    assert found().source == "two"
+    (tmp_path / "chat_template.jinja").write_text("three")
+    assert found().source == "three"
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ messages[9].content }}", "{% if %}", "{{ raise_exception('roles must alternate') }}", "{{ 1 + '' }}"]
+)
+def test_a_template_that_refuses_gets_one_line(template: str) -> None:
+    with pytest.raises(InputError, match="chat template does not take") as error:
+        ChatTemplate(template).render(MESSAGES)
+    assert "\n" not in str(error.value)
+
+
+def test_a_template_runs_in_a_sandbox() -> None:
+    with pytest.raises(InputError, match="unsafe"):
+        ChatTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}").render(MESSAGES)
+
+
+def test_a_long_conversation_is_told(lm: LanguageModel) -> None:
+    with pytest.raises(InputError, match="begin a new one"):
+        lm.chat_canvas([{"role": "R", "content": "O Romeo, Romeo " * 40}])
+    canvas = lm.chat_canvas([{"role": "R", "content": "O"}], max_new_tokens=10_000)
+    assert canvas.tokens_BT.shape == (1, lm.window)
+
+
+def test_the_verb(dlm: Dlm, base: Path, masked_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One answer a line, each the greedy text after the conversation so far; a line that cannot be read costs no turn."""
+    lines = ["But soft", "", "\u00e9", "O Romeo"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    code, out, err = dlm("chat", "--base", str(base), "--max-new-tokens", "6", "--system", "light")
+    assert code == 0 and "no token for" in err and "U+00E9" in err
+    model, messages, expected = load(str(base)), [{"role": "system", "content": "light"}], ""
+    for line in (lines[0], lines[3]):
+        messages.append({"role": "user", "content": line})
+        canvas = model.chat_canvas(messages, max_new_tokens=6)
+        *_, frame = model.stream(canvas=canvas, temperature=0.0)
+        text = model.tokenizer.decode([i for i in frame.tokens_BT[0, canvas.given_BT[0].sum() :].tolist() if i not in model.stops])
+        messages.append({"role": "assistant", "content": text})
+        expected += text + "\n"
+    assert out == expected
+    assert "no chat template" in dlm.told("chat", "--base", str(masked_dir))
+    assert "--max-new-tokens" in dlm.told("chat", "--base", str(base), "--max-new-tokens", "0")
+
+
+@pytest.mark.parametrize("key", [b"\x03", b"\x04"], ids=["Ctrl-C", "Ctrl-D"])
+def test_it_ends_cleanly(base: Path, key: bytes) -> None:
+    control, terminal = pty.openpty()
+
+    def own() -> None:  # a key becomes a signal only in the terminal of the process
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    words = [sys.executable, "-m", "dlm", "chat", "--base", str(base), "--max-new-tokens", "3"]
+    pipes: dict[str, Any] = {"stdin": terminal, "stdout": terminal, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, start_new_session=True, preexec_fn=own, **pipes) as process:
+        os.close(terminal)
+        try:
+            seen, begin = b"", time.monotonic()
+            while b"> " not in seen and time.monotonic() - begin < 60:
+                if select.select([control], [], [], 1)[0]:
+                    seen += os.read(control, 1000)
+            os.write(control, key)
+            _, said = process.communicate(timeout=30)
+            assert process.returncode == 0 and b"> " in seen and b"Traceback" not in said
+        finally:
+            process.kill()
+            os.close(control)
