@@ -21,7 +21,7 @@ from dlm.model_scheduling.exact import Enumerated, MarkovPosterior
 
 SOURCES = {
     "sticky": [[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]],
-    "cyclic": [[0.1, 0.8, 0.1], [0.1, 0.1, 0.8], [0.8, 0.1, 0.1]],
+    "lopsided": [[0.9, 0.05, 0.05], [0.3, 0.4, 0.3], [0.1, 0.3, 0.6]],
     "weak": [[0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.3, 0.2, 0.5]],
 }
 
@@ -37,19 +37,24 @@ def measure(name: str, length: int, reach: int, light: int) -> dict[str, object]
     transition = torch.tensor(SOURCES[name], dtype=torch.float64)
     models = {"H": MarkovPosterior(transition, length), "L": MarkovPosterior(transition, length, reach)}
     found = Enumerated(models, len(transition), length)
-    source_S = found.law("H" * length)
+    source_S, each = found.law("H" * length), found.step_kl("L", "H")
     rows = []
     for keys in track(list(itertools.product("HL", repeat=length)), description=name, transient=True):
         law_S = found.law(keys)
         kl = float((source_S * (source_S / law_S).log()).sum())
-        rows.append({"schedule": "".join(keys), "light": keys.count("L"), "kl": max(0.0, kl), "path": found.path_kl(keys, "H")})
+        rows.append(
+            {
+                "schedule": "".join(keys),
+                "light": keys.count("L"),
+                "kl": max(0.0, kl),
+                "path": sum(nats for nats, key in zip(each, keys, strict=True) if key == "L"),
+            }
+        )
     equal = [row for row in rows if row["light"] == light]
     best, planned = (min(equal, key=lambda row, by=by: row[by]) for by in ("kl", "path"))
-    steps = ["H" * i + "L" + "H" * (length - 1 - i) for i in range(length)]
-    by_schedule = {row["schedule"]: row for row in rows}
     return {
         "source": name,
-        "each_step": [by_schedule[word]["path"] for word in steps],
+        "each_step": each,
         "best": best,
         "by_path": planned,
         "worst": max(equal, key=lambda row: row["kl"]),

@@ -66,7 +66,7 @@ def kjv_mask() -> TrainConfig:
     with Debian's bible-kjv."""
     network = TransformerConfig(vocab_size=1, width=192, window=128)
     base = TrainConfig(data="kjv.txt", tokenizer="bpe:1024", network=network, batch=32, context=0, context_share=0.0)
-    return replace(base, steps=1200, eval_every=200, eval_windows=128, save_every=100)
+    return replace(base, steps=900, eval_every=200, eval_windows=128, save_every=100)
 
 
 def kjv_mask_2() -> TrainConfig:

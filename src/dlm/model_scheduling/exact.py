@@ -17,7 +17,10 @@ from dlm.protocols import Denoiser
 
 
 class Enumerated:
-    """Conditionals of every model in every state, read once; then the law of any schedule costs 2^T V^T additions."""
+    """Conditionals of every model in every state, read once; then the law of a schedule costs 2^T V^T additions at most.
+
+    Laws are built step by step, and what a schedule has in common with the one asked for before is not built again.
+    """
 
     def __init__(self, denoisers: Mapping[str, Denoiser], vocab: int, length: int) -> None:
         self.vocab, self.length, self.mask_id = vocab, length, vocab
@@ -31,35 +34,39 @@ class Enumerated:
             for key, denoiser in denoisers.items():
                 logits_STV = denoiser(z_ST, t_S)[..., :vocab].double()
                 self.log_p[key][known] = logits_STV.log_softmax(-1).gather(-1, self.x_ST[..., None]).squeeze(-1)
+        self.p = {key: {known: log_p_ST.exp() for known, log_p_ST in table.items()} for key, table in self.log_p.items()}
+        whole = torch.ones(len(self.x_ST), dtype=torch.float64)
+        self.last: list[tuple[str, dict[frozenset[int], Tensor]]] = [("", {frozenset(): whole})]
 
     def law(self, keys: Sequence[str]) -> Tensor:
         """Probability of every text (S,), keys[k] drawing the token after k known ones, positions in uniformly random order."""
-        count, empty = len(self.x_ST), frozenset[int]()
-        mass = {empty: torch.ones(count, dtype=torch.float64)}  # of x at the known positions, given which are known
-        for known in self.sets[1:]:
-            before = len(known) - 1
-            parts = [mass[known - {i}] * self.log_p[keys[before]][known - {i}][:, i].exp() for i in known]
-            mass[known] = torch.stack(parts).mean(0)
-        return mass[frozenset(range(self.length))]
+        return self._masses(keys)[-1][frozenset(range(self.length))]
 
-    def path_kl(self, keys: Sequence[str], heavy: str) -> float:
-        """KL between the chain of `heavy` alone and the mixed one: nats, additive over the steps."""
-        law_of_heavy: dict[frozenset[int], Tensor] = {frozenset(): torch.ones(len(self.x_ST), dtype=torch.float64)}
-        nats = 0.0
-        for known in self.sets:
-            if known:
-                parts = [law_of_heavy[known - {i}] * self.log_p[heavy][known - {i}][:, i].exp() for i in known]
-                law_of_heavy[known] = torch.stack(parts).mean(0)
-            step, left = len(known), self.length - len(known)
-            if not left or keys[step] == heavy:
-                continue
-            weight_S = law_of_heavy[known] / self.vocab**left / math.comb(self.length, step)  # every x that agrees stands for the state
-            ratio_ST = self.log_p[heavy][known] - self.log_p[keys[step]][known]
-            hidden = [i for i in range(self.length) if i not in known]
-            for i in hidden:
-                p_S = self.log_p[heavy][known][:, i].exp() * self.vocab  # x_i itself is uniform among those that agree
-                nats += float((weight_S * p_S * ratio_ST[:, i]).sum()) / left
-        return nats
+    def _masses(self, keys: Sequence[str]) -> list[dict[frozenset[int], Tensor]]:
+        """After each number of steps, by the set of known positions: the mass of x there (S,), given that these are known."""
+        same = 0
+        while same < min(len(keys), len(self.last) - 1) and self.last[same + 1][0] == keys[same]:
+            same += 1
+        del self.last[same + 1 :]
+        for step in range(same, self.length):
+            before, p = self.last[-1][1], self.p[keys[step]]
+            sets = [known for known in self.sets if len(known) == step + 1]
+            mass = {known: torch.stack([before[known - {i}] * p[known - {i}][:, i] for i in known]).mean(0) for known in sets}
+            self.last.append((keys[step], mass))
+        return [mass for _, mass in self.last]
+
+    def step_kl(self, light: str, heavy: str) -> list[float]:
+        """What each step adds to KL(chain of `heavy` || chain in which `light` takes the step): nats, which sum over steps."""
+        found = [0.0] * self.length
+        for step, masses in enumerate(self._masses([heavy] * self.length)[:-1]):
+            left = self.length - step
+            for known, mass_S in masses.items():
+                weight_S = mass_S / self.vocab**left / math.comb(self.length, step)  # every x that agrees stands for the state
+                ratio_ST = self.log_p[heavy][known] - self.log_p[light][known]
+                for i in set(range(self.length)) - known:
+                    p_S = self.p[heavy][known][:, i] * self.vocab  # x_i itself is uniform among those that agree
+                    found[step] += float((weight_S * p_S * ratio_ST[:, i]).sum()) / left
+        return found
 
 
 class MarkovPosterior:
