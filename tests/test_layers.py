@@ -20,16 +20,17 @@ ALLOWED = {
     "chat": {"text"},
     "noise": LEVEL0,
     "models": LEVEL0,
-    "convert": LEVEL0 | {"chat", "models", "text"},
+    "convert": LEVEL0 | {"chat", "models", "text", "train", "language_model"},  # the model by its name alone
     "sampling": LEVEL0 | {"noise"},
     "model_scheduling": LEVEL0 | {"noise", "sampling"},
     "evaluate": LEVEL0 | {"noise", "sampling"},
     "analysis": LEVEL0 | {"noise", "sampling"},
-    "train": LEVEL0 | {"noise", "models", "convert", "text"},
+    "train": LEVEL0 | {"noise", "models", "text"},
     "viz": {"trajectory"},
     "recipes": {"train", "models", "noise"},
     "generation": LEVEL0 | {"sampling", "language_model"},  # the model by its name alone
-    "language_model": LEVEL0 | {"chat", "convert", "model_scheduling", "models", "noise", "sampling", "text", "generation"},
+    "decoding": LEVEL0 | {"model_scheduling", "models", "noise", "sampling", "language_model"},  # the model by its name alone
+    "language_model": LEVEL0 | {"chat", "convert", "decoding", "model_scheduling", "models", "noise", "sampling", "text", "generation"},
     "serve": LEVEL0 | {"sampling", "text", "language_model"},
 }
 TOP = {"__init__", "__main__", "cli"}

@@ -7,37 +7,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from dlm import decoding
 from dlm.chat import ChatTemplate, Messages
 from dlm.errors import InputError
 from dlm.generation import Generation, Run
-from dlm.model_scheduling import plan, routing
+from dlm.model_scheduling import plan
 from dlm.model_scheduling.saved import SavedSchedule
 from dlm.models import checkpoint
 from dlm.models.checkpoint import ModelConfig
 from dlm.models.transformer import Transformer, predict_beside, predict_next
 from dlm.noise import process
 from dlm.noise.masked import MaskedNoise
-from dlm.protocols import CachePolicy, Constraint, Denoiser, Sampler
-from dlm.sampling import caching, choice, windows
-from dlm.sampling.autoregressive import AutoregressiveSampler
+from dlm.protocols import Sampler
+from dlm.sampling import choice
 from dlm.sampling.calibration import Calibration
-from dlm.sampling.constraint import AllowedTokens, Pattern, both
-from dlm.sampling.diffusion import DiffusionSampler
-from dlm.sampling.draw import Draw, generators
-from dlm.sampling.guidance import ClassifierFree
-from dlm.sampling.speculative import SpeculativeSampler
+from dlm.sampling.draw import generators
 from dlm.text import Tokenizer
 from dlm.trajectory import Canvas, Frame, Trajectory
 
 NEW = 256  # tokens that a converted model adds unless told otherwise, or until it ends its text
-BLOCK = 32  # of a bidirectional model with a cache, unless told otherwise (Fast-dLLM)
 
 
 class LanguageModel:
@@ -190,89 +184,23 @@ class LanguageModel:
 
         steps: for each window. temperature, top_p, top_k: of every draw.
         sampler: a word of `dlm.sampling.choice`, with its setting after a colon, as in `confidence:0.7`; `auto` takes what `dlm
-        calibrate` found best within `budget` (`calls:32`, `seconds:2`, `bits:0.1`). greedy_tail: that many last steps put the likeliest
-        token everywhere. until_settled: stop a window once no token has changed for so many steps. block_length: fill a window block by
-        block; a model of block diffusion has its own. cache: a word of `dlm.sampling.caching` for a bidirectional model; True is the
-        exact cache of an autoregressive one or of block diffusion, False none. guidance: how much more than its due the prompt counts.
-        allow: the characters that may be written; pattern: a regular expression that the whole text must match.
+        calibrate` found best within `budget` (`calls:32`, `seconds:2`, `bits:0.1`). An autoregressive model writes the same text in
+        fewer calls with `strided:4` (its own proposals, at masks), `lookup:4` or `draft:MODEL,4`. greedy_tail: that many last steps put
+        the likeliest token everywhere. until_settled: stop a window once no token has changed for so many steps. block_length: fill a
+        window block by block; a model of block diffusion has its own. cache: a word of `dlm.sampling.caching` for a bidirectional model;
+        True is the exact cache of an autoregressive one or of block diffusion, False none. guidance: how much more than its due the
+        prompt counts. allow: the characters that may be written; pattern: a regular expression that the whole text must match.
         schedule: which model takes which step, as in `L0.5 H0.5`, `sandwich:0.25`, `unsure:1.5`, or `auto` for what `dlm schedule
         search` found; this model is H. light: name of model L, or names by key.
         """
-        return self._sampler(**self.chosen(options))
+        return decoding.make(self, **self.chosen(options))
 
-    def _sampler(
-        self,
-        *,
-        steps: int | None = None,
-        sampler: str | None = None,
-        temperature: float | None = None,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        greedy_tail: int = 0,
-        until_settled: int = 0,
-        block_length: int | None = None,
-        cache: bool | str = True,
-        guidance: float = 1.0,
-        allow: str | None = None,
-        pattern: str | None = None,
-        budget: str | None = None,
-        schedule: str | None = None,
-        light: str | Mapping[str, str] | None = None,
-    ) -> Sampler:
-        if budget is not None:
-            raise InputError("a budget is for --sampler auto")
-        draw = Draw(self.defaults.get("temperature", 1.0) if temperature is None else temperature, top_k, top_p)
-        word = sampler or self.default_sampler
-        special = block_length or isinstance(cache, str) or guidance != 1 or allow is not None or pattern is not None
-        if (schedule is not None or light is not None) and (not self.is_diffusion or self.is_causal or isinstance(cache, str)):
-            raise InputError("a schedule of models is for bidirectional diffusion models without a cache, which belongs to one model")
-        steps = self.defaults.get("steps", self.window) if steps is None else steps
-        denoiser = self._denoiser(schedule, light, steps)
-        if not self.is_diffusion:
-            if sampler not in (None, "autoregressive") or greedy_tail or until_settled or special:
-                what = f"the sampler {sampler!r}" if sampler else "revising, guided or constrained text, blocks or an approximate cache"
-                raise InputError(f"{self.name} is autoregressive: {what} needs a diffusion model")
-            make = self.network.cache if cache else None
-            ends = (self.config.start_token_id, self.stops)
-            return AutoregressiveSampler(self.network, self.tokenizer.mask_id, self.window, make, draw, self.context, self.name, *ends)
-        guess = choice.speculative(word)
-        if guess is not None:
-            if greedy_tail or until_settled or special or self.is_causal or not isinstance(self.noise, MaskedNoise):
-                raise InputError("speculative decoding is for bidirectional masked models, with no blocks, cache, guidance or constraint")
-            return SpeculativeSampler(denoiser, self.noise, self.window, **guess, draw=draw, context=self.context, model=self.name)
-        if guidance != 1 and (self.is_causal or not isinstance(self.noise, MaskedNoise)):
-            raise InputError(f"{self.name} never saw a text without its beginning: guidance needs a bidirectional masked model")
-        if self.is_causal and isinstance(cache, str):
-            raise InputError(f"{self.name} has an exact cache already: --cache is for bidirectional models")
-        policy: CachePolicy | None = caching.make(cache) if isinstance(cache, str) else None
-        if self.is_causal:
-            block_length = block_length or self.config.network.block_length
-            policy = caching.Exact(block_length) if cache else None
-        elif policy is not None:
-            block_length = block_length or windows.longest_block(self.window, BLOCK)
-        return DiffusionSampler(
-            partial(self.network, block_length=block_length) if self.is_causal else denoiser,
-            self.noise,
-            self.window,
-            choice.make(word, draw, self.noise, greedy_tail),
-            steps,
-            self.context // block_length * block_length if self.is_causal and block_length else self.context,
-            self.name,
-            until_settled or int(word.partition(":")[0] in choice.SETTLING),
-            block_length or 0,
-            policy,
-            self.network.window_cache,
-            ClassifierFree(guidance, self.tokenizer.mask_id) if guidance != 1 else None,
-            self._constraint(allow, pattern),
-            sees_ahead=not self.is_causal,
-        )
-
-    def _denoiser(self, schedule: str | None, light: str | Mapping[str, str] | None, steps: int) -> Denoiser:
-        if schedule is None and light is None:
-            return self.network
-        if schedule is None or light is None:
-            raise InputError("a schedule needs --schedule and --light, as in --schedule 'L0.5 H0.5' --light shakespeare-mask-2")
-        return routing.make(schedule, self.denoisers(light), self.tokenizer.mask_id, steps)
+    def other(self, name: str) -> LanguageModel:
+        """A model to work beside this one, on its device, loaded once: from the directory of this one or as `load` finds it."""
+        if name not in self._others:
+            at = self.path / name if self.path is not None and (self.path / name).is_dir() else name
+            self._others[name] = load(str(at), device=str(self.network.device), dtype=self.network.embed.weight.dtype)
+        return self._others[name]
 
     def denoisers(self, light: str | Mapping[str, str]) -> dict[str, Transformer]:
         """This network as H beside others. InputError for a model of another vocabulary, window or noise."""
@@ -280,27 +208,12 @@ class LanguageModel:
         if plan.HEAVY in names:
             raise InputError(f"{plan.HEAVY} is {self.name} itself: the other models have other letters")
         for name in names.values():
-            if name not in self._others:
-                at = self.path / name if self.path is not None and (self.path / name).is_dir() else name
-                other = load(str(at), device=str(self.network.device), dtype=self.network.embed.weight.dtype)
-                if not other.is_diffusion or other.is_causal or other.config.noise != self.config.noise:
-                    raise InputError(f"{name} is no bidirectional diffusion model with the noise of {self.name}: it cannot take its steps")
-                if other.tokenizer.fingerprint() != self.tokenizer.fingerprint() or other.window != self.window:
-                    raise InputError(f"{name} has another vocabulary or window than {self.name}: it cannot take its steps")
-                self._others[name] = other
-        return {plan.HEAVY: self.network} | {key: self._others[name].network for key, name in names.items()}
-
-    def _constraint(self, allow: str | None, pattern: str | None) -> Constraint | None:
-        if allow is None and pattern is None:
-            return None
-        pieces, size = self.tokenizer.pieces(), self.config.network.vocab_size
-        parts: list[AllowedTokens | Pattern] = []
-        if allow is not None:
-            known = set(allow)
-            parts.append(AllowedTokens([i for i, piece in pieces.items() if piece and set(piece) <= known], size, self.tokenizer.mask_id))
-        if pattern is not None:
-            parts.append(Pattern.compile(pattern, pieces, size))
-        return both(*parts)
+            other = self.other(name)
+            if not other.is_diffusion or other.is_causal or other.config.noise != self.config.noise:
+                raise InputError(f"{name} is no bidirectional diffusion model with the noise of {self.name}: it cannot take its steps")
+            if other.tokenizer.fingerprint() != self.tokenizer.fingerprint() or other.window != self.window:
+                raise InputError(f"{name} has another vocabulary or window than {self.name}: it cannot take its steps")
+        return {plan.HEAVY: self.network} | {key: self.other(name).network for key, name in names.items()}
 
     def chosen(self, options: dict[str, Any]) -> dict[str, Any]:
         """The same options with what `auto` chooses put in; as they are where another sampler is asked for. InputError as `sampler`."""
@@ -394,6 +307,14 @@ class LanguageModel:
         return logits
 
 
-def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """Load a checkpoint: a directory, a GGUF file, a bundled name (`shakespeare-mask`), a pulled one (`smollm2-135m`) or a hub id."""
-    return LanguageModel.from_pretrained(name, device=device, dtype=dtype)
+def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, adapter: str | Path | None = None) -> LanguageModel:
+    """Load a checkpoint: a directory, a GGUF file, a bundled name (`shakespeare-mask`), a pulled one (`smollm2-135m`) or a hub id.
+
+    adapter: directory that `dlm convert` made for this base. InputError for the adapter of another one.
+    """
+    model = LanguageModel.from_pretrained(name, device=device, dtype=dtype)
+    if adapter is not None:
+        from dlm.convert.lora import with_adapter
+
+        with_adapter(model, adapter)
+    return model

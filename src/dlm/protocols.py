@@ -1,4 +1,4 @@
-"""The five signatures that everything else is written against.
+"""The signatures that everything else is written against.
 
 Shapes: B rows, T positions of the whole canvas, Q positions queried in one call, V vocabulary.
 Time: t = 0 is data, t = 1 is noise; alpha_t is the probability that a token is still untouched.
@@ -89,6 +89,16 @@ class Cache(Protocol):
         """Forget what these rows hold."""
 
 
+class RowCache(Protocol):
+    """Keys and values of rows that grow at their own pace (`dlm.models.cache.RaggedCache`)."""
+
+    length_B: Tensor
+    """Positions that each row holds; a call adds all that it reads."""
+
+    def trim(self, length_B: Tensor) -> None:
+        """Forget every position of a row from its new length on."""
+
+
 class Denoiser(Protocol):
     """A network. Q = T is plain diffusion, Q = 1 autoregression, Q = block block diffusion."""
 
@@ -101,9 +111,11 @@ class Denoiser(Protocol):
         valid_BT: Tensor | None = None,
         cache: Any = None,
         pattern: str = "",
+        own_BQQ: Tensor | None = None,
         at_BQ: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, Q, V). at_BQ: the only positions whose logits are asked for.
+        """Logits (B, Q, V). at_BQ: the only positions whose logits are asked for. own_BQQ: which of these positions each one reads,
+        besides what a `RowCache` holds.
 
         pattern `shadow`: z is [text | masks], and a mask guesses its position without seeing the text there.
         """
@@ -201,6 +213,47 @@ class Constraint(Protocol):
 
     def agree(self, z_BL: Tensor, hole_BL: Tensor, next_BL: Tensor, valid_BL: Tensor | None = None) -> Tensor:
         """bool (B, L): which of the tokens that `next` puts into holes can stand together, at least one."""
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """What may come next in each row: the first count_B of token_BK. logq_BKV: log of what they were drawn from, None if not drawn."""
+
+    token_BK: Tensor
+    count_B: Tensor
+    logq_BKV: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a proposer sees after a call of strided decoding. M masks of a group.
+
+    text_BL: the committed text, known_B columns of it; begin_B: where the window begins that a row is in; most_B: proposals wanted at
+    most; u_BK: a uniform for each, to draw it with; guess_BMV: logits of the group of masks after the text, of the rows in guessed_B;
+    shape: logits (B, K, V) to the log-probabilities that the sampler draws from; capacity: positions that a cache of this run needs.
+    memory: what the proposer keeps for its next round.
+    """
+
+    text_BL: Tensor
+    begin_B: Tensor
+    known_B: Tensor
+    most_B: Tensor
+    u_BK: Tensor
+    guess_BMV: Tensor
+    guessed_B: Tensor
+    shape: Callable[[Tensor], Tensor]
+    capacity: int
+    memory: dict[str, Any]
+
+
+class Proposer(Protocol):
+    """Where the tokens come from that strided decoding verifies; a frozen dataclass, so that it prints and goes into the run record."""
+
+    def groups(self, count_B: Tensor) -> Tensor:
+        """Groups of masks that the next call reads too: after how many of a row's proposals each stands, int64 (B, G)."""
+
+    def __call__(self, round: Round) -> Proposals:
+        """What comes after the committed text, as far as it can tell. The law of what it draws may depend on that text alone."""
 
 
 class Sampler(Protocol):

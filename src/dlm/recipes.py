@@ -71,7 +71,7 @@ def kjv_mask() -> TrainConfig:
 
 def kjv_mask_2() -> TrainConfig:
     """A third of its blocks."""
-    base = replace(kjv_mask(), init="runs/kjv-mask", teacher="runs/kjv-mask", lr=1e-3, warmup=20, steps=500)
+    base = replace(kjv_mask(), init="runs/kjv-mask", teacher="runs/kjv-mask", lr=1e-3, warmup=20, steps=250)
     return replace(base, network=base.network.with_(layers=2))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import make_model
 from dlm.errors import InputError
 from dlm.models.transformer import Transformer, TransformerConfig
 from dlm.noise import loss
@@ -195,3 +196,15 @@ def test_a_context_that_leaves_no_room_is_told(context: int) -> None:
 
 def test_a_canvas_without_holes_needs_no_call() -> None:
     assert run(Canvas.from_rows([[1, 2]], fill=MASK), cache=True) == []
+
+
+def test_rows_that_have_ended_wait_for_those_that_begin_later() -> None:
+    """A short prompt whose text ends before a longer prompt does: columns in which nobody writes are passed over."""
+    model = make_model("autoregressive", window=32, context=8)
+    rows = [[1, None, None, None, None, None], [2, 3, 4, 5, 6, 7, None, None]]
+    ends = frozenset(range(model.tokenizer.vocab_size))  # whatever comes first
+    sampler = AutoregressiveSampler(model.network, model.tokenizer.mask_id, 32, model.network.cache, stop=ends)
+    *_, frame = sampler.steps(Canvas.from_rows(rows, fill=model.tokenizer.mask_id), rng=generators(0, 2))
+    for row, given in enumerate((1, 6)):
+        *_, alone = sampler.steps(Canvas.from_rows([rows[row]], fill=model.tokenizer.mask_id), rng=generators(row, 1))
+        assert frame.tokens_BT[row, given] == alone.tokens_BT[0, given]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -27,8 +28,8 @@ Seed = Annotated[int, typer.Option(help="Same seed, same machine, same output.")
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object.")]
 
 
-def load(name: str, device: str = "cpu", dtype: str = "float32") -> Any:
-    """A LanguageModel. InputError for a device or dtype that is not there."""
+def load(name: str, device: str = "cpu", dtype: str = "float32", adapter: Path | None = None) -> Any:
+    """A LanguageModel. InputError for a device or dtype that is not there, or an adapter of another base."""
     import torch
 
     from dlm.language_model import load
@@ -40,7 +41,7 @@ def load(name: str, device: str = "cpu", dtype: str = "float32") -> Any:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"no device {device!r} here ({str(error).splitlines()[0]}): use --device cpu") from None
-    return load(name, device=device, dtype=kinds[dtype])
+    return load(name, device=device, dtype=kinds[dtype], adapter=adapter)
 
 
 def load_judge(name: str, device: str = "cpu") -> Any:

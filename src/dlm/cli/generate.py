@@ -18,14 +18,17 @@ from dlm.errors import InputError
 SAMPLERS = (
     "masks: ancestral | first-hitting | speculative[:8] | topk | margin | entropy | confidence[:0.9] | factor[:1] | entropy-bound[:0.1] | "
     "klass[:0.6] | remdm-cap[:0.04] | remdm-rescale | remdm-conf | remdm-loop | revoke[:0.6] | planner[:1] | predictor-corrector[:1]; "
-    "auto (what `dlm calibrate` found best); replacement noise: ancestral | predictor-corrector | refine | entropy-bound | worst[:2]."
+    "auto (what `dlm calibrate` found best); replacement noise: ancestral | predictor-corrector | refine | entropy-bound | worst[:2]; "
+    "autoregressive models, the same text in fewer calls: strided[:4] | lookup[:4] | draft:MODEL[,4]."
 )
 
 
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to begin with.")] = "",
-    model: Annotated[str, typer.Option("--model", "--heavy", "-m", help="Bundled name, directory or hub id.")] = "shakespeare-mask",
+    model: Annotated[
+        str, typer.Option("--model", "--heavy", "--base", "-m", help="Bundled name, directory or hub id.")
+    ] = "shakespeare-mask",
     compare: Annotated[
         str | None, typer.Option(help="Several at once, side by side: mask,uniform,semantic or MODEL@SAMPLER, with commas.")
     ] = None,
@@ -54,6 +57,7 @@ def generate(
         str | None, typer.Option(help="Which model takes which step: 'L0.5 H0.5' | sandwich:0.25 | unsure:1.5 | auto.")
     ] = None,
     light: Annotated[str | None, typer.Option(help="The smaller model L of a schedule; several: M=NAME,L=NAME.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="What `dlm convert` made for an autoregressive base, for --sampler strided.")] = None,
     seed: Seed = 0,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="See the text settle.")] = False,
     save: Annotated[Path | None, typer.Option(help="Write the run as a .traj file for `dlm show` and `dlm settle`.")] = None,
@@ -74,7 +78,7 @@ def generate(
         raise InputError("--samples counts texts from 1, and a template makes one")
     runs: dict[str, Run] = {}
     for label, name, word in _entries(compare, model, sampler):
-        lm = load(name, device, dtype)
+        lm = load(name, device, dtype, adapter)
         canvas = lm.canvas(prompt if samples == 1 else [prompt] * samples, **layout)
         own = options if lm.is_diffusion or compare is None else {k: options[k] for k in ("temperature", "top_p", "top_k")}
         own = own | {"sampler": word, "budget": budget if compare is None or word == "auto" else None}

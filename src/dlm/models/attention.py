@@ -36,6 +36,20 @@ def beside_clean(pos_BT: Tensor, block_length: int) -> Tensor:
     return torch.cat([noisy, clean], 1)
 
 
+def introspective(pos_BT: Tensor, block_length: int, phase_B: Tensor | None = None) -> Tensor:
+    """bool (B, 2T, 2T) for [masks | clean] of introspective training (I-DLM, arXiv 2604.11035): causal in either half.
+
+    A mask reads the masks before it in its own block and the clean tokens of the blocks before; clean never reads masks.
+    phase_B: how far into a block each row begins, so that blocks need not lie at the same place in every row.
+    """
+    block_BT = (pos_BT if phase_B is None else pos_BT + phase_B[:, None]) // block_length
+    query, key = block_BT[:, :, None], block_BT[:, None, :]
+    causal = (pos_BT[:, None, :] <= pos_BT[:, :, None]).expand_as(query == key)
+    masks = torch.cat([causal & (query == key), key < query], -1)
+    clean = torch.cat([torch.zeros_like(causal), causal], -1)
+    return torch.cat([masks, clean], 1)
+
+
 def beside_shadow(length: int, device: torch.device) -> Tensor:
     """bool (1, 2Q, 2Q) for [text | shadow]: text reads text; a shadow reads all text but its own position's, and itself."""
     own = torch.eye(length, dtype=torch.bool, device=device)

@@ -1,6 +1,6 @@
 """Keys and values of positions already read.
 
-Shapes: B batch, A rows of one call, G key-value heads, T capacity, Q new positions, K head dimension.
+Shapes: B batch, A rows of one call, G key-value heads, T capacity or the part of it in use, Q new positions, K head dimension.
 """
 
 from __future__ import annotations
@@ -47,6 +47,51 @@ class KVCache:
         copy = object.__new__(KVCache)
         copy.kv, copy.length = self.kv.clone(), self.length
         return copy
+
+
+class RaggedCache:
+    """A stationary batch whose rows have their own lengths: new positions go after each row's `length_B`, `trim` forgets them again.
+
+    Preallocated and read in place, up to the longest row.
+    """
+
+    def __init__(
+        self, layers: int, batch: int, kv_heads: int, capacity: int, head_dim: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.kv = torch.zeros(layers, 2, batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        self.length_B = torch.zeros(batch, dtype=torch.long, device=device)
+        self.rows_B1 = torch.arange(batch, device=device)[:, None]
+
+    @property
+    def capacity(self) -> int:
+        return self.kv.shape[4]
+
+    def begin(self, own_BQQ: Tensor) -> Tensor:
+        """What the Q positions that are written next read, bool (B, Q, T): all that their row holds, and one another by own_BQQ."""
+        queries = own_BQQ.shape[1]
+        self.end = int(self.length_B.max()) + queries
+        if self.end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} positions, {self.end} were asked for")
+        self.slot_BQ = self.length_B[:, None] + torch.arange(queries, device=own_BQQ.device)
+        since_BT = torch.arange(self.end, device=own_BQQ.device) - self.length_B[:, None]
+        held_BT, new_BT = since_BT < 0, (since_BT >= 0) & (since_BT < queries)
+        own_BQT = own_BQQ.gather(2, since_BT.clamp(0, queries - 1)[:, None].expand(-1, queries, -1))
+        return held_BT[:, None] | own_BQT & new_BT[:, None]
+
+    def write(self, layer: int, k_BGQK: Tensor, v_BGQK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store after each row's length, return keys and values up to the longest row's."""
+        for kv_BGTK, new_BGQK in zip(self.kv[layer], (k_BGQK, v_BGQK), strict=True):
+            kv_BGTK.transpose(1, 2)[self.rows_B1, self.slot_BQ] = new_BGQK.transpose(1, 2)
+        return self.kv[layer, 0, :, :, : self.end], self.kv[layer, 1, :, :, : self.end]
+
+    def advance(self, count: int) -> None:
+        self.length_B = self.length_B + count
+
+    def trim(self, length_B: Tensor) -> None:
+        """Forget every position of a row from its new length on."""
+        if bool(((length_B < 0) | (length_B > self.length_B)).any()):
+            raise ValueError(f"cannot trim a cache of {self.length_B.tolist()} positions to {length_B.tolist()}")
+        self.length_B = length_B
 
 
 class WindowCache:

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlm.models import attention
-from dlm.models.cache import KVCache, WindowCache
+from dlm.models.cache import KVCache, RaggedCache, WindowCache
+
+AnyCache = KVCache | RaggedCache | WindowCache
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
-    def forward(self, x_BQD: Tensor, cos: Tensor, sin: Tensor, mask: Any, is_causal: bool, cache: KVCache | WindowCache | None) -> Tensor:
+    def forward(self, x_BQD: Tensor, cos: Tensor, sin: Tensor, mask: Any, is_causal: bool, cache: AnyCache | None) -> Tensor:
         config, (batch, queries, _) = self.config, x_BQD.shape
         q, k, v = (linear(x_BQD).view(batch, queries, -1, config.head_dim).transpose(1, 2) for linear in (self.q, self.k, self.v))
         if config.qk_norm:
@@ -170,7 +172,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any, is_causal: bool, cache: KVCache | WindowCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any, is_causal: bool, cache: AnyCache | None) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, mask, is_causal, cache))
         y: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return y
@@ -203,6 +205,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
+        self.adapter: Any = None  # of dlm.convert.lora: told at every call where the masks stand
         self.reset()
 
     def reset(self) -> None:
@@ -234,6 +237,11 @@ class Transformer(nn.Module):
         shape = (c.layers, batch, c.kv_heads, capacity or c.window, c.head_dim)
         return KVCache(*shape, dtype=self.embed.weight.dtype, device=self.device)
 
+    def ragged_cache(self, batch: int, capacity: int) -> RaggedCache:
+        """An empty cache for `batch` rows that grow at their own pace."""
+        c = self.config
+        return RaggedCache(c.layers, batch, c.kv_heads, capacity, c.head_dim, dtype=self.embed.weight.dtype, device=self.device)
+
     def window_cache(self, batch: int) -> WindowCache:
         """An empty cache of a whole window for `batch` rows."""
         c = self.config
@@ -246,9 +254,11 @@ class Transformer(nn.Module):
         *,
         pos_BQ: Tensor | None = None,
         valid_BT: Tensor | None = None,
-        cache: KVCache | WindowCache | None = None,
+        cache: AnyCache | None = None,
         pattern: str = "",
         block_length: int = 0,
+        phase_B: Tensor | None = None,
+        own_BQQ: Tensor | None = None,
         at_BQ: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, Q, V).
@@ -256,24 +266,34 @@ class Transformer(nn.Module):
         z_BQ: int64 ids; t_B: noise level, read only with time_conditioning; pos_BQ: positions, by default counted over
         the valid tokens so that padding on either side leaves no gap; valid_BT: False at padding, never attended to.
         With a KVCache, z continues what it holds, and valid_BT covers cached and new positions; with a WindowCache, pos_BQ are the
-        slots of its window that z overwrites.
+        slots of its window that z overwrites; with a RaggedCache, z at pos_BQ continues every row where it ends.
+        own_BQQ: bool, for a RaggedCache: which of the new positions each new one reads, besides all that its row holds.
         pattern `clean`: z is [noisy | clean] (B, 2T) and every noisy block reads the clean blocks before it; logits of the noisy half.
         pattern `shadow`: z is [text | masks] (B, 2T) and a mask guesses its position without seeing the text there (but for
         what deeper layers of other positions have read of it); logits of both.
+        pattern `introspective`: z is [masks | text] (B, 2T), causal; a mask reads its block of masks and the text before the block;
+        logits of both. phase_B: how far into a block each row begins.
         block_length: of block-causal attention, another one than the network's own.
         at_BQ: bool, the only positions that get logits; those of the others are 0.
         """
+        if isinstance(cache, RaggedCache):
+            assert pos_BQ is not None and own_BQQ is not None
+            mask, is_causal = cache.begin(own_BQQ)[:, None], False
+        else:
+            block_length = block_length or self.config.block_length
+            pos_BQ, mask, is_causal = self._attends(z_BQ, pos_BQ, valid_BT, cache, pattern, block_length, phase_B)
+        if self.adapter is not None:
+            self.adapter.begin(z_BQ, pos_BQ)
         x_BQD = self.embed(z_BQ)
         if self.time is not None:
             if t_B is None:
                 raise ValueError("this network is conditioned on time: give t_B")
             x_BQD = x_BQD + self.time(t_B)[:, None]
         x_BQD = self.dropout(x_BQD)
-        pos_BQ, mask, is_causal = self._attends(z_BQ, pos_BQ, valid_BT, cache, pattern, block_length or self.config.block_length)
         cos, sin = rotary(pos_BQ, self.config.head_dim, self.config.rope_base, self.config.rope_scaling)
         for block in self.blocks:
             x_BQD = block(x_BQD, cos, sin, mask, is_causal, cache)
-        if isinstance(cache, KVCache):
+        if isinstance(cache, KVCache | RaggedCache):
             cache.advance(z_BQ.shape[1])
         if pattern == "clean":
             x_BQD = x_BQD[:, : x_BQD.shape[1] // 2]
@@ -284,7 +304,14 @@ class Transformer(nn.Module):
         return logits_BQV
 
     def _attends(
-        self, z_BQ: Tensor, pos_BQ: Tensor | None, valid_BT: Tensor | None, cache: Any, pattern: str, block_length: int
+        self,
+        z_BQ: Tensor,
+        pos_BQ: Tensor | None,
+        valid_BT: Tensor | None,
+        cache: Any,
+        pattern: str,
+        block_length: int,
+        phase_B: Tensor | None,
     ) -> tuple[Tensor, Any, bool]:
         """(pos_BQ, mask, is_causal): where the queries stand and what they read."""
         config, (batch, queries), device = self.config, z_BQ.shape, z_BQ.device
@@ -292,6 +319,8 @@ class Transformer(nn.Module):
             half_BT = torch.arange(queries // 2, device=device)[None] if pos_BQ is None else pos_BQ
             if pattern == "clean":
                 mask_BQT = attention.beside_clean(half_BT, block_length)
+            elif pattern == "introspective":
+                mask_BQT = attention.introspective(half_BT, block_length, phase_B)
             else:
                 mask_BQT = attention.beside_shadow(queries // 2, device)
             return torch.cat([half_BT, half_BT], 1), mask_BQT[:, None], False

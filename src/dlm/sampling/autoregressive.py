@@ -21,6 +21,15 @@ from dlm.sampling.draw import Draw
 from dlm.trajectory import Canvas, Frame
 
 
+def check_continues(canvas: Canvas, start: int | None) -> None:
+    """InputError for text after a hole, and for a row without a beginning where the network reads no start token."""
+    free_BL, valid_BL = canvas.free_BT, canvas.valid_BT
+    if bool((free_BL[:, :-1] & ~free_BL[:, 1:] & valid_BL[:, 1:]).any()):
+        raise InputError("an autoregressive model only continues a prompt: it cannot fill holes or lead to a suffix")
+    if start is None and bool(free_BL[:, 0].any()):
+        raise InputError("this model reads no start token: give a prompt of at least one token")
+
+
 @dataclass(frozen=True)
 class AutoregressiveSampler:
     """Continue prompts. make_cache(rows, positions) gives an empty cache; without it every call reads the whole window again.
@@ -49,11 +58,8 @@ class AutoregressiveSampler:
     @torch.no_grad()
     def steps(self, canvas: Canvas, *, rng: RNG) -> Iterator[Frame]:
         """A frame for every column in which some row has a free position. InputError for text after a hole."""
-        free_BL, valid_BL = canvas.free_BT, canvas.valid_BT
-        if bool((free_BL[:, :-1] & ~free_BL[:, 1:] & valid_BL[:, 1:]).any()):
-            raise InputError("an autoregressive model only continues a prompt: it cannot fill holes or lead to a suffix")
-        if self.start is None and bool(free_BL[:, 0].any()):
-            raise InputError("this model reads no start token: give a prompt of at least one token")
+        free_BL = canvas.free_BT
+        check_continues(canvas, self.start)
         rows, length = free_BL.shape
         text_BL = torch.where(free_BL, self.mask_id, canvas.tokens_BT)
         input_BL = torch.cat([torch.full_like(text_BL[:, :1], self.mask_id), text_BL], 1)  # input j predicts text j
@@ -75,6 +81,8 @@ class AutoregressiveSampler:
             read = column - begin + 1 if cache is not None else 0
             logits_BV[:, self.mask_id] = -torch.inf
             rows_A = (free_BL[:, column] & ~done_B).nonzero().squeeze(-1)
+            if not len(rows_A):  # all that are open here have ended; others begin later
+                continue
             drawn_A = self.draw(logits_BV[rows_A, None].log_softmax(-1), [rng[b] for b in rows_A.tolist()]).squeeze(1)
             text_BL[rows_A, column] = input_BL[rows_A, column + 1] = drawn_A
             open_BL[rows_A, column] = False

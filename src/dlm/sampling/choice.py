@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -55,6 +56,7 @@ SETTING = {
 }
 SETTLING = ("revoke",)  # is done when it neither writes nor takes back
 SPECULATIVE = "speculative"
+STRIDED = ("strided", "lookup", "draft")  # of autoregressive models
 WORDS = tuple(dict.fromkeys([*UNMASKING, SPECULATIVE, *REPLACING]))
 
 
@@ -70,6 +72,38 @@ def speculative(word: str) -> dict[str, Any] | None:
         raise InputError(f"sampler {word!r}: write speculative, speculative:PROPOSALS or speculative:PROPOSALS,TOLERANCE") from None
 
 
+@dataclass(frozen=True)
+class Strided:
+    """Settings of `dlm.sampling.strided`; name: where the proposals come from, model: which one drafts."""
+
+    name: str
+    model: str = ""
+    stride: int = 4
+    floor: float = 0.0
+
+
+def strided(word: str) -> Strided | None:
+    """`strided`, `lookup:4` (stride), `lookup:8,0.2` (and floor), `draft:MODEL`, `draft:MODEL,4`; None for another word."""
+    name, _, values = word.partition(":")
+    if name not in STRIDED:
+        return None
+    model, _, values = values.partition(",") if name == "draft" else ("", "", values)
+    stride, _, floor = values.partition(",")
+    try:
+        found = Strided(name, model, int(stride or 4), float(floor or 0))
+        if found.stride < 1 or bool(model) != (name == "draft"):
+            raise ValueError
+    except ValueError:
+        head = "draft:MODEL, draft:MODEL,4" if name == "draft" else f"{name}, {name}:4"
+        raise InputError(f"sampler {word!r}: write {head} (stride) or {head.split()[-1]},0.2 (stride, floor)") from None
+    return found
+
+
+def continues(word: str) -> bool:
+    """Whether an autoregressive model can use it."""
+    return word == "autoregressive" or word.partition(":")[0] in STRIDED
+
+
 def make(word: str, draw: Draw, noise: NoiseProcess, greedy_tail: int = 0) -> Rule:
     """The rule that a word such as `confidence` or `confidence:0.7` means for this noise. InputError for one that it cannot use."""
     name, colon, value = word.partition(":")
@@ -77,6 +111,7 @@ def make(word: str, draw: Draw, noise: NoiseProcess, greedy_tail: int = 0) -> Ru
     if name not in known:
         usable = [*known, SPECULATIVE] if kind == "masked" else list(known)
         reason = f"needs {'replacement' if kind == 'masked' else 'masked'} noise" if name in WORDS else "is unknown"
+        reason = "needs an autoregressive model" if continues(word) else reason
         if name == SPECULATIVE and kind == "masked":
             raise InputError("speculative decoding proposes and verifies, it is no rule of one step: it cannot be used here")
         raise InputError(f"the sampler {name!r} {reason}; this model has {kind} noise and can use: {', '.join(usable)}")

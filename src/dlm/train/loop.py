@@ -145,7 +145,7 @@ def train(
     recent = [torch.tensor(value, device=device) for value in meta.get("recent", [])]  # losses since the last line of the log
     last = config.steps if stop_after is None else min(config.steps, stop_after)
     interrupted = False
-    with _Stop(patient=ranks > 1) as stop, progress, log:
+    with Stop(patient=ranks > 1) as stop, progress, log:
         task = progress.add_task("training", total=config.steps, completed=first, note="")
         since, tokens_since, quiet_until = time.perf_counter(), 0, 0.0
         for step in range(first, last):
@@ -221,7 +221,7 @@ def _any(accelerator: Accelerator, flag: bool) -> bool:
     return bool(total.item() > 0)
 
 
-class _Stop:
+class Stop:
     """Ctrl-C and SIGTERM ask the loop to finish its step and save; a second Ctrl-C stops at once.
 
     patient: it does not, for a launcher passes on the Ctrl-C that its processes have had already.
@@ -231,7 +231,7 @@ class _Stop:
         self.patient, self.asked = patient, False
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> _Stop:
+    def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
             self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self

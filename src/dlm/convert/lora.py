@@ -1,0 +1,244 @@
+"""Gated LoRA: an adapter that acts where the input is MASK and nowhere else, so that what a base says of text stays to the bit.
+
+Hu et al. 2106.09685 with the gate of Samragh et al. 2507.11851 and of R-ISD (I-DLM, arXiv 2604.11035). In a causal network no text
+reads a mask after it: keys, values and logits of text are those of the base. A mask at position 0 is none: our own autoregressive
+networks read it there as the start of a text.
+Shapes: B batch, Q queried positions, M masks among them, R rank; I and O features in and out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dlm.errors import InputError
+from dlm.models import checkpoint
+from dlm.models.transformer import Transformer
+
+TARGETS = ("q", "k", "v", "out", "up", "down", "gate")  # linear layers of a block; not every network has a gate
+WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What adapter.json says. alpha: the adapter's output counts alpha / rank times; stride: tokens that a call may commit at most."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = TARGETS
+    stride: int = 4
+    base: str = ""
+    fingerprint: str = ""
+    made: dict[str, Any] = field(default_factory=dict)  # how: settings and figures of its training
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))  # JSON has lists
+        if self.rank < 1 or not 0 < self.alpha < math.inf:
+            raise InputError(f"an adapter has a rank from 1 and an alpha above 0, got {self.rank} and {self.alpha}")
+        if self.stride < 2:
+            raise InputError(f"a stride counts from 2: one token and at least one mask; got {self.stride}")
+        if not self.targets or set(self.targets) - set(TARGETS):
+            raise InputError(f"adapter targets are some of {', '.join(TARGETS)}; got {', '.join(self.targets) or 'none'}")
+
+
+class Adapter:
+    """What every adapted layer of a network shares: the settings, and where the masks stand in the present call."""
+
+    def __init__(self, config: AdapterConfig, mask_id: int) -> None:
+        self.config, self.mask_id = config, mask_id
+        self.masks_M: Tensor | None = None  # places of the masks in the flattened (B, Q); None without any
+
+    def begin(self, z_BQ: Tensor, pos_BQ: Tensor) -> None:
+        """Called by the network before it reads z at these positions."""
+        masks_M = ((z_BQ == self.mask_id) & (pos_BQ > 0)).flatten().nonzero().squeeze(-1)
+        self.masks_M = masks_M if len(masks_M) else None
+
+
+class LoRALinear(nn.Linear):
+    """y = W x, and at masks y = W x + alpha / R * B A x. W is the base's own; A (R, I) and B (O, R) are float32, B begins at zero."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, adapter: Adapter) -> None:
+        super().__init__(inputs, outputs, bias, device="meta")
+        self.adapter = adapter
+        rank = adapter.config.rank
+        self.scale = adapter.config.alpha / rank
+        self.lora_A, self.lora_B = nn.Parameter(torch.empty(rank, inputs)), nn.Parameter(torch.zeros(outputs, rank))
+
+    @classmethod
+    def from_base(cls, base: nn.Linear, adapter: Adapter, rng: torch.Generator | None = None) -> LoRALinear:
+        """Around the weights of `base`, which both then hold. rng: of A, on the CPU."""
+        self = cls(base.in_features, base.out_features, base.bias is not None, adapter)
+        self.weight, self.bias = base.weight, base.bias
+        with torch.no_grad():
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=rng)
+        return self.to(base.weight.device)
+
+    def to_base(self) -> nn.Linear:
+        """The layer without its adapter, around the same weights."""
+        return self._linear(self.weight)
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Linear:
+        """A layer that does everywhere what this one does at masks: W + alpha / R * B A, in the base's dtype."""
+        weight = self.weight + self.scale * (self.lora_B @ self.lora_A)
+        return self._linear(nn.Parameter(weight.to(self.weight.dtype), requires_grad=False))
+
+    def _linear(self, weight: Tensor) -> nn.Linear:
+        base = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        base.weight, base.bias = cast(nn.Parameter, weight), self.bias
+        return base
+
+    def forward(self, x_BQI: Tensor) -> Tensor:
+        y_BQO = super().forward(x_BQI)
+        masks_M = self.adapter.masks_M
+        if masks_M is None:
+            return y_BQO
+        x_MI = x_BQI.flatten(0, -2).index_select(0, masks_M)
+        delta_MO = F.linear(F.linear(x_MI, self.lora_A.to(x_MI.dtype)), self.lora_B.to(x_MI.dtype))
+        return y_BQO.flatten(0, -2).index_add(0, masks_M, delta_MO, alpha=self.scale).view_as(y_BQO)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """A network's state is its base's: the adapter has files of its own."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "lora_A"], destination[prefix + "lora_B"]
+
+
+class MaskEmbedding(nn.Embedding):
+    """The base's embedding with a row of the adapter's own (float32, begun as the base's) in place of the mask's."""
+
+    def __init__(self, base: nn.Embedding, adapter: Adapter) -> None:
+        super().__init__(base.num_embeddings, base.embedding_dim, device="meta")
+        self.weight, self.adapter = base.weight, adapter
+        self.mask_row = nn.Parameter(base.weight[adapter.mask_id].detach().float().clone())
+
+    def to_base(self) -> nn.Embedding:
+        base = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
+        base.weight = self.weight
+        return base
+
+    def forward(self, z_BQ: Tensor) -> Tensor:
+        x_BQD = super().forward(z_BQ)
+        masks_M = self.adapter.masks_M
+        if masks_M is None:
+            return x_BQD
+        rows_MD = self.mask_row.to(x_BQD.dtype).expand(len(masks_M), -1)
+        return x_BQD.flatten(0, 1).index_copy(0, masks_M, rows_MD).view_as(x_BQD)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "mask_row"]
+
+
+def attach(network: Transformer, config: AdapterConfig, mask_id: int, *, seed: int = 0) -> Adapter:
+    """Put a fresh adapter, which changes nothing yet, into every block and freeze the base; a former adapter goes."""
+    detach(network)
+    network.requires_grad_(False)
+    adapter, rng = Adapter(config, mask_id), torch.Generator().manual_seed(seed)
+    for block in network.blocks:
+        for part in (block.attention, block.mlp):
+            for name in config.targets:
+                if isinstance(layer := getattr(part, name, None), nn.Linear):
+                    setattr(part, name, LoRALinear.from_base(layer, adapter, rng))
+    network.embed = MaskEmbedding(network.embed, adapter)
+    network.adapter = adapter
+    return adapter
+
+
+def detach(network: Transformer) -> None:
+    """The base again, its weights where they were."""
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, LoRALinear | MaskEmbedding):
+                setattr(module, name, child.to_base())
+    network.adapter = None
+
+
+def adapter_state(network: Transformer) -> dict[str, Tensor]:
+    """The tensors of the adapter by name; a change of one is a change of the adapter."""
+    return {name: p.detach() for name, p in network.named_parameters() if name.endswith((".lora_A", ".lora_B", ".mask_row"))}
+
+
+@torch.no_grad()
+def fingerprint(network: Transformer) -> str:
+    """sha256 over names, shapes and bytes of the base's weights, 64 hex digits; an adapter does not count.
+
+    In bfloat16, so that a base loaded in float32 and in bfloat16 is the same base.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        if name == "head.weight" and network.config.tied:
+            continue
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_adapter(directory: str | Path, network: Transformer, config: AdapterConfig) -> None:
+    """Write adapter.safetensors, then adapter.json, each whole or not at all."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
+        state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(network).items()}
+        save_file(state, Path(temporary) / WEIGHTS)
+        (Path(temporary) / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+        for name in (WEIGHTS, CONFIG):
+            (Path(temporary) / name).chmod(0o644)  # safetensors writes for the owner alone
+            os.replace(Path(temporary) / name, directory / name)
+
+
+def load_config(path: str | Path) -> AdapterConfig:
+    """adapter.json of a directory. InputError where it is missing or damaged."""
+    file = Path(path) / CONFIG
+    if not file.is_file():
+        raise InputError(f"no adapter in {path}: it has no {CONFIG} (dlm convert writes one)")
+    data = checkpoint.read_json(file)
+    try:
+        return AdapterConfig(**{f.name: data[f.name] for f in fields(AdapterConfig)})
+    except (KeyError, TypeError, AttributeError, InputError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{file} does not describe an adapter ({what})") from None
+
+
+def load_adapter(path: str | Path, network: Transformer, mask_id: int) -> AdapterConfig:
+    """Attach the adapter of a directory to the base that it was made for, ready for use.
+
+    InputError for another base, and for files that are missing or damaged; the network then has no adapter.
+    """
+    config, file = load_config(path), Path(path) / WEIGHTS
+    if config.fingerprint != (own := fingerprint(network)):
+        names = f"{config.base}, fingerprint {config.fingerprint[:12]}; this one has {own[:12]}"
+        raise InputError(f"the adapter in {path} was made for another base ({names})")
+    try:
+        state = load_file(file)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise InputError(f"{file} is missing, truncated or damaged ({error}): convert the base again") from None
+    attach(network, config, mask_id)
+    fresh = adapter_state(network)
+    wrong = [n for n in fresh.keys() | state.keys() if n not in fresh or n not in state or fresh[n].shape != state[n].shape]
+    wrong += [n for n in state if not bool(state[n].isfinite().all())]
+    if wrong:
+        detach(network)
+        raise InputError(f"{file} is damaged or does not fit its {CONFIG} (first: {sorted(wrong)[0]}): convert the base again")
+    with torch.no_grad():
+        for name, tensor in fresh.items():
+            tensor.copy_(state[name])
+    network.requires_grad_(False)
+    return config
+
+
+def with_adapter(lm: Any, path: str | Path) -> Any:
+    """A `LanguageModel` with the adapter of a directory attached to its network. InputError as `load_adapter`."""
+    load_adapter(path, lm.network, lm.tokenizer.mask_id)
+    return lm

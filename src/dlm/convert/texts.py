@@ -1,0 +1,141 @@
+"""Rows to convert a base with: windows of a text, or texts that the base wrote itself (self-distillation, which needs no data set).
+
+Shapes: B rows, T positions, the start token included where the base reads one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dlm.convert import lora
+from dlm.errors import InputError
+from dlm.text import Tokenizer
+from dlm.train import data as reading
+from dlm.trajectory import Canvas
+
+if TYPE_CHECKING:
+    from dlm.language_model import LanguageModel
+
+FILE = "texts.jsonl"
+Batch = tuple[Tensor, Tensor]  # x_BT int64 and free_BT, False where a token is only read: start, prompt, padding
+
+
+@dataclass(frozen=True)
+class Rows:
+    """draw(batch, rng) gives rows to learn from; `held` are rows that it never gives."""
+
+    draw: Callable[[int, torch.Generator], Batch]
+    held: Batch
+    tokens: int
+    fingerprint: str
+
+
+def from_text(source: str, tokenizer: Tokenizer, start: int | None, length: int, *, val_fraction: float = 0.1, held: int = 64) -> Rows:
+    """Windows at random places of what `dlm.train.data.read` reads; the last part of it is held back. InputError for too little text."""
+    parts = zip(("training", "held-out"), reading.split(reading.read(source), val_fraction), strict=True)
+    window = length - (start is not None)
+    streams = [reading.Stream.encode(part, tokenizer, window, name=f"{name} part") for name, part in parts]
+
+    def begun(x_BT: Tensor) -> Batch:
+        if start is not None:
+            x_BT = torch.cat([torch.full_like(x_BT[:, :1], start), x_BT], 1)
+        free_BT = torch.ones_like(x_BT, dtype=torch.bool)
+        free_BT[:, 0] = False
+        return x_BT, free_BT
+
+    return Rows(
+        lambda batch, rng: begun(streams[0].draw(batch, rng)),
+        begun(streams[1].windows(held)),
+        len(streams[0].tokens_N),
+        streams[0].fingerprint(),
+    )
+
+
+def from_base(path: Path, start: int | None, length: int, *, val_fraction: float = 0.1, held: int = 64) -> Rows:
+    """Texts of a file that `write` wrote, cut to `length`; the last ones are held back. InputError where it is missing or damaged."""
+    try:
+        _, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        texts = [([int(i) for i in line["ids"]], int(line["given"])) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is missing or damaged ({error}): let the base write again into another --out") from None
+    if len(texts) < 2:
+        raise InputError(f"{path} holds {len(texts)} texts, two are needed: one to learn from, one to measure on")
+    count = max(1, round(len(texts) * val_fraction))
+
+    def rows(chosen: Sequence[tuple[list[int], int]]) -> Batch:
+        x_BT, free_BT = torch.zeros(len(chosen), length, dtype=torch.long), torch.zeros(len(chosen), length, dtype=torch.bool)
+        for b, (ids, given) in enumerate(chosen):
+            row = ([] if start is None else [start]) + ids
+            given += start is not None
+            x_BT[b, : len(row)] = torch.tensor(row[:length])
+            free_BT[b, max(given, 1) : len(row)] = True
+        return x_BT, free_BT
+
+    return Rows(
+        lambda batch, rng: rows([texts[i] for i in torch.randint(len(texts) - count, (batch,), generator=rng).tolist()]),
+        rows(texts[-count:][:held]),
+        sum(len(ids) - given for ids, given in texts[:-count]),
+        hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+    )
+
+
+def write(
+    lm: LanguageModel,
+    path: Path,
+    count: int,
+    length: int,
+    *,
+    prompts: Sequence[str] = (),
+    seed: int = 0,
+    batch: int = 16,
+    tell: Callable[[int], None] = lambda texts: None,
+) -> None:
+    """The base writes `count` texts of at most `length` positions, drawn from its own distribution at temperature 1.
+
+    prompts: taken in turns, as messages of a user where the base has a chat template; without, texts begin at the base's start token.
+    A file that is there is kept if it came of the same base and settings. tell: gets the number of texts after each batch.
+    InputError for a base without start token or room.
+    """
+    mask_id = lm.tokenizer.mask_id
+    heads = [_head(lm, prompt) for prompt in prompts] or [[]]
+    room = length - (lm.config.start_token_id is not None)
+    if lm.config.start_token_id is None and not prompts:
+        raise InputError(f"{lm.name} reads no start token: give --prompts FILE for its texts to begin with")
+    if (longest := max(map(len, heads))) > room - 2:
+        raise InputError(f"a prompt has {longest} tokens, a text {room}: shorter prompts or a greater --length")
+    about = {"base": lora.fingerprint(lm.network), "count": count, "length": length, "seed": seed, "heads": heads}
+    head = json.dumps({"made_by": hashlib.sha256(json.dumps(about).encode()).hexdigest(), "base": lm.name, "seed": seed})
+    if path.is_file() and path.read_text(encoding="utf-8").partition("\n")[0] == head:
+        return tell(count)
+    lines = [head]
+    for first in range(0, count, batch):
+        chosen = [heads[i % len(heads)] for i in range(first, min(first + batch, count))]
+        canvas = Canvas.from_rows([[*ids, *[None] * (room - len(ids))] for ids in chosen], fill=mask_id)
+        *_, frame = lm.stream(canvas=canvas, seed=seed + first, temperature=1.0)
+        for ids, row in zip(chosen, frame.tokens_BT.tolist(), strict=True):
+            row = row[: row.index(mask_id)] if mask_id in row else row  # it has ended its text
+            lines.append(json.dumps({"given": len(ids), "text": lm.tokenizer.decode(row), "ids": row}))
+        tell(len(lines) - 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as temporary:
+        partial = Path(temporary) / path.name
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+
+def _head(lm: LanguageModel, prompt: str) -> list[int]:
+    if not lm.chat.source:
+        return lm.tokenizer.encode(prompt)
+    canvas: Any = lm.chat_canvas([{"role": "user", "content": prompt}], max_new_tokens=1)
+    ids: list[int] = canvas.tokens_BT[canvas.given_BT].tolist()
+    return ids

@@ -1,0 +1,168 @@
+"""From options to the sampler that they mean for a model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from dlm.errors import InputError
+from dlm.model_scheduling import routing
+from dlm.models.transformer import Transformer
+from dlm.noise.masked import MaskedNoise
+from dlm.protocols import CachePolicy, Constraint, Denoiser, Proposer, Sampler
+from dlm.sampling import caching, choice, windows
+from dlm.sampling.autoregressive import AutoregressiveSampler
+from dlm.sampling.constraint import AllowedTokens, Pattern, both
+from dlm.sampling.diffusion import DiffusionSampler
+from dlm.sampling.draw import Draw
+from dlm.sampling.guidance import ClassifierFree
+from dlm.sampling.proposers import DraftModel, Lookup, Masks
+from dlm.sampling.speculative import SpeculativeSampler
+from dlm.sampling.strided import StridedSampler
+
+if TYPE_CHECKING:
+    from dlm.language_model import LanguageModel
+
+BLOCK = 32  # of a bidirectional model with a cache, unless told otherwise (Fast-dLLM)
+
+
+def make(
+    model: LanguageModel,
+    *,
+    steps: int | None = None,
+    sampler: str | None = None,
+    temperature: float | None = None,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    greedy_tail: int = 0,
+    until_settled: int = 0,
+    block_length: int | None = None,
+    cache: bool | str = True,
+    guidance: float = 1.0,
+    allow: str | None = None,
+    pattern: str | None = None,
+    budget: str | None = None,
+    schedule: str | None = None,
+    light: str | Mapping[str, str] | None = None,
+) -> Sampler:
+    """Options as of `LanguageModel.sampler`. InputError for those that do not go with the model or with one another."""
+    if budget is not None:
+        raise InputError("a budget is for --sampler auto")
+    draw = Draw(model.defaults.get("temperature", 1.0) if temperature is None else temperature, top_k, top_p)
+    word = sampler or model.default_sampler
+    special = block_length or isinstance(cache, str) or guidance != 1 or allow is not None or pattern is not None
+    if (schedule is not None or light is not None) and (not model.is_diffusion or model.is_causal or isinstance(cache, str)):
+        raise InputError("a schedule of models is for bidirectional diffusion models without a cache, which belongs to one model")
+    steps = model.defaults.get("steps", model.window) if steps is None else steps
+    if not model.is_diffusion:
+        if not choice.continues(word) or greedy_tail or until_settled or special:
+            what = f"the sampler {sampler!r}" if sampler else "revising, guided or constrained text, blocks or an approximate cache"
+            usable = "" if choice.continues(word) else f"; it can use: autoregressive, {', '.join(choice.STRIDED)}"
+            raise InputError(f"{model.name} is autoregressive: {what} needs a diffusion model{usable}")
+        return _autoregressive(model, word, draw, bool(cache))
+    denoiser = _denoiser(model, schedule, light, steps)
+    guess = choice.speculative(word)
+    if guess is not None:
+        if greedy_tail or until_settled or special or model.is_causal or not isinstance(model.noise, MaskedNoise):
+            raise InputError("speculative decoding is for bidirectional masked models, with no blocks, cache, guidance or constraint")
+        return SpeculativeSampler(denoiser, model.noise, model.window, **guess, draw=draw, context=model.context, model=model.name)
+    if guidance != 1 and (model.is_causal or not isinstance(model.noise, MaskedNoise)):
+        raise InputError(f"{model.name} never saw a text without its beginning: guidance needs a bidirectional masked model")
+    if model.is_causal and isinstance(cache, str):
+        raise InputError(f"{model.name} has an exact cache already: --cache is for bidirectional models")
+    policy: CachePolicy | None = caching.make(cache) if isinstance(cache, str) else None
+    if model.is_causal:
+        block_length = block_length or model.config.network.block_length
+        policy = caching.Exact(block_length) if cache else None
+    elif policy is not None:
+        block_length = block_length or windows.longest_block(model.window, BLOCK)
+    return DiffusionSampler(
+        partial(model.network, block_length=block_length) if model.is_causal else denoiser,
+        model.noise,
+        model.window,
+        choice.make(word, draw, model.noise, greedy_tail),
+        steps,
+        model.context // block_length * block_length if model.is_causal and block_length else model.context,
+        model.name,
+        until_settled or int(word.partition(":")[0] in choice.SETTLING),
+        block_length or 0,
+        policy,
+        model.network.window_cache,
+        ClassifierFree(guidance, model.tokenizer.mask_id) if guidance != 1 else None,
+        _constraint(model, allow, pattern),
+        sees_ahead=not model.is_causal,
+    )
+
+
+def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool) -> Sampler:
+    network, mask_id, start = model.network, model.tokenizer.mask_id, model.config.start_token_id
+    guess = choice.strided(word)
+    if guess is None:
+        make = network.cache if cache else None
+        return AutoregressiveSampler(network, mask_id, model.window, make, draw, model.context, model.name, start, model.stops)
+    if not cache:
+        raise InputError(f"the sampler {word!r} works against a cache: leave --cache none away")
+    proposer: Proposer = Lookup()
+    if guess.name == "strided":
+        proposer = Masks.cheapest(partial(_seconds, network), guess.stride)
+    elif guess.name == "draft":
+        other = model.other(guess.model)
+        if other.is_diffusion or (other.config.start_token_id is None) != (start is None):
+            raise InputError(f"{guess.model} cannot draft for {model.name}: it must be autoregressive and begin its texts alike")
+        if other.tokenizer.fingerprint() != model.tokenizer.fingerprint() or other.config.network.vocab_size != network.config.vocab_size:
+            raise InputError(f"{guess.model} has another vocabulary than {model.name}: it cannot draft for it")
+        proposer = DraftModel(other.network, other.network.ragged_cache, other.config.start_token_id)
+    return StridedSampler(
+        network,
+        mask_id,
+        model.window,
+        network.ragged_cache,
+        proposer,
+        guess.stride,
+        floor=guess.floor,
+        draw=draw,
+        context=model.context,
+        model=model.name,
+        start=start,
+        stop=model.stops,
+    )
+
+
+@torch.no_grad()
+def _seconds(network: Transformer, positions: int, held: int = 128, calls: int = 3) -> float:
+    """What a call of so many positions takes after a text of `held`, at best; it decides about speed alone, never about the text."""
+    z_BQ = torch.zeros(1, positions, dtype=torch.long, device=network.device)
+    own_BQQ = torch.ones(1, positions, positions, dtype=torch.bool, device=network.device).tril()
+    taken = []
+    for _ in range(calls + 1):
+        cache = network.ragged_cache(1, held + positions)
+        cache.advance(held)
+        begin = time.perf_counter()
+        network(z_BQ, pos_BQ=z_BQ, own_BQQ=own_BQQ, cache=cache)[0, -1, 0].item()  # waits for a GPU
+        taken.append(time.perf_counter() - begin)
+    return min(taken[1:])
+
+
+def _denoiser(model: LanguageModel, schedule: str | None, light: str | Mapping[str, str] | None, steps: int) -> Denoiser:
+    if schedule is None and light is None:
+        return model.network
+    if schedule is None or light is None:
+        raise InputError("a schedule needs --schedule and --light, as in --schedule 'L0.5 H0.5' --light shakespeare-mask-2")
+    return routing.make(schedule, model.denoisers(light), model.tokenizer.mask_id, steps)
+
+
+def _constraint(model: LanguageModel, allow: str | None, pattern: str | None) -> Constraint | None:
+    if allow is None and pattern is None:
+        return None
+    pieces, size = model.tokenizer.pieces(), model.config.network.vocab_size
+    parts: list[AllowedTokens | Pattern] = []
+    if allow is not None:
+        known = set(allow)
+        parts.append(AllowedTokens([i for i, piece in pieces.items() if piece and set(piece) <= known], size, model.tokenizer.mask_id))
+    if pattern is not None:
+        parts.append(Pattern.compile(pattern, pieces, size))
+    return both(*parts)

@@ -1,0 +1,153 @@
+"""Where the tokens come from that `dlm.sampling.strided` verifies: masks in the same call, the text itself, a smaller network.
+
+Shapes: B rows, L columns of the canvas, K proposals, M masks of a group, G groups, Q inputs of one call, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dlm.errors import InputError
+from dlm.protocols import Denoiser, Proposals, Round, RowCache
+from dlm.sampling.draw import categorical
+
+LAYOUTS = ("tree", "restart")
+
+
+def inputs(text_BL: Tensor, begin_B: Tensor, index_BQ: Tensor, start: int | None) -> Tensor:
+    """What a network reads at these indices of each row's window: the start token if it has one, then the text."""
+    shift = 0 if start is None else 1
+    token_BQ = text_BL.gather(1, (begin_B[:, None] + index_BQ - shift).clamp(0, text_BL.shape[1] - 1))
+    return token_BQ if start is None else token_BQ.masked_fill(index_BQ == 0, start)
+
+
+def put(text_BL: Tensor, known_B: Tensor, token_BK: Tensor, count_B: Tensor) -> None:
+    """Write the first count_B tokens of each row after its known columns."""
+    row, k = (torch.arange(token_BK.shape[1], device=text_BL.device) < count_B[:, None]).nonzero(as_tuple=True)
+    text_BL[row, known_B[row] + k] = token_BK[row, k]
+
+
+def causal(length: int, device: torch.device) -> Tensor:
+    """bool (Q, Q)."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def no_groups(count_B: Tensor) -> Tensor:
+    """For proposers that add nothing to the call."""
+    return count_B.new_zeros(len(count_B), 0)
+
+
+def tokens_per_call(layout: str, stride: int, acceptance: float) -> float:
+    """Tokens that a call commits if every proposal is accepted with this chance (I-DLM, arXiv 2604.11035, and without its restart)."""
+    reach = [acceptance**k for k in range(stride)]  # the chance that the first k are accepted
+    if layout == "tree":
+        return sum(reach)
+    return (1 + sum(reach[:-1])) / (2 - reach[-1]) if stride > 1 else 1.0
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The network's own guesses: masks in the call that verifies the last ones (introspective strided decoding, I-DLM).
+
+    A group of stride - 1 masks stands for the token after a prefix of the proposals, still unknown, and those after it; each reads the
+    prefix and the masks before it in its group. `restart`, as published: one group, after all proposals, so that a rejection leaves no
+    guess and the next call proposes anew; 2N - 1 positions a call. `tree`: a group after every prefix, so that there is always one; N^2.
+    """
+
+    layout: str = "tree"
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise InputError(f"unknown layout {self.layout!r}; known: {', '.join(LAYOUTS)}")
+
+    def groups(self, count_B: Tensor) -> Tensor:
+        if self.layout == "restart":
+            return count_B[:, None]
+        return torch.arange(int(count_B.max()) + 1, device=count_B.device).expand(len(count_B), -1)
+
+    def __call__(self, round: Round) -> Proposals:
+        logq_BKV = round.shape(round.guess_BMV)
+        return Proposals(categorical(logq_BKV, round.u_BK), torch.where(round.guessed_B, round.most_B, 0), logq_BKV)
+
+    @classmethod
+    def cheapest(cls, seconds: Callable[[int], float], stride: int, acceptance: float = 0.8) -> Masks:
+        """The layout with more tokens a second at this acceptance. seconds: what a call of that many positions takes."""
+        positions = {"tree": stride**2, "restart": 2 * stride - 1}
+        return cls(max(LAYOUTS, key=lambda layout: tokens_per_call(layout, stride, acceptance) / seconds(positions[layout])))
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Prompt lookup: what followed when the last tokens stood in the text before, up to `ngram` of them, the latest place of the longest.
+
+    Saxena, prompt-lookup-decoding, 2023; `ngram` in vLLM. Where that place is so near that its continuation reaches the end of the text,
+    it goes on from its beginning, as a text does that repeats itself.
+    """
+
+    ngram: int = 3
+
+    def __post_init__(self) -> None:
+        if self.ngram < 1:
+            raise InputError(f"prompt lookup compares 1 token or more, got {self.ngram}")
+
+    groups = staticmethod(no_groups)
+
+    def __call__(self, round: Round) -> Proposals:
+        text_BL, known_B1 = round.text_BL, round.known_B[:, None]
+        column_L = torch.arange(text_BL.shape[1], device=text_BL.device)
+        same_BL, length_BL = column_L < known_B1 - 1, torch.zeros_like(text_BL)
+        for back in range(self.ngram):  # does the token so far before this column equal the one so far before the last?
+            last_B1 = text_BL.gather(1, (known_B1 - 1 - back).clamp(min=0))
+            same_BL = same_BL & (column_L >= back) & (text_BL.roll(back, 1) == last_B1)
+            length_BL += same_BL
+        best_B1 = (length_BL * text_BL.shape[1] + column_L).masked_fill(length_BL == 0, -1).argmax(1, keepdim=True)
+        found_B = length_BL.gather(1, best_B1).squeeze(1) > 0
+        k_K = torch.arange(round.u_BK.shape[1], device=text_BL.device)
+        after_BK = best_B1 + 1 + k_K % (known_B1 - 1 - best_B1).clamp(min=1)
+        return Proposals(text_BL.gather(1, after_BK.clamp(max=text_BL.shape[1] - 1)), torch.where(found_B, round.most_B, 0))
+
+
+@dataclass(frozen=True)
+class DraftModel:
+    """A smaller causal network of the same vocabulary, one call a proposal (Leviathan et al. 2211.17192, Chen et al. 2302.01318).
+
+    make_cache(rows, positions) gives it a `RowCache`; start: what it reads before a text, None for nothing.
+    """
+
+    denoiser: Denoiser
+    make_cache: Callable[[int, int], RowCache]
+    start: int | None
+
+    groups = staticmethod(no_groups)
+
+    def __call__(self, round: Round) -> Proposals:
+        text_BL, begin_B, most = round.text_BL, round.begin_B, int(round.most_B.max())
+        rows, device, known_B = len(text_BL), text_BL.device, round.known_B
+        if "cache" not in round.memory:
+            round.memory.update(cache=self.make_cache(rows, round.capacity), begin=begin_B)
+        cache: RowCache = round.memory["cache"]
+        total_B = known_B - begin_B + (self.start is not None)  # inputs that are known
+        # it has read its own proposals: those that were not accepted are forgotten, and all of a window that was left
+        kept_B = torch.minimum(cache.length_B, total_B - 1).masked_fill(begin_B != round.memory["begin"], 0)
+        cache.trim(kept_B)
+        round.memory["begin"] = begin_B
+        text_BL = torch.cat([text_BL, text_BL[:, :1].expand(-1, most)], 1)
+        token_BK, logq_BKV = torch.zeros(rows, 0, dtype=torch.long, device=device), None
+        for k in range(most):
+            held_B = cache.length_B
+            width = int((total_B + k - held_B).max())
+            index_BQ = held_B[:, None] + torch.arange(width, device=device)
+            at_BQ = index_BQ == (total_B + k - 1)[:, None]
+            z_BQ, own_BQQ = inputs(text_BL, begin_B, index_BQ, self.start), causal(width, device).expand(rows, -1, -1)
+            logits_BQV = self.denoiser(z_BQ, pos_BQ=index_BQ, own_BQQ=own_BQQ, at_BQ=at_BQ, cache=cache)
+            cache.trim(total_B + k)
+            logq_B1V = round.shape(logits_BQV[at_BQ][:, None])
+            new_B1 = categorical(logq_B1V, round.u_BK[:, k : k + 1])
+            put(text_BL, known_B + k, new_B1, torch.ones_like(known_B))
+            token_BK = torch.cat([token_BK, new_B1], 1)
+            logq_BKV = logq_B1V if logq_BKV is None else torch.cat([logq_BKV, logq_B1V], 1)
+        return Proposals(token_BK, round.most_B, logq_BKV)

@@ -1,0 +1,268 @@
+"""Strided decoding: the text of the autoregressive sampler, several tokens a call; every proposal is verified.
+
+A call reads [last token, proposals, groups of masks]. Its output at the last token and at each proposal is the network's own law p of the
+next one, whatever stands after; so proposals are accepted from the left up to the first that does not hold, and the token there is drawn
+from p. One token is committed at least, `stride` at most. I-DLM (arXiv 2604.11035) where masks in the same call propose.
+Shapes: B rows, L columns of the canvas, K proposals, W inputs of one call, M masks of a group, G groups, E masks of all, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dlm.errors import InputError
+from dlm.protocols import RNG, Denoiser, Proposals, Proposer, Round, RowCache
+from dlm.sampling import windows
+from dlm.sampling.autoregressive import check_continues
+from dlm.sampling.draw import Draw, categorical, pick, uniform
+from dlm.sampling.proposers import Masks, causal, inputs, put
+from dlm.trajectory import Canvas, Frame
+
+COUPLINGS = ("stream", "ratio")
+
+
+def agree(logp_BKV: Tensor, proposals: Proposals, u_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """(how many proposals of each row hold, the token after them), int64 (B,): position i has one uniform, which decides its token.
+
+    A proposal holds where it is that token. logp_BKV: the target's law at K proposals and after the last; u_BK: K + 1 uniforms.
+    """
+    token_BK = categorical(logp_BKV, u_BK)
+    taken_B = _leading(token_BK[:, :-1] == proposals.token_BK, proposals.count_B)
+    return taken_B, token_BK.gather(1, taken_B[:, None]).squeeze(1)
+
+
+def ratio(logp_BKV: Tensor, proposals: Proposals, u_BK: Tensor, last_B: Tensor) -> tuple[Tensor, Tensor]:
+    """As `agree`: proposal d holds with min(1, p(d) / q(d)), the first that does not is drawn anew from max(0, p - q).
+
+    Leviathan et al. 2211.17192, Chen et al. 2302.01318. A proposal that was not drawn is certain, q(d) = 1: it holds with p(d), and what
+    replaces it is p without d. u_BK: K uniforms that test, last_B: one that draws.
+    """
+    p_BKV, token_BK, logq_BKV = logp_BKV.exp(), proposals.token_BK, proposals.logq_BKV
+    q_BKV = F.one_hot(token_BK, p_BKV.shape[-1]).to(p_BKV) if logq_BKV is None else logq_BKV.exp()
+    holds_BK = u_BK * pick(q_BKV, token_BK) < pick(p_BKV[:, :-1], token_BK)
+    taken_B = _leading(holds_BK, proposals.count_B)
+    at = torch.arange(len(taken_B), device=taken_B.device), taken_B
+    tested_B = taken_B < proposals.count_B  # else all held, and nothing is taken off p
+    q_BV = F.pad(q_BKV, (0, 0, 0, 1))[at] * tested_B[:, None]
+    rest_BV = (p_BKV[at] - q_BV).clamp(min=0)
+    rest_BV = torch.where(rest_BV.sum(-1, keepdim=True) > 0, rest_BV, p_BKV[at])  # p = q up to rounding
+    return taken_B, categorical(rest_BV.log()[:, None], last_B[:, None]).squeeze(1)
+
+
+def _leading(holds_BK: Tensor, count_B: Tensor) -> Tensor:
+    meant_BK = torch.arange(holds_BK.shape[1], device=holds_BK.device) < count_B[:, None]
+    return (holds_BK & meant_BK).int().cumprod(-1).sum(-1)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What one call did: proposals verified and accepted of each row, tokens it committed, 0 for rows that are done; positions read."""
+
+    proposed_B: Tensor
+    accepted_B: Tensor
+    committed_B: Tensor
+    positions: int
+
+
+@dataclass(frozen=True)
+class StridedSampler:
+    """Continue prompts, rows at their own pace. make_cache(rows, positions) gives an empty `RowCache`.
+
+    proposer: where proposals come from, `dlm.sampling.proposers`. stride: tokens that a call may commit; 1 is plain autoregression.
+    coupling: `stream`, the text of `AutoregressiveSampler` with the same generators, token for token; or `ratio`, its distribution only,
+    with more accepted. Both are exact up to rounding: where calls of different lengths round differently, a near-tie may fall otherwise.
+    floor: the k-th proposal is made only where c^k reaches it, c the probability of the likeliest token where the last one was drawn; so
+    the stride follows the network's confidence. 0: always `stride`. start, stop, context: as of `AutoregressiveSampler`.
+    """
+
+    denoiser: Denoiser
+    mask_id: int
+    window: int
+    make_cache: Callable[[int, int], RowCache]
+    proposer: Proposer = field(default_factory=Masks)
+    stride: int = 4
+    coupling: str = "stream"
+    floor: float = 0.0
+    draw: Draw = field(default_factory=Draw)
+    context: int = 0
+    model: str = ""
+    start: int | None = -1
+    stop: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        windows.check(self.window, self.context)
+        if self.start == -1:
+            object.__setattr__(self, "start", self.mask_id)
+        if self.start is None and not self.context:
+            raise InputError("a model without start token needs context in every window")
+        if self.stride < 1 or not 0 <= self.floor <= 1:
+            raise InputError(f"a stride counts from 1, and its floor lies in 0 .. 1; got {self.stride} and {self.floor}")
+        if self.coupling not in COUPLINGS:
+            raise InputError(f"unknown coupling {self.coupling!r}; known: {', '.join(COUPLINGS)}")
+
+    def steps(self, canvas: Canvas, *, rng: RNG) -> Iterator[Frame]:
+        """A frame after every call: the committed text. InputError for text after a hole."""
+        for frame, _ in self.rounds(canvas, rng=rng):
+            yield frame
+
+    @torch.no_grad()
+    def rounds(self, canvas: Canvas, *, rng: RNG) -> Iterator[tuple[Frame, Tally]]:
+        """The frames of `steps`, each with what its call did."""
+        run, free_BL = self._begin(canvas), canvas.free_BT
+        text_BL, first_B = run.text_BL, run.known_B
+        column_L = torch.arange(text_BL.shape[1], device=text_BL.device)
+        stop_S = torch.tensor(sorted(self.stop), dtype=torch.long, device=text_BL.device)
+        most = int(free_BL.sum(-1).max()) + 2 * self.stride
+        numbers = _Stream(rng, first_B, most) if self.coupling == "stream" else _Fresh(rng, self.stride)
+        forwards = 0
+        while bool((live_B := (run.known_B < run.end_B) & ~run.done_B).any()):
+            proposals, held_B = run.proposals, run.cache.length_B
+            logits_BKV, guess_BEV, after_BG, positions = self._read(run, live_B)
+            forwards += 1
+            taken_B, token_B = numbers.verify(self._shape(logits_BKV), proposals, run.known_B)
+            # commit the proposals that hold and the token after them, up to one that ends the text
+            new_BK = F.pad(proposals.token_BK, (0, 1)).scatter(1, taken_B[:, None], token_B[:, None])
+            ends_BK = torch.isin(new_BK, stop_S) & (torch.arange(new_BK.shape[1], device=text_BL.device) <= taken_B[:, None])
+            ended_B = ends_BK.any(-1) & live_B
+            committed_B = torch.where(live_B, torch.where(ended_B, ends_BK.int().argmax(-1), taken_B) + 1, 0)
+            put(text_BL, run.known_B, new_BK, committed_B)
+            run.known_B, run.done_B = run.known_B + committed_B, run.done_B | ended_B
+            # keep what is committed, but for the last token, which the next call reads; a row that enters a window reads it all
+            begin_B, run.begin_B = run.begin_B, self._window(run.known_B)
+            kept_B = (self._inputs(run) - 1).masked_fill(run.begin_B != begin_B, 0)
+            run.cache.trim(torch.where(live_B, kept_B, held_B))
+            open_BL = free_BL & (column_L >= run.known_B[:, None])
+            frame = Frame(text_BL.clone(), ~open_BL, open_BL.double().sum(-1) / open_BL.shape[1], self.model, forwards)
+            yield frame, Tally(proposals.count_B * live_B, taken_B * live_B, committed_B, positions)
+            if self.stride > 1:
+                u_BK = numbers.fresh(run.known_B, self.stride - 1)
+                run.proposals = self._propose(run, logits_BKV, guess_BEV, after_BG == taken_B[:, None], taken_B, u_BK)
+
+    def _begin(self, canvas: Canvas) -> _Run:
+        check_continues(canvas, self.start)
+        free_BL, valid_BL = canvas.free_BT, canvas.valid_BT
+        (rows, length), end_B = free_BL.shape, valid_BL.sum(-1)
+        known_B = end_B - free_BL.sum(-1)
+        capacity = min(self.window, length) + (self.context if length > self.window else 0) + (self.stride + 1) ** 2
+        return _Run(
+            text_BL=torch.where(free_BL, self.mask_id, canvas.tokens_BT),
+            known_B=known_B,
+            end_B=end_B,
+            begin_B=self._window(known_B),
+            done_B=torch.zeros_like(free_BL[:, 0]),
+            cache=self.make_cache(rows, capacity),
+            capacity=capacity,
+            proposals=Proposals(canvas.tokens_BT[:, :0], torch.zeros_like(known_B)),
+        )
+
+    def _window(self, known_B: Tensor) -> Tensor:
+        """Where the window begins in which the next token lies, as in `AutoregressiveSampler`."""
+        return (known_B - self.context).clamp(min=0) // (self.window - self.context) * (self.window - self.context)
+
+    def _inputs(self, run: _Run) -> Tensor:
+        """How many inputs of its window each row knows."""
+        return run.known_B - run.begin_B + (self.start is not None)
+
+    def _shape(self, logits_BKV: Tensor) -> Tensor:
+        """What tokens are drawn from, of the target and of what proposes: log-probabilities with temperature and truncation."""
+        logits_BKV = logits_BKV.float().clone()
+        logits_BKV[..., self.mask_id] = -torch.inf
+        return self.draw.shape(logits_BKV.log_softmax(-1))
+
+    def _read(self, run: _Run, live_B: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        """One call: (logits at the last token and the proposals, logits of the masks, after how many proposals each group is, positions).
+
+        The inputs that a row has not read, its proposals among them, lie in front, so that what is committed is a prefix.
+        """
+        device, (count_B, masks) = run.text_BL.device, (run.proposals.count_B * live_B, self.stride - 1)
+        held_B, new_B = run.cache.length_B, (self._inputs(run) - run.cache.length_B) * live_B
+        drafted_BL = run.text_BL.clone()
+        put(drafted_BL, run.known_B, run.proposals.token_BK, count_B)
+        width = int((new_B + count_B).max())
+        w_W, rows = torch.arange(width, device=device), len(new_B)
+        index_BW = held_B[:, None] + w_W
+        after_BG = self.proposer.groups(count_B)
+        after_BE = after_BG.repeat_interleave(masks, 1)
+        group_E = torch.arange(after_BG.shape[1], device=device).repeat_interleave(masks)
+        depth_E = torch.arange(masks, device=device).repeat(after_BG.shape[1])
+        z_BQ = torch.cat([inputs(drafted_BL, run.begin_B, index_BW, self.start), torch.full_like(after_BE, self.mask_id)], 1)
+        pos_BQ = torch.cat([index_BW, (held_B + new_B)[:, None] + after_BE + depth_E], 1)
+        # text is causal and reads no mask; a mask reads the text before it, and earlier masks of its group
+        reads_BEW = w_W < (new_B[:, None] + after_BE)[..., None]
+        reads_EE = (group_E[:, None] == group_E) & (depth_E <= depth_E[:, None])
+        text_BWQ = F.pad(causal(width, device), (0, len(depth_E))).expand(rows, -1, -1)
+        own_BQQ = torch.cat([text_BWQ, torch.cat([reads_BEW, reads_EE.expand(rows, -1, -1)], 2)], 1)
+        # logits from the last token on
+        first_B = (new_B - 1).clamp(min=0)
+        at_BW = (w_W >= first_B[:, None]) & (w_W < (new_B + count_B)[:, None])
+        at_BQ = torch.cat([at_BW, live_B[:, None].expand_as(after_BE)], 1)
+        logits_BQV = self.denoiser(z_BQ, pos_BQ=pos_BQ, own_BQQ=own_BQQ, at_BQ=at_BQ, cache=run.cache)
+        at_BK = first_B[:, None] + torch.arange(run.proposals.token_BK.shape[1] + 1, device=device)
+        logits_BKV = logits_BQV[torch.arange(rows, device=device)[:, None], at_BK.clamp(max=z_BQ.shape[1] - 1)]
+        return logits_BKV, logits_BQV[:, width:], after_BG, z_BQ.shape[1]
+
+    def _propose(self, run: _Run, logits_BKV: Tensor, guess_BEV: Tensor, hit_BG: Tensor, taken_B: Tensor, u_BK: Tensor) -> Proposals:
+        """For the next call, no more than fit into its row and window and than the network's confidence is worth."""
+        rows_B, masks_M = torch.arange(len(taken_B), device=taken_B.device), torch.arange(self.stride - 1, device=taken_B.device)
+        if hit_BG.shape[1]:
+            guess_BEV = guess_BEV[rows_B[:, None], hit_BG.int().argmax(1, keepdim=True) * (self.stride - 1) + masks_M]
+        most_B = torch.minimum(run.end_B, run.begin_B + self.window) - run.known_B - 1
+        if self.floor > 0:
+            confidence_B = logits_BKV[rows_B, taken_B].float().softmax(-1).amax(-1)
+            most_B = torch.minimum(most_B, (confidence_B[:, None] ** (masks_M + 1) >= self.floor).sum(-1))
+        most_B = most_B.clamp(0, self.stride - 1).masked_fill(run.done_B, 0)
+        proposals = self.proposer(
+            Round(run.text_BL, run.begin_B, run.known_B, most_B, u_BK, guess_BEV, hit_BG.any(-1), self._shape, run.capacity, run.memory)
+        )
+        most = int(proposals.count_B.max())
+        logq_BKV = proposals.logq_BKV
+        return Proposals(proposals.token_BK[:, :most], proposals.count_B, None if logq_BKV is None else logq_BKV[:, :most])
+
+
+@dataclass
+class _Run:
+    """The state of one run."""
+
+    text_BL: Tensor
+    known_B: Tensor
+    end_B: Tensor
+    begin_B: Tensor
+    done_B: Tensor
+    cache: RowCache
+    capacity: int
+    proposals: Proposals
+    memory: dict[str, Any] = field(default_factory=dict)
+
+
+class _Stream:
+    """The n-th new token of a row is drawn with the n-th number of its generator, whatever call commits it."""
+
+    def __init__(self, rng: RNG, first_B: Tensor, count: int) -> None:
+        self.first_B, self.u_BN = first_B, uniform(rng, count).to(first_B.device)
+
+    def fresh(self, known_B: Tensor, count: int) -> Tensor:
+        """Numbers (B, count) of the tokens after the known ones."""
+        return self.u_BN.gather(1, (known_B - self.first_B)[:, None] + torch.arange(count, device=known_B.device))
+
+    def verify(self, logp_BKV: Tensor, proposals: Proposals, known_B: Tensor) -> tuple[Tensor, Tensor]:
+        return agree(logp_BKV, proposals, self.fresh(known_B, logp_BKV.shape[1]))
+
+
+class _Fresh:
+    """New numbers every time, as many for a row alone as in a batch."""
+
+    def __init__(self, rng: RNG, stride: int) -> None:
+        self.rng, self.stride = rng, stride
+
+    def fresh(self, known_B: Tensor, count: int) -> Tensor:
+        return uniform(self.rng, count).to(known_B.device)
+
+    def verify(self, logp_BKV: Tensor, proposals: Proposals, known_B: Tensor) -> tuple[Tensor, Tensor]:
+        u_BK = self.fresh(known_B, self.stride)
+        return ratio(logp_BKV, proposals, u_BK[:, : logp_BKV.shape[1] - 1], u_BK[:, -1])

@@ -1,0 +1,247 @@
+"""`dlm convert` on a base that has learned a text: acceptance rises, the base stays, runs resume to the bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from conftest import Dlm, make_model
+from convert import bases
+from dlm.convert import lora, texts
+from dlm.convert.train import ConvertConfig, convert
+from dlm.errors import InputError
+from dlm.language_model import LanguageModel, load
+from dlm.models.transformer import predict_next
+
+SONG = "I sing of arms and the man\n" * 60
+CONFIG = ConvertConfig(stride=3, rank=4, alpha=8.0, steps=12, batch=4, length=16, warmup=3, log_every=5, eval_every=6, save_every=4)
+SMALL = ("--stride", "3", "--rank", "4", "--batch", "4", "--length", "16")
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny autoregressive model that nearly knows a text by heart."""
+    torch.manual_seed(0)
+    lm = make_model("autoregressive", alphabet="".join(sorted(set(SONG))))
+    network = lm.network.train().requires_grad_(True)
+    network.reset()
+    ids = torch.tensor(lm.tokenizer.encode(SONG))
+    optimizer, rng = torch.optim.AdamW(network.parameters(), lr=1e-2), torch.Generator().manual_seed(0)
+    for _ in range(100):
+        x_BT = torch.stack([ids[i : i + 24] for i in torch.randint(len(ids) - 24, (8,), generator=rng).tolist()])
+        padded = torch.cat([x_BT[:, :1], x_BT], 1)[:, :-1]
+        logits_BTV = predict_next(network, torch.cat([padded[:, :1], x_BT[:, :-1]], 1), lm.tokenizer.mask_id)
+        torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), x_BT.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    path = tmp_path_factory.mktemp("bases") / "tiny-base"
+    lm.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(SONG)
+    return path
+
+
+def rows(lm: LanguageModel, text: Path, length: int = 16) -> texts.Rows:
+    return texts.from_text(str(text), lm.tokenizer, lm.config.start_token_id, length, held=16)
+
+
+def run(base: Path, text: Path, out: Path, config: ConvertConfig = CONFIG, **options: Any) -> dict[str, Any]:
+    lm = load(str(base))
+    return convert(lm, config, rows(lm, text), out, console=Console(quiet=True), **options)
+
+
+def curve(out: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def test_acceptance_rises_and_the_base_stays(dlm: Dlm, base_dir: Path, text: Path) -> None:
+    words = ("--data", str(text), *SMALL, "--steps", "120", "--lr", "0.01", "--out", "out", "--json")
+    code, printed, err = dlm("convert", str(base_dir), *words)
+    assert code == 0, err
+    figures = json.loads(printed.splitlines()[-1])
+    assert figures["base"] == "tiny-base" and figures["stride"] == 3 and len(figures["accept"]) == 2
+    assert all(after > before + 0.2 for before, after in zip(figures["accept_before"], figures["accept"], strict=True)), figures
+    assert 1 < figures["tokens_per_forward"] <= 3 and "acceptance by slot" in err
+    assert sorted(p.name for p in Path("out").iterdir()) == ["adapter.json", "adapter.safetensors", "log.jsonl", "training.safetensors"]
+
+    base, lm = load(str(base_dir)), lora.with_adapter(load(str(base_dir)), "out")
+    config = lm.network.adapter.config
+    assert (config.stride, config.base, config.made["settings"]["steps"]) == (3, "tiny-base", 120)
+    assert config.made["accept"] == figures["accept"]
+    for seed in (0, 1):
+        assert lm.generate("I sing", max_new_tokens=25, seed=seed).text == base.generate("I sing", max_new_tokens=25, seed=seed).text
+    assert "out holds a run already: add --resume, or choose another --out" in dlm.told("convert", str(base_dir), *words)
+    assert "is at step 120 of 120 already: raise --steps" in dlm.told("convert", str(base_dir), *words, "--resume")
+
+
+def test_full_training_gives_a_checkpoint(dlm: Dlm, base_dir: Path, text: Path) -> None:
+    words = ("--data", str(text), *SMALL, "--steps", "100", "--lr", "0.003", "--out", "out")
+    code, printed, err = dlm("convert", str(base_dir), *words, "--full", "--loss", "ce", "--clean-weight", "0")
+    assert code == 0, err
+    assert printed.splitlines()[0].startswith("before  acceptance by slot 0.") and printed.splitlines()[1].startswith("after   acceptance")
+    lm, base = load("out"), load(str(base_dir))
+    made = lm.config.training
+    assert made["stride"] == 3 and made["settings"]["full"]
+    assert all(after > before + 0.2 for before, after in zip(made["accept_before"], made["accept"], strict=True)), made
+    assert lora.fingerprint(lm.network) != lora.fingerprint(base.network)
+    assert len(lm.generate("I sing", max_new_tokens=9, temperature=0.0).text) == 15
+
+
+@pytest.mark.parametrize("changes", [{}, {"full": True, "loss": "ce"}], ids=["adapter", "full"])
+def test_stop_and_resume(base_dir: Path, text: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = replace(CONFIG, **changes)
+    whole = run(base_dir, text, tmp_path / "whole", config)
+    for stop in (3, 7):  # neither a step of the log nor of the saves
+        run(base_dir, text, tmp_path / "parts", config, stop_after=stop, resume=stop > 3)
+    parts = run(base_dir, text, tmp_path / "parts", config, resume=True)
+    for name in ("training.safetensors", "model.safetensors" if config.full else "adapter.safetensors"):
+        first, second = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
+        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
+    assert [line["step"] for line in curve(tmp_path / "whole")] == [0, 5, 6, 10, 12, 12]
+    assert {k: v for k, v in parts.items() if k != "tokens_per_second"} == {k: v for k, v in whole.items() if k != "tokens_per_second"}
+
+
+def test_ctrl_c_saves(base_dir: Path, text: Path, tmp_path: Path) -> None:
+    run(base_dir, text, tmp_path / "whole")
+    lm = load(str(base_dir))
+    plain = rows(lm, text)
+    calls = []
+
+    def draw(batch: int, rng: torch.Generator) -> texts.Batch:
+        calls.append(batch)
+        if len(calls) == 6:
+            signal.raise_signal(signal.SIGINT)
+        return plain.draw(batch, rng)
+
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 6, saved; go on with --resume"):
+        convert(lm, CONFIG, replace(plain, draw=draw), tmp_path / "parts", console=Console(quiet=True))
+    assert lora.load_config(tmp_path / "parts").stride == 3  # what is there can be used
+    (tmp_path / "parts" / ".saving-left").mkdir()
+    run(base_dir, text, tmp_path / "parts", resume=True)
+    assert not list((tmp_path / "parts").glob(".saving-*"))
+    first, second = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_what_cannot_be_resumed(base_dir: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="nothing to resume"):
+        run(base_dir, text, out, resume=True)
+    run(base_dir, text, out, stop_after=4)
+    with pytest.raises(InputError, match="begun with stride=3, rank=4: resume with the same"):
+        run(base_dir, text, out, replace(CONFIG, stride=4, rank=2), resume=True)
+    other = tmp_path / "other.txt"
+    other.write_text(SONG[7:])
+    with pytest.raises(InputError, match="begun with another text"):
+        run(base_dir, other, out, resume=True)
+    lm = load(str(base_dir))
+    with torch.no_grad():
+        lm.network.head.weight[0, 0] += 1.0
+    with pytest.raises(InputError, match=r"begun with another base \(tiny-base\)"):
+        convert(lm, CONFIG, rows(lm, text), out, resume=True)
+    with pytest.raises(InputError, match=r"the loss is nan at step \d+: lower --lr"):
+        run(base_dir, text, out, replace(CONFIG, lr=1e30, clip=1e30), resume=True)
+    file = out / "training.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match="no whole training state"):
+        run(base_dir, text, out, resume=True)
+
+
+def test_a_base_that_writes_its_own_text(dlm: Dlm, base_dir: Path) -> None:
+    words = ("convert", str(base_dir), "--self-distill", "40", *SMALL, "--out", "out", "--lr", "0.01")
+    code, printed, err = dlm(*words, "--steps", "100", "--json")
+    assert code == 0, err
+    figures = json.loads(printed.splitlines()[-1])
+    assert figures["accept"][0] > figures["accept_before"][0] + 0.15
+    file = Path("out") / texts.FILE
+    head, *lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lm = load(str(base_dir))
+    assert head["base"] == "tiny-base" and len(lines) == 40
+    assert [lines[20]["text"]] == [lm.generate("", length=15, seed=20).text]  # row i is drawn with seed + i
+    before = file.stat().st_mtime_ns
+    assert dlm(*words, "--steps", "101", "--resume")[0] == 0 and file.stat().st_mtime_ns == before
+    assert "begun with another text" in dlm.told(*words, "--steps", "102", "--resume", "--seed", "1")
+
+
+def test_prompts(dlm: Dlm, tmp_path: Path) -> None:
+    """A chat model answers users; what was asked is read, not learned."""
+    base = bases.publish(bases.transformer("Llama"), tmp_path / "base")
+    Path("prompts.txt").write_text("But soft\n\nO Romeo\n")
+    words = ("--self-distill", "4", "--prompts", "prompts.txt", "--stride", "2", "--length", "60", "--steps", "2", "--out", "out")
+    code, _, err = dlm("convert", str(base), *words)
+    assert code == 0, err
+    lines = [json.loads(line) for line in (Path("out") / texts.FILE).read_text().splitlines()][1:]
+    assert len(lines) == 4
+    for line, prompt in zip(lines, ["But soft", "O Romeo"] * 2, strict=True):
+        assert line["text"].startswith(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n")
+        assert line["given"] < len(line["ids"])
+    found = texts.from_base(Path("out") / texts.FILE, None, 60)
+    x_BT, free_BT = found.held
+    assert x_BT[0, : len(lines[3]["ids"])].tolist() == lines[3]["ids"]
+    assert free_BT[0].nonzero().squeeze(-1).tolist() == list(range(lines[3]["given"], len(lines[3]["ids"])))
+    drawn = {tuple(row) for row in found.draw(50, torch.Generator().manual_seed(0))[0].tolist()}
+    assert len(drawn) == 3 and tuple(x_BT[0].tolist()) not in drawn
+
+    (Path("out") / texts.FILE).write_text("{}\n{]")
+    with pytest.raises(InputError, match=r"texts.jsonl is missing or damaged"):
+        texts.from_base(Path("out") / texts.FILE, None, 60)
+    assert "reads no start token: give --prompts FILE" in dlm.told("convert", str(base), "--self-distill", "4", "--length", "60")
+    Path("long.txt").write_text("But soft, " * 20)
+    told = dlm.told("convert", str(base), "--self-distill", "4", "--prompts", "long.txt", "--length", "30")
+    assert "shorter prompts or a greater --length" in told or "begin a new one" in told
+
+
+def test_bad_input(dlm: Dlm, base_dir: Path, masked_dir: Path, text: Path) -> None:
+    Path("empty.txt").write_text("\n")
+    base, data = str(base_dir), ("--data", str(text))
+    for words, message in (
+        ((base,), "give --data FILE or --self-distill N, one of them"),
+        ((base, *data, "--self-distill", "9"), "one of them"),
+        ((base, "--self-distill", "1"), "counts texts from 2"),
+        ((base, *data, "--prompts", "empty.txt"), "leave them away with --data"),
+        ((base, "--self-distill", "9", "--length", "16", "--prompts", "nowhere"), "no prompts at nowhere"),
+        ((base, "--self-distill", "9", "--length", "16", "--prompts", "empty.txt"), "empty.txt is empty"),
+        ((base, *data), "length must lie in 6 (stride + 2) .. 32 (the window of tiny-base), got 256"),
+        ((base, *data, "--stride", "1"), "a stride counts from 2"),
+        ((base, *data, "--rank", "0"), "a rank from 1"),
+        ((base, *data, "--targets", "q,w"), "adapter targets are some of q, k, v, out, up, down, gate; got q, w"),
+        ((base, *data, "--loss", "mse"), "unknown loss 'mse'; known: kl, ce"),
+        ((base, *data, "--lr", "0"), "lr must be above 0"),
+        ((base, *data, "--steps", "0"), "steps must be at least 1"),
+        ((base, "--data", "nowhere", "--length", "16"), "no data at nowhere"),
+        ((str(masked_dir), *data), "is a diffusion model already: convert an autoregressive one"),
+    ):
+        assert message in dlm.told("convert", *words), words
+
+
+def test_generate_with_an_adapter(dlm: Dlm, base_dir: Path, masked_dir: Path, text: Path) -> None:
+    """Strided decoding with what was trained writes the base's own text for every seed, in fewer calls than without."""
+    code, _, err = dlm("convert", str(base_dir), "--data", str(text), "--out", "adapted", *SMALL, "--steps", "120")
+    assert code == 0, err
+    calls = {"autoregressive": 0, "strided:3": 0, "adapted": 0}
+    for seed, temperature in ((0, "0"), (1, "1"), (2, "0.7")):
+        base = ("generate", "I sing", "--base", str(base_dir), "--seed", str(seed), "--temperature", temperature, "--json")
+        made = {}
+        for name in calls:
+            more = ("--adapter", "adapted", "--sampler", "strided:3") if name == "adapted" else ("--sampler", name)
+            made[name] = json.loads(dlm(*base, *more)[1].splitlines()[-1])
+            calls[name] += made[name]["forwards"]
+        assert made["adapted"]["text"] == made["strided:3"]["text"] == made["autoregressive"]["text"]
+    assert calls["adapted"] < calls["strided:3"] < calls["autoregressive"]
+    assert "was made for another base" in dlm.told("generate", "--base", str(masked_dir), "--adapter", "adapted")
+    assert "adapter" in dlm.told("generate", "--base", str(base_dir), "--adapter", "nowhere")

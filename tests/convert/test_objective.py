@@ -1,0 +1,195 @@
+"""Introspective training: the pattern against its definition, the loss against one plain causal call for every mask."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import make_model
+from dlm.convert import lora
+from dlm.convert.objective import acceptance, consistency, slots, tokens_per_forward
+from dlm.language_model import LanguageModel
+from dlm.models import attention
+
+
+@pytest.mark.parametrize(("block", "phases"), [(1, [0, 0]), (2, [0, 1]), (3, [0, 2]), (7, [3, 5])])
+def test_the_pattern_is_its_definition(block: int, phases: list[int]) -> None:
+    length = 8
+    found = attention.introspective(torch.arange(length)[None], block, torch.tensor(phases))
+    for b, phase in enumerate(phases):
+        for query in range(2 * length):
+            for key in range(2 * length):
+                q, k = query % length, key % length
+                if query < length and key < length:  # a mask reads its own block, causally
+                    wanted = k <= q and (k + phase) // block == (q + phase) // block
+                elif query < length:  # and the text of earlier blocks
+                    wanted = (k + phase) // block < (q + phase) // block
+                else:  # text is causal and never reads masks
+                    wanted = key >= length and k <= q
+                assert bool(found[b, query, key]) == wanted, (b, query, key)
+    aligned = attention.introspective(torch.arange(length)[None], block)
+    assert torch.equal(aligned, attention.introspective(torch.arange(length)[None], block, torch.tensor([0])))
+
+
+def adapted(seed: int = 0, **network: object) -> LanguageModel:
+    """A tiny causal model with an adapter that is far from doing nothing."""
+    lm = make_model("autoregressive", **network)  # type: ignore[arg-type]
+    lora.attach(lm.network, lora.AdapterConfig(rank=4, alpha=8.0), lm.tokenizer.mask_id)
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in lora.adapter_state(lm.network).values():
+            p.normal_(0.0, 0.2, generator=rng)
+    return lm
+
+
+def batch(lm: LanguageModel, rows: int = 3, length: int = 13) -> tuple[Tensor, Tensor]:
+    """Text after the start token; the second row has a prompt, the third is padded."""
+    x_BT = torch.randint(lm.tokenizer.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
+    assert lm.config.start_token_id is not None
+    x_BT[:, 0] = lm.config.start_token_id
+    free_BT = torch.ones_like(x_BT, dtype=torch.bool)
+    free_BT[1, :5] = False
+    free_BT[2, 9:] = False
+    return x_BT, free_BT
+
+
+def slow(lm: LanguageModel, x: Tensor, free: Tensor, stride: int, phase: int) -> list[tuple[int, Tensor, Tensor, int]]:
+    """(slot, log p, log q, next token) of every scored mask of a row, each from one plain call on clean text and the masks of its block."""
+    found, mask_id, free = [], lm.tokenizer.mask_id, free.clone()
+    free[0] = False
+    for s in range(len(x) - 1):
+        if not (free[s] and free[s + 1]):
+            continue
+        begin = s
+        while begin > 0 and (begin - 1 + phase) // (stride - 1) == (s + phase) // (stride - 1):
+            begin -= 1
+        read = [*x[:begin].tolist(), *(mask_id if free[i] else int(x[i]) for i in range(begin, s + 1))]
+        logq = lm.network(torch.tensor([read]))[0, -1, :mask_id].log_softmax(-1)
+        logp = lm.network(x[None, : s + 1])[0, -1, :mask_id].log_softmax(-1)
+        found.append((int(free[begin:s].sum()), logp, logq, int(x[s + 1])))
+    return found
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4, 8])
+def test_the_loss_is_what_blocks_give_alone(stride: int) -> None:
+    lm = adapted(kv_heads=1, mlp="swiglu")
+    x_BT, free_BT = batch(lm)
+    phase_B = torch.tensor([0, 1, 2]) % (stride - 1)
+    with torch.no_grad():
+        got = {
+            how: consistency(lm.network, x_BT, free_BT, phase_B, stride=stride, mask_id=lm.tokenizer.mask_id, how=how)
+            for how in ("kl", "ce")
+        }
+        parts = [slow(lm, x, free, stride, int(phase)) for x, free, phase in zip(x_BT, free_BT, phase_B, strict=True)]
+    kl = [sum(float((p.exp() * (p - q)).sum()) for _, p, q, _ in row) / len(row) for row in parts]
+    ce = [sum(-float(q[token]) for _, _, q, token in row) / len(row) for row in parts]
+    torch.testing.assert_close(got["kl"].nats_B, torch.tensor(kl), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got["ce"].nats_B, torch.tensor(ce), atol=1e-5, rtol=1e-5)
+    count, accepted = [0] * (stride - 1), [0.0] * (stride - 1)
+    for slot, p, q, _ in (mask for row in parts for mask in row):
+        count[slot] += 1
+        accepted[slot] += float(torch.minimum(p.exp(), q.exp()).sum())
+    for outcome in got.values():
+        assert outcome.count_S.tolist() == count and outcome.accepted_S is not None
+        torch.testing.assert_close(outcome.accepted_S, torch.tensor(accepted), atol=1e-4, rtol=1e-5)
+
+
+def test_slots_by_hand() -> None:
+    free_BT = torch.tensor([[False, True, True, True, True, True, True]] * 2)
+    # stride 3: blocks 01 23 45 6, and a position further 0 12 34 56; a given token begins the first block
+    assert slots(free_BT, 3, torch.tensor([0, 1])).tolist() == [[-1, 0, 0, 1, 0, 1, 0], [-1, 0, 1, 0, 1, 0, 1]]
+    prompt = torch.tensor([[False, False, False, True, True, True, False]])
+    assert slots(prompt, 4, torch.tensor([0])).tolist() == [[-1, -1, -1, 0, 1, 2, -1]]
+    assert slots(prompt, 4, torch.tensor([2])).tolist() == [[-1, -1, -1, 0, 0, 1, -1]]  # 0 123 456
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4, 8])
+def test_every_position_meets_every_slot(stride: int) -> None:
+    free_BT = torch.ones(stride - 1, 20, dtype=torch.bool)
+    found = slots(free_BT, stride, torch.arange(stride - 1))
+    for position in range(stride, 20):
+        assert sorted(found[:, position].tolist()) == list(range(stride - 1))
+
+
+def test_the_teacher_of_a_mask_is_the_clean_row_beside_it() -> None:
+    """A network that says at every row what it read there last: mask s then learns from the token at s, which says s + 1."""
+
+    class Echo(torch.nn.Module):
+        def forward(self, z_BQ: Tensor, *, at_BQ: Tensor, **pattern: object) -> Tensor:
+            length = z_BQ.shape[1] // 2
+            clean = torch.nn.functional.one_hot(z_BQ[:, length:], 6).float() * 20  # row s is sure of "token s"
+            return torch.cat([clean, clean], 1) * at_BQ[..., None]
+
+    x_BT = torch.tensor([[0, 1, 2, 3, 4]])
+    found = consistency(Echo(), x_BT, torch.ones_like(x_BT, dtype=torch.bool), torch.tensor([0]), stride=3, mask_id=5)
+    assert found.nats_B.tolist() == [0.0] and found.accepted_S is not None  # the mask at s says just what the clean row s does
+    assert found.count_S.tolist() == [2, 1]  # masks 1, 2 | 3, and 4, whose token lies outside, is not scored
+    torch.testing.assert_close(found.accepted_S, torch.tensor([2.0, 1.0]))
+
+
+def test_only_the_adapter_learns() -> None:
+    lm = adapted()
+    x_BT, free_BT = batch(lm)
+    for how in ("kl", "ce"):
+        lm.network.zero_grad()
+        found = consistency(
+            lm.network, x_BT, free_BT, torch.tensor([0, 1, 2]), stride=4, mask_id=lm.tokenizer.mask_id, how=how, measure=False
+        )
+        assert found.accepted_S is None
+        found.nats_B.mean().backward()
+        moved = {name for name, p in lm.network.named_parameters() if p.grad is not None and bool(p.grad.any())}
+        assert moved == set(lora.adapter_state(lm.network))
+
+
+def test_what_is_not_measured_does_not_change_the_loss() -> None:
+    lm = adapted()
+    x_BT, free_BT = batch(lm)
+    for how in ("kl", "ce"):
+        a, b = (
+            consistency(lm.network, x_BT, free_BT, torch.zeros(3).long(), stride=4, mask_id=lm.tokenizer.mask_id, how=how, measure=measure)
+            for measure in (True, False)
+        )
+        torch.testing.assert_close(a.nats_B, b.nats_B)
+    with pytest.raises(ValueError, match="unknown loss 'mse'; known: kl, ce"):
+        consistency(lm.network, x_BT, free_BT, torch.zeros(3).long(), stride=4, mask_id=lm.tokenizer.mask_id, how="mse")
+
+
+def test_the_clean_half_of_full_training() -> None:
+    lm = make_model("autoregressive")
+    lm.network.requires_grad_(True)
+    x_BT, free_BT = batch(lm)
+
+    def nats(clean: float | None) -> Tensor:
+        return consistency(
+            lm.network, x_BT, free_BT, torch.zeros(3).long(), stride=3, mask_id=lm.tokenizer.mask_id, how="ce", clean=clean
+        ).nats_B
+
+    logp_BTV = lm.network(x_BT)[..., : lm.tokenizer.mask_id].log_softmax(-1).detach()
+    own = []
+    for b in range(3):
+        told = [s for s in range(12) if free_BT[b, s + 1]]
+        own.append(sum(-float(logp_BTV[b, s, x_BT[b, s + 1]]) for s in told) / len(told))
+    torch.testing.assert_close(nats(0.2), nats(None) + 0.2 * torch.tensor(own))
+    torch.testing.assert_close(nats(0.0).mean(), 2 * nats(None).mean())  # the ratio changes the gradient alone
+    nats(0.2).mean().backward()
+    assert lm.network.embed.weight.grad is not None and bool(lm.network.embed.weight.grad[lm.tokenizer.mask_id].any())
+
+
+def test_acceptance_does_not_depend_on_the_batch() -> None:
+    lm = adapted()
+    x_BT, free_BT = batch(lm)
+    alone, together = (acceptance(lm.network, x_BT, free_BT, stride=4, mask_id=lm.tokenizer.mask_id, batch=size) for size in (1, 3))
+    assert alone == pytest.approx(together, abs=1e-5) and all(0 < a < 1 for a in alone)
+
+
+def test_tokens_per_forward() -> None:
+    for n in (2, 3, 4, 8):  # I-DLM's closed form
+        for p in (0.5, 0.8, 0.9, 0.95):
+            closed = (2 + sum(p**k for k in range(1, n - 1))) / (2 - p ** (n - 1))
+            assert tokens_per_forward([p] * (n - 1)) == pytest.approx(closed)
+    assert (round(tokens_per_forward([0.9] * 3), 2), round(tokens_per_forward([0.9] * 3, restart=False), 2)) == (2.92, 3.44)
+    assert tokens_per_forward([0.0] * 3) == 1.0 and tokens_per_forward([1.0] * 3) == 4.0
+    assert math.isclose(tokens_per_forward([1.0, 0.0]), (2 + 1) / 2)  # two tokens, then one and new drafts
