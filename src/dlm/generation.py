@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class Generation:
     """One generated text and what it took. tokens and tokens_per_forward count what was generated, not the prompt;
     forwards counts network calls, each shared by the whole batch. With until_settled: steps_saved, and expected_edits, how many of
-    the tokens the model itself expects that the saved steps would have changed."""
+    the tokens the model itself expects that the saved steps would have changed. turns: calls by model, where a schedule has several."""
 
     text: str
     tokens: int
@@ -31,6 +32,7 @@ class Generation:
     model: str
     trajectory: Trajectory = field(repr=False, compare=False)
     row: int = 0
+    turns: dict[str, int] | None = None
     steps_saved: int | None = None
     expected_edits: float | None = None
 
@@ -41,7 +43,8 @@ class Generation:
         """The figures, as `dlm generate --json` prints them."""
         names = ("text", "tokens", "seconds", "forwards", "tokens_per_forward", "steps", "sampler", "seed", "model")
         adaptive = ("steps_saved", "expected_edits") if self.steps_saved is not None else ()
-        return {name: getattr(self, name) for name in (*names, *adaptive)}
+        several = ("turns",) if self.turns is not None else ()
+        return {name: getattr(self, name) for name in (*names, *several, *adaptive)}
 
 
 class Run:
@@ -78,6 +81,7 @@ class Run:
         """One for each row."""
         saved_B, doubt_B = (self.last.saved_B, self.last.doubt_B) if self.last is not None else (None, None)
         run, canvas, forwards = self.trajectory, self.canvas, self.trajectory.forwards[-1]
+        turns = dict(Counter(key for keys in run.models[1:] for key in keys)) if run.meta.get("schedule") else None
         results = []
         for row in range(len(canvas.tokens_BT)):
             ids = run.current_BT[row][canvas.valid_BT[row]]
@@ -98,6 +102,7 @@ class Run:
                     model=self.model.name,
                     trajectory=run,
                     row=row,
+                    turns=turns,
                     steps_saved=None if saved_B is None else int(saved_B[row]),
                     expected_edits=None if doubt_B is None else float(doubt_B[row]),
                 )

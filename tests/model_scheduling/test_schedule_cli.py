@@ -34,6 +34,9 @@ def test_generate_with_a_schedule(dlm: Dlm, family: Path) -> None:
     small = json.loads(dlm("generate", "--model", f"{family}/light", *base[3:])[1].splitlines()[-1])["text"]
     assert text["H"] == text["unsure:0"] == plain
     assert text["L"] == text["unsure:99"] == small != plain
+    found = json.loads(dlm(*base, *light, "--schedule", "L4 H8 L4")[1].splitlines()[-1])
+    assert set(found["turns"]) == {"L", "H"}
+    assert sum(found["turns"].values()) == found["forwards"]
     assert text["L4 H8 L4"] == text["L0.25 H0.5 L0.25"] == text["sandwich:0.5"] != plain
 
 

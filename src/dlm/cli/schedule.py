@@ -335,7 +335,8 @@ def _search_table(rows: Sequence[dict[str, Any]], winner: str, front: Sequence[s
     )
     table = Table(box=None, header_style="bold", caption=caption, caption_justify="left")
     for head in ("schedule", "texts", "saved", "path KL", "bits", "against H", "entropy", "s/text", ""):
-        table.add_column(head, no_wrap=head != "schedule", justify="left" if head == "schedule" else "right")
+        wide = {"min_width": 24, "overflow": "fold"} if head == "schedule" else {"no_wrap": True, "justify": "right"}
+        table.add_column(head, **wide)  # type: ignore[arg-type]
     for row in sorted(rows, key=lambda row: (-row["texts"], row["bits"]["mean"])):
         change = f"{row['d_bits']['mean']:+.4f} +- {row['d_bits']['band95']:.4f}"
         cells = f"{row['saved']:.1%}", f"{row['path_kl']:.2f}", f"{row['bits']['mean']:.3f}", change, f"{row['entropy']['mean']:.3f}"

@@ -29,7 +29,7 @@ class Glyph(NamedTuple):
 
 class Figures(NamedTuple):
     """What a run has done so far in one row. settled and free count positions that the sampler writes; under_way those of the window
-    that a revising sampler is at, of which it has taken the share `done` of its time."""
+    that a revising sampler is at, of which it has taken the share `done` of its time; model: of a schedule, whose turn it was."""
 
     settled: int
     free: int
@@ -38,6 +38,7 @@ class Figures(NamedTuple):
     seconds: float
     under_way: int = 0
     done: float = 0.0
+    model: str = ""
 
     @property
     def share(self) -> float:
@@ -58,7 +59,8 @@ def figures(run: Trajectory, row: int) -> Figures:
     settled = int(((run.settled_BT[row] >= 0) & free_T).sum())
     free = int(free_T.sum())
     under_way = min(free - settled, run.meta.get("window", free)) if run.meta.get("revises") else 0
-    return Figures(settled, free, len(run) - 1, run.forwards[-1], run.seconds[-1], under_way, 1 - run.t_SB[-1][row])
+    model = run.models[-1] if run.meta.get("schedule") else ""
+    return Figures(settled, free, len(run) - 1, run.forwards[-1], run.seconds[-1], under_way, 1 - run.t_SB[-1][row], model)
 
 
 def pieces(run: Trajectory, row: int, mask: str = "█") -> list[str]:

@@ -174,7 +174,8 @@ def _progress(numbers: layout.Figures, width: int, total: int | None, ascii_only
     if width < TWO_LINES:
         lines.append([])
     rates = (f"{numbers.per_second:.0f} tok/s", f"{numbers.per_call:.1f} tok/call") if numbers.settled or not numbers.under_way else ()
-    for fact in (f"{numbers.forwards} calls", *rates, where):  # text that is still revised has no rate yet
+    turn = (f"model {numbers.model}",) if numbers.model else ()
+    for fact in (*turn, f"{numbers.forwards} calls", *rates, where):  # text that is still revised has no rate yet
         gap = "  " if lines[-1] else ""
         if fact and Segment.get_line_length(lines[-1]) + len(gap + fact) <= width:
             lines[-1].append(Segment(gap + fact, QUIET))
