@@ -249,3 +249,15 @@ def test_nothing_in_common_is_told(masked: str) -> None:
     sampler = DiffusionSampler(model.network, model.noise, model.window, guidance=guidance, constraint=constraint)
     with pytest.raises(InputError, match="in common"):
         list(sampler.steps(model.canvas("", length=20), rng=generators(0, 1)))
+
+
+def test_how_much_a_long_text_carries_over(dlm: Dlm, masked: str) -> None:
+    """More context means more windows; what cannot be is told."""
+    calls = {}
+    for context in ("0", "16"):
+        code, out, err = dlm("generate", "--model", masked, "--length", "96", "--steps", "4", "--context", context, "--json")
+        assert code == 0, err
+        calls[context] = json.loads(out.splitlines()[-1])["forwards"]
+    assert calls["16"] > calls["0"]
+    assert "context 99 must lie in" in dlm.told("generate", "--model", masked, "--length", "96", "--context", "99")
+    assert "context -1 must lie in" in dlm.told("generate", "--model", masked, "--length", "96", "--context", "-1")

@@ -48,6 +48,7 @@ def make(
     budget: str | None = None,
     schedule: str | None = None,
     light: str | Mapping[str, str] | None = None,
+    context: int | None = None,
 ) -> Sampler:
     """Options as of `LanguageModel.sampler`. InputError for those that do not go with the model or with one another."""
     if budget is not None:
@@ -58,18 +59,20 @@ def make(
     if (schedule is not None or light is not None) and (not model.is_diffusion or model.is_causal or isinstance(cache, str)):
         raise InputError("a schedule of models is for bidirectional diffusion models without a cache, which belongs to one model")
     steps = model.defaults.get("steps", model.window) if steps is None else steps
+    context = model.context if context is None else context
+    windows.check(model.window, context)
     if not model.is_diffusion:
         if not choice.continues(word) or greedy_tail or until_settled or special:
             what = f"the sampler {sampler!r}" if sampler else "revising, guided or constrained text, blocks or an approximate cache"
             usable = "" if choice.continues(word) else f"; it can use: autoregressive, {', '.join(choice.STRIDED)}"
             raise InputError(f"{model.name} is autoregressive: {what} needs a diffusion model{usable}")
-        return _autoregressive(model, word, draw, bool(cache))
+        return _autoregressive(model, word, draw, bool(cache), context)
     denoiser = _denoiser(model, schedule, light, steps)
     guess = choice.speculative(word)
     if guess is not None:
         if greedy_tail or until_settled or special or model.is_causal or not isinstance(model.noise, MaskedNoise):
             raise InputError("speculative decoding is for bidirectional masked models, with no blocks, cache, guidance or constraint")
-        return SpeculativeSampler(denoiser, model.noise, model.window, **guess, draw=draw, context=model.context, model=model.name)
+        return SpeculativeSampler(denoiser, model.noise, model.window, **guess, draw=draw, context=context, model=model.name)
     if guidance != 1 and (model.is_causal or not isinstance(model.noise, MaskedNoise)):
         raise InputError(f"{model.name} never saw a text without its beginning: guidance needs a bidirectional masked model")
     if model.is_causal and isinstance(cache, str):
@@ -86,7 +89,7 @@ def make(
         model.window,
         choice.make(word, draw, model.noise, greedy_tail),
         steps,
-        model.context // block_length * block_length if model.is_causal and block_length else model.context,
+        context // block_length * block_length if model.is_causal and block_length else context,
         model.name,
         until_settled or int(word.partition(":")[0] in choice.SETTLING),
         block_length or 0,
@@ -98,12 +101,12 @@ def make(
     )
 
 
-def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool) -> Sampler:
+def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, context: int) -> Sampler:
     network, mask_id, start = model.network, model.tokenizer.mask_id, model.config.start_token_id
     guess = choice.strided(word)
     if guess is None:
         make = network.cache if cache else None
-        return AutoregressiveSampler(network, mask_id, model.window, make, draw, model.context, model.name, start, model.stops)
+        return AutoregressiveSampler(network, mask_id, model.window, make, draw, context, model.name, start, model.stops)
     if not cache:
         raise InputError(f"the sampler {word!r} works against a cache: leave --cache none away")
     proposer: Proposer = Lookup()
@@ -125,7 +128,7 @@ def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool) ->
         guess.stride,
         floor=guess.floor,
         draw=draw,
-        context=model.context,
+        context=context,
         model=model.name,
         start=start,
         stop=model.stops,

@@ -189,7 +189,8 @@ class LanguageModel:
         the likeliest token everywhere. until_settled: stop a window once no token has changed for so many steps. block_length: fill a
         window block by block; a model of block diffusion has its own. cache: a word of `dlm.sampling.caching` for a bidirectional model;
         True is the exact cache of an autoregressive one or of block diffusion, False none. guidance: how much more than its due the
-        prompt counts. allow: the characters that may be written; pattern: a regular expression that the whole text must match.
+        prompt counts. context: tokens of a window that a long text carries into the next; a cache makes a long one cheap.
+        allow: the characters that may be written; pattern: a regular expression that the whole text must match.
         schedule: which model takes which step, as in `L0.5 H0.5`, `sandwich:0.25`, `unsure:1.5`, or `auto` for what `dlm schedule
         search` found; this model is H. light: name of model L, or names by key.
         """

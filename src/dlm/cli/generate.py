@@ -49,6 +49,7 @@ def generate(
         str | None,
         typer.Option(help="prefix | dual | delayed[:8] | drift[:0.1]: what to keep between calls; none: not even what is exact."),
     ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of a window that a long text carries into the next.")] = None,
     guidance: Annotated[float, typer.Option(help="Above 1 the prompt counts for more than its due; 1: for what it is.")] = 1.0,
     allow: Annotated[str | None, typer.Option(help="The only characters that may be written.")] = None,
     pattern: Annotated[str | None, typer.Option(help="A regular expression that the whole text must match (constraints extra).")] = None,
@@ -71,7 +72,7 @@ def generate(
     layout: dict[str, Any] = {"length": length, "max_new_tokens": max_new_tokens, "suffix": suffix, "template": template}
     options: dict[str, Any] = {"steps": steps, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     options |= {"greedy_tail": greedy_tail, "until_settled": until_settled, "block_length": block_length}
-    options |= {"guidance": guidance, "allow": allow, "pattern": pattern, "budget": budget}
+    options |= {"context": context, "guidance": guidance, "allow": allow, "pattern": pattern, "budget": budget}
     options |= {"schedule": schedule, "light": None if light is None else named_models(light)}
     options |= {"cache": True if cache is None else cache if cache != "none" else False}
     if samples < 1 or (samples > 1 and template is not None):

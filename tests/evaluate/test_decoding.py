@@ -1,0 +1,55 @@
+"""`dlm bench decode`: the figures of a run are those of the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import Dlm, make_model
+from dlm.evaluate import decoding
+from dlm.sampling.proposers import DraftModel
+from dlm.sampling.strided import StridedSampler
+
+
+def test_a_draft_of_itself_is_always_accepted() -> None:
+    model = make_model("autoregressive", window=32, context=0)
+    network = model.network
+    draft = DraftModel(network, network.ragged_cache, model.config.start_token_id)
+    canvas = model.canvas(["ROMEO", "What,"], max_new_tokens=13)
+    strided = StridedSampler(network, model.tokenizer.mask_id, 32, network.ragged_cache, draft, stride=4)
+    plain, fast = decoding.compare({"plain": model.sampler(), "draft": strided}, canvas, seed=3, rounds=2)
+    assert plain.same
+    assert fast.same
+    assert plain.tokens == fast.tokens == 26
+    assert plain.per_call == 1
+    assert fast.accepted == [1.0, 1.0, 1.0]
+    assert fast.calls == 4  # one call without proposals, then four tokens each
+    assert 0 < fast.first <= fast.seconds
+
+
+def test_another_text_is_told() -> None:
+    model = make_model("autoregressive", window=32, context=0)
+    canvas = model.canvas(["ROMEO"], max_new_tokens=20)
+    words = {"plain": model.sampler(temperature=1.0), "cold": model.sampler(temperature=0.0)}
+    assert [one.same for one in decoding.compare(words, canvas, rounds=1)] == [True, False]
+
+
+def test_the_verb(dlm: Dlm, autoregressive_dir: Path, masked_dir: Path) -> None:
+    Path("prompts.txt").write_text("ROMEO:\nBut soft\n")
+    base = ("bench", "decode", "--base", str(autoregressive_dir), "--new", "8", "--rounds", "1", "--prompts", "prompts.txt")
+    code, out, err = dlm(*base, "--methods", f"lookup:3;strided:3;draft:{autoregressive_dir},3", "--batch", "1,2", "--json")
+    assert code == 0, err
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert len(rows) == 8
+    assert all(row["same"] for row in rows)
+    assert [row["tokens"] for row in rows] == [8] * 4 + [16] * 4
+    for row in rows:
+        assert row["tokens_per_forward"] == pytest.approx(row["tokens"] / row["batch"] / row["calls"])
+    assert next(row for row in rows if row["method"].startswith("draft"))["accepted"] == [1.0, 1.0]
+    assert "is a diffusion model" in dlm.told("bench", "decode", "--base", str(masked_dir))
+    assert "--batch is one or more numbers" in dlm.told(*base, "--batch", "1,x")
+    assert "no prompts at nowhere" in dlm.told(*base[:8], "--prompts", "nowhere")
+    assert torch.is_grad_enabled()
