@@ -145,6 +145,7 @@ def test_bad_input(dlm: Dlm, family: Path, text_file: Path) -> None:
     assert "capital letters" in dlm.told("generate", "--heavy", heavy, "--light", f"l={light}", "--schedule", "H")
     search = ("schedule", "search", heavy, light, "--judge", judge, "--data", str(text_file))
     assert "unknown search" in dlm.told(*search, "--search", "magic")
+    assert "has no steps to schedule" in dlm.told(*search, "--sampler", "speculative:4")
     assert "saves 50.0%" in dlm.told(*search, "--saved", "0.9")
     assert "must be autoregressive" in dlm.told("schedule", "search", heavy, light, "--judge", light)
     assert "no checkpoint" in dlm.told("schedule", "sensitivity", heavy, "nowhere")

@@ -190,7 +190,8 @@ def search(
         tried = find.candidates(best, segments, count) if how == "halving" else [best]
     alone = [ModelSchedule.parse(key) for key in prices]
     outcomes: dict[str, Outcome] = {}
-    with bar(f"{len(tried)} schedules of {samples} texts", 0) as progress:
+    trials = sum(-(-len(tried) // 2**k) for k in range(find.ROUNDS)) + 1 if how == "halving" else len(tried)
+    with bar(f"{len(tried)} schedules of {samples} texts", len(alone) + trials) as progress:
         for schedule in alone:
             outcomes[str(schedule)] = trial(str(schedule), seed, seed + samples)
             progress.forward()

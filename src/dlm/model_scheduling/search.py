@@ -11,6 +11,7 @@ from dlm.model_scheduling.trial import Outcome
 
 Run = Callable[[str, int, int], Outcome]
 """(schedule, first seed, one past the last) -> what came of it."""
+ROUNDS = 3  # of halving
 MOST = 5000  # schedules that are worth enumerating
 
 
@@ -110,7 +111,7 @@ def candidates(best: ModelSchedule, segments: int, count: int) -> list[ModelSche
     return list({str(schedule): schedule for schedule in [best, *shapes, *near]}.values())[:count]
 
 
-def halving(run: Run, schedules: Sequence[ModelSchedule], *, texts: int, rounds: int = 3, seed: int = 0) -> Iterator[Outcome]:
+def halving(run: Run, schedules: Sequence[ModelSchedule], *, texts: int, rounds: int = ROUNDS, seed: int = 0) -> Iterator[Outcome]:
     """Measure all on a few texts, the better half on twice as many, and so on (successive halving, Jamieson and Talwalkar 1502.07943).
 
     texts: of the last round. Yields every outcome as it comes; the last is the best of those measured on all texts.

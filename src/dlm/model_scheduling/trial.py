@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlm.errors import InputError
 from dlm.model_scheduling import routing
 from dlm.model_scheduling.cost import CallCost, Metered, call_costs
 from dlm.protocols import Denoiser
@@ -110,8 +111,11 @@ class Trial:
         networks = lm.denoisers(light)
         settings = {"heavy": lm.name, "light": light, "sampler": sampler, "steps": steps, "temperature": temperature, "judge": judge}
         settings |= {"prompted": len(prompts[0]), "prompts": len(prompts)}
+        made = lm.sampler(sampler=sampler, steps=steps, temperature=temperature)
+        if not isinstance(made, DiffusionSampler):
+            raise InputError(f"the sampler {sampler!r} has no steps to schedule: take ancestral, first-hitting, topk ...")
         return cls(
-            lm.sampler(sampler=sampler, steps=steps, temperature=temperature),
+            made,
             networks,
             call_costs(networks, lm.window),
             figures,
