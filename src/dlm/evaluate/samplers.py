@@ -32,7 +32,7 @@ def candidates(*, window: int, causal: bool, quick: bool = False) -> list[dict[s
     for word in ("topk", "margin", "entropy"):
         found += [{"sampler": word, "steps": n} for n in few]
     adaptive = ("confidence:0.5", "confidence:0.9", "factor:1", "factor:4", "klass:0.6", "entropy-bound:8", "entropy-bound:32")
-    found += [{"sampler": word, "steps": half} for word in adaptive]
+    found += [{"sampler": word, "steps": half} for word in adaptive] + [{"sampler": "confidence:0.9", "steps": window}]
     for word in ("predictor-corrector:1", "remdm-cap:0.04", "remdm-rescale:0.1", "remdm-conf:0.5", "remdm-loop:0.04"):
         found += [{"sampler": word, "steps": n} for n in few[1:]]
     if causal:
