@@ -137,6 +137,7 @@ def row_of(
             counted = cost(schedule, trial_prices(bench), steps, bench.lm.window - bench.args.prompted)
             whole = cost(ModelSchedule.parse("H"), trial_prices(bench), bench.args.steps, bench.lm.window - bench.args.prompted)
             row |= {"saved_blocks": 1 - counted.blocks / whole.blocks, "saved_with_head": 1 - counted.with_head / whole.with_head}
+        if schedule.steps is None and not bench.args.prompted:  # the curves are those of texts that begin with nothing
             row |= {"path_kl": search.path_kl(schedule, kl, bench.lm.window), "price": bench.price(steps)}
     row |= {"mauve": bench.mauve(outcome)}
     return row | own | paired | {"seconds": outcome.seconds / outcome.texts, "calls": outcome.calls, "texts": outcome.texts}
