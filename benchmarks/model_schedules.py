@@ -131,14 +131,12 @@ def row_of(
     own = {name: dict(zip(("mean", "band95"), outcome.mean(name), strict=True)) for name in outcome.figures}
     paired = {f"d_{name}": dict(zip(("mean", "band95"), outcome.against(reference, name), strict=True)) for name in outcome.figures}
     row = {"label": label, "schedule": word, "steps": steps, "saved_executed": 1 - total(outcome) / total(reference)}
-    if ":" not in word or word.partition(":")[0] in SHAPES:
-        schedule = ModelSchedule.parse(word)
-        if schedule.steps is None:
-            counted = cost(schedule, trial_prices(bench), steps, bench.lm.window - bench.args.prompted)
-            whole = cost(ModelSchedule.parse("H"), trial_prices(bench), bench.args.steps, bench.lm.window - bench.args.prompted)
-            row |= {"saved_blocks": 1 - counted.blocks / whole.blocks, "saved_with_head": 1 - counted.with_head / whole.with_head}
-        if schedule.steps is None and not bench.args.prompted:  # the curves are those of texts that begin with nothing
-            row |= {"path_kl": search.path_kl(schedule, kl, bench.lm.window), "price": bench.price(steps)}
+    schedule = ModelSchedule.parse(word)
+    counted = cost(schedule, trial_prices(bench), steps, bench.lm.window - bench.args.prompted)
+    whole = cost(ModelSchedule.parse("H"), trial_prices(bench), bench.args.steps, bench.lm.window - bench.args.prompted)
+    row |= {"saved_blocks": 1 - counted.blocks / whole.blocks, "saved_with_head": 1 - counted.with_head / whole.with_head}
+    if not bench.args.prompted:  # the curves are those of texts that begin with nothing
+        row |= {"path_kl": search.path_kl(schedule, kl, bench.lm.window), "price": bench.price(steps)}
     row |= {"mauve": bench.mauve(outcome)}
     return row | own | paired | {"seconds": outcome.seconds / outcome.texts, "calls": outcome.calls, "texts": outcome.texts}
 
@@ -186,7 +184,7 @@ def show(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
         box=None,
     )
     for row in rows:
-        saved = [f"{row[name]:.1%}" if name in row else "" for name in ("saved_blocks", "saved_with_head", "saved_executed")]
+        saved = [f"{row[name]:.1%}" for name in ("saved_blocks", "saved_with_head", "saved_executed")]
         change = f"{row['d_bits']['mean']:+.3f} +- {row['d_bits']['band95']:.3f}"
         entropy = f"{row['entropy']['mean']:.3f} ({row['d_entropy']['mean']:+.3f} +- {row['d_entropy']['band95']:.3f})"
         worse = 2 ** row["d_bits"]["mean"] - 1

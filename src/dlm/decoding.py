@@ -155,7 +155,7 @@ def _denoiser(model: LanguageModel, schedule: str | None, light: str | Mapping[s
         return model.network
     if schedule is None or light is None:
         raise InputError("a schedule needs --schedule and --light, as in --schedule 'L0.5 H0.5' --light shakespeare-mask-2")
-    return routing.make(schedule, model.denoisers(light), model.tokenizer.mask_id, steps)
+    return routing.make(schedule, model.denoisers(light), steps)
 
 
 def _constraint(model: LanguageModel, allow: str | None, pattern: str | None) -> Constraint | None:

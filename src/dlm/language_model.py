@@ -191,7 +191,7 @@ class LanguageModel:
         True is the exact cache of an autoregressive one or of block diffusion, False none. guidance: how much more than its due the
         prompt counts. context: tokens of a window that a long text carries into the next; a cache makes a long one cheap.
         allow: the characters that may be written; pattern: a regular expression that the whole text must match.
-        schedule: which model takes which step, as in `L0.5 H0.5`, `sandwich:0.25`, `unsure:1.5`, or `auto` for what `dlm schedule
+        schedule: which model takes which step, as in `L0.5 H0.5`, `sandwich:0.25`, or `auto` for what `dlm schedule
         search` found; this model is H. light: name of model L, or names by key.
         """
         return decoding.make(self, **self.chosen(options))

@@ -13,7 +13,7 @@ from torch import Tensor
 from dlm.model_scheduling import search
 from dlm.model_scheduling.exact import Enumerated, MarkovPosterior
 from dlm.model_scheduling.plan import ModelSchedule
-from dlm.model_scheduling.routing import Scheduled, Unsure
+from dlm.model_scheduling.routing import Scheduled
 from dlm.noise.masked import MaskedNoise
 from dlm.sampling.diffusion import DiffusionSampler
 from dlm.sampling.draw import generators
@@ -108,15 +108,6 @@ def test_rows_of_one_call_are_read_by_their_own_models() -> None:
     assert router.taken == "HL"
     for b, key in enumerate("LHLH"):
         assert torch.equal(together[b], MODELS[key](z_BT[b : b + 1], t_B[b : b + 1])[0])
-
-
-def test_the_unsure_light_model_asks_the_heavy_one() -> None:
-    z_BT = torch.tensor([[3, 3, 0, 3], [3, 1, 0, 2]])
-    t_B = torch.tensor([0.75, 0.25], dtype=torch.float64)
-    for bits, key, taken in ((0.0, "H", "HL"), (99.0, "L", "L")):
-        router = Unsure(MODELS, 3, bits)
-        assert torch.equal(router(z_BT, t_B), MODELS[key](z_BT, t_B))
-        assert router.taken == taken
 
 
 def test_frames_name_the_models_that_took_the_step() -> None:

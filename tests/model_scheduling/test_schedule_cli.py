@@ -26,14 +26,14 @@ def test_generate_with_a_schedule(dlm: Dlm, family: Path) -> None:
     base = ("generate", "--heavy", f"{family}/heavy", "--json", "--length", "16", "--steps", "16", "--seed", "4")
     light = ("--light", f"{family}/light")
     text = {}
-    for word in ("H", "L", "L4 H8 L4", "L0.25 H0.5 L0.25", "sandwich:0.5", "unsure:0", "unsure:99"):
+    for word in ("H", "L", "L4 H8 L4", "L0.25 H0.5 L0.25", "sandwich:0.5"):
         code, out, err = dlm(*base, *light, "--schedule", word)
         assert code == 0, err
         text[word] = json.loads(out.splitlines()[-1])["text"]
     plain = json.loads(dlm(*base)[1].splitlines()[-1])["text"]
     small = json.loads(dlm("generate", "--model", f"{family}/light", *base[3:])[1].splitlines()[-1])["text"]
-    assert text["H"] == text["unsure:0"] == plain
-    assert text["L"] == text["unsure:99"] == small != plain
+    assert text["H"] == plain
+    assert text["L"] == small != plain
     found = json.loads(dlm(*base, *light, "--schedule", "L4 H8 L4")[1].splitlines()[-1])
     assert set(found["turns"]) == {"L", "H"}
     assert sum(found["turns"].values()) == found["forwards"]
@@ -134,7 +134,6 @@ def test_bad_input(dlm: Dlm, family: Path, text_file: Path) -> None:
     assert "has 1000 steps and the run 16" in dlm.told(*generate, "L125 H750 L125")
     assert "names X; the models are H, L" in dlm.told(*generate, "L0.5 X0.5")
     assert "no schedule 'nonsense'" in dlm.told(*generate, "nonsense")
-    assert "unsure takes the bits" in dlm.told(*generate, "unsure:x")
     assert "belongs to one model" in dlm.told(*generate, "H", "--cache", "prefix")
     assert "needs --schedule and --light" in dlm.told("generate", "--heavy", heavy, "--schedule", "L0.5 H0.5")
     assert "run dlm schedule search" in dlm.told("generate", "--heavy", heavy, "--schedule", "auto")

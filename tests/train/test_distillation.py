@@ -37,16 +37,6 @@ def test_blocks_of_a_deeper_model_are_spread_evenly(text: Path, heavy: Path, tmp
         tiny.run(text, tmp_path / "deeper", f"init={tmp_path / 'light'}", "layers=4")
 
 
-def test_a_trunk_stays_as_it_is(text: Path, heavy: Path, tmp_path: Path) -> None:
-    tiny.run(text, tmp_path / "exit", f"init={heavy}", f"teacher={heavy}", "layers=3", "trunk=2", "steps=5")
-    deep, light = (load_file(path / "model.safetensors") for path in (heavy, tmp_path / "exit"))
-    for name in light:
-        shared = name.startswith(("embed.", "blocks.0.", "blocks.1."))
-        assert torch.equal(light[name], deep[name]) == shared, name
-    with pytest.raises(InputError, match="trunk counts blocks"):
-        tiny.run(text, tmp_path / "no", "trunk=1")
-
-
 def test_a_student_comes_nearer_to_its_teacher(text: Path, heavy: Path, tmp_path: Path) -> None:
     """And the path KL of its chain, measured apart from the training, falls."""
     settings = ("layers=1", f"init={heavy}", f"teacher={heavy}", "lr=5e-3", "warmup=0")

@@ -54,9 +54,7 @@ def generate(
     allow: Annotated[str | None, typer.Option(help="The only characters that may be written.")] = None,
     pattern: Annotated[str | None, typer.Option(help="A regular expression that the whole text must match (constraints extra).")] = None,
     budget: Annotated[str | None, typer.Option(help="Of --sampler auto: calls:32 | seconds:2 | bits:0.1 (allowed loss).")] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="Which model takes which step: 'L0.5 H0.5' | sandwich:0.25 | unsure:1.5 | auto.")
-    ] = None,
+    schedule: Annotated[str | None, typer.Option(help="Which model takes which step: 'L0.5 H0.5' | sandwich:0.25 | auto.")] = None,
     light: Annotated[str | None, typer.Option(help="The smaller model L of a schedule; several: M=NAME,L=NAME.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="What `dlm convert` made for an autoregressive base, for --sampler strided.")] = None,
     seed: Seed = 0,

@@ -154,7 +154,7 @@ class Trial:
 
     def _run(self, word: str, first: int, last: int) -> Outcome:
         meters = {key: Metered(denoiser, self.prices[key]) for key, denoiser in self.denoisers.items()}
-        router = routing.make(word, meters, self.mask_id, self.sampler.budget)
+        router = routing.make(word, meters, self.sampler.budget)
         prompts = [self.prompts[seed % len(self.prompts)] for seed in range(first, last)]
         canvas = Canvas.from_rows([[*prompt, *[None] * (self.length - len(prompt))] for prompt in prompts], fill=self.mask_id)
         tokens_NT = canvas.tokens_BT

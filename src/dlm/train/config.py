@@ -26,7 +26,6 @@ class TrainConfig:
     head: str = "leave-one-out"  # what the network gives under replacement noise: leave-one-out | posterior
     estimator: str = "auto"  # any_order (masks, no time input) | counted (replacement) | continuous | auto: the first that applies
     init: str = ""  # a checkpoint to begin with, instead of fresh weights: of the same shape, or deeper
-    trunk: int = 0  # blocks that stay as the first ones of a deeper `init` are, with its embedding: an early exit that shares them
     teacher: str = ""  # a masked model to learn from: its guess takes the place of the text (distillation)
     levels: tuple[float, float] = (0.0, 1.0)  # share of masks that the network is trained on, from .. to
     block_lengths: tuple[int, ...] = ()  # of block diffusion (attention=block_causal), one drawn each step; none: block_length
@@ -97,8 +96,6 @@ class TrainConfig:
             raise InputError("teacher and levels are for bidirectional masked models that do not read the time")
         if len(self.levels) != 2 or not 0 <= self.levels[0] < self.levels[1] <= 1:
             raise InputError(f"levels run from a share of masks to a higher one, as in 0.5,1; got {self.levels}")
-        if not 0 <= self.trunk <= self.network.layers or (self.trunk and not self.init):
-            raise InputError(f"trunk counts blocks of `init` that stay as they are, 0 .. {self.network.layers}; got {self.trunk}")
         for name in ("context_share", "decay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie in 0 .. 1, got {getattr(self, name)}")

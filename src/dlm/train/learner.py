@@ -27,15 +27,12 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % (1 << 63))
 
 
-def begin_with(name: str, network: Transformer, trunk: int = 0) -> None:
-    """Take the weights of a checkpoint, of a deeper one those of blocks spread evenly, or of the first ones to share `trunk` of them.
-
-    InputError where they do not fit.
-    """
+def begin_with(name: str, network: Transformer) -> None:
+    """Take the weights of a checkpoint, of a deeper one those of blocks spread evenly. InputError where they do not fit."""
     found = checkpoint.load(checkpoint.find(name))[0]
     deep, own = len(found.blocks), len(network.blocks)
     if deep > own:
-        found.blocks = nn.ModuleList(found.blocks[i if trunk else i * deep // own] for i in range(own))
+        found.blocks = nn.ModuleList(found.blocks[i * deep // own] for i in range(own))
     state, fresh = found.state_dict(), network.state_dict()
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in fresh.items()}:
         raise InputError(f"init={name} has another size, vocabulary or kind of network than this run")
@@ -77,9 +74,7 @@ class Learner:
         set_seed(config.seed)
         self.bare = Transformer(network)
         if config.init and not resume:  # a resumed run has weights of its own
-            begin_with(config.init, self.bare, config.trunk)
-        for part in (self.bare.embed, *self.bare.blocks[: config.trunk]) if config.trunk else ():
-            part.requires_grad_(False)
+            begin_with(config.init, self.bare)
         if config.compile:
             self.bare.compile()
         fused = self.device.type == "cuda"
