@@ -18,18 +18,13 @@ from rich.table import Table
 
 from dlm.evaluate import card
 from dlm.model_scheduling.exact import Enumerated, MarkovPosterior
+from dlm.model_scheduling.search import rank_agreement
 
 SOURCES = {
     "sticky": [[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]],
     "lopsided": [[0.9, 0.05, 0.05], [0.3, 0.4, 0.3], [0.1, 0.3, 0.6]],
     "weak": [[0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.3, 0.2, 0.5]],
 }
-
-
-def rank_agreement(a: list[float], b: list[float]) -> float:
-    """Spearman's correlation."""
-    ranks = torch.stack([torch.tensor(x).argsort().argsort().double() for x in (a, b)])
-    return float(torch.corrcoef(ranks)[0, 1])
 
 
 def measure(name: str, length: int, reach: int, light: int) -> dict[str, object]:
@@ -82,7 +77,7 @@ def main() -> None:
         table.add_row(str(one["source"]), each, *cells, f"{one['mean_kl']:.4f}", f"{one['rank_agreement']:.3f}")
     Console().print(table)
     Console().print(f"KL from the source in nats a text; schedules with {args.light} of {args.length} light steps, the first step first")
-    print(card.dumps({"length": args.length, "reach": args.reach, "light": args.light, "results": results}))
+    print(card.dumps(card.make({"results": results}, device="cpu", dtype="float64", seed=0, settings=vars(args), data={})))
 
 
 if __name__ == "__main__":

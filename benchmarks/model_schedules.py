@@ -26,9 +26,9 @@ from dlm.analysis import price
 from dlm.cli.app import bar, judging, named_models
 from dlm.evaluate import card, generative
 from dlm.model_scheduling import search
-from dlm.model_scheduling.cost import cost, expected_calls
+from dlm.model_scheduling.cost import call_costs, cost, expected_calls
 from dlm.model_scheduling.plan import ModelSchedule
-from dlm.model_scheduling.sensitivity import on_text
+from dlm.model_scheduling.sensitivity import on_text, predictors
 from dlm.model_scheduling.trial import Outcome, Trial
 from dlm.train import data as reading
 
@@ -45,7 +45,9 @@ class Bench:
         twin = dlm.load(args.judge, device=args.device) if args.mauve else None
         self.twin = twin if twin is not None and twin.tokenizer.fingerprint() == self.lm.tokenizer.fingerprint() else None
         self.lights = named_models(args.light)
-        text = reading.select(reading.read(args.data or self.lm.config.training["data"]), "val", 0.1)
+        self.prices = call_costs(self.lm.denoisers(self.lights), self.lm.window)
+        self.source = args.data or self.lm.config.training["data"]
+        text = reading.select(reading.read(self.source), "val", 0.1)
         self.windows_WT = reading.Stream.encode(text, self.lm.tokenizer, self.lm.window).windows(max(args.samples, args.windows))
         self.prompts = [row[: args.prompted].tolist() for row in self.windows_WT]
         self.trials: dict[int, Trial] = {}
@@ -63,7 +65,7 @@ class Bench:
     def kl(self) -> dict[str, list[float]]:
         """KL of every segment, on noised text."""
         networks = self.lm.denoisers(self.lights)
-        predict = {key: lambda z, t, network=network: network(z, t).float() for key, network in networks.items()}
+        predict = predictors(networks)
         windows_WT = self.windows_WT[: self.args.windows].to(self.args.device)
         with bar("KL of every segment", len(windows_WT) * self.args.segments) as progress:
             return on_text(self.lm.noise, predict, windows_WT, segments=self.args.segments, progress=progress.forward).kl()
@@ -93,7 +95,7 @@ def fewer_steps(steps: int, free: int, saved: float) -> int:
 
 def rows_of(bench: Bench, kl: dict[str, list[float]], args: argparse.Namespace) -> list[dict[str, Any]]:
     """(label, schedule, steps) measured, the heavy model alone first."""
-    blocks = {key: price.blocks for key, price in trial_prices(bench).items()}
+    blocks = {key: price.blocks for key, price in bench.prices.items()}
     free = bench.lm.window - args.prompted
     planned = str(search.by_kl(kl, blocks, args.saved))
     share = min(1.0, args.saved / (1 - blocks["L"] / blocks["H"]))
@@ -102,7 +104,7 @@ def rows_of(bench: Bench, kl: dict[str, list[float]], args: argparse.Namespace) 
     plan += [("by KL", planned, args.steps)]
     plan += [(name, f"{name}:{share:.4f}", args.steps) for name in args.shapes.split(",") if name]
     plan += [(f"H, {n} steps", "H", n) for n in (fewer_steps(args.steps, free, args.saved), fewer_steps(args.steps, free, 2 * args.saved))]
-    counts = sorted({max(1, round(args.steps * 0.8**i)) for i in range(24)})
+    counts = search.step_counts(args.steps, 24)
     prices, calls = ({n: f(n) for n in counts} for f in (bench.price, lambda n: sum(expected_calls(n, free))))
     for saved in (args.saved, 2 * args.saved):
         steps, schedule, _ = search.jointly(kl, blocks, prices, calls, free, saved)
@@ -118,12 +120,6 @@ def rows_of(bench: Bench, kl: dict[str, list[float]], args: argparse.Namespace) 
     return rows
 
 
-def trial_prices(bench: Bench) -> dict[str, Any]:
-    from dlm.model_scheduling.cost import call_costs
-
-    return call_costs(bench.lm.denoisers(bench.lights), bench.lm.window)
-
-
 def row_of(
     label: str, word: str, steps: int, outcome: Outcome, reference: Outcome, bench: Bench, kl: dict[str, list[float]]
 ) -> dict[str, Any]:
@@ -132,8 +128,8 @@ def row_of(
     paired = {f"d_{name}": dict(zip(("mean", "band95"), outcome.against(reference, name), strict=True)) for name in outcome.figures}
     row = {"label": label, "schedule": word, "steps": steps, "saved_executed": 1 - total(outcome) / total(reference)}
     schedule = ModelSchedule.parse(word)
-    counted = cost(schedule, trial_prices(bench), steps, bench.lm.window - bench.args.prompted)
-    whole = cost(ModelSchedule.parse("H"), trial_prices(bench), bench.args.steps, bench.lm.window - bench.args.prompted)
+    counted = cost(schedule, bench.prices, steps, bench.lm.window - bench.args.prompted)
+    whole = cost(ModelSchedule.parse("H"), bench.prices, bench.args.steps, bench.lm.window - bench.args.prompted)
     row |= {"saved_blocks": 1 - counted.blocks / whole.blocks, "saved_with_head": 1 - counted.with_head / whole.with_head}
     if not bench.args.prompted:  # the curves are those of texts that begin with nothing
         row |= {"path_kl": search.path_kl(schedule, kl, bench.lm.window), "price": bench.price(steps)}
@@ -238,10 +234,10 @@ def main() -> None:
     sweep = matched(args, ["H", next(row["schedule"] for row in rows if row["label"] == "by KL")]) if args.temperatures else []
     for one in sweep:
         Console(width=180).print(f"{one['schedule']}: {one['bits_at_matched_entropy']:.3f} bits at the entropy of H at temperature 1")
-    settings = {
-        name: getattr(args, name) for name in ("heavy", "light", "judge", "sampler", "steps", "samples", "saved", "prompted", "seed")
-    }
-    print(card.dumps({"settings": settings, "device": card.device_name(args.device), "kl": kl, "rows": rows, "matched": sweep}))
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    figures = {"kl": kl, "rows": rows, "matched": sweep}
+    data = {"source": bench.source, "split": "val"}
+    print(card.dumps(card.make(figures, device=args.device, dtype="float32", seed=args.seed, settings=settings, data=data)))
 
 
 if __name__ == "__main__":

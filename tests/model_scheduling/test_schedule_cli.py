@@ -9,6 +9,8 @@ import tokenizers
 import torch
 
 from conftest import ALPHABET, Dlm, make_model
+from dlm.cli.app import judging
+from dlm.errors import InputError
 from dlm.evaluate import generative
 from dlm.language_model import load
 
@@ -114,6 +116,7 @@ def test_search_and_auto(dlm: Dlm, family: Path, text_file: Path, tmp_path: Path
     assert any(word.startswith(found["best"]) for word in rows)
     if how == "exhaustive":
         assert len(rows) == 2 + 6  # half of four segments
+        assert -1 <= found["rank_agreement"] <= 1
     assert set(found["front"]) <= set(rows)
     trials = Path("trials.jsonl").read_text()
     assert json.loads(dlm(*words)[1].splitlines()[-1])["rows"] == found["rows"]
@@ -182,6 +185,8 @@ def test_a_judge_with_words_of_its_own(dlm: Dlm, family: Path, text_file: Path, 
         code, out, err = dlm(*words, judge)
         assert code == 0, err
         found[judge] = next(row for row in json.loads(out.splitlines()[-1])["rows"] if row["schedule"] == "H1.0")["bits"]["mean"]
+    with pytest.raises(InputError, match="cousin has a vocabulary of its own"):
+        judging("cousin", load(f"{family}/heavy"), given=4)
     texts = [one.text for one in load(f"{family}/heavy").generate(["", ""], length=16, steps=8)]
     nats = 0.0
     for text in texts:

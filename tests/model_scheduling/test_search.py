@@ -194,3 +194,9 @@ def test_the_states_of_a_run_are_those_that_it_came_by() -> None:
     expected = heavy.noise.kl(heavy.predict(z_BT, t_B), light.predict(z_BT, t_B), z_BT).mean()
     moved_B = (frames[0].tokens_BT != heavy.tokenizer.mask_id).any(-1)
     torch.testing.assert_close(begin[moved_B], expected.double().expand(int(moved_B.sum())), atol=1e-6, rtol=1e-4)
+
+
+def test_rank_agreement() -> None:
+    assert search.rank_agreement([0.1, 5.0, 7.0, 9.0], [1, 2, 3, 4]) == pytest.approx(1)
+    assert search.rank_agreement([1, 2, 3], [30.0, 20.0, 10.0]) == pytest.approx(-1)
+    assert search.rank_agreement([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)

@@ -65,11 +65,12 @@ def judging(name: str, lm: Any, given: int = 0) -> Any:
         ours = name in checkpoint.bundled() or checkpoint.is_ours(checkpoint.find(name))
     except InputError:
         ours = True  # the message of `load_judge` is better
-    if not ours:
-        return judge.figures(judge.of_transformers(name, device), lm.tokenizer.decode)
-    twin = load_judge(name, device)
-    if twin.tokenizer.fingerprint() != lm.tokenizer.fingerprint():
-        return judge.figures(judge.of_model(twin), lm.tokenizer.decode)
+    twin = load_judge(name, device) if ours else None
+    if twin is None or twin.tokenizer.fingerprint() != lm.tokenizer.fingerprint():
+        if given:
+            raise InputError(f"{name} has a vocabulary of its own: it judges whole texts, not what comes after {given} tokens")
+        bits = judge.of_transformers(name, device) if twin is None else judge.of_model(twin)
+        return judge.figures(bits, lm.tokenizer.decode)
     if twin.window < lm.window:
         raise InputError(f"{name} reads windows of {twin.window}, {lm.name} writes {lm.window}: a judge needs windows at least as long")
     return generative.figures(twin.noise, twin.predict, given=given)
@@ -83,6 +84,19 @@ def named_models(words: str) -> str | dict[str, str]:
     if any(not (len(key) == 1 and key.isupper() and name) for key, _, name in pairs) or len({key for key, _, _ in pairs}) < len(pairs):
         raise InputError(f"--light takes a model, or several by capital letters as in M=NAME,L=NAME; got {words!r}")
     return {key: name for key, _, name in pairs}
+
+
+def prompt_lines(path: Path) -> list[str]:
+    """The lines that hold something. InputError where there are none."""
+    if not path.is_file():
+        raise InputError(f"no prompts at {path}: give a text file with one on each line")
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    if not lines:
+        raise InputError(f"{path} is empty: give one prompt on each line")
+    return lines
 
 
 def bar(label: str, total: int) -> Any:

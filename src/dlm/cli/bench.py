@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dlm.cli.app import Device, Json, Seed, app, bar, load
+from dlm.cli.app import Device, Json, Seed, app, bar, load, prompt_lines
 from dlm.errors import InputError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
@@ -52,7 +52,7 @@ def decode(
         raise InputError(f"{base} is a diffusion model: its samplers are compared by dlm calibrate")
     if rounds < 1 or new < 2:
         raise InputError(f"--rounds counts from 1 and --new from 2, got {rounds} and {new}")
-    sizes, texts = _sizes(batch), PROMPTS if prompts is None else _lines(prompts)
+    sizes, texts = _sizes(batch), PROMPTS if prompts is None else prompt_lines(prompts)
     words = list(dict.fromkeys(["autoregressive", *(word for word in methods.split(";") if word)]))
     samplers = {word: lm.sampler(sampler=word, temperature=temperature) for word in words}
     found: list[Any] = []
@@ -74,15 +74,6 @@ def _sizes(batch: str) -> list[int]:
     if min(sizes) < 1:
         raise InputError(f"--batch is one or more numbers of rows with commas between, as in 1,4,16; got {batch!r}")
     return sizes
-
-
-def _lines(path: Path) -> Sequence[str]:
-    if not path.is_file():
-        raise InputError(f"no prompts at {path}")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
-    if not lines:
-        raise InputError(f"{path} is empty: a prompt a line")
-    return lines
 
 
 def _table(found: Sequence[Any], words: Sequence[str], sizes: Sequence[int]) -> Any:

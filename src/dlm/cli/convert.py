@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dlm.cli.app import Device, Json, Seed, app, bar, err, fail, load
+from dlm.cli.app import Device, Json, Seed, app, bar, err, fail, load, prompt_lines
 from dlm.errors import InputError
 
 
@@ -61,7 +61,7 @@ def convert(
         rows = texts.from_text(data, lm.tokenizer, start, length)
     else:
         with bar(f"{lm.name} writes", self_distill) as progress:
-            given = _lines(prompts) if prompts else []
+            given = prompt_lines(prompts) if prompts else []
             tell = lambda done: progress.update(progress.task_ids[0], completed=done)  # noqa: E731
             texts.write(lm, out / texts.FILE, self_distill, length, prompts=given, seed=seed, tell=tell)
         rows = texts.from_base(out / texts.FILE, start, length)
@@ -73,16 +73,3 @@ def convert(
         print(f"before  {describe(figures['accept_before'])}\nafter   {describe(figures['accept'])}")
     else:
         print(json.dumps({"base": lm.name, "out": str(out), "stride": stride, "full": full} | figures))
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines that hold something. InputError where there are none."""
-    if not path.is_file():
-        raise InputError(f"no prompts at {path}: give a text file with one on each line")
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    if not lines:
-        raise InputError(f"{path} is empty: give one prompt on each line")
-    return lines

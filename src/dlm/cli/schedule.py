@@ -94,7 +94,7 @@ def sensitivity(
     lm, networks, _ = _models(heavy, light, device)
     source = lm.config.training.get("data", "") if data is None else data
     windows_WT = reading.Stream.encode(reading.select(reading.read(source), split, 0.1), lm.tokenizer, lm.window).windows(max_windows)
-    predict = {key: _float(network) for key, network in networks.items()}
+    predict = measure.predictors(networks)
     with bar("noised text", len(windows_WT) * segments) as progress:
         text = measure.on_text(lm.noise, predict, windows_WT.to(device), segments=segments, seed=seed, progress=progress.forward)
     with bar("states of H", samples * segments) as progress:
@@ -153,10 +153,11 @@ def search(
     device: Device = "cpu",
 ) -> None:
     """Find the best schedule that saves so much; every one is written and judged with the same seeds, beside H alone and L alone."""
+    from dlm.evaluate.card import dumps
     from dlm.model_scheduling import search as find
     from dlm.model_scheduling.plan import LIGHT, ModelSchedule
     from dlm.model_scheduling.saved import SavedSchedule
-    from dlm.model_scheduling.sensitivity import on_text
+    from dlm.model_scheduling.sensitivity import on_text, predictors
     from dlm.train import data as reading
 
     if how not in ("kl", "joint", "exhaustive", "halving"):
@@ -171,8 +172,7 @@ def search(
     source = lm.config.training.get("data", "") if data is None else data
     windows_WT = reading.Stream.encode(reading.select(reading.read(source), "val", 0.1), lm.tokenizer, lm.window).windows(max_windows)
     with bar("KL of every segment", len(windows_WT) * segments) as progress:
-        predict = {key: _float(network) for key, network in networks.items()}
-        kl = on_text(lm.noise, predict, windows_WT.to(device), segments=segments, seed=seed, progress=progress.forward).kl()
+        kl = on_text(lm.noise, predictors(networks), windows_WT.to(device), segments=segments, seed=seed, progress=progress.forward).kl()
     blocks = {key: price.blocks for key, price in prices.items()}
     taken, best = steps, ModelSchedule.parse("H")
     if how == "joint":
@@ -209,9 +209,12 @@ def search(
     mixed = [o for o in whole if o.saved(reference) >= saved - 0.01 and o.schedule not in map(str, alone)] or whole
     winner = str(best) if how in ("kl", "joint") else min(mixed, key=lambda o: o.mean("bits")[0]).schedule
     front = [o.schedule for o in find.front(whole)]
+    mixed_rows = rows[len(alone) :]
+    agreement = find.rank_agreement([row["path_kl"] for row in mixed_rows], [row["bits"]["mean"] for row in mixed_rows])
     Console(stderr=as_json).print(_search_table(rows, winner, front))
     record = {"heavy": lm.name, "light": light, "search": how, "saved": saved, "segments": segments, "steps": steps, "sampler": sampler}
     record |= {"samples": samples, "judge": judge, "seed": seed, "best": winner, "kl": kl, "rows": rows, "front": front}
+    record |= {"rank_agreement": agreement}
     if save and lm.path is not None:
         others = named_models(light)
         made = {name: record[name] for name in ("search", "saved", "segments", "steps", "sampler", "samples", "judge", "seed")}
@@ -219,7 +222,7 @@ def search(
         path = SavedSchedule(ModelSchedule.parse(winner), names, taken, made).save(lm.path)
         err.print(f"wrote {path}; try: dlm generate --heavy {heavy} --schedule auto", highlight=False, soft_wrap=True)
     if as_json:
-        print(json.dumps(record))
+        print(dumps(record))
 
 
 def _models(heavy: str, light: str, device: str = "cpu") -> tuple[Any, dict[str, Any], dict[str, CallCost]]:
@@ -237,13 +240,6 @@ def _trial(lm: Any, light: str, judge: str, **settings: Any) -> Trial:
     from dlm.model_scheduling.trial import Trial
 
     return Trial.of(lm, named_models(light), judging(judge, lm), judge=judge, **settings)
-
-
-def _float(network: Any) -> Any:
-    def predict(z_BT: Any, t_B: Any) -> Any:
-        return network(z_BT, t_B).float()
-
-    return predict
 
 
 def _one(key: str, j: int, parts: int) -> str:
@@ -316,7 +312,7 @@ def _jointly(
     with bar("the price of fewer steps", price.curve_rows(*windows_WT.shape)) as progress:
         curve = price.entropy_curve(lm.noise, lm.predict, windows_WT, progress=progress.forward)
     h_T = curve.every(curve.entropy_WK).mean(0)
-    counts = sorted({max(1, round(steps * 0.8**i)) for i in range(16)})
+    counts = find.step_counts(steps, 16)
     prices = {n: float(price.ancestral_price(h_T, n)) for n in counts}
     return find.jointly(kl, blocks, prices, {n: sum(expected_calls(n, lm.window)) for n in counts}, lm.window, saved)
 

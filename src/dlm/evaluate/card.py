@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from dlm.files import write_text
+
 PACKAGES = ("dlm", "torch", "numpy", "tokenizers", "safetensors")
 
 
@@ -60,6 +62,4 @@ def write(card: dict[str, Any], path: str | Path) -> None:
     """Save, to a temporary name first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(dumps(card, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, dumps(card, indent=2) + "\n")

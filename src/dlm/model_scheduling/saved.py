@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dlm.errors import InputError
+from dlm.files import write_text
 from dlm.model_scheduling.plan import ModelSchedule
 
 FILE = "schedule.json"
@@ -26,10 +26,8 @@ class SavedSchedule:
     def save(self, directory: Path) -> Path:
         """To a temporary name first."""
         path = directory / FILE
-        partial = path.with_name(f".{FILE}.{os.getpid()}.tmp")
         data = {"schedule": str(self.schedule), "light": self.light, "steps": self.steps, "made": self.made}
-        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, json.dumps(data, indent=1) + "\n")
         return path
 
     @classmethod

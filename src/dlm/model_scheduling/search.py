@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
+
+import torch
 
 from dlm.errors import InputError
 from dlm.model_scheduling.plan import HEAVY, LIGHT, SHAPES, ModelSchedule
@@ -79,6 +82,19 @@ def path_kl(schedule: ModelSchedule, kl: Mapping[str, Sequence[float]], tokens: 
     segments = len(kl[HEAVY])
     fine = 100 * segments  # its own segments need not be those of the measurement
     return tokens / fine * sum(kl[key][i // 100] for i, key in enumerate(schedule.each(fine)))
+
+
+def step_counts(steps: int, count: int) -> list[int]:
+    """Numbers of steps to weigh against each other: `steps`, and each a fifth less than the one before."""
+    return sorted({max(1, round(steps * 0.8**i)) for i in range(count)})
+
+
+def rank_agreement(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's correlation; nan for fewer than three pairs."""
+    if len(a) < 3:
+        return math.nan
+    ranks = torch.stack([torch.tensor(x, dtype=torch.float64).argsort().argsort().double() for x in (a, b)])
+    return float(torch.corrcoef(ranks)[0, 1])
 
 
 def exhaustive(segments: int, light: int) -> list[ModelSchedule]:

@@ -19,6 +19,7 @@ from dlm.model_scheduling.plan import HEAVY
 from dlm.noise.loss import Predict
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.schedule import time_when
+from dlm.protocols import Denoiser
 from dlm.trajectory import Frame
 
 
@@ -26,11 +27,10 @@ from dlm.trajectory import Frame
 class Sensitivity:
     """Nats per masked token, float64, a row for each window or text, nan where a run has no step in a segment.
 
-    loss_WJ: of each model on the text, by key; kl_WJ: KL(heavy || model) of the others; entropy_WJ: of their own guesses.
+    loss_WJ: of each model on the text, by key; kl_WJ: KL(heavy || model) of the others.
     """
 
     kl_WJ: dict[str, Tensor]
-    entropy_WJ: dict[str, Tensor]
     loss_WJ: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -45,6 +45,15 @@ class Sensitivity:
         """Means over windows, 0 for the heavy model itself: what `search.by_kl` plans with."""
         means = {key: values_WJ.nanmean(0).tolist() for key, values_WJ in self.kl_WJ.items()}
         return {HEAVY: [0.0] * self.segments} | means
+
+
+def predictors(networks: Mapping[str, Denoiser]) -> dict[str, Predict]:
+    """Of networks by key, logits in float32."""
+
+    def of(network: Denoiser) -> Predict:
+        return lambda z_BT, t_B: network(z_BT, t_B).float()
+
+    return {key: of(network) for key, network in networks.items()}
 
 
 def band(values_WJ: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +91,7 @@ def on_text(
             part = slice(begin, begin + batch)
             found.fill(noise, models, z_WT[part], z_WT[part] == noise.mask_id, part, j, windows_WT[part])
             progress(len(z_WT[part]))
-    return found.done(models)
+    return found.done()
 
 
 @torch.no_grad()
@@ -124,7 +133,7 @@ def on_trajectories(
         rows, columns = torch.tensor(part).T
         found.fill(noise, models, z_BT, at_BT, rows, columns)
         progress(len(part))
-    return found.done(models)
+    return found.done()
 
 
 def _check(noise: MaskedNoise, models: Mapping[str, Predict]) -> None:
@@ -140,7 +149,6 @@ class _Table:
     def __init__(self, windows: int, segments: int) -> None:
         self.size = windows, segments
         self.kl: dict[str, Tensor] = {}
-        self.entropy: dict[str, Tensor] = {}
         self.loss: dict[str, Tensor] = {}
 
     def _put(
@@ -165,10 +173,8 @@ class _Table:
             logits_BTV = heavy_BTV if key == HEAVY else predict(z_BT, t_B)
             if x_BT is not None:
                 self._put(self.loss, key, noise.nll(logits_BTV, x_BT, z_BT), at_BT, rows, columns)
-            logp_BTV = noise.log_probs(logits_BTV, z_BT, t_B)
-            self._put(self.entropy, key, torch.special.entr(logp_BTV.exp()).sum(-1), at_BT, rows, columns)
             if key != HEAVY:
                 self._put(self.kl, key, noise.kl(heavy_BTV, logits_BTV, z_BT), at_BT, rows, columns)
 
-    def done(self, models: Mapping[str, Predict]) -> Sensitivity:
-        return Sensitivity(self.kl, self.entropy, self.loss)
+    def done(self) -> Sensitivity:
+        return Sensitivity(self.kl, self.loss)

@@ -21,6 +21,13 @@ from dlm.sampling.draw import Draw
 from dlm.trajectory import Canvas, Frame
 
 
+def start_token(start: int | None, mask_id: int, context: int) -> int | None:
+    """The mask for -1. InputError for none where a later window would begin with nothing."""
+    if start is None and not context:
+        raise InputError("a model without start token needs context in every window")
+    return mask_id if start == -1 else start
+
+
 def check_continues(canvas: Canvas, start: int | None) -> None:
     """InputError for text after a hole, and for a row without a beginning where the network reads no start token."""
     free_BL, valid_BL = canvas.free_BT, canvas.valid_BT
@@ -50,10 +57,7 @@ class AutoregressiveSampler:
 
     def __post_init__(self) -> None:
         windows.check(self.window, self.context)
-        if self.start == -1:
-            object.__setattr__(self, "start", self.mask_id)
-        if self.start is None and not self.context:
-            raise InputError("a model without start token needs context in every window")
+        object.__setattr__(self, "start", start_token(self.start, self.mask_id, self.context))
 
     @torch.no_grad()
     def steps(self, canvas: Canvas, *, rng: RNG) -> Iterator[Frame]:

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from dlm.errors import InputError
+from dlm.files import write_text
 
 FILE = "calibration.json"
 ENTROPY, DISTINCT = 0.15, 0.9  # bits below, and share of, the exact sampler's: less is dull text, whatever a judge says of it
@@ -85,9 +85,7 @@ class Calibration:
     def save(self, directory: Path) -> Path:
         """Write it beside the checkpoint, to a temporary name first."""
         path = directory / FILE
-        partial = path.with_name(f".{FILE}.{os.getpid()}.tmp")
-        partial.write_text(json.dumps({"made": self.made, "rows": [asdict(row) for row in self.rows]}, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, json.dumps({"made": self.made, "rows": [asdict(row) for row in self.rows]}, indent=1) + "\n")
         return path
 
     @classmethod

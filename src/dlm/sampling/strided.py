@@ -19,7 +19,7 @@ from torch import Tensor
 from dlm.errors import InputError
 from dlm.protocols import RNG, Denoiser, Proposals, Proposer, Round, RowCache
 from dlm.sampling import windows
-from dlm.sampling.autoregressive import check_continues
+from dlm.sampling.autoregressive import check_continues, start_token
 from dlm.sampling.draw import Draw, categorical, pick, uniform
 from dlm.sampling.proposers import Masks, causal, inputs, put
 from dlm.trajectory import Canvas, Frame
@@ -97,10 +97,7 @@ class StridedSampler:
 
     def __post_init__(self) -> None:
         windows.check(self.window, self.context)
-        if self.start == -1:
-            object.__setattr__(self, "start", self.mask_id)
-        if self.start is None and not self.context:
-            raise InputError("a model without start token needs context in every window")
+        object.__setattr__(self, "start", start_token(self.start, self.mask_id, self.context))
         if self.stride < 1 or not 0 <= self.floor <= 1:
             raise InputError(f"a stride counts from 1, and its floor lies in 0 .. 1; got {self.stride} and {self.floor}")
         if self.coupling not in COUPLINGS:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from dlm.errors import InputError
+from dlm.files import write_text
 
 
 class Log:
@@ -27,9 +27,7 @@ class Log:
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
         path = out / "log.jsonl"
         kept = _until(path, step) if step and path.is_file() else []
-        partial = out / ".log.jsonl"
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, "".join(line + "\n" for line in kept))
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, **values: float) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from dlm.files import write_text
 from dlm.trajectory import Trajectory
 from dlm.viz import palette
 from dlm.viz.layout import Pane
@@ -25,13 +25,7 @@ def write_html(panes: Sequence[Pane], path: str | Path, *, row: int = 0) -> None
     title = html.escape(" | ".join(label for label, _ in panes) or "run")
     parts = {"/*palette*/": palette.css(), "{{title}}": title, "{{data}}": data}
     page = re.sub("|".join(map(re.escape, parts)), lambda match: parts[match[0]], template)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(Path(path), page, errors="replace")
 
 
 def _record(label: str, run: Trajectory, row: int) -> dict[str, Any]:
