@@ -31,13 +31,14 @@ def runs(draw: st.DrawFn) -> tuple[Canvas, list[Frame]]:
     widths = draw(st.lists(st.integers(0, length), min_size=rows, max_size=rows))
     valid_BT = torch.arange(length) < torch.tensor(widths)[:, None]
     canvas = Canvas(torch.tensor(draw(grid)), torch.tensor(draw(holes)) & valid_BT, valid_BT)
-    settled_BT, frames = ~canvas.free_BT, []
+    settled_BT, frames, proposes = ~canvas.free_BT, [], draw(st.booleans())
+    guesses = st.lists(st.lists(st.integers(-1, MASK - 1), min_size=length, max_size=length), min_size=rows, max_size=rows)
     for k in range(count):
         settled_BT = settled_BT | torch.tensor(draw(holes))
         t_B = torch.tensor(draw(st.lists(st.floats(0, 1), min_size=rows, max_size=rows)), dtype=torch.float64)
-        frames.append(
-            Frame(torch.tensor(draw(grid)), settled_BT, t_B, draw(st.sampled_from(["big", "small"])), k + draw(st.integers(1, 3)))
-        )
+        model, forwards = draw(st.sampled_from(["big", "small"])), k + draw(st.integers(1, 3))
+        proposed_BT = torch.tensor(draw(guesses)) if proposes else None
+        frames.append(Frame(torch.tensor(draw(grid)), settled_BT, t_B, model, forwards, proposed_BT=proposed_BT))
     return canvas, frames
 
 
@@ -67,6 +68,8 @@ def assert_holds(trajectory: Trajectory, canvas: Canvas, frames: Sequence[Frame]
         assert torch.equal(ours.settled_BT, theirs.settled_BT)
         assert torch.equal(ours.t_B.float(), theirs.t_B.float())
         assert (ours.model, ours.forwards) == (theirs.model, theirs.forwards)
+        assert (ours.proposed_BT is None) == (theirs.proposed_BT is None)
+        assert ours.proposed_BT is None or torch.equal(ours.proposed_BT, theirs.proposed_BT)
         rows, positions, tokens = trajectory.changes(k)
         assert torch.equal(ours.tokens_BT[rows, positions], tokens)
         assert len(tokens) == int((ours.tokens_BT != got[k - 1].tokens_BT).sum())
@@ -118,6 +121,38 @@ def hello() -> tuple[Canvas, list[Frame]]:
         settled_BT = settled_BT | (tokens_BT != MASK)
         frames.append(Frame(tokens_BT, settled_BT, torch.tensor([0.5, 0.5]) * (1 - k), "m", k + 1))
     return canvas, frames
+
+
+def text_grows() -> Trajectory:
+    """Three calls on two rows: 3 and 4 proposed, 3 held and 5 came; then nothing but 6, which did not hold in row 1."""
+    canvas = Canvas.from_rows([[1, *[None] * 4], [2, *[None] * 4]], fill=MASK)
+    texts = [[[1, 2, 7, 7, 7], [2, 2, 7, 7, 7]], [[1, 2, 3, 5, 7], [2, 2, 3, 7, 7]], [[1, 2, 3, 5, 6], [2, 2, 3, 4, 7]]]
+    guesses = [[[-1, -1, 3, 4, -1], [-1] * 5], [[-1, -1, -1, -1, 6], [-1, -1, -1, 6, 0]], [[-1] * 5] * 2]
+    frames = []
+    for k, (tokens, guess) in enumerate(zip(texts, guesses, strict=True)):
+        tokens_BT = torch.tensor(tokens)
+        frames.append(Frame(tokens_BT, tokens_BT != MASK, torch.zeros(2), "m", k + 1, proposed_BT=torch.tensor(guess)))
+    return recorded(canvas, frames)
+
+
+def test_what_became_of_proposals(tmp_path: Path) -> None:
+    made = text_grows()
+    made.save(tmp_path / "run.traj")
+    for run in (made, Trajectory.load(tmp_path / "run.traj")):
+        assert run.proposes
+        assert (run.proposed_B.tolist(), run.accepted_B.tolist()) == ([3, 2], [2, 0])
+        refused = [[column.tolist() for column in run.refused(k)] for k in range(4)]
+        assert refused == [[[], [], []], [[], [], []], [[0], [3], [4]], [[1, 1], [3, 4], [6, 0]]]
+        assert run.piece(0) == "<0>"  # shown, though never part of the text
+
+
+def test_a_run_without_proposals_has_the_file_that_it_always_had(tmp_path: Path) -> None:
+    recorded(*hello()).save(tmp_path / "run.traj")
+    with safe_open(tmp_path / "run.traj", framework="pt") as file:
+        assert set(file.keys()) == {"row", "position", "token", "count", "start", "settled", "free", "valid", "t"}
+    again = Trajectory.load(tmp_path / "run.traj")
+    assert not again.proposes and all(frame.proposed_BT is None for frame in again.frames())
+    assert [len(column) for k in range(3) for column in (*again.proposals(k), *again.refused(k))] == [0] * 18
 
 
 def test_the_file_holds_only_the_pieces_that_are_shown(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Generation:
     """One generated text and what it took. tokens and tokens_per_forward count what was generated, not the prompt;
     forwards counts network calls, each shared by the whole batch. With until_settled: steps_saved, and expected_edits, how many of
-    the tokens the model itself expects that the saved steps would have changed. turns: calls by model, where a schedule has several."""
+    the tokens the model itself expects that the saved steps would have changed. turns: calls by model, where a schedule has several.
+    accepted of `proposed` tokens held, from a sampler that proposes."""
 
     text: str
     tokens: int
@@ -35,6 +36,8 @@ class Generation:
     turns: dict[str, int] | None = None
     steps_saved: int | None = None
     expected_edits: float | None = None
+    proposed: int | None = None
+    accepted: int | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -44,7 +47,8 @@ class Generation:
         names = ("text", "tokens", "seconds", "forwards", "tokens_per_forward", "steps", "sampler", "seed", "model")
         adaptive = ("steps_saved", "expected_edits") if self.steps_saved is not None else ()
         several = ("turns",) if self.turns is not None else ()
-        return {name: getattr(self, name) for name in (*names, *several, *adaptive)}
+        verified = ("proposed", "accepted") if self.proposed is not None else ()
+        return {name: getattr(self, name) for name in (*names, *several, *adaptive, *verified)}
 
 
 class Run:
@@ -105,6 +109,8 @@ class Run:
                     turns=turns,
                     steps_saved=None if saved_B is None else int(saved_B[row]),
                     expected_edits=None if doubt_B is None else float(doubt_B[row]),
+                    proposed=int(run.proposed_B[row]) if run.proposes else None,
+                    accepted=int(run.accepted_B[row]) if run.proposes else None,
                 )
             )
         return results

@@ -98,6 +98,12 @@ class RowCache(Protocol):
     def trim(self, length_B: Tensor) -> None:
         """Forget every position of a row from its new length on."""
 
+    def join(self, other: Any) -> None:
+        """Take in the rows of another cache of the same network."""
+
+    def keep(self, rows_K: Tensor) -> None:
+        """Go on with these rows alone."""
+
 
 class Denoiser(Protocol):
     """A network. Q = T is plain diffusion, Q = 1 autoregression, Q = block block diffusion."""
@@ -113,9 +119,10 @@ class Denoiser(Protocol):
         pattern: str = "",
         own_BQQ: Tensor | None = None,
         at_BQ: Tensor | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
         """Logits (B, Q, V). at_BQ: the only positions whose logits are asked for. own_BQQ: which of these positions each one reads,
-        besides what a `RowCache` holds.
+        besides what a `RowCache` holds. states: gets the last hidden states (B, Q, D), for a proposer that reads them.
 
         pattern `shadow`: z is [text | masks], and a mask guesses its position without seeing the text there.
         """
@@ -231,7 +238,8 @@ class Round:
     text_BL: the committed text, known_B columns of it; begin_B: where the window begins that a row is in; most_B: proposals wanted at
     most; u_BK: a uniform for each, to draw it with; guess_BMV: logits of the group of masks after the text, of the rows in guessed_B;
     shape: logits (B, K, V) to the log-probabilities that the sampler draws from; capacity: positions that a cache of this run needs.
-    memory: what the proposer keeps for its next round.
+    memory: what the proposer keeps for its next round. state_BD: the hidden state that the last token was drawn from, where
+    `Proposer.reads_states`.
     """
 
     text_BL: Tensor
@@ -244,10 +252,13 @@ class Round:
     shape: Callable[[Tensor], Tensor]
     capacity: int
     memory: dict[str, Any]
+    state_BD: Tensor | None = None
 
 
 class Proposer(Protocol):
     """Where the tokens come from that strided decoding verifies; a frozen dataclass, so that it prints and goes into the run record."""
+
+    reads_states: ClassVar[bool]
 
     def groups(self, count_B: Tensor) -> Tensor:
         """Groups of masks that the next call reads too: after how many of a row's proposals each stands, int64 (B, G)."""

@@ -74,6 +74,7 @@ class Frame:
     forwards: network calls so far in this run (a call for the whole batch counts once), 0 for the noise that a run starts from.
     saved_B: steps that each row has not taken because its text had settled; doubt_B: how many of the tokens that were left
     alone so the model expects to change, by its own probabilities.
+    proposed_BT: tokens at open positions that the next call is to verify, -1 elsewhere; None from a sampler that proposes none.
     """
 
     tokens_BT: Tensor
@@ -83,6 +84,11 @@ class Frame:
     forwards: int
     saved_B: Tensor | None = None
     doubt_B: Tensor | None = None
+    proposed_BT: Tensor | None = None
+
+
+Places = tuple[Tensor, Tensor, Tensor]
+"""(row_E, position_E, token_E)"""
 
 
 class Trajectory:
@@ -111,7 +117,11 @@ class Trajectory:
         self.changed_BT = torch.zeros_like(self.start_BT)  # frame of the last change, 0 = never
         self.settled_BT = torch.full_like(self.start_BT, -1)  # frame of the promise, -1 = not yet
         self.settled_BT[~self.free_BT] = 0
-        self._events: list[tuple[Tensor, Tensor, Tensor]] = []  # (row, position, token) of frame 1, 2, ...
+        self._events: list[Places] = []  # of frame 1, 2, ...
+        self._proposals: list[Places] = [_nowhere()]  # that stand in frame 0, 1, ...
+        self.proposes = False
+        self.proposed_B = torch.zeros(len(tokens_BT), dtype=torch.long)  # proposals verified so far
+        self.accepted_B = torch.zeros(len(tokens_BT), dtype=torch.long)
         self._born = time.perf_counter()
 
     def __len__(self) -> int:
@@ -128,6 +138,9 @@ class Trajectory:
             return
         rows, positions = (tokens_BT != self.current_BT).nonzero(as_tuple=True)
         self._events.append((rows, positions, tokens_BT[rows, positions]))
+        self._tally(tokens_BT)
+        self.proposes |= frame.proposed_BT is not None
+        self._proposals.append(_nowhere() if frame.proposed_BT is None else _places(frame.proposed_BT.cpu()))
         self.current_BT = tokens_BT.clone()
         self.changed_BT[rows, positions] = k
         self.settled_BT[frame.settled_BT.cpu() & (self.settled_BT < 0)] = k
@@ -136,10 +149,28 @@ class Trajectory:
         self.forwards.append(frame.forwards)
         self.seconds.append(time.perf_counter() - self._born if seconds is None else seconds)
 
-    def changes(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(row_E, position_E, token_E) that frame k changed against frame k - 1; frame 0 has none."""
-        none = torch.zeros(0, dtype=torch.long)
-        return self._events[k - 1] if k else (none, none, none)
+    def _tally(self, tokens_BT: Tensor) -> None:
+        """Count what the next frame makes of the proposals of the last."""
+        rows, positions, tokens = self._proposals[-1]
+        self.proposed_B += torch.bincount(rows, minlength=len(tokens_BT))
+        self.accepted_B += torch.bincount(rows[tokens_BT[rows, positions] == tokens], minlength=len(tokens_BT))
+
+    def changes(self, k: int) -> Places:
+        """What frame k changed against frame k - 1; frame 0 nothing."""
+        return self._events[k - 1] if k else _nowhere()
+
+    def proposals(self, k: int) -> Places:
+        """What stands proposed in frame k, to be verified by the call after it."""
+        return self._proposals[k]
+
+    def refused(self, k: int) -> Places:
+        """What was proposed in frame k - 1 and is not the text of frame k, row by row from the left."""
+        rows, positions, tokens = self._proposals[k - 1] if k else _nowhere()
+        written_BT = torch.full_like(self.start_BT, -1)
+        changed, at, new = self.changes(k)
+        written_BT[changed, at] = new
+        wrong = written_BT[rows, positions] != tokens
+        return rows[wrong], positions[wrong], tokens[wrong]
 
     def frames(self) -> Iterator[Frame]:
         """Every frame from the start to the last, rebuilt from the changes."""
@@ -148,7 +179,13 @@ class Trajectory:
             rows, positions, tokens = self.changes(k)
             tokens_BT[rows, positions] = tokens
             settled_BT = (self.settled_BT >= 0) & (self.settled_BT <= k)
-            yield Frame(tokens_BT.clone(), settled_BT, torch.tensor(self.t_SB[k]), self.models[k], self.forwards[k])
+            proposed_BT = None
+            if self.proposes and k:
+                proposed_BT = torch.full_like(tokens_BT, -1)
+                rows, positions, tokens = self._proposals[k]
+                proposed_BT[rows, positions] = tokens
+            t_B = torch.tensor(self.t_SB[k])
+            yield Frame(tokens_BT.clone(), settled_BT, t_B, self.models[k], self.forwards[k], proposed_BT=proposed_BT)
 
     def settle_step(self) -> Tensor:
         """int64 (B, T): the frame of each position's last change, 0 where it never changed."""
@@ -165,14 +202,13 @@ class Trajectory:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, to a temporary name first."""
-        empty = torch.zeros(0, dtype=torch.long)
-        counts = torch.tensor([len(rows) for rows, _, _ in self._events], dtype=torch.int32)
-        columns = list(zip(*self._events, strict=True)) or [(empty,), (empty,), (empty,)]
-        tensors = {name: torch.cat(column).to(torch.int32) for name, column in zip(("row", "position", "token"), columns, strict=True)}
-        tensors |= {"count": counts, "start": self.start_BT.to(torch.int32), "settled": self.settled_BT.to(torch.int32)}
+        tensors = _packed(self._events)
+        if self.proposes:  # runs without proposals stay as they were
+            tensors |= {f"proposed_{name}": tensor for name, tensor in _packed(self._proposals).items()}
+        tensors |= {"start": self.start_BT.to(torch.int32), "settled": self.settled_BT.to(torch.int32)}
         tensors |= {"free": self.free_BT.contiguous(), "valid": self.valid_BT.contiguous()}
         tensors["t"] = torch.tensor(self.t_SB)
-        used = set(self.start_BT.flatten().tolist()) | set(tensors["token"].tolist())
+        used = {token for name in ("start", "token", "proposed_token") if name in tensors for token in tensors[name].flatten().tolist()}
         header = {
             "pieces": {str(token): self.pieces[token] for token in sorted(used) if token in self.pieces},
             "mask_id": self.mask_id,
@@ -216,15 +252,44 @@ class Trajectory:
             mask_id=header["mask_id"],
             meta=header["meta"],
         )
-        counts = tensors["count"].tolist()
-        for rows, positions, tokens in zip(*(torch.split(tensors[n].long(), counts) for n in ("row", "position", "token")), strict=True):
+        events = _unpacked(tensors, "")
+        self.proposes = "proposed_count" in tensors
+        proposals = _unpacked(tensors, "proposed_") if self.proposes else [_nowhere()] * (len(events) + 1)
+        self._proposals = proposals[:1]
+        for (rows, positions, tokens), proposed in zip(events, proposals[1:], strict=True):
             self._events.append((rows, positions, tokens))
             self.current_BT[rows, positions] = tokens
             self.changed_BT[rows, positions] = len(self._events)
+            self._tally(self.current_BT)
+            self._proposals.append(proposed)
         self.settled_BT = tensors["settled"].long()
         self.t_SB, self.models = tensors["t"].tolist(), header["models"]
         self.forwards, self.seconds = header["forwards"], header["seconds"]
         lengths = {len(column) for column in (self.t_SB, self.models, self.forwards, self.seconds)}
-        if lengths != {len(counts) + 1} or self.settled_BT.shape != start_BT.shape or tensors["t"].shape[1:] != start_BT.shape[:1]:
+        if lengths != {len(events) + 1} or self.settled_BT.shape != start_BT.shape or tensors["t"].shape[1:] != start_BT.shape[:1]:
             raise ValueError("its parts differ in length")
         return self
+
+
+def _nowhere() -> Places:
+    none = torch.zeros(0, dtype=torch.long)
+    return none, none, none
+
+
+def _places(token_BT: Tensor) -> Places:
+    """Where a token stands, which -1 is not."""
+    rows, positions = (token_BT >= 0).nonzero(as_tuple=True)
+    return rows, positions, token_BT[rows, positions]
+
+
+def _packed(events: Sequence[Places]) -> dict[str, Tensor]:
+    """All of them end to end, and how many belong to each frame; `_unpacked` takes them apart."""
+    columns = list(zip(*(events or [_nowhere()]), strict=True))
+    tensors = {name: torch.cat(column).to(torch.int32) for name, column in zip(("row", "position", "token"), columns, strict=True)}
+    return tensors | {"count": torch.tensor([len(rows) for rows, _, _ in events], dtype=torch.int32)}
+
+
+def _unpacked(tensors: Mapping[str, Tensor], prefix: str) -> list[Places]:
+    counts = tensors[f"{prefix}count"].tolist()
+    columns = (torch.split(tensors[prefix + name].long(), counts) for name in ("row", "position", "token"))
+    return list(zip(*columns, strict=True))

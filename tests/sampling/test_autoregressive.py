@@ -11,7 +11,8 @@ from torch import Tensor
 
 from conftest import make_model
 from dlm.errors import InputError
-from dlm.models.transformer import Transformer, TransformerConfig
+from dlm.models.config import TransformerConfig
+from dlm.models.transformer import Transformer
 from dlm.noise import loss
 from dlm.noise.masked import MaskedNoise
 from dlm.sampling.autoregressive import AutoregressiveSampler

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.models.transformer import Transformer, TransformerConfig
+from dlm.models.config import TransformerConfig
+from dlm.models.transformer import Transformer
 from dlm.noise.masked import MaskedNoise
 from dlm.protocols import CachePolicy, View
 from dlm.sampling import caching

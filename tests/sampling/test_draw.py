@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.sampling.draw import Draw, categorical, generators, uniform
+from dlm.sampling.draw import Draw, _mix, categorical, generators, race, uniform
 
 
 def p_value(counts_V: Tensor, probs_V: Tensor) -> float:
@@ -203,3 +203,43 @@ def test_a_row_does_not_depend_on_its_neighbours(draw: Draw) -> None:
 def test_options_out_of_range_are_told(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         Draw(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_race_follows_the_distribution() -> None:
+    u_BT = uniform(generators(3, 1), 100_000)
+    drawn_N = race(LOGP.expand(1, 100_000, -1), u_BT)[0]
+    assert p_value(torch.bincount(drawn_N, minlength=len(LOGP)).double(), LOGP.exp()) > 1e-3
+    certain_BTV = torch.tensor([[[-torch.inf, 0.0], [0.0, -torch.inf]]])
+    assert race(certain_BTV, u_BT[:, :2]).tolist() == [[1, 0]]
+
+
+def test_clocks_of_different_tokens_and_numbers_are_independent() -> None:
+    """Of two equally likely tokens either wins half of the time, whatever pair it is; and so it goes from one number to the next."""
+    u_BT = uniform(generators(4, 1), 20_000)
+    half_V = torch.full((64,), -torch.inf, dtype=torch.float64)
+    for i, j in ((0, 1), (0, 63), (31, 32)):
+        logp_V = half_V.clone()
+        logp_V[[i, j]] = math.log(0.5)
+        first_N = (race(logp_V.expand(1, 20_000, -1), u_BT)[0] == i).double()
+        assert abs(float(first_N.mean()) - 0.5) < 0.015
+        assert abs(float(torch.corrcoef(torch.stack([first_N[1:], first_N[:-1]]))[0, 1])) < 0.03
+
+
+def test_the_mixing_is_splitmix64() -> None:
+    wrap = (1 << 64) - 1
+    for x in (0, 1, 2**62 + 12345, -7, -(2**63)):
+        y = x & wrap
+        y = (y ^ y >> 30) * 0xBF58476D1CE4E5B9 & wrap
+        y = (y ^ y >> 27) * 0x94D049BB133111EB & wrap
+        assert int(_mix(torch.tensor([x]))) & wrap == y ^ y >> 31
+
+
+def test_two_laws_in_one_race_agree_as_often_as_the_formula_says() -> None:
+    q_V = 0.7 * LOGP.exp() + 0.3 * LOGP.exp().flip(0)
+    u_BT = uniform(generators(5, 1), 100_000)
+    same_N = (race(LOGP.expand(1, 100_000, -1), u_BT) == race(q_V.log().expand(1, 100_000, -1), u_BT))[0].double()
+    p_V = LOGP.exp()
+    expected = float(sum(1 / torch.maximum(p_V / p_V[i], q_V / q_V[i]).sum() for i in range(len(p_V))))
+    distance = float((p_V - q_V).abs().sum() / 2)
+    assert (1 - distance) / (1 + distance) < expected < 1 - distance
+    assert abs(float(same_N.mean()) - expected) < 4 * math.sqrt(expected * (1 - expected) / 100_000)

@@ -31,7 +31,8 @@ from chains import (
     unmask,
 )
 from dlm.errors import InputError
-from dlm.models.transformer import Transformer, TransformerConfig
+from dlm.models.config import TransformerConfig
+from dlm.models.transformer import Transformer
 from dlm.noise import process, schedule
 from dlm.noise.masked import MaskedNoise
 from dlm.protocols import Rule, Step

@@ -6,27 +6,33 @@ Shapes: B rows, L columns, K proposals, Q positions of one call, V vocabulary, S
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import dlm
 from conftest import Dlm, make_model
-from dlm.convert import lora
+from convert.bases import publish, transformer
+from dlm.convert import heads, lora
 from dlm.errors import InputError
+from dlm.language_model import load
 from dlm.models.cache import RaggedCache
-from dlm.models.transformer import Transformer, TransformerConfig
+from dlm.models.config import TransformerConfig
+from dlm.models.transformer import Transformer
 from dlm.protocols import Proposals, Round
 from dlm.sampling.autoregressive import AutoregressiveSampler
 from dlm.sampling.draw import Draw, categorical, generators
-from dlm.sampling.proposers import DraftModel, Lookup, Masks, tokens_per_call
+from dlm.sampling.proposers import DraftModel, Fitted, Heads, Lookup, Masks, tokens_per_call
 from dlm.sampling.strided import StridedSampler, ratio
-from dlm.trajectory import Canvas, Frame
+from dlm.trajectory import Canvas, Frame, Trajectory
 from oracle import Tiny, chi_square_of_counts, chi_square_p
 
 MASK, WINDOW, CONTEXT = 9, 12, 4
@@ -43,12 +49,21 @@ def network(seed: int = 0, **changes: object) -> Transformer:
     return made.eval().requires_grad_(False)
 
 
+def guessing(made: Transformer, count: int = 3) -> Heads:
+    """Heads that say something of their own."""
+    found = heads.Heads(made, heads.HeadsConfig(count)).requires_grad_(False)
+    for parameter in found.parameters():
+        parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(2))
+    return Heads(found, count)
+
+
 BASE, SMALL = network(), network(1, layers=1)
 PROPOSERS: dict[str, Any] = {
     "tree": Masks("tree"),
     "restart": Masks("restart"),
     "lookup": Lookup(),
     "draft": DraftModel(SMALL, SMALL.ragged_cache, MASK),
+    "heads": guessing(BASE),
     "itself": DraftModel(BASE, BASE.ragged_cache, MASK),  # nearly everything holds
 }
 
@@ -145,6 +160,10 @@ def test_frames_show_committed_text_and_tallies_add_up(name: str) -> None:
         assert frame.forwards == forwards and frame.model == "ar" and tally.positions >= 1
         assert torch.equal((frame.tokens_BT == MASK) & canvas.valid_BT, ~frame.settled_BT)
         assert (tally.accepted_B <= tally.proposed_B).all() and (tally.proposed_B <= 3).all()
+        assert frame.proposed_BT is not None and frame.settled_BT[frame.proposed_BT == MASK].all()
+        if before is not None:  # what a call verifies is what the frame before it showed
+            assert torch.equal((before.proposed_BT >= 0).sum(1), tally.proposed_B)
+            assert torch.equal((before.proposed_BT == frame.tokens_BT).sum(1), tally.accepted_B)
         assert torch.equal(tally.committed_B, torch.where(tally.committed_B > 0, tally.accepted_B + 1, 0))
         if before is not None:
             assert torch.equal(frame.tokens_BT[before.settled_BT], before.tokens_BT[before.settled_BT])
@@ -182,6 +201,8 @@ def tiny_samples(proposer: Any, draw: Draw, stride: int, coupling: str = "ratio"
 class Sometimes:
     """Certain drafts, not drawn: the token after the last one, counted round."""
 
+    reads_states = False
+
     def groups(self, count_B: Tensor) -> Tensor:
         return count_B.new_zeros(len(count_B), 0)
 
@@ -191,15 +212,63 @@ class Sometimes:
 
 
 @pytest.mark.parametrize("draw", [Draw(), Draw(0.6), Draw(1.2, top_p=0.8), Draw(top_k=2)], ids=str)
-@pytest.mark.parametrize("name", ["tree", "restart", "lookup", "draft", "certain"])
+@pytest.mark.parametrize("name", ["tree", "restart", "lookup", "draft", "heads", "certain"])
 def test_ratio_has_the_law_of_the_plain_chain(name: str, draw: Draw) -> None:
     """Temperature and truncation on both sides; a random network proposes badly, so that most proposals are tested and many fall."""
     small = tiny_network(1)
-    own = {"draft": DraftModel(small, small.ragged_cache, TINY.mask_id), "certain": Sometimes()}
+    own = {"draft": DraftModel(small, small.ragged_cache, TINY.mask_id), "heads": guessing(tiny_network(0)), "certain": Sometimes()}
     law_S, samples = tiny_law(draw), tiny_samples((PROPOSERS | own)[name], draw, 3)
     assert float(law_S.sum()) == pytest.approx(1)
     assert chi_square_p(samples, law_S, TINY) > 1e-3
     assert chi_square_p(samples, tiny_law(Draw(0.8)), TINY) < 1e-6  # another law would be seen
+
+
+def with_spare_ids(made: Transformer, spare: int) -> Transformer:
+    """The same network with ids that no token has, as checkpoints padded for speed have them, between the tokens and the mask."""
+    config, tokens = made.config, made.config.vocab_size - 1
+    wider = Transformer(replace(config, vocab_size=config.vocab_size + spare))
+    state = dict(made.state_dict())
+    for name in ("embed.weight", "head.weight"):
+        if name in state:
+            extra = torch.randn(spare, config.width, generator=torch.Generator().manual_seed(9))
+            state[name] = torch.cat([state[name][:tokens], extra, state[name][tokens:]])
+    wider.load_state_dict(state)
+    return wider.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(("base", "draft"), [(0, 3), (3, 0), (2, 5)])
+@pytest.mark.parametrize("coupling", ["stream", "ratio"])
+def test_a_draft_of_other_spare_ids_keeps_the_law(base: int, draft: int, coupling: str) -> None:
+    """The target may draw its spare ids, which the draft reads as unknown; those of the draft are never proposed."""
+    target, small = with_spare_ids(tiny_network(0), base), with_spare_ids(tiny_network(1), draft)
+    size, start = target.config.vocab_size, small.config.vocab_size - 1
+    proposer = DraftModel(Fitted(small, start + 1, size), small.ragged_cache, start)
+    sampler = StridedSampler(target, size - 1, 3, target.ragged_cache, proposer, 2, coupling)
+    frames = list(sampler.steps(Canvas.from_rows([[None] * 3] * ROWS, fill=size - 1), rng=generators(0, ROWS)))
+    proposed_BT = torch.cat([frame.proposed_BT for frame in frames])  # type: ignore[misc]
+    assert set(proposed_BT.unique().tolist()) == {-1, *range(TINY.vocab + min(base, draft))}
+    x_S3 = torch.cartesian_prod(*[torch.arange(size - 1)] * 3)
+    logp_S3V = target(F.pad(x_S3[:, :2], (1, 0), value=size - 1))[..., : size - 1].log_softmax(-1)
+    law_S = logp_S3V.gather(2, x_S3[..., None]).sum((1, 2)).exp()
+    index_B = frames[-1].tokens_BT @ torch.tensor([(size - 1) ** 2, size - 1, 1])
+    assert chi_square_of_counts(torch.bincount(index_B, minlength=len(law_S)), law_S) > 1e-3
+
+
+def test_the_same_network_with_spare_ids_proposes_what_holds() -> None:
+    small = with_spare_ids(BASE, 3)
+    start = small.config.vocab_size - 1
+    proposer = DraftModel(Fitted(small, start + 1, MASK + 1), small.ragged_cache, start)
+    *_, frame = strided(proposer).steps(canvas_of([[1, 2]], 8), rng=generators(3, 1))
+    assert_plain(frame, [[1, 2]], 8, 3, Draw())
+    assert frame.forwards == 3
+
+
+@pytest.mark.parametrize(("base", "draft"), [(0, 40), (40, 0)])
+def test_a_draft_may_be_padded_otherwise(base: int, draft: int, tmp_path: Path) -> None:
+    model = load(str(publish(transformer("Llama", spare=base), tmp_path / "base")))
+    small = publish(transformer("Llama", spare=draft, seed=1, num_hidden_layers=1), tmp_path / "draft")
+    plain_, same = (model.generate("ROMEO:", length=50, seed=2, sampler=word) for word in ("autoregressive", f"draft:{small}"))
+    assert same.text == plain_.text and same.proposed
 
 
 def test_stream_has_it_too() -> None:
@@ -297,7 +366,7 @@ def test_a_mask_reads_its_prefix_and_the_masks_before_it_in_its_group(layout: st
 # --- the cache ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tree", "restart", "lookup", "draft"])
+@pytest.mark.parametrize("name", ["tree", "restart", "lookup", "draft", "heads"])
 def test_keys_and_values_are_those_of_the_plain_run(name: str) -> None:
     """Rows at their own lengths; what was rejected, and every mask, has gone."""
     caches: list[RaggedCache] = []
@@ -328,13 +397,29 @@ def test_an_adapter_at_masks_leaves_the_text_alone(layout: str, start: int) -> N
     made, rng = network(), torch.Generator().manual_seed(4)
     base = strided(Masks(layout), made=made, start=start, context=0)
     canvas = canvas_of([[1, 2, 3], []], 9)
-    before = list(base.rounds(canvas, rng=generators(0, 2)))
+    before = list(base.rounds(canvas, rng=generators(1, 2)))
     lora.attach(made, lora.AdapterConfig(rank=2), MASK)
     for name, tensor in lora.adapter_state(made).items():
         tensor.normal_(0.0, 1.0 if "mask_row" in name else 0.3, generator=rng)
-    after = list(base.rounds(canvas, rng=generators(0, 2)))
+    after = list(base.rounds(canvas, rng=generators(1, 2)))
     assert torch.equal(before[-1][0].tokens_BT, after[-1][0].tokens_BT)
     assert [t.accepted_B.tolist() for _, t in before] != [t.accepted_B.tolist() for _, t in after]
+
+
+def test_heads_guess_from_the_state_that_the_last_token_was_drawn_from() -> None:
+    """What is proposed after every call is what the heads say of the plain run of the text, up to where its last token was drawn."""
+    sampler, canvas, checked = strided(PROPOSERS["heads"], draw=Draw(0.0), context=0), canvas_of([[1, 2, 3], [4]], 8), 0
+    for frame, tally in sampler.rounds(canvas, rng=generators(5, 2)):
+        for row in range(2):
+            known = int(frame.settled_BT[row].sum()) - int((~canvas.valid_BT[row]).sum())
+            proposed = [i for i in frame.proposed_BT[row].tolist() if i >= 0]  # type: ignore[index]
+            if not (tally.committed_B[row] and proposed):
+                continue
+            read_BT = torch.cat([torch.full((1, 1), MASK), frame.tokens_BT[row : row + 1, : known - 1]], 1)  # all but the last token
+            logits_KV = PROPOSERS["heads"].logits(BASE(read_BT, logits=False)[:, -1], 3)[0, :, :MASK]
+            assert proposed == logits_KV.argmax(-1).tolist()[: len(proposed)]
+            checked += len(proposed)
+    assert checked > 10
 
 
 def test_rows_of_a_cache_grow_at_their_own_pace() -> None:
@@ -425,7 +510,7 @@ def test_the_layout_follows_the_cost() -> None:
 def test_an_unsure_network_proposes_less() -> None:
     """c^k >= floor: the more is asked for, the fewer are proposed, and the text stays."""
     proposed = []
-    for floor in (0.0, 0.05, 0.3, 1.0):
+    for floor in (0.0, 0.05, 0.15, 1.0):
         rounds = list(strided(PROPOSERS["itself"], floor=floor).rounds(canvas_of([[1, 2], [3]], 30), rng=generators(7, 2)))
         assert_plain(rounds[-1][0], [[1, 2], [3]], 30, 7, Draw())
         proposed.append(sum(int(tally.proposed_B.sum()) for _, tally in rounds) / len(rounds))
@@ -514,6 +599,27 @@ def test_the_command_writes_the_same_bytes(dlm: Dlm, temperature: str) -> None:
     assert code == 0 and len(base) > 30
     for sampler in ("lookup:4", "draft:shakespeare-ar", "strided:3"):
         assert dlm(*words, "--sampler", sampler)[:2] == (0, base), sampler
+
+
+def test_lossless_takes_the_best_that_there_is(dlm: Dlm, autoregressive_dir: Path, masked_dir: Path, tmp_path: Path) -> None:
+    model = load(str(autoregressive_dir))
+    config = lora.AdapterConfig(rank=2, stride=3, base="x", fingerprint=lora.fingerprint(model.network))
+    lora.attach(model.network, config, model.tokenizer.mask_id)
+    lora.save_adapter(tmp_path / "adapter", model.network, config)
+    words = ("generate", "ROMEO:", "--base", str(autoregressive_dir), "--max-new-tokens", "40")
+    code, base, _ = dlm(*words)
+    assert code == 0
+    for options, chosen in (((), "lookup:4"), (("--adapter", str(tmp_path / "adapter")), "strided:3")):
+        code, out, err = dlm(*words, *options, "--lossless", "--watch", "--save", "run.traj")
+        assert (code, out) == (0, base), err
+        run = Trajectory.load("run.traj")
+        assert f"{chosen}, seed 0: 40 tokens in {run.forwards[-1]} calls, {40 / run.forwards[-1]:.1f} a call" in err
+        assert f"{int(run.accepted_B) / int(run.proposed_B):.0%} of {int(run.proposed_B)} proposals accepted" in err
+        record = json.loads(dlm(*words, *options, "--lossless", "--json")[1])
+        assert record["sampler"] == chosen and record["forwards"] == 40 - record["accepted"]
+        assert dlm("show", "run.traj")[:2] == (0, base)
+    assert "is for autoregressive" in dlm.told("generate", "--model", str(masked_dir), "--lossless")
+    assert "leave --sampler" in dlm.told(*words, "--lossless", "--sampler", "lookup")
 
 
 def test_bad_words_are_told(dlm: Dlm, autoregressive_dir: Path, masked_dir: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dlm.viz.gif import write_gif
 from dlm.viz.palette import COLD, DARK, LIGHT, Look, paint, rgb
-from runs import run
+from runs import proposing, run
 
 SMALL = {"size": 12, "columns": 40}
 COOLING = 8  # pictures of the end at 20 a second
@@ -66,6 +66,18 @@ def test_wide_characters_keep_their_cells(tmp_path: Path) -> None:
     with Image.open(tmp_path / "run.gif") as image:
         image.seek(image.n_frames - 1)
         assert rgb(DARK.mask) not in colours(image)
+
+
+def test_what_becomes_of_proposals_has_a_picture(tmp_path: Path) -> None:
+    """What is proposed, then what of it is refused; where nothing is proposed the two pictures are one."""
+    write_gif([("", proposing())], tmp_path / "run.gif", **SMALL)
+    red = []
+    with Image.open(tmp_path / "run.gif") as image:
+        assert image.n_frames == 9 + COOLING
+        for k in range(image.n_frames):
+            image.seek(k)
+            red.append(rgb(DARK.refused) in colours(image))
+    assert [k for k, struck in enumerate(red) if struck] == [4]  # between calls 2 and 3
 
 
 def test_without_the_extra_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

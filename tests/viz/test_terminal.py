@@ -12,7 +12,7 @@ from rich.console import Console
 from dlm.viz import layout
 from dlm.viz.palette import COLD, level
 from dlm.viz.terminal import LiveView, Panes, replay
-from runs import TEXT, run
+from runs import TEXT, proposing, run
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -130,3 +130,31 @@ def test_several_runs_one_after_another_in_the_scrollback() -> None:
     replay([("one", run()), ("two", run(steps=3))], console, seconds=0.1)
     end = ESCAPES.sub("", output(console)).replace("\r", "").split("one\n")[-1]
     assert end.startswith(TEXT + "\n10 steps") and f"\n\ntwo\n{TEXT}\n3 steps" in end
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_proposals_are_dim_and_what_was_refused_is_struck(no_color: bool) -> None:
+    """In front of what replaced it; after the end there is neither."""
+    shown = {}
+    for until in (2, 3, 4, 5):
+        console = terminal(no_color=no_color)
+        console.print(Panes([("", proposing(until))]))
+        parts = re.findall(r"\x1b\[([0-9;]*)m([^\x1b]*)", output(console))
+        struck = "".join(text for code, text in parts if code.startswith("9"))
+        dim = "".join(text for code, text in parts if code == "2;3")
+        shown[until] = (ESCAPES.sub("", output(console)).splitlines()[0], struck, dim)
+    assert shown == {
+        2: ("O: Hear my↵░░░░", "", "my↵"),
+        3: ("O: Hear my↵e no░░", "y↵", " no"),
+        4: ("O: Hear me now░", "", ""),
+        5: ("O: Hear me now.", "", ""),
+    }
+
+
+def test_the_line_below_tells_tokens_a_call_and_acceptance() -> None:
+    lines = drawn(Panes([("", proposing(3))]), terminal())
+    assert "2.3 tok/call  3 calls  67% accepted  23 tok/s" in lines[-1]
+    console = terminal(width=120)
+    replay([("", proposing())], console, seconds=0.1)
+    end = ESCAPES.sub("", output(console)).replace("\r", "")
+    assert end.endswith("O: Hear me now.\n5 steps, 5 calls, 12 tokens in 0.50 s, 2.4 tok/call, 78% of 9 proposals accepted, 24 tok/s\n")

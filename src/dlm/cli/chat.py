@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dlm.cli.app import Device, Seed, app, err, load
+from dlm.cli.app import Device, Dtype, Seed, app, err, load
 from dlm.errors import InputError
 
 
@@ -20,14 +21,18 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
+    lossless: Annotated[bool, typer.Option("--lossless", help="The same answers in fewer calls, as of dlm generate.")] = False,
+    adapter: Annotated[Path | None, typer.Option(help="What `dlm convert` made for this base, for --lossless.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32 | bfloat16.")] = "float32",
+    dtype: Dtype = "float32",
 ) -> None:
     """Talk to a model, line by line. Ctrl-D or Ctrl-C ends it."""
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens counts from 1, got {max_new_tokens}")
-    lm = load(base, device, dtype)
+    lm = load(base, device, dtype, adapter)
+    options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "sampler": "lossless" if lossless else None}
+    lm.sampler(**options)  # what the model cannot do is told at once
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     lm.chat_prompt([*messages, {"role": "user", "content": ""}])  # a model without template is told at once
     try:
@@ -41,7 +46,7 @@ def chat(
                 err.print(str(error), markup=False, highlight=False)
                 messages.pop()
                 continue
-            messages.append({"role": "assistant", "content": _answer(lm, canvas, seed, temperature=temperature, top_p=top_p)})
+            messages.append({"role": "assistant", "content": _answer(lm, canvas, seed, **options)})
     except KeyboardInterrupt:
         print()
 

@@ -12,14 +12,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dlm.cli.app import Device, Json, Seed, app, err, fail, load, named_models
+from dlm.cli.app import Deterministic, Device, Dtype, Json, Seed, app, err, fail, load, named_models
 from dlm.errors import InputError
 
 SAMPLERS = (
     "masks: ancestral | first-hitting | speculative[:8] | topk | margin | entropy | confidence[:0.9] | factor[:1] | entropy-bound[:0.1] | "
     "klass[:0.6] | remdm-cap[:0.04] | remdm-rescale | remdm-conf | remdm-loop | revoke[:0.6] | planner[:1] | predictor-corrector[:1]; "
     "auto (what `dlm calibrate` found best); replacement noise: ancestral | predictor-corrector | refine | entropy-bound | worst[:2]; "
-    "autoregressive models, the same text in fewer calls: strided[:4] | lookup[:4] | draft:MODEL[,4]."
+    "autoregressive models, the same text in fewer calls: strided[:4] | lookup[:4] | draft:MODEL[,4], or lossless, the best that there is."
 )
 
 
@@ -56,13 +56,18 @@ def generate(
     budget: Annotated[str | None, typer.Option(help="Of --sampler auto: calls:32 | seconds:2 | bits:0.1 (allowed loss).")] = None,
     schedule: Annotated[str | None, typer.Option(help="Which model takes which step: 'L0.5 H0.5' | sandwich:0.25 | auto.")] = None,
     light: Annotated[str | None, typer.Option(help="The smaller model L of a schedule; several: M=NAME,L=NAME.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="What `dlm convert` made for an autoregressive base, for --sampler strided.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="What `dlm convert` made for an autoregressive base, for --lossless.")] = None,
+    lossless: Annotated[
+        bool,
+        typer.Option("--lossless", help="The text of plain decoding in fewer calls: with --adapter, a bundled one, or by looking back."),
+    ] = False,
     seed: Seed = 0,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="See the text settle.")] = False,
     save: Annotated[Path | None, typer.Option(help="Write the run as a .traj file for `dlm show` and `dlm settle`.")] = None,
     as_json: Json = False,
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32 | bfloat16.")] = "float32",
+    dtype: Dtype = "float32",
+    deterministic: Deterministic = False,
 ) -> None:
     """Write text: continue a prompt, fill holes, or lead to a suffix."""
     from dlm.generation import Run
@@ -75,9 +80,12 @@ def generate(
     options |= {"cache": True if cache is None else cache if cache != "none" else False}
     if samples < 1 or (samples > 1 and template is not None):
         raise InputError("--samples counts texts from 1, and a template makes one")
+    if lossless and (sampler is not None or compare is not None):
+        raise InputError("--lossless chooses the sampler: leave --sampler and --compare away")
+    sampler = "lossless" if lossless else sampler
     runs: dict[str, Run] = {}
     for label, name, word in _entries(compare, model, sampler):
-        lm = load(name, device, dtype, adapter)
+        lm = load(name, device, dtype, adapter, deterministic)
         canvas = lm.canvas(prompt if samples == 1 else [prompt] * samples, **layout)
         own = options if lm.is_diffusion or compare is None else {k: options[k] for k in ("temperature", "top_p", "top_k")}
         own = own | {"sampler": word, "budget": budget if compare is None or word == "auto" else None}
@@ -141,6 +149,11 @@ def _report(runs: dict[str, Any], watched: bool, as_json: bool) -> None:
                     f"expects {row.expected_edits:.1f} to have changed in them",
                     highlight=False,
                 )
+            if row.proposed is not None and not (watched and len(rows) == 1):
+                share = f"{row.accepted / row.proposed:.0%} of " if row.proposed else ""
+                rate = f"{row.tokens} tokens in {row.forwards} calls, {row.tokens_per_forward:.1f} a call"
+                facts = f"{label}, {row.sampler}, seed {row.seed}: {rate}; {share}{row.proposed} proposals accepted"
+                err.print(facts, highlight=False, soft_wrap=True)
     if as_json:
         records = [row.record() for rows in results.values() for row in rows]
         print(json.dumps(records[0] if len(records) == 1 else {"runs": records}))

@@ -81,13 +81,17 @@ class AutoregressiveSampler:
                 tokens[:, 0] = self.start
             elif read == 0:
                 tokens = tokens[:, 1:]
-            logits_BV = self.denoiser(tokens, cache=cache)[:, -1].float().clone()
+            last_BQ = torch.zeros_like(tokens, dtype=torch.bool)
+            last_BQ[:, -1] = True  # the head reads no other
+            logits_BV = self.denoiser(tokens, cache=cache, at_BQ=last_BQ)[:, -1].float().clone()
             read = column - begin + 1 if cache is not None else 0
             logits_BV[:, self.mask_id] = -torch.inf
             rows_A = (free_BL[:, column] & ~done_B).nonzero().squeeze(-1)
             if not len(rows_A):  # all that are open here have ended; others begin later
                 continue
-            drawn_A = self.draw(logits_BV[rows_A, None].log_softmax(-1), [rng[b] for b in rows_A.tolist()]).squeeze(1)
+            logits_AV = logits_BV if len(rows_A) == rows else logits_BV[rows_A]
+            logp_AV = logits_AV if self.draw.temperature == 0 else logits_AV.log_softmax(-1)
+            drawn_A = self.draw.raced(logp_AV[:, None], [rng[b] for b in rows_A.tolist()]).squeeze(1)
             text_BL[rows_A, column] = input_BL[rows_A, column + 1] = drawn_A
             open_BL[rows_A, column] = False
             done_B[rows_A] = torch.isin(drawn_A, stop_S)

@@ -56,7 +56,8 @@ SETTING = {
 }
 SETTLING = ("revoke",)  # is done when it neither writes nor takes back
 SPECULATIVE = "speculative"
-STRIDED = ("strided", "lookup", "draft")  # of autoregressive models
+STRIDED = ("strided", "lookup", "draft", "heads")  # of autoregressive models
+LOSSLESS = "lossless"  # the best of these that a model has, which it knows itself
 WORDS = tuple(dict.fromkeys([*UNMASKING, SPECULATIVE, *REPLACING]))
 
 

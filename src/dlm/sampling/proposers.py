@@ -1,4 +1,4 @@
-"""Where the tokens come from that `dlm.sampling.strided` verifies: masks in the same call, the text itself, a smaller network.
+"""Where the tokens come from that `dlm.sampling.strided` verifies: masks in the same call, heads, the text itself, a smaller network.
 
 Shapes: B rows, L columns of the canvas, K proposals, M masks of a group, G groups, Q inputs of one call, V vocabulary.
 """
@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.protocols import Denoiser, Proposals, Round, RowCache
-from dlm.sampling.draw import categorical
+from dlm.sampling.draw import race
 
 LAYOUTS = ("tree", "restart")
 
@@ -58,6 +60,7 @@ class Masks:
     guess and the next call proposes anew; 2N - 1 positions a call. `tree`: a group after every prefix, so that there is always one; N^2.
     """
 
+    reads_states: ClassVar[bool] = False
     layout: str = "tree"
 
     def __post_init__(self) -> None:
@@ -71,7 +74,7 @@ class Masks:
 
     def __call__(self, round: Round) -> Proposals:
         logq_BKV = round.shape(round.guess_BMV)
-        return Proposals(categorical(logq_BKV, round.u_BK), torch.where(round.guessed_B, round.most_B, 0), logq_BKV)
+        return Proposals(race(logq_BKV, round.u_BK), torch.where(round.guessed_B, round.most_B, 0), logq_BKV)
 
     @classmethod
     def cheapest(cls, seconds: Callable[[int], float], stride: int, acceptance: float = 0.8) -> Masks:
@@ -88,6 +91,7 @@ class Lookup:
     it goes on from its beginning, as a text does that repeats itself.
     """
 
+    reads_states: ClassVar[bool] = False
     ngram: int = 3
 
     def __post_init__(self) -> None:
@@ -112,12 +116,51 @@ class Lookup:
 
 
 @dataclass(frozen=True)
+class Fitted:
+    """A network of the same tokens but another number of ids as one with `wanted` of them; the last id of each is its mask.
+
+    An id that it lacks it reads as its own mask, and never proposes: what has no logit is -inf.
+    """
+
+    denoiser: Denoiser
+    own: int
+    wanted: int
+
+    def __call__(self, z_BQ: Tensor, *args: Any, **options: Any) -> Tensor:
+        shared = min(self.own, self.wanted) - 1
+        logits_BQV = self.denoiser(z_BQ.masked_fill(z_BQ >= shared, self.own - 1), *args, **options)
+        return F.pad(logits_BQV[..., :shared], (0, self.wanted - shared), value=-torch.inf)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Guesses of heads on the hidden state that the last token was drawn from: the k-th says which token stands k places after that one,
+    without having seen it. Medusa (Cai et al. 2401.10774), one guess of each head instead of a tree.
+
+    logits(state_BD, K) gives (B, K, V) of the first K heads; count: how many there are.
+    """
+
+    reads_states: ClassVar[bool] = True
+    logits: Callable[[Tensor, int], Tensor]
+    count: int
+
+    groups = staticmethod(no_groups)
+
+    def __call__(self, round: Round) -> Proposals:
+        assert round.state_BD is not None
+        most = min(self.count, round.u_BK.shape[1])
+        logq_BKV = round.shape(self.logits(round.state_BD, most))
+        return Proposals(race(logq_BKV, round.u_BK[:, :most]), round.most_B.clamp(max=most), logq_BKV)
+
+
+@dataclass(frozen=True)
 class DraftModel:
     """A smaller causal network of the same vocabulary, one call a proposal (Leviathan et al. 2211.17192, Chen et al. 2302.01318).
 
     make_cache(rows, positions) gives it a `RowCache`; start: what it reads before a text, None for nothing.
     """
 
+    reads_states: ClassVar[bool] = False
     denoiser: Denoiser
     make_cache: Callable[[int, int], RowCache]
     start: int | None
@@ -146,7 +189,7 @@ class DraftModel:
             logits_BQV = self.denoiser(z_BQ, pos_BQ=index_BQ, own_BQQ=own_BQQ, at_BQ=at_BQ, cache=cache)
             cache.trim(total_B + k)
             logq_B1V = round.shape(logits_BQV[at_BQ][:, None])
-            new_B1 = categorical(logq_B1V, round.u_BK[:, k : k + 1])
+            new_B1 = race(logq_B1V, round.u_BK[:, k : k + 1])
             put(text_BL, known_B + k, new_B1, torch.ones_like(known_B))
             token_BK = torch.cat([token_BK, new_B1], 1)
             logq_BKV = logq_B1V if logq_BKV is None else torch.cat([logq_BKV, logq_B1V], 1)

@@ -43,6 +43,20 @@ class Reader:
         self.seen_BT = torch.full_like(like_BT, -1, dtype=torch.long)
         self.age_B, self.start_B = torch.zeros_like(self.seen_BT[:, 0]), self.seen_BT[:, 0].clone()
 
+    def join(self, other: Reader) -> None:
+        """Take in the rows of another reader of the same kind."""
+        for name in ("seen_BT", "age_B", "start_B"):
+            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
+        if self.cache is not None:
+            self.cache.join(other.cache)
+
+    def keep(self, rows_K: Tensor) -> None:
+        """Go on with these rows alone."""
+        for name in ("seen_BT", "age_B", "start_B"):
+            setattr(self, name, getattr(self, name)[rows_K])
+        if self.cache is not None:
+            self.cache.keep(rows_K)
+
     def __call__(
         self,
         rows_A: Tensor,

@@ -23,6 +23,16 @@ class Stopping:
         self.still_B, self.saved_B = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(2))
         self.doubt_B = torch.zeros(rows, dtype=torch.float64, device=device)
 
+    def join(self, other: Stopping) -> None:
+        """Take in the rows of another."""
+        for name in ("still_B", "saved_B", "doubt_B"):
+            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
+
+    def keep(self, rows_K: Tensor) -> None:
+        """Go on with these rows alone."""
+        for name in ("still_B", "saved_B", "doubt_B"):
+            setattr(self, name, getattr(self, name)[rows_K])
+
     def begin(self, rows_A: Tensor) -> None:
         """These rows begin a block."""
         self.still_B[rows_A] = 0

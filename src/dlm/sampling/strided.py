@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,13 @@ from dlm.errors import InputError
 from dlm.protocols import RNG, Denoiser, Proposals, Proposer, Round, RowCache
 from dlm.sampling import windows
 from dlm.sampling.autoregressive import check_continues, start_token
-from dlm.sampling.draw import Draw, categorical, pick, uniform
+from dlm.sampling.draw import Draw, categorical, pick, race, uniform
 from dlm.sampling.proposers import Masks, causal, inputs, put
+from dlm.sampling.running import Law, stacked
 from dlm.trajectory import Canvas, Frame
 
 COUPLINGS = ("stream", "ratio")
+ROWS = ("free_BL", "text_BL", "end_B", "known_B", "begin_B", "done_B")  # what there is of each row
 
 
 def agree(logp_BKV: Tensor, proposals: Proposals, u_BK: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +34,7 @@ def agree(logp_BKV: Tensor, proposals: Proposals, u_BK: Tensor) -> tuple[Tensor,
 
     A proposal holds where it is that token. logp_BKV: the target's law at K proposals and after the last; u_BK: K + 1 uniforms.
     """
-    token_BK = categorical(logp_BKV, u_BK)
+    token_BK = race(logp_BKV, u_BK)
     taken_B = _leading(token_BK[:, :-1] == proposals.token_BK, proposals.count_B)
     return taken_B, token_BK.gather(1, taken_B[:, None]).squeeze(1)
 
@@ -104,65 +106,28 @@ class StridedSampler:
             raise InputError(f"unknown coupling {self.coupling!r}; known: {', '.join(COUPLINGS)}")
 
     def steps(self, canvas: Canvas, *, rng: RNG) -> Iterator[Frame]:
-        """A frame after every call: the committed text. InputError for text after a hole."""
+        """A frame after every call: the committed text, and what is proposed to follow it. InputError for text after a hole."""
         for frame, _ in self.rounds(canvas, rng=rng):
             yield frame
 
-    @torch.no_grad()
     def rounds(self, canvas: Canvas, *, rng: RNG) -> Iterator[tuple[Frame, Tally]]:
         """The frames of `steps`, each with what its call did."""
-        run, free_BL = self._begin(canvas), canvas.free_BT
-        text_BL, first_B = run.text_BL, run.known_B
-        column_L = torch.arange(text_BL.shape[1], device=text_BL.device)
-        stop_S = torch.tensor(sorted(self.stop), dtype=torch.long, device=text_BL.device)
-        most = int(free_BL.sum(-1).max()) + 2 * self.stride
-        numbers = _Stream(rng, first_B, most) if self.coupling == "stream" else _Fresh(rng, self.stride)
-        forwards = 0
-        while bool((live_B := (run.known_B < run.end_B) & ~run.done_B).any()):
-            proposals, held_B = run.proposals, run.cache.length_B
-            logits_BKV, guess_BEV, after_BG, positions = self._read(run, live_B)
-            forwards += 1
-            taken_B, token_B = numbers.verify(self._shape(logits_BKV), proposals, run.known_B)
-            # commit the proposals that hold and the token after them, up to one that ends the text
-            new_BK = F.pad(proposals.token_BK, (0, 1)).scatter(1, taken_B[:, None], token_B[:, None])
-            ends_BK = torch.isin(new_BK, stop_S) & (torch.arange(new_BK.shape[1], device=text_BL.device) <= taken_B[:, None])
-            ended_B = ends_BK.any(-1) & live_B
-            committed_B = torch.where(live_B, torch.where(ended_B, ends_BK.int().argmax(-1), taken_B) + 1, 0)
-            put(text_BL, run.known_B, new_BK, committed_B)
-            run.known_B, run.done_B = run.known_B + committed_B, run.done_B | ended_B
-            # keep what is committed, but for the last token, which the next call reads; a row that enters a window reads it all
-            begin_B, run.begin_B = run.begin_B, self._window(run.known_B)
-            kept_B = (self._inputs(run) - 1).masked_fill(run.begin_B != begin_B, 0)
-            run.cache.trim(torch.where(live_B, kept_B, held_B))
-            open_BL = free_BL & (column_L >= run.known_B[:, None])
-            frame = Frame(text_BL.clone(), ~open_BL, open_BL.double().sum(-1) / open_BL.shape[1], self.model, forwards)
-            yield frame, Tally(proposals.count_B * live_B, taken_B * live_B, committed_B, positions)
-            if self.stride > 1:
-                u_BK = numbers.fresh(run.known_B, self.stride - 1)
-                run.proposals = self._propose(run, logits_BKV, guess_BEV, after_BG == taken_B[:, None], taken_B, u_BK)
+        run = self.begin(canvas, rng=rng)
+        while bool(run.live_B.any()):
+            frame = run.step()
+            assert run.tally is not None
+            yield frame, run.tally
 
-    def _begin(self, canvas: Canvas) -> _Run:
+    def begin(self, canvas: Canvas, *, rng: RNG) -> StridedRun:
+        """A run on this canvas before its first call. rng: one a row. InputError for text after a hole."""
         check_continues(canvas, self.start)
-        free_BL, valid_BL = canvas.free_BT, canvas.valid_BT
-        (rows, length), end_B = free_BL.shape, valid_BL.sum(-1)
-        known_B = end_B - free_BL.sum(-1)
-        capacity = min(self.window, length) + (self.context if length > self.window else 0) + (self.stride + 1) ** 2
-        return _Run(
-            text_BL=torch.where(free_BL, self.mask_id, canvas.tokens_BT),
-            known_B=known_B,
-            end_B=end_B,
-            begin_B=self._window(known_B),
-            done_B=torch.zeros_like(free_BL[:, 0]),
-            cache=self.make_cache(rows, capacity),
-            capacity=capacity,
-            proposals=Proposals(canvas.tokens_BT[:, :0], torch.zeros_like(known_B)),
-        )
+        return StridedRun(self, canvas, rng)
 
     def _window(self, known_B: Tensor) -> Tensor:
         """Where the window begins in which the next token lies, as in `AutoregressiveSampler`."""
         return (known_B - self.context).clamp(min=0) // (self.window - self.context) * (self.window - self.context)
 
-    def _inputs(self, run: _Run) -> Tensor:
+    def _inputs(self, run: StridedRun) -> Tensor:
         """How many inputs of its window each row knows."""
         return run.known_B - run.begin_B + (self.start is not None)
 
@@ -170,10 +135,11 @@ class StridedSampler:
         """What tokens are drawn from, of the target and of what proposes: log-probabilities with temperature and truncation."""
         logits_BKV = logits_BKV.float().clone()
         logits_BKV[..., self.mask_id] = -torch.inf
-        return self.draw.shape(logits_BKV.log_softmax(-1))
+        return self.draw.shape(logits_BKV if self.draw.temperature == 0 else logits_BKV.log_softmax(-1))
 
-    def _read(self, run: _Run, live_B: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-        """One call: (logits at the last token and the proposals, logits of the masks, after how many proposals each group is, positions).
+    def _read(self, run: StridedRun, live_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
+        """One call: (logits at the last token and the proposals, logits of the masks, after how many proposals each group is, hidden
+        states of the first, positions).
 
         The inputs that a row has not read, its proposals among them, lie in front, so that what is committed is a prefix.
         """
@@ -199,12 +165,23 @@ class StridedSampler:
         first_B = (new_B - 1).clamp(min=0)
         at_BW = (w_W >= first_B[:, None]) & (w_W < (new_B + count_B)[:, None])
         at_BQ = torch.cat([at_BW, live_B[:, None].expand_as(after_BE)], 1)
-        logits_BQV = self.denoiser(z_BQ, pos_BQ=pos_BQ, own_BQQ=own_BQQ, at_BQ=at_BQ, cache=run.cache)
+        states: list[Tensor] = []
+        more: dict[str, Any] = {"states": states} if self.proposer.reads_states else {}
+        logits_BQV = self.denoiser(z_BQ, pos_BQ=pos_BQ, own_BQQ=own_BQQ, at_BQ=at_BQ, cache=run.cache, **more)
         at_BK = first_B[:, None] + torch.arange(run.proposals.token_BK.shape[1] + 1, device=device)
-        logits_BKV = logits_BQV[torch.arange(rows, device=device)[:, None], at_BK.clamp(max=z_BQ.shape[1] - 1)]
-        return logits_BKV, logits_BQV[:, width:], after_BG, z_BQ.shape[1]
+        at = torch.arange(rows, device=device)[:, None], at_BK.clamp(max=z_BQ.shape[1] - 1)
+        return logits_BQV[at], logits_BQV[:, width:], after_BG, states[0][at] if states else None, z_BQ.shape[1]
 
-    def _propose(self, run: _Run, logits_BKV: Tensor, guess_BEV: Tensor, hit_BG: Tensor, taken_B: Tensor, u_BK: Tensor) -> Proposals:
+    def _propose(
+        self,
+        run: StridedRun,
+        logits_BKV: Tensor,
+        guess_BEV: Tensor,
+        hit_BG: Tensor,
+        taken_B: Tensor,
+        u_BK: Tensor,
+        state_BKD: Tensor | None,
+    ) -> Proposals:
         """For the next call, no more than fit into its row and window and than the network's confidence is worth."""
         rows_B, masks_M = torch.arange(len(taken_B), device=taken_B.device), torch.arange(self.stride - 1, device=taken_B.device)
         if hit_BG.shape[1]:
@@ -214,27 +191,122 @@ class StridedSampler:
             confidence_B = logits_BKV[rows_B, taken_B].float().softmax(-1).amax(-1)
             most_B = torch.minimum(most_B, (confidence_B[:, None] ** (masks_M + 1) >= self.floor).sum(-1))
         most_B = most_B.clamp(0, self.stride - 1).masked_fill(run.done_B, 0)
-        proposals = self.proposer(
-            Round(run.text_BL, run.begin_B, run.known_B, most_B, u_BK, guess_BEV, hit_BG.any(-1), self._shape, run.capacity, run.memory)
-        )
+        state_BD = None if state_BKD is None else state_BKD[rows_B, taken_B]
+        known = run.text_BL, run.begin_B, run.known_B, most_B, u_BK
+        proposals = self.proposer(Round(*known, guess_BEV, hit_BG.any(-1), self._shape, run.capacity, run.memory, state_BD))
         most = int(proposals.count_B.max())
         logq_BKV = proposals.logq_BKV
         return Proposals(proposals.token_BK[:, :most], proposals.count_B, None if logq_BKV is None else logq_BKV[:, :most])
 
 
-@dataclass
-class _Run:
-    """The state of one run."""
+class StridedRun:
+    """The state of one run (`dlm.sampling.running`): all of it by rows, those that are done keep their place until they leave."""
 
-    text_BL: Tensor
-    known_B: Tensor
-    end_B: Tensor
-    begin_B: Tensor
-    done_B: Tensor
-    cache: RowCache
-    capacity: int
-    proposals: Proposals
-    memory: dict[str, Any] = field(default_factory=dict)
+    reads_first: ClassVar[bool] = True
+
+    def __init__(self, sampler: StridedSampler, canvas: Canvas, rng: RNG) -> None:
+        (rows, length), stride, window = canvas.free_BT.shape, sampler.stride, sampler.window
+        self.sampler, self.free_BL = sampler, canvas.free_BT
+        self.text_BL = torch.where(self.free_BL, sampler.mask_id, canvas.tokens_BT)
+        self.end_B = canvas.valid_BT.sum(-1)
+        self.known_B = self.end_B - self.free_BL.sum(-1)
+        self.begin_B = sampler._window(self.known_B)
+        self.done_B = torch.zeros_like(self.free_BL[:, 0])
+        self.capacity = min(window, length) + (sampler.context if length > window else 0) + (stride + 1) ** 2
+        self.cache = sampler.make_cache(rows, self.capacity)
+        self.proposals = Proposals(canvas.tokens_BT[:, :0], torch.zeros_like(self.known_B))
+        self.memory: dict[str, Any] = {}
+        most = int(self.free_BL.sum(-1).max()) + 2 * stride
+        stream = sampler.coupling == "stream"
+        self.numbers: Any = _Stream(rng, self.known_B, most) if stream else _Fresh(rng, stride)
+        self.forwards = 0
+        self.law: Law | None = None
+        self.tally: Tally | None = None
+
+    @property
+    def live_B(self) -> Tensor:
+        return (self.known_B < self.end_B) & ~self.done_B
+
+    def frame(self) -> Frame:
+        """The committed text, and what is proposed to follow it."""
+        text_BL = self.text_BL
+        open_BL = self.free_BL & (torch.arange(text_BL.shape[1], device=text_BL.device) >= self.known_B[:, None])
+        proposed_BL = torch.full_like(text_BL, -1)
+        put(proposed_BL, self.known_B, self.proposals.token_BK, self.proposals.count_B)
+        t_B = open_BL.double().sum(-1) / open_BL.shape[1]
+        return Frame(text_BL.clone(), ~open_BL, t_B, self.sampler.model, self.forwards, proposed_BT=proposed_BL)
+
+    @torch.no_grad()
+    def step(self) -> Frame:
+        """One network call for the rows that have something to do; `tally` says what it did."""
+        sampler, live_B, known_B = self.sampler, self.live_B, self.known_B
+        proposals, held_B = self.proposals, self.cache.length_B
+        logits_BKV, guess_BEV, after_BG, state_BKD, positions = sampler._read(self, live_B)
+        self.forwards += 1
+        taken_B, token_B = self.numbers.verify(sampler._shape(logits_BKV), proposals, known_B)
+        # commit the proposals that hold and the token after them, up to one that ends the text
+        new_BK = F.pad(proposals.token_BK, (0, 1)).scatter(1, taken_B[:, None], token_B[:, None])
+        stop_S = torch.tensor(sorted(sampler.stop), dtype=torch.long, device=new_BK.device)
+        ends_BK = torch.isin(new_BK, stop_S) & (torch.arange(new_BK.shape[1], device=new_BK.device) <= taken_B[:, None])
+        ended_B = ends_BK.any(-1) & live_B
+        committed_B = torch.where(live_B, torch.where(ended_B, ends_BK.int().argmax(-1), taken_B) + 1, 0)
+        put(self.text_BL, known_B, new_BK, committed_B)
+        self.known_B, self.done_B = known_B + committed_B, self.done_B | ended_B
+        # keep what is committed, but for the last token, which the next call reads; a row that enters a window reads it all
+        begin_B, self.begin_B = self.begin_B, sampler._window(self.known_B)
+        kept_B = (sampler._inputs(self) - 1).masked_fill(self.begin_B != begin_B, 0)
+        self.cache.trim(torch.where(live_B, kept_B, held_B))
+        self.tally = Tally(proposals.count_B * live_B, taken_B * live_B, committed_B, positions)
+        self.law = Law(live_B.nonzero().squeeze(-1), known_B[live_B], logits_BKV[live_B])
+        if sampler.stride > 1:
+            u_BK = self.numbers.fresh(self.known_B, sampler.stride - 1)
+            self.proposals = sampler._propose(self, logits_BKV, guess_BEV, after_BG == taken_B[:, None], taken_B, u_BK, state_BKD)
+        return self.frame()
+
+    def join(self, other: StridedRun) -> None:
+        """Take in the rows of another run of the same sampler; the other is used up. ValueError unless both or neither began."""
+        if self.memory.keys() != other.memory.keys():
+            raise ValueError("what proposes knows the rows of one run alone: let them take their first step by themselves")
+        for name in ROWS:
+            setattr(self, name, stacked(getattr(self, name), getattr(other, name), self.sampler.mask_id if name == "text_BL" else 0))
+        self.cache.join(other.cache)
+        for name, value in self.memory.items():
+            if isinstance(value, Tensor):
+                self.memory[name] = torch.cat([value, other.memory[name]])
+            else:  # the cache of a draft model
+                value.join(other.memory[name])
+        ours, theirs = self.proposals, other.proposals
+        logq_BKV = None
+        if ours.logq_BKV is not None or theirs.logq_BKV is not None:
+            logq_BKV = stacked(self._logq(ours, theirs), self._logq(theirs, ours))
+        self.proposals = Proposals(stacked(ours.token_BK, theirs.token_BK), stacked(ours.count_B, theirs.count_B), logq_BKV)
+        self.numbers.join(other.numbers)
+        self.capacity, self.law, self.tally = max(self.capacity, other.capacity), None, None
+
+    def keep(self, rows_K: Tensor) -> None:
+        """Go on with these rows alone, in this order."""
+        for name in ROWS:
+            setattr(self, name, getattr(self, name)[rows_K])
+        self.cache.keep(rows_K)
+        for name, value in self.memory.items():
+            if isinstance(value, Tensor):
+                self.memory[name] = value[rows_K]
+            else:
+                value.keep(rows_K)
+        count_B, logq_BKV = self.proposals.count_B[rows_K], self.proposals.logq_BKV
+        most = int(count_B.max()) if len(count_B) else 0
+        token_BK = self.proposals.token_BK[rows_K, :most]
+        self.proposals = Proposals(token_BK, count_B, None if logq_BKV is None else logq_BKV[rows_K, :most])
+        self.numbers.keep(rows_K)
+        self.law = self.tally = None
+
+    @staticmethod
+    def _logq(mine: Proposals, other: Proposals) -> Tensor:
+        """Of proposals that were not drawn, in a batch with some that were: log q = 0 at the token."""
+        if mine.logq_BKV is not None:
+            return mine.logq_BKV
+        assert other.logq_BKV is not None
+        return F.one_hot(mine.token_BK, other.logq_BKV.shape[-1]).to(other.logq_BKV).log()
 
 
 class _Stream:
@@ -242,6 +314,12 @@ class _Stream:
 
     def __init__(self, rng: RNG, first_B: Tensor, count: int) -> None:
         self.first_B, self.u_BN = first_B, uniform(rng, count).to(first_B.device)
+
+    def join(self, other: _Stream) -> None:
+        self.first_B, self.u_BN = stacked(self.first_B, other.first_B), stacked(self.u_BN, other.u_BN)
+
+    def keep(self, rows_K: Tensor) -> None:
+        self.first_B, self.u_BN = self.first_B[rows_K], self.u_BN[rows_K]
 
     def fresh(self, known_B: Tensor, count: int) -> Tensor:
         """Numbers (B, count) of the tokens after the known ones."""
@@ -255,7 +333,13 @@ class _Fresh:
     """New numbers every time, as many for a row alone as in a batch."""
 
     def __init__(self, rng: RNG, stride: int) -> None:
-        self.rng, self.stride = rng, stride
+        self.rng, self.stride = list(rng), stride
+
+    def join(self, other: _Fresh) -> None:
+        self.rng += other.rng
+
+    def keep(self, rows_K: Tensor) -> None:
+        self.rng = [self.rng[b] for b in rows_K.tolist()]
 
     def fresh(self, known_B: Tensor, count: int) -> Tensor:
         return uniform(self.rng, count).to(known_B.device)

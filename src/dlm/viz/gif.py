@@ -14,10 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dlm.trajectory import Trajectory
+from dlm.trajectory import Places, Trajectory
 from dlm.viz import layout
 from dlm.viz.layout import Pane
-from dlm.viz.palette import COLD, DARK, LEVEL_SECONDS, RGB, Look, Theme, paint, rgb
+from dlm.viz.palette import COLD, DARK, LEVEL_SECONDS, PROPOSED, REFUSED, RGB, Look, Theme, paint, rgb
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,9 +44,9 @@ def write_gif(
 ) -> None:
     """Write a looping GIF, to a temporary name first.
 
-    One picture for each step, plus the cooling at the end, `max_frames` in all: longer runs skip steps. One pane goes step
-    by step, several share the clock. columns, rows: cells of a pane at most (it scrolls if the text is longer); hold: seconds
-    the end stands still; size: font size in pixels. ModuleNotFoundError without the viz extra.
+    One picture for each step, one of what becomes of its proposals where a run has them, plus the cooling at the end, `max_frames` in
+    all: longer runs skip steps. One pane goes step by step, several share the clock. columns, rows: cells of a pane at most (it scrolls
+    if the text is longer); hold: seconds the end stands still; size: font size in pixels. ModuleNotFoundError without the viz extra.
     """
     if find_spec("PIL") is None or find_spec("matplotlib") is None:
         raise ModuleNotFoundError("a GIF needs the viz extra: pip install 'dlm[viz]'")
@@ -55,7 +55,7 @@ def write_gif(
     if not panes or min(fps, columns, rows, size) < 1:
         raise ValueError("a GIF needs a pane, and fps, columns, rows and size of at least 1")
     cooling = math.ceil(COLD * LEVEL_SECONDS * fps)
-    shown = max(2, min(max(len(run) for _, run in panes), max_frames - cooling))
+    shown = max(2, min(max(2 * len(run) - 1 if run.proposes else len(run) for _, run in panes), max_frames - cooling))
     delay = max(1 / fps, min(SLOWEST, SHORTEST / shown))
     durations = [max(delay, 0.4)] + [delay] * (shown - 1) + [1 / fps] * (cooling - 1) + [1 / fps + hold]
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -135,6 +135,9 @@ class _Stamps:
             ImageDraw.Draw(glyph).text((0, self.baseline), char, fill=255, font=font, anchor="ls")
             touched = glyph.point([int(c > 255 / SOFT / 2) * 255 for c in range(256)])
             image.paste(glyph.point(self.ramp(ground, ink)), mask=touched)
+        if look.kind == "refused":
+            middle, thick = round(0.52 * self.height), max(2, self.height // 15)
+            image.paste(self.index(ink), (0, middle, box[0], middle + thick))
         return image
 
     def caption(self, text: str, width: int, color: str) -> Image.Image:
@@ -196,24 +199,36 @@ class _Stage:
                     run.append(next(frames[i]), seconds=now)
                 # times are of the picture here: a pane that ends early cools while the others go on
                 over = now - run.seconds[-1] if len(run) == len(times[i]) else 0.0
-                self._pane(canvas, i, run, over + after)
+                k = len(run)
+                judged = k < len(times[i]) and 2 * now >= times[i][k - 1] + times[i][k] - 1e-6
+                self._pane(canvas, i, run, over + after, self.panes[i][1].refused(k) if judged else None)
             image = canvas.copy()
             image.putpalette(self.stamps.palette())
             yield image
 
     def _reserve(self) -> None:
         """Put every colour into the palette before the first picture is written."""
-        looks = [Look("mask"), Look("given"), Look("text"), Look("text", draft=True), *(Look("text", k) for k in range(COLD))]
+        looks = [
+            Look("mask"),
+            Look("given"),
+            PROPOSED,
+            REFUSED,
+            Look("text"),
+            Look("text", draft=True),
+            *(Look("text", k) for k in range(COLD)),
+        ]
         for look in looks:
             self.stamps.cell(("M", 1, look))
         self.stamps.caption("", 1, self.stamps.theme.quiet)
         self.stamps.index(rgb(self.stamps.theme.accent))
         self.stamps.index(rgb(self.stamps.theme.line))
 
-    def _pane(self, canvas: Image.Image, i: int, run: Trajectory, after: float) -> None:
+    def _pane(self, canvas: Image.Image, i: int, run: Trajectory, after: float, refused: Places | None) -> None:
+        """refused: which of the proposals that stand do not hold, None while they are not verified."""
         width, height = self.stamps.width, self.stamps.height
         left = self.lefts[i]
-        cells = self._cells(i, run, after)
+        looks = layout.looks(run, self.row, after=after)
+        cells = self._cells(i, run, looks if refused is None else layout.judged(run, self.row, looks, refused))
         for (x, y), (_, span, _) in self.drawn[i].items():
             if (x, y) not in cells or cells[x, y][1] != span:
                 corner = (left + x * width, self.top + y * height)
@@ -229,12 +244,14 @@ class _Stage:
         for start, end, color in ((0, full, self.stamps.theme.accent), (full, room, self.stamps.theme.line)):
             canvas.paste(self.stamps.index(rgb(color)), (left + start, self.foot, left + end, self.foot + thick))
         facts = f"step {numbers.steps}/{len(whole) - 1}   {numbers.forwards} calls"
+        if numbers.proposed is not None:  # a step is a call
+            facts = f"call {numbers.forwards}/{whole.forwards[-1]}   {numbers.per_call:.1f} tok/call   {numbers.acceptance:.0%} accepted"
         facts += f"   {whole.seconds[numbers.steps]:.1f} s" if len(self.panes) > 1 and whole.seconds[-1] else ""
         canvas.paste(self.stamps.caption(facts, room, self.stamps.theme.quiet), (left, self.foot + height // 3))
 
-    def _cells(self, i: int, run: Trajectory, after: float) -> dict[tuple[int, int], Cell]:
+    def _cells(self, i: int, run: Trajectory, looks: Sequence[Look]) -> dict[tuple[int, int], Cell]:
         """What stands at each (column, line) of the pane. The end is known, so characters stand at their final places."""
-        lines, looks = self.lines[i], layout.looks(run, self.row, after=after)
+        lines = self.lines[i]
         warm = [y for y, line in enumerate(lines) for g in line if looks[g.position].level < COLD]
         top = self.tops[i] = layout.follow(self.tops[i], warm, self.rows, len(lines))
         pieces = layout.pieces(run, self.row)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dlm.files import write_text
-from dlm.trajectory import Trajectory
+from dlm.trajectory import Places, Trajectory
 from dlm.viz import palette
-from dlm.viz.layout import Pane
+from dlm.viz.layout import Pane, at_row
 
 
 def write_html(panes: Sequence[Pane], path: str | Path, *, row: int = 0) -> None:
@@ -33,7 +33,8 @@ def _record(label: str, run: Trajectory, row: int) -> dict[str, Any]:
 
     pieces: what tokens show, `mask` the index of the one that is noise, -1 for none; start: an index into pieces for each
     position; free: 1 where the sampler writes; settled: the frame of the promise, -1 for none; events: for each frame after the
-    first, position and piece by turns; forwards and seconds: for each frame.
+    first, position and piece by turns; proposals: in the same way for each frame what stands proposed, empty where a run proposes
+    nothing; forwards and seconds: for each frame.
     """
     positions = run.valid_BT[row].nonzero().squeeze(-1).tolist()
     place = {position: i for i, position in enumerate(positions)}
@@ -41,13 +42,13 @@ def _record(label: str, run: Trajectory, row: int) -> dict[str, Any]:
     index: dict[int, int] = {}
     for token in tokens:
         index.setdefault(token, len(index))
-    events = []
-    for k in range(1, len(run)):
-        event = []
-        for b, position, token in zip(*(column.tolist() for column in run.changes(k)), strict=True):
-            if b == row and position in place:
-                event += [place[position], index.setdefault(token, len(index))]
-        events.append(event)
+
+    def flat(places: Places) -> list[int]:
+        mine = [(place[at], token) for at, token in at_row(places, row).items() if at in place]
+        return [number for at, token in mine for number in (at, index.setdefault(token, len(index)))]
+
+    events = [flat(run.changes(k)) for k in range(1, len(run))]
+    proposals = [flat(run.proposals(k)) for k in range(len(run))] if run.proposes else []
     return {
         "label": label,
         "pieces": [run.piece(token) for token in index],
@@ -56,6 +57,7 @@ def _record(label: str, run: Trajectory, row: int) -> dict[str, Any]:
         "free": [int(run.free_BT[row, position]) for position in positions],
         "settled": run.settled_BT[row][run.valid_BT[row]].tolist(),
         "events": events,
+        "proposals": proposals,
         "forwards": run.forwards,
         "seconds": [round(s, 4) for s in run.seconds],
     }

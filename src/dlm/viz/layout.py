@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
+import torch
 from rich.cells import get_character_cell_size
 
-from dlm.trajectory import Canvas, Trajectory
-from dlm.viz.palette import COLD, GIVEN, MASK, Look, level
+from dlm.trajectory import Canvas, Places, Trajectory
+from dlm.viz.palette import COLD, GIVEN, MASK, PROPOSED, REFUSED, Look, level
 
 TEXT = [[Look("text", heat, draft) for draft in (False, True)] for heat in range(COLD + 1)]
 
@@ -29,7 +30,8 @@ class Glyph(NamedTuple):
 
 class Figures(NamedTuple):
     """What a run has done so far in one row. settled and free count positions that the sampler writes; under_way those of the window
-    that a revising sampler is at, of which it has taken the share `done` of its time; model: of a schedule, whose turn it was."""
+    that a revising sampler is at, of which it has taken the share `done` of its time; model: of a schedule, whose turn it was.
+    accepted of `proposed` tokens held, where a sampler proposes; else proposed is None."""
 
     settled: int
     free: int
@@ -39,6 +41,8 @@ class Figures(NamedTuple):
     under_way: int = 0
     done: float = 0.0
     model: str = ""
+    accepted: int = 0
+    proposed: int | None = None
 
     @property
     def share(self) -> float:
@@ -52,6 +56,11 @@ class Figures(NamedTuple):
     def per_call(self) -> float:
         return self.settled / self.forwards if self.forwards else 0.0
 
+    @property
+    def acceptance(self) -> float:
+        """The share of proposals that held; 0 where there was none."""
+        return self.accepted / self.proposed if self.proposed else 0.0
+
 
 def figures(run: Trajectory, row: int) -> Figures:
     """Counted at the last frame."""
@@ -60,14 +69,17 @@ def figures(run: Trajectory, row: int) -> Figures:
     free = int(free_T.sum())
     under_way = min(free - settled, run.meta.get("window", free)) if run.meta.get("revises") else 0
     model = run.models[-1] if run.meta.get("schedule") else ""
-    return Figures(settled, free, len(run) - 1, run.forwards[-1], run.seconds[-1], under_way, 1 - run.t_SB[-1][row], model)
+    verified = (int(run.accepted_B[row]), int(run.proposed_B[row])) if run.proposes else (0, None)
+    return Figures(settled, free, len(run) - 1, run.forwards[-1], run.seconds[-1], under_way, 1 - run.t_SB[-1][row], model, *verified)
 
 
 def pieces(run: Trajectory, row: int, mask: str = "█") -> list[str]:
     """What each position of a row shows at the last frame; padding is left out. A line breaks only where that is settled: text that
-    is still being revised would jump about."""
+    is still being revised would jump about. A token that is proposed stands in place of its mask."""
     valid_T = run.valid_BT[row]
-    shown = zip(run.current_BT[row][valid_T].tolist(), run.settled_BT[row][valid_T].tolist(), strict=True)
+    token_T, proposed = run.current_BT[row].clone(), at_row(run.proposals(len(run) - 1), row)
+    token_T[list(proposed)] = torch.tensor(list(proposed.values()), dtype=torch.long)
+    shown = zip(token_T[valid_T].tolist(), run.settled_BT[row][valid_T].tolist(), strict=True)
     return [piece if settled >= 0 else piece.replace("\n", "↵") for piece, settled in ((run.piece(t, mask), k) for t, k in shown)]
 
 
@@ -83,15 +95,18 @@ def looks(run: Trajectory, row: int, *, pace: float = 1.0, after: float = 0.0) -
         heat[k] = level(math.inf if after else last - k, (now - run.seconds[k]) * pace + after)
         if heat[k] == COLD:
             break
-    result = []
-    for token, changed, settled, free in zip(
+    result, proposed = [], at_row(run.proposals(last), row)
+    for position, token, changed, settled, free in zip(
+        range(int(valid_T.sum())),  # padding lies on the right
         run.current_BT[row][valid_T].tolist(),
         run.changed_BT[row][valid_T].tolist(),
         run.settled_BT[row][valid_T].tolist(),
         run.free_BT[row][valid_T].tolist(),
         strict=True,
     ):
-        if token == run.mask_id:
+        if position in proposed:
+            result.append(PROPOSED)
+        elif token == run.mask_id:
             result.append(MASK)
         elif not free:
             result.append(GIVEN)
@@ -100,6 +115,29 @@ def looks(run: Trajectory, row: int, *, pace: float = 1.0, after: float = 0.0) -
         else:
             result.append(TEXT[COLD][settled < 0])
     return result
+
+
+def with_refused(run: Trajectory, row: int, shown: Sequence[str], looks: Sequence[Look]) -> tuple[list[str], list[Look]]:
+    """The same pieces and looks with what the last frame refused struck out in front of the token that replaced it."""
+    refused = at_row(run.refused(len(run) - 1), row)
+    if not refused:
+        return list(shown), list(looks)
+    at = min(refused)
+    struck = [run.piece(token).replace("\n", "↵") for token in refused.values()]
+    return [*shown[:at], *struck, *shown[at:]], [*looks[:at], *[REFUSED] * len(struck), *looks[at:]]
+
+
+def judged(run: Trajectory, row: int, looks: Sequence[Look], refused: Places) -> list[Look]:
+    """The same looks with the proposals of the last frame as the next call finds them: refused or just accepted."""
+    wrong = at_row(refused, row)
+    return [look if look != PROPOSED else REFUSED if i in wrong else TEXT[0][False] for i, look in enumerate(looks)]
+
+
+def at_row(places: Places, row: int) -> dict[int, int]:
+    """Tokens by position."""
+    rows, positions, tokens = places
+    mine = rows == row
+    return dict(zip(positions[mine].tolist(), tokens[mine].tolist(), strict=True))
 
 
 def visible(char: str) -> str:

@@ -53,6 +53,7 @@ class Panes:
         numbers = layout.figures(run, self.row)
         shown = layout.pieces(run, self.row, _mask(ascii_only))
         looks = layout.looks(run, self.row, pace=self.pace, after=1.0 if numbers.settled == numbers.free else 0.0)
+        shown, looks = layout.with_refused(run, self.row, shown, looks)
         lines = layout.wrap(shown, width)
         room = max(1, height - len(head) - (2 if width < TWO_LINES else 1))
         warm = [y for y, line in enumerate(lines) for g in line if looks[g.position].level < COLD]
@@ -124,7 +125,10 @@ class LiveView:
         name = f"{label}: " if label and len(self.view.panes) == 1 else ""
         facts = f"{name}{'stopped after ' if stopped else ''}{numbers.steps} steps, {numbers.forwards} calls"
         facts += f", {numbers.settled} tokens in {numbers.seconds:.2f} s"
-        for fact in (f", {numbers.per_second:.0f} tok/s", f", {numbers.per_call:.1f} tok/call"):
+        rates = [f", {numbers.per_second:.0f} tok/s", f", {numbers.per_call:.1f} tok/call"]
+        if numbers.proposed is not None:
+            rates = [rates[1], f", {numbers.acceptance:.0%} of {numbers.proposed} proposals accepted", rates[0]]
+        for fact in rates:
             facts += fact if len(facts + fact) <= self.console.width else ""
         segments.append(Segment(f"{facts}\n", QUIET))
         # soft_wrap leaves the wrapping to the terminal, so that a long line is copied as one line
@@ -175,7 +179,11 @@ def _progress(numbers: layout.Figures, width: int, total: int | None, ascii_only
         lines.append([])
     rates = (f"{numbers.per_second:.0f} tok/s", f"{numbers.per_call:.1f} tok/call") if numbers.settled or not numbers.under_way else ()
     turn = (f"model {numbers.model}",) if numbers.model else ()
-    for fact in (*turn, f"{numbers.forwards} calls", *rates, where):  # text that is still revised has no rate yet
+    facts = (*turn, f"{numbers.forwards} calls", *rates)  # text that is still revised has no rate yet
+    if numbers.proposed is not None:
+        facts = (*turn, *rates[1:], f"{numbers.forwards} calls", f"{numbers.acceptance:.0%} accepted", where, *rates[:1])
+        where = ""
+    for fact in (*facts, where):
         gap = "  " if lines[-1] else ""
         if fact and Segment.get_line_length(lines[-1]) + len(gap + fact) <= width:
             lines[-1].append(Segment(gap + fact, QUIET))

@@ -1,0 +1,68 @@
+"""A run whose rows join and leave between steps, each at its own pace.
+
+Shapes: B rows, A rows that took part in a call, K rows that stay, L positions of the canvas, Q positions of a call, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dlm.protocols import RNG
+from dlm.trajectory import Canvas, Frame
+
+
+@dataclass(frozen=True)
+class Law:
+    """What the network said in the last call at the columns from start_A on, of the rows rows_A, before temperature.
+
+    score_AQV: log p of the tokens up to a constant; what stands at the mask's place means nothing.
+    """
+
+    rows_A: Tensor
+    start_A: Tensor
+    score_AQV: Tensor
+
+
+class Running(Protocol):
+    """The state of a run. `live_B`: rows that still have something to do; `step` makes one call for all of them."""
+
+    law: Law | None
+    reads_first: ClassVar[bool]
+    """Whether the first call of a row is longer than the next ones, so that it is better made before it joins others."""
+
+    @property
+    def live_B(self) -> Tensor:
+        """bool (B,)."""
+
+    def frame(self) -> Frame:
+        """The state as it is."""
+
+    def step(self) -> Frame:
+        """The state after one more network call."""
+
+    def join(self, other: Any) -> None:
+        """Take in the rows of another run of the same sampler, after one's own; the other is used up."""
+
+    def keep(self, rows_K: Tensor) -> None:
+        """Go on with these rows alone, in this order."""
+
+
+@runtime_checkable
+class Joinable(Protocol):
+    """A sampler whose rows can join and leave."""
+
+    def begin(self, canvas: Canvas, *, rng: RNG) -> Running:
+        """A run before its first call. rng: one a row."""
+
+
+def stacked(one_BL: Tensor, other_BL: Tensor, fill: float = 0) -> Tensor:
+    """The rows of both, the narrower ones padded on the right; of tensors (B,), (B, L) or (B, L, ...)."""
+    if one_BL.dim() == 1 or one_BL.shape[1] == other_BL.shape[1]:
+        return torch.cat([one_BL, other_BL])
+    width, depth = max(one_BL.shape[1], other_BL.shape[1]), one_BL.dim() - 2
+    return torch.cat([F.pad(x_BL, (0, 0) * depth + (0, width - x_BL.shape[1]), value=fill) for x_BL in (one_BL, other_BL)])
