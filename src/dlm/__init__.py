@@ -25,7 +25,7 @@ _WHERE = {
     "SemanticNoise": "dlm.noise.semantic",
     "HybridNoise": "dlm.noise.hybrid",
     "Transformer": "dlm.models.transformer",
-    "TransformerConfig": "dlm.models.transformer",
+    "TransformerConfig": "dlm.models.config",
     "KVCache": "dlm.models.cache",
     "Draw": "dlm.sampling.draw",
     "Ancestral": "dlm.sampling.rules",

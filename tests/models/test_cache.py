@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dlm.models.cache import KVCache
-from dlm.models.transformer import Transformer, TransformerConfig
+from dlm.models.config import TransformerConfig
+from dlm.models.transformer import Transformer
 
 VOCAB, WINDOW = 11, 12
 

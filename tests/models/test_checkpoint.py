@@ -16,7 +16,8 @@ from dlm.errors import InputError
 from dlm.language_model import LanguageModel
 from dlm.models import checkpoint
 from dlm.models.checkpoint import ModelConfig
-from dlm.models.transformer import Transformer, TransformerConfig
+from dlm.models.config import TransformerConfig
+from dlm.models.transformer import Transformer
 from dlm.text import Tokenizer
 
 TOKENIZER = Tokenizer.characters("abcdefgh ")

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from dlm.models import attention
-from dlm.models.transformer import Transformer, TransformerConfig, rotary, rotate
+from dlm.models.block import rotary, rotate
+from dlm.models.config import TransformerConfig
+from dlm.models.transformer import Transformer
 
 VOCAB, WINDOW = 11, 12
 PATTERNS: dict[str, dict[str, Any]] = {

@@ -1,8 +1,9 @@
-"""`dlm bench decode`: what proposes best for an autoregressive model, on this machine."""
+"""`dlm bench decode`: what writes an autoregressive model's text fastest on this machine, other engines beside our own."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,12 +11,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dlm.cli.app import Device, Json, Seed, app, bar, load, prompt_lines
+from dlm.cli.app import Deterministic, Device, Json, Seed, app, bar, load, prompt_lines
 from dlm.errors import InputError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 app.add_typer(bench, name="bench")
 
+PLAIN = "autoregressive"
 PROMPTS = (
     "ROMEO:\nBut soft, what light through yonder window breaks? It is the east,",
     "First Citizen:\nWe are accounted poor citizens, the patricians good.",
@@ -33,36 +35,65 @@ def _group() -> None:
 def decode(
     base: Annotated[str, typer.Option(help="An autoregressive model.")] = "shakespeare-ar",
     methods: Annotated[str, typer.Option(help="Samplers with semicolons between; the plain one is always first.")] = "lookup:4;strided:4",
+    peers: Annotated[str, typer.Option(help="Other engines, with commas: transformers, llama.cpp. They need --temperature 0.")] = "",
     adapter: Annotated[Path | None, typer.Option(help="What `dlm convert` made for this base.")] = None,
+    heads: Annotated[Path | None, typer.Option(help="What `dlm convert --heads` made for it, for the method heads:4.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file, a prompt a line; default: four of Shakespeare's kind.")] = None,
+    kind: Annotated[str, typer.Option(help="Prompts of ours instead, with commas: story, question, summary, code.")] = "",
     batch: Annotated[str, typer.Option(help="Rows at once, with commas.")] = "1,4",
     new: Annotated[int, typer.Option(help="Tokens to write.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
     rounds: Annotated[int, typer.Option(help="The least of so many is kept.")] = 3,
+    threads: Annotated[int, typer.Option(help="Of the CPU, for all engines; 0: as many as torch takes.")] = 0,
     seed: Seed = 0,
     as_json: Json = False,
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32 | bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32 | bfloat16 | int8; several with commas are compared.")] = "float32",
+    deterministic: Deterministic = False,
 ) -> None:
-    """Tokens a second and a call, acceptance by position, and whether the text is the plain sampler's, for each method and batch."""
+    """Tokens a second and a call, acceptance by position, memory, and whether the text is the plain one, for each method and batch."""
+    import torch
+
     from dlm.evaluate import decoding
 
-    lm = load(base, device, dtype, adapter)
-    if lm.is_diffusion:
-        raise InputError(f"{base} is a diffusion model: its samplers are compared by dlm calibrate")
-    if rounds < 1 or new < 2:
-        raise InputError(f"--rounds counts from 1 and --new from 2, got {rounds} and {new}")
-    sizes, texts = _sizes(batch), PROMPTS if prompts is None else prompt_lines(prompts)
-    words = list(dict.fromkeys(["autoregressive", *(word for word in methods.split(";") if word)]))
-    samplers = {word: lm.sampler(sampler=word, temperature=temperature) for word in words}
+    if rounds < 1 or new < 2 or threads < 0:
+        raise InputError(f"--rounds counts from 1, --new from 2 and --threads from 0, got {rounds}, {new} and {threads}")
+    if threads:
+        torch.set_num_threads(threads)
+    sizes, kinds = _sizes(batch), _kinds(kind)
+    if kind and prompts is not None:
+        raise InputError("--kind and --prompts both say what to write after: give one")
+    words = list(dict.fromkeys([PLAIN, *(word for word in methods.split(";") if word)]))
+    samplers: dict[str, Any] = {}
+    against: dict[str, str] = {}
+    models: dict[str, Any] = {}
+    for number, name in enumerate(dict.fromkeys(dtype.split(","))):
+        lm = models[name] = load(base, device, name, [path for path in (adapter, heads) if path], deterministic)
+        if lm.is_diffusion:
+            raise InputError(f"{base} is a diffusion model: its samplers are compared by dlm calibrate")
+        for word in words:
+            label = f"{word} {name}" if number else word
+            samplers[label], against[label] = lm.sampler(sampler=word, temperature=temperature), f"{PLAIN} {name}" if number else PLAIN
+    lm = next(iter(models.values()))
+    canvases = {(k, rows): _canvases(lm, rows, new, device, texts, prompts) for k, texts in kinds.items() for rows in sizes}
+    longest = max(len(canvas.tokens_BT[0]) for group in canvases.values() for canvas in group) + 1
+    weights = {label: _weights(models[label.partition(" ")[2] or next(iter(models))].network) for label in samplers}
+    for name, peer in _peers(peers, base, lm, device, next(iter(models)), longest, temperature).items():
+        samplers[name], weights[name] = peer, peer.weights()
     found: list[Any] = []
-    with bar(f"decoding with {lm.name}", len(words) * len(sizes) * rounds) as progress:
-        for rows in sizes:
-            canvas = lm.canvas([texts[i % len(texts)] for i in range(rows)], max_new_tokens=new).to(device)
-            found += decoding.compare(samplers, canvas, seed=seed, rounds=rounds, progress=progress.forward)
-    Console(stderr=as_json).print(_table(found, words, sizes))
+    with bar(f"decoding with {lm.name}", len(samplers) * rounds * sum(map(len, canvases.values()))) as progress:
+        for (name, rows), group in canvases.items():
+            settings = {"kind": name, "seed": seed, "rounds": rounds, "progress": progress.forward}
+            made = decoding.compare(samplers, group, against=against, **settings)
+            cache = {label: _cache(lm, label, rows, max(len(canvas.tokens_BT[0]) for canvas in group)) for label in samplers}
+            found += [decoding.with_memory(one, weights[one.method] + cache[one.method]) for one in made]
+    console = Console(stderr=as_json)
+    for name in kinds:
+        console.print(_table([one for one in found if one.kind == name], list(samplers), sizes, name))
     if as_json:
-        facts = {"base": lm.name, "adapter": str(adapter or ""), "new": new, "temperature": temperature, "seed": seed, "dtype": dtype}
+        learned = {"adapter": str(adapter or ""), "heads": str(heads or "")}
+        facts = {"base": lm.name} | learned | {"new": new, "temperature": temperature, "seed": seed, "dtype": dtype}
+        facts |= {"deterministic": deterministic, "threads": torch.get_num_threads(), "device": device, "peers": peers}
         print(json.dumps(facts | {"rows": [one.record() for one in found]}))
 
 
@@ -76,22 +107,103 @@ def _sizes(batch: str) -> list[int]:
     return sizes
 
 
-def _table(found: Sequence[Any], words: Sequence[str], sizes: Sequence[int]) -> Any:
+def _kinds(words: str) -> dict[str, Sequence[str]]:
+    from dlm.evaluate.prompts import KINDS
+
+    if not words:
+        return {"": ()}
+    if unknown := set(words.split(",")) - KINDS.keys():
+        raise InputError(f"unknown kind of prompt {sorted(unknown)[0]!r}; known: {', '.join(KINDS)}")
+    return {word: KINDS[word] for word in words.split(",")}
+
+
+def _canvases(lm: Any, rows: int, new: int, device: str, texts: Sequence[str], prompts: Path | None) -> list[Any]:
+    """All prompts of a kind in batches of so many rows, as conversations where the base has a template; else one batch."""
+    from dlm.trajectory import Canvas
+
+    if not texts:
+        texts = PROMPTS if prompts is None else prompt_lines(prompts)
+        return [lm.canvas([texts[i % len(texts)] for i in range(rows)], max_new_tokens=new).to(device)]
+    batches = [[texts[(begin + i) % len(texts)] for i in range(rows)] for begin in range(0, len(texts), rows)]
+    if not lm.chat.source:
+        return [lm.canvas(batch, max_new_tokens=new).to(device) for batch in batches]
+    start, fill = lm.config.start_token_id, lm.tokenizer.mask_id
+    found = []
+    for batch in batches:
+        talks = [lm.chat.encode([{"role": "user", "content": text}], lm.tokenizer) for text in batch]
+        talks = [ids[1:] if ids[:1] == [start] else ids for ids in talks]  # the sampler reads it anyway
+        found.append(Canvas.from_rows([[*ids, *[None] * new] for ids in talks], fill=fill).to(device))
+    return found
+
+
+def _peers(words: str, base: str, lm: Any, device: str, dtype: str, positions: int, temperature: float) -> dict[str, Any]:
+    """Engines by name, on the weights of the base before any rounding to int8."""
+    import torch
+
+    from dlm.convert import weights
+    from dlm.evaluate import peers
+    from dlm.models import checkpoint
+
+    names = [word for word in words.split(",") if word]
+    if unknown := set(names) - set(peers.NAMES):
+        raise InputError(f"unknown peer {sorted(unknown)[0]!r}; known: {', '.join(peers.NAMES)}")
+    if names and temperature:
+        raise InputError("other engines draw with other random numbers: compare them with --temperature 0")
+    made: dict[str, Any] = {}
+    start = lm.config.start_token_id
+    if "llama.cpp" in names:
+        if (file := checkpoint.find(base)).suffix != ".gguf":
+            raise InputError(f"llama.cpp reads GGUF files, and {base} is none: take smollm2-135m, or the path of one")
+        made["llama.cpp"] = peers.LlamaCpp(file, lm.stops, start, positions=positions, threads=torch.get_num_threads())
+    if "transformers" in names:
+        plain = load(base) if lm.network.quantized else lm
+        with tempfile.TemporaryDirectory() as directory:
+            weights.to_hugging_face(plain.network, plain.config, directory, files=plain.files())
+            kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+            made["transformers"] = peers.Transformers(
+                Path(directory), lm.stops, start, device=device, dtype=kind, compiled=torch.device(device).type == "cuda"
+            )
+    return {name: made[name] for name in names}
+
+
+def _weights(network: Any) -> int:
+    """Bytes of a network's tensors, those that share memory counted once."""
+    tensors = [*network.parameters(), *network.buffers(), *(network.turns or ())]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _cache(lm: Any, label: str, rows: int, length: int) -> int:
+    """Bytes of keys and values of a text of this length; llama.cpp holds them in 16 bits."""
+    config, size = lm.config.network, 2 if label == "llama.cpp" else lm.network.embed.weight.element_size()
+    return int(2 * config.layers * rows * config.kv_heads * min(length, config.window) * config.head_dim * size)
+
+
+def _table(found: Sequence[Any], words: Sequence[str], sizes: Sequence[int], kind: str) -> Any:
     from rich.table import Table
 
-    caption = "acceptance: of the 1st, 2nd ... proposal of a call; speed against the plain sampler of the same batch, in one run"
+    caption = (
+        "acceptance: of the 1st, 2nd ... proposal of a call; memory: weights and cache of the first batch; same text:\n"
+        "as the plain sampler's of that dtype; speed against the first plain sampler of the same batch, in one run"
+    )
     table = Table(box=None, header_style="bold", caption=caption, caption_justify="left")
-    table.add_column("method")
-    for head in ("same text", "tokens/forward", "acceptance", "first token", *(f"tok/s, {rows}" for rows in sizes)):
+    table.add_column(f"method, {kind}" if kind else "method", no_wrap=True, min_width=max(map(len, words)))
+    for head in ("same text", "tokens/forward", "acceptance", "first token", "memory", *(f"tok/s, {rows}" for rows in sizes)):
         table.add_column(head, justify="right", no_wrap=True)
     by = {(one.method, one.batch): one for one in found}
     for word in words:
-        own = [by[word, rows] for rows in sizes]
+        own = [by[word, rows] for rows in sizes if (word, rows) in by]
+        if not own:
+            continue
         speeds = []
-        for one, rows in zip(own, sizes, strict=True):
-            plain, rate = by["autoregressive", rows], one.tokens / one.seconds
-            speeds.append(f"{rate:.0f} ({rate / (plain.tokens / plain.seconds):.2f}x)")
+        for rows in sizes:
+            if (word, rows) not in by:
+                speeds.append("-")
+                continue
+            one, plain = by[word, rows], by[PLAIN, rows]
+            rate = one.tokens / one.seconds
+            speeds.append(f"{rate:.1f} ({rate / (plain.tokens / plain.seconds):.2f}x)")
         accepted = " ".join(f"{a:.2f}" for a in own[0].accepted)
         same = "yes" if all(one.same for one in own) else "no"
-        table.add_row(word, same, f"{own[0].per_call:.2f}", accepted, f"{own[0].first * 1000:.0f} ms", *speeds)
+        calls = f"{own[0].per_call:.2f}" if own[0].calls else "-"
+        table.add_row(word, same, calls, accepted, f"{own[0].first * 1000:.0f} ms", f"{own[0].memory / 1e6:.0f} MB", *speeds)
     return table

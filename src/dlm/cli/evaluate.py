@@ -10,6 +10,8 @@ from rich.console import Console
 
 from dlm.cli.app import Device, Json, Seed, app, bar, load
 
+LOGITS = 1 << 27  # numbers that one call of a large vocabulary may give
+
 
 @app.command(name="eval")
 def evaluate(
@@ -22,6 +24,10 @@ def evaluate(
         str, typer.Option(help="any-order (masks) | counted (replacement noise) | continuous | discrete; auto: the first that applies.")
     ] = "auto",
     block_lengths: Annotated[str, typer.Option(help="Of block diffusion, with commas, a bound for each; default: the model's own.")] = "",
+    window: Annotated[
+        int | None,
+        typer.Option(help="Of autoregressive models: cut the text into pieces of so many tokens, each read from its beginning."),
+    ] = None,
     passes: Annotated[int, typer.Option(help="Monte-Carlo passes over the text.")] = 4,
     steps: Annotated[int, typer.Option(help="Steps of the discrete estimator.")] = 256,
     max_windows: Annotated[int | None, typer.Option(help="At most this many windows, spread evenly over the text.")] = None,
@@ -53,7 +59,10 @@ def evaluate(
         if length and not lm.is_causal:
             raise InputError(f"{name} is no model of block diffusion: leave --block-lengths away")
         length = length or (lm.config.network.block_length if lm.is_causal else 0)
-        stream = reading.Stream.encode(documents, lm.tokenizer, lm.window)
+        if window is not None and (lm.is_diffusion or not 2 <= window <= lm.window):
+            why = "is a diffusion model, whose window is part of it" if lm.is_diffusion else f"reads 2 to {lm.window} tokens"
+            raise InputError(f"--window {window}: {name} {why}")
+        stream = reading.Stream.encode(documents, lm.tokenizer, window or lm.window)
         windows_WT = stream.windows(max_windows)
         characters = sum(len(lm.tokenizer.decode(row)) for row in windows_WT.tolist())
         if lm.is_diffusion and estimator not in likelihood.ESTIMATORS:
@@ -74,6 +83,7 @@ def evaluate(
                 block_length=length,
                 reads_time=lm.config.network.time_conditioning,
                 progress=progress.forward,
+                batch=max(1, min(32, LOGITS // (stream.window * lm.config.network.vocab_size))),
             )
         record = result.record() | {"model": lm.name} | ({"block_length": length} if length else {})
         sign = "<= " if result.is_bound else ""
@@ -91,7 +101,7 @@ def evaluate(
             "estimator": result.estimator,
             "passes": result.samples,
             "steps": steps if kind == "discrete" else None,
-            "window": lm.window,
+            "window": stream.window,
             "block_length": length or None,
         }
         cards.write(cards.make(record, device=device, dtype="float32", seed=seed, settings=chosen, data=facts), place)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -50,9 +51,9 @@ class KVCache:
 
 
 class RaggedCache:
-    """A stationary batch whose rows have their own lengths: new positions go after each row's `length_B`, `trim` forgets them again.
+    """A batch whose rows have their own lengths: new positions go after each row's `length_B`, `trim` forgets them again.
 
-    Preallocated and read in place, up to the longest row.
+    Preallocated and read in place, up to the longest row. Rows may `join`, and others leave.
     """
 
     def __init__(
@@ -66,12 +67,20 @@ class RaggedCache:
     def capacity(self) -> int:
         return self.kv.shape[4]
 
-    def begin(self, own_BQQ: Tensor) -> Tensor:
-        """What the Q positions that are written next read, bool (B, Q, T): all that their row holds, and one another by own_BQQ."""
-        queries = own_BQQ.shape[1]
-        self.end = int(self.length_B.max()) + queries
+    def begin(self, own_BQQ: Tensor) -> Tensor | None:
+        """What the Q positions that are written next read, bool (B, Q, T): all that their row holds, and one another by own_BQQ.
+
+        None for everything that `write` returns.
+        """
+        queries, lengths = own_BQQ.shape[1], self.length_B.tolist()
+        self.end = max(lengths) + queries
+        self.even = min(lengths) == max(lengths)  # all rows end at one place: a slice, not an index
         if self.end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} positions, {self.end} were asked for")
+        if self.even:
+            if queries == 1:
+                return None
+            return F.pad(own_BQQ, (self.end - queries, 0), value=True)
         self.slot_BQ = self.length_B[:, None] + torch.arange(queries, device=own_BQQ.device)
         since_BT = torch.arange(self.end, device=own_BQQ.device) - self.length_B[:, None]
         held_BT, new_BT = since_BT < 0, (since_BT >= 0) & (since_BT < queries)
@@ -81,6 +90,9 @@ class RaggedCache:
     def write(self, layer: int, k_BGQK: Tensor, v_BGQK: Tensor) -> tuple[Tensor, Tensor]:
         """Store after each row's length, return keys and values up to the longest row's."""
         for kv_BGTK, new_BGQK in zip(self.kv[layer], (k_BGQK, v_BGQK), strict=True):
+            if self.even:
+                kv_BGTK[:, :, self.end - new_BGQK.shape[2] : self.end] = new_BGQK
+                continue
             kv_BGTK.transpose(1, 2)[self.rows_B1, self.slot_BQ] = new_BGQK.transpose(1, 2)
         return self.kv[layer, 0, :, :, : self.end], self.kv[layer, 1, :, :, : self.end]
 
@@ -92,6 +104,46 @@ class RaggedCache:
         if bool(((length_B < 0) | (length_B > self.length_B)).any()):
             raise ValueError(f"cannot trim a cache of {self.length_B.tolist()} positions to {length_B.tolist()}")
         self.length_B = length_B
+
+    def join(self, other: RaggedCache) -> None:
+        """Take in the rows of another cache of the same network."""
+        capacity = max(self.capacity, other.capacity)
+        self.kv = torch.cat([F.pad(one.kv, (0, 0, 0, capacity - one.capacity)) for one in (self, other)], 2)
+        self._number(torch.cat([self.length_B, other.length_B]))
+
+    def keep(self, rows_K: Tensor) -> None:
+        """Go on with these rows alone."""
+        self.kv = self.kv[:, :, rows_K]
+        self._number(self.length_B[rows_K])
+
+    def _number(self, length_B: Tensor) -> None:
+        self.length_B, self.rows_B1 = length_B, torch.arange(len(length_B), device=length_B.device)[:, None]
+
+
+class TextCache:
+    """Keys and values of a text as the first call made them; later calls read them beside their own, which are not kept.
+
+    Nothing is written in place: what reads a text that was read without gradients has gradients of its own.
+    A later call may have C rows for each one of the text, one after another.
+    """
+
+    length = 0
+
+    def __init__(self) -> None:
+        self.kv: list[tuple[Tensor, Tensor]] = []
+        self.beside = False
+
+    def begin(self, own_BQT: Tensor) -> Tensor:
+        """Later calls: what they read, bool (B C, Q, T + Q)."""
+        self.beside = True
+        return own_BQT
+
+    def write(self, layer: int, k_BGQK: Tensor, v_BGQK: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.beside:
+            self.kv.append((k_BGQK, v_BGQK))
+            return k_BGQK, v_BGQK
+        k_BGTK, v_BGTK = (held.repeat_interleave(len(k_BGQK) // len(held), 0) for held in self.kv[layer])
+        return torch.cat([k_BGTK, k_BGQK], 2), torch.cat([v_BGTK, v_BGQK], 2)
 
 
 class WindowCache:
@@ -115,6 +167,21 @@ class WindowCache:
         part = copy.copy(self)
         part.rows_A1 = rows_A[:, None]
         return part
+
+    def join(self, other: WindowCache) -> None:
+        """Take in the rows of another cache of the same network."""
+        self._take(torch.cat([self.kv, other.kv], 2), *(torch.cat(x) for x in zip(self._marks(), other._marks(), strict=True)))
+
+    def keep(self, rows_K: Tensor) -> None:
+        """Go on with these rows alone."""
+        self._take(self.kv[:, :, rows_K], *(x[rows_K] for x in self._marks()))
+
+    def _marks(self) -> tuple[Tensor, Tensor]:
+        return self.filled_BT, self.drift_BT
+
+    def _take(self, kv: Tensor, filled_BT: Tensor, drift_BT: Tensor) -> None:
+        self.kv, self.filled_BT, self.drift_BT = kv, filled_BT, drift_BT
+        self.rows_A1 = torch.arange(len(filled_BT), device=kv.device)[:, None]
 
     def clear(self, rows_A: Tensor) -> None:
         """Forget what these rows hold."""

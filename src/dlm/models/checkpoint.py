@@ -7,6 +7,7 @@ unpickled and no code is run.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 import tempfile
@@ -22,11 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dlm.errors import InputError
-from dlm.models.transformer import Transformer, TransformerConfig
+from dlm.models.config import TransformerConfig
+from dlm.models.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
 CONVERTIBLE = ("llama", "qwen2", "qwen3")  # model types that `dlm.convert` turns into our backbone
 PULLED = ("smollm2-135m",)  # what `dlm pull` fetches by name
+BUNDLED = Path(str(resources.files("dlm"))) / "checkpoints"
 SHARD = "14MB"  # below the size that code hosts and mail gateways refuse
 
 
@@ -72,8 +75,7 @@ class ModelConfig:
 
 def bundled() -> dict[str, Path]:
     """Checkpoints that ship with the package, by name."""
-    root = Path(str(resources.files("dlm"))) / "checkpoints"
-    return {p.name: p for p in sorted(root.iterdir()) if (p / "config.json").is_file()} if root.is_dir() else {}
+    return {file.parent.name: file.parent for file in sorted(BUNDLED.glob("*/config.json"))}
 
 
 def cache_directory() -> Path:
@@ -109,6 +111,17 @@ def find(name: str) -> Path:
     raise InputError(f"no checkpoint {name!r}; {hint} A directory or a hub id works too.")
 
 
+def digest(path: Path) -> str:
+    """sha256 of the weight files of a directory, ours or another library's, or of a GGUF file; 16 hex digits."""
+    found = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]):
+        found.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with file.open("rb") as stream:
+            while part := stream.read(1 << 20):
+                found.update(part)
+    return found.hexdigest()[:16]
+
+
 def save(
     directory: str | Path,
     state: dict[str, torch.Tensor],
@@ -139,6 +152,8 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
         state = {k: v.detach().cpu().to(dtype or v.dtype).contiguous() for k, v in state.items()}
+        # what is a part of a fused product is copied: safetensors refuses a part of a storage
+        state = {k: v.clone() if v.untyped_storage().nbytes() > v.nbytes else v for k, v in state.items()}
         save_torch_state_dict(state, temporary, max_shard_size=SHARD)
         stored = str(next(iter(state.values())).dtype).removeprefix("torch.")
         texts = files | {"config.json": json.dumps(config | {"dtype": stored}, indent=2) + "\n"}

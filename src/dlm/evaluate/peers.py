@@ -1,0 +1,108 @@
+"""Other engines on the same prompts, for `dlm bench decode`: transformers, and llama.cpp through llama-cpp-python; greedy.
+
+A peer writes B rows of token ids: their prompts in, what it wrote and when the first token was there out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from dlm.errors import InputError
+
+NAMES = ("transformers", "llama.cpp")
+
+
+class Peer(Protocol):
+    """rows: how many at once at most, 0 for any number; start: what it reads before every prompt."""
+
+    rows: int
+    start: list[int]
+
+    def write(self, prompts: Sequence[list[int]], new: int) -> tuple[list[list[int]], float]:
+        """(the new ids of each row up to one that ends it, seconds until the first token)."""
+        ...
+
+    def weights(self) -> int:
+        """Bytes."""
+        ...
+
+
+class Transformers:
+    """`generate` of transformers with its defaults, greedy. directory: as `from_pretrained` takes it; compiled: the forward, on a GPU."""
+
+    rows = 0
+
+    def __init__(
+        self, directory: Path, stops: Sequence[int], start: int | None, *, device: str, dtype: torch.dtype, compiled: bool = False
+    ) -> None:
+        try:
+            import transformers
+        except ImportError:
+            raise InputError("transformers is not installed: pip install 'dlm[eval]'") from None
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        self.model, self.device = loaded.to(device).eval(), device
+        self.stops, self.start = sorted(stops), [] if start is None else [start]
+        self.options: dict[str, Any] = {"cache_implementation": "static"} if compiled else {}
+
+    def write(self, prompts: Sequence[list[int]], new: int) -> tuple[list[list[int]], float]:
+        began, came = time.perf_counter(), []
+
+        class Clock:
+            """Told of the prompts first, then of every token."""
+
+            def put(self, value: Any) -> None:
+                came.append(time.perf_counter() - began)
+
+            def end(self) -> None:
+                pass
+
+        width = max(map(len, prompts))  # padded on the left, as its documentation asks
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=self.device)
+        options = self.options | {"do_sample": False, "max_new_tokens": new, "pad_token_id": 0}
+        options |= {"eos_token_id": self.stops or None, "streamer": Clock() if len(prompts) == 1 else None}
+        out = self.model.generate(ids, attention_mask=mask, **options)[:, width:].tolist()
+        return [_up_to(row, self.stops) for row in out], came[1] if len(came) > 1 else float("nan")
+
+    def weights(self) -> int:
+        return int(self.model.get_memory_footprint())
+
+
+class LlamaCpp:
+    """llama.cpp on a GGUF file, one row at a time, as many threads as torch has."""
+
+    rows = 1
+
+    def __init__(self, file: Path, stops: Sequence[int], start: int | None, *, positions: int, threads: int) -> None:
+        try:
+            import llama_cpp
+        except ImportError:
+            raise InputError("llama.cpp is not installed: pip install llama-cpp-python (it is compiled, which takes minutes)") from None
+        self.file, self.stops, self.start = file, sorted(stops), [] if start is None else [start]
+        sizes = {"n_ctx": positions, "n_threads": threads, "n_threads_batch": threads}
+        self.llama: Any = llama_cpp.Llama(str(file), **sizes, verbose=False)
+
+    def write(self, prompts: Sequence[list[int]], new: int) -> tuple[list[list[int]], float]:
+        began, first = time.perf_counter(), float("nan")
+        self.llama.reset()  # else it would keep what the last prompt has in common with this one
+        written: list[int] = []
+        for token in self.llama.generate(prompts[0], temp=0.0, repeat_penalty=1.0):
+            first = first if written else time.perf_counter() - began
+            written.append(int(token))
+            if token in self.stops or len(written) == new:
+                break
+        return [written], first
+
+    def weights(self) -> int:
+        return self.file.stat().st_size
+
+
+def _up_to(row: list[int], stops: Sequence[int]) -> list[int]:
+    """The row up to the first token that ends it, that included."""
+    ends = [i for i, token in enumerate(row) if token in stops]
+    return row[: ends[0] + 1] if ends else row

@@ -1,0 +1,103 @@
+"""A network made ready for decoding, in place: fewer and larger matrix products, eight-bit weights, results that no batch changes.
+
+All of it acts where no gradients are recorded; a fused network can still be trained, its weights are where they were. Adapters of
+`dlm.convert.lora` may be attached before or after, but for their files: those name the weights that they were made for, and are loaded
+before `quantize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dlm.models.block import Block, RMSNorm, in_pieces, rotary
+from dlm.models.quantized import Int8Linear
+from dlm.models.transformer import Transformer
+
+ROWS = 16  # of every product of a deterministic network
+BEYOND = 256  # positions after the window that proposals may stand at
+
+
+class Product(nn.Module):
+    """The product of one or more layers that read the same input. Their weights are parts of its own, so that none is held twice."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.rows = 0  # of `in_pieces`
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self.register_buffer("weight", torch.cat([layer.weight.detach() for layer in layers]), persistent=False)
+        self.register_buffer("bias", torch.cat([bias.detach() for bias in biases]) if biases else None, persistent=False)
+        for layer, part in zip(layers, torch.split(self.weight, [layer.out_features for layer in layers]), strict=True):
+            layer.weight.data = part
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_pieces(lambda rows: F.linear(rows, self.weight, self.bias), x, self.rows)
+
+
+def fuse(network: Transformer) -> Transformer:
+    """Join q, k and v, and gate and up; look rotations up. The logits stay what they were, up to rounding.
+
+    On a network that is fused: joins anew what was moved apart by `to`.
+    """
+    config = network.config
+    if network.turns is None or network.turns[0].device != network.device:
+        pos_1T = torch.arange(config.window + BEYOND, device=network.device)[None]
+        cos, sin = rotary(pos_1T, config.head_dim, config.rope_base, config.rope_scaling)
+        network.turns = (cos[0, 0], sin[0, 0])
+    for part, joined, _ in _parts(network):
+        weight = joined[0].weight
+        if weight is not None and (part.joined is None or part.joined.weight.data_ptr() != weight.data_ptr()):
+            part.joined = Product(joined)
+    return network
+
+
+@torch.no_grad()
+def quantize(network: Transformer) -> Transformer:
+    """Round the weights of all blocks and of the head to int8; those of the embedding, which are only looked up, stay."""
+    if network.device.type != "cpu":
+        raise ValueError(f"int8 is for the CPU, this network is on {network.device}")
+    for part, joined, single in _parts(fuse(network)):
+        part.joined = Int8Linear(part.joined.weight, part.joined.bias)
+        part.product = Int8Linear(single.weight, single.bias)
+        for layer in (*joined, single):  # what they say is part of a product now; an adapter on them is still theirs
+            layer.register_parameter("weight", None)
+            layer.register_parameter("bias", None)
+    network.head = cast(Any, Int8Linear(network.head.weight))
+    network.quantized = True
+    return network
+
+
+def steady(network: Transformer) -> Transformer:
+    """Make the logits of a position the same to the bit, however many positions and rows a call has. It costs time: see the docs.
+
+    Every matrix product has `ROWS` rows, and attention sums keys in one order. Integer products need no help.
+    """
+    for part, _, single in _parts(fuse(network)):
+        part.rows = ROWS
+        if not network.quantized:
+            part.product = Product([single])
+            part.joined.rows = part.product.rows = ROWS
+    for block in network.blocks:
+        cast(Block, block).attention.steady = True
+    for module in network.modules():
+        if isinstance(module, RMSNorm):
+            module.rows = ROWS
+    network.head_rows = 0 if network.quantized else ROWS
+    return network
+
+
+def _parts(network: Transformer) -> list[tuple[Any, list[nn.Linear], nn.Linear]]:
+    """(part of a block, its layers that read the same input, the one that ends it)."""
+    parts: list[tuple[Any, list[nn.Linear], nn.Linear]] = []
+    for block in network.blocks:
+        attention, mlp = cast(Block, block).attention, cast(Block, block).mlp
+        parts.append((attention, [attention.q, attention.k, attention.v], attention.out))
+        parts.append((mlp, [mlp.up] if mlp.gate is None else [mlp.gate, mlp.up], mlp.down))
+    return parts

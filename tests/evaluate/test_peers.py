@@ -1,0 +1,70 @@
+"""Other engines beside our own: the same weights, the same prompts, the same text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import AddedToken
+
+from conftest import Dlm
+from convert.bases import SPECIAL, WORDS, publish, tokenizer, transformer
+from dlm.convert import weights
+from dlm.evaluate import peers
+from dlm.evaluate.prompts import KINDS
+from dlm.language_model import load
+from dlm.text import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a vocabulary that knows the prompts."""
+    words = "".join(text for texts in KINDS.values() for text in texts) + WORDS + "ROMEO"
+    inner = Tokenizer.bpe(words, 150).inner
+    inner.add_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
+    spare = inner.get_vocab_size() - tokenizer().get_vocab_size()
+    path = publish(transformer("Llama", spare=spare, max_position_embeddings=2048), tmp_path_factory.mktemp("llama"))
+    inner.save(str(path / "tokenizer.json"))
+    return path
+
+
+def test_transformers_writes_our_text(llama_dir: Path, tmp_path: Path) -> None:
+    lm = load(str(llama_dir))
+    weights.to_hugging_face(lm.network, lm.config, tmp_path, files=lm.files())
+    ours = [lm.generate(text, temperature=0.0, max_new_tokens=12) for text in ("ROMEO", "What light")]
+    prompts = [lm.tokenizer.encode(text) for text in ("ROMEO", "What light")]
+    peer = peers.Transformers(tmp_path, [], None, device="cpu", dtype=torch.float32)
+    written, first = peer.write(prompts[:1], 12)
+    expected = [one.trajectory.current_BT[0].tolist()[len(ids) :] for one, ids in zip(ours, prompts, strict=True)]
+    assert written == expected[:1] and first > 0
+    assert peer.write(prompts, 12)[0] == expected
+    stop = expected[0][4]
+    ended = peers.Transformers(tmp_path, [stop], None, device="cpu", dtype=torch.float32).write(prompts[:1], 12)[0]
+    assert ended == [expected[0][: expected[0].index(stop) + 1]]
+    assert peer.weights() >= 4 * (lm.network.parameters_count() - 2 * 32)  # without the mask's rows
+
+
+def test_the_verb_with_kinds_dtypes_and_peers(dlm: Dlm, llama_dir: Path) -> None:
+    base = ("bench", "decode", "--base", str(llama_dir), "--new", "6", "--rounds", "1", "--temperature", "0", "--threads", "1")
+    options = ("--kind", "question,code", "--batch", "1,4", "--methods", "lookup:3", "--dtype", "float32,int8", "--peers", "transformers")
+    code, out, err = dlm(*base, *options, "--json")
+    assert code == 0, err
+    facts = json.loads(out.splitlines()[-1])
+    rows = facts["rows"]
+    assert facts["threads"] == 1 and facts["peers"] == "transformers"
+    names = ["autoregressive", "lookup:3", "autoregressive int8", "lookup:3 int8", "transformers"]
+    assert [row["method"] for row in rows] == names * 4
+    assert [row["kind"] for row in rows] == ["question"] * 10 + ["code"] * 10
+    assert all(row["same"] for row in rows)
+    assert all(row["tokens"] == 6 * len(KINDS[row["kind"]]) for row in rows)
+    by = {(row["method"], row["batch"]): row for row in rows}
+    assert by["autoregressive", 1]["memory"] < by["autoregressive", 4]["memory"]
+    assert by["autoregressive int8", 1]["memory"] < by["autoregressive", 1]["memory"]
+    assert by["transformers", 1]["calls"] == 0 and by["transformers", 1]["tokens_per_forward"] is None
+    assert "unknown kind of prompt 'song'" in dlm.told(*base, "--kind", "song")
+    assert "unknown peer 'vllm'" in dlm.told(*base, "--kind", "code", "--peers", "vllm")
+    assert "with --temperature 0" in dlm.told(*base[:8], "--kind", "code", "--peers", "transformers")
+    assert "llama.cpp reads GGUF files" in dlm.told(*base, "--kind", "code", "--peers", "llama.cpp")
+    assert "give one" in dlm.told(*base, "--kind", "code", "--prompts", "x.txt")
