@@ -11,6 +11,7 @@ import torch
 
 from dlm.errors import InputError
 from dlm.model_scheduling import routing
+from dlm.models import fast
 from dlm.models.transformer import Transformer
 from dlm.noise.masked import MaskedNoise
 from dlm.protocols import CachePolicy, Constraint, Denoiser, Proposer, Sampler
@@ -20,7 +21,7 @@ from dlm.sampling.constraint import AllowedTokens, Pattern, both
 from dlm.sampling.diffusion import DiffusionSampler
 from dlm.sampling.draw import Draw
 from dlm.sampling.guidance import ClassifierFree
-from dlm.sampling.proposers import DraftModel, Lookup, Masks
+from dlm.sampling.proposers import DraftModel, Fitted, Heads, Lookup, Masks
 from dlm.sampling.speculative import SpeculativeSampler
 from dlm.sampling.strided import StridedSampler
 
@@ -102,7 +103,7 @@ def make(
 
 
 def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, context: int) -> Sampler:
-    network, mask_id, start = model.network, model.tokenizer.mask_id, model.config.start_token_id
+    network, mask_id, start = fast.fuse(model.network), model.tokenizer.mask_id, model.config.start_token_id
     guess = choice.strided(word)
     if guess is None:
         make = network.cache if cache else None
@@ -112,13 +113,19 @@ def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, co
     proposer: Proposer = Lookup()
     if guess.name == "strided":
         proposer = Masks.cheapest(partial(_seconds, network), guess.stride)
+    elif guess.name == "heads":
+        if model.heads is None:
+            raise InputError(f"{model.name} has no heads to guess with: give --adapter DIRECTORY of dlm convert {model.name} --heads 3")
+        proposer = Heads(model.heads, model.heads.config.count)
     elif guess.name == "draft":
         other = model.other(guess.model)
         if other.is_diffusion or (other.config.start_token_id is None) != (start is None):
             raise InputError(f"{guess.model} cannot draft for {model.name}: it must be autoregressive and begin its texts alike")
-        if other.tokenizer.fingerprint() != model.tokenizer.fingerprint() or other.config.network.vocab_size != network.config.vocab_size:
+        if other.tokenizer.fingerprint() != model.tokenizer.fingerprint():
             raise InputError(f"{guess.model} has another vocabulary than {model.name}: it cannot draft for it")
-        proposer = DraftModel(other.network, other.network.ragged_cache, other.config.start_token_id)
+        own, wanted = other.config.network.vocab_size, model.config.network.vocab_size  # some have more ids than tokens
+        draft: Denoiser = other.network if own == wanted else Fitted(other.network, own, wanted)
+        proposer = DraftModel(draft, other.network.ragged_cache, other.config.start_token_id)
     return StridedSampler(
         network,
         mask_id,

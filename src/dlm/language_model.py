@@ -19,7 +19,7 @@ from dlm.errors import InputError
 from dlm.generation import Generation, Run
 from dlm.model_scheduling import plan
 from dlm.model_scheduling.saved import SavedSchedule
-from dlm.models import checkpoint
+from dlm.models import checkpoint, fast
 from dlm.models.checkpoint import ModelConfig
 from dlm.models.transformer import Transformer, predict_beside, predict_next
 from dlm.noise import process
@@ -53,6 +53,7 @@ class LanguageModel:
         self.defaults: dict[str, Any] = {}
         self.path: Path | None = None
         self.chat = ChatTemplate()
+        self.heads: Any = None  # of dlm.convert.heads, which propose with `heads:4`
         self._others: dict[str, LanguageModel] = {}
 
     @classmethod
@@ -73,7 +74,9 @@ class LanguageModel:
         return model
 
     def save_pretrained(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write a checkpoint directory; `dtype=torch.bfloat16` halves it."""
+        """Write a checkpoint directory; `dtype=torch.bfloat16` halves it. InputError for int8."""
+        if self.network.quantized:
+            raise InputError(f"{self.name} was loaded with its weights rounded to int8: save it from float32 or bfloat16")
         checkpoint.save(directory, self.network.state_dict(), self.config, files=self.files() | {"README.md": self.card()}, dtype=dtype)
 
     def files(self) -> dict[str, str]:
@@ -185,11 +188,12 @@ class LanguageModel:
         steps: for each window. temperature, top_p, top_k: of every draw.
         sampler: a word of `dlm.sampling.choice`, with its setting after a colon, as in `confidence:0.7`; `auto` takes what `dlm
         calibrate` found best within `budget` (`calls:32`, `seconds:2`, `bits:0.1`). An autoregressive model writes the same text in
-        fewer calls with `strided:4` (its own proposals, at masks), `lookup:4` or `draft:MODEL,4`. greedy_tail: that many last steps put
-        the likeliest token everywhere. until_settled: stop a window once no token has changed for so many steps. block_length: fill a
-        window block by block; a model of block diffusion has its own. cache: a word of `dlm.sampling.caching` for a bidirectional model;
-        True is the exact cache of an autoregressive one or of block diffusion, False none. guidance: how much more than its due the
-        prompt counts. context: tokens of a window that a long text carries into the next; a cache makes a long one cheap.
+        fewer calls with `strided:4` (its own proposals, at masks), `lookup:4` or `draft:MODEL,4`; `lossless` takes the best that it has.
+        greedy_tail: that many last steps put the likeliest token everywhere. until_settled: stop a window once no token has changed for
+        so many steps. block_length: fill a window block by block; a model of block diffusion has its own. cache: a word of
+        `dlm.sampling.caching` for a bidirectional model; True is the exact cache of an autoregressive one or of block diffusion, False
+        none. guidance: how much more than its due the prompt counts. context: tokens of a window that a long text carries into the next;
+        a cache makes a long one cheap.
         allow: the characters that may be written; pattern: a regular expression that the whole text must match.
         schedule: which model takes which step, as in `L0.5 H0.5`, `sandwich:0.25`, or `auto` for what `dlm schedule
         search` found; this model is H. light: name of model L, or names by key.
@@ -202,6 +206,10 @@ class LanguageModel:
             at = self.path / name if self.path is not None and (self.path / name).is_dir() else name
             self._others[name] = load(str(at), device=str(self.network.device), dtype=self.network.embed.weight.dtype)
         return self._others[name]
+
+    def introduce(self, other: LanguageModel) -> None:
+        """Have `other` give this model for its name, instead of loading it once more."""
+        self._others[other.name] = other
 
     def denoisers(self, light: str | Mapping[str, str]) -> dict[str, Transformer]:
         """This network as H beside others. InputError for a model of another vocabulary, window or noise."""
@@ -216,6 +224,12 @@ class LanguageModel:
                 raise InputError(f"{name} has another vocabulary or window than {self.name}: it cannot take its steps")
         return {plan.HEAVY: self.network} | {key: self.other(name).network for key, name in names.items()}
 
+    def fingerprints(self, light: str | Mapping[str, str]) -> dict[str, str]:
+        """Of the weights of this model as H and of others by key, 16 hex digits. InputError as `denoisers`."""
+        from dlm.convert.lora import fingerprint
+
+        return {key: fingerprint(network)[:16] for key, network in self.denoisers(light).items()}
+
     def chosen(self, options: dict[str, Any]) -> dict[str, Any]:
         """The same options with what `auto` chooses put in; as they are where another sampler is asked for. InputError as `sampler`."""
         if options.get("schedule") == "auto":
@@ -223,6 +237,8 @@ class LanguageModel:
                 raise InputError("--schedule auto has found the light models itself, beside a checkpoint on disk: leave --light away")
             saved = SavedSchedule.load(self.path)
             options = options | {"schedule": str(saved.schedule), "light": saved.light, "steps": options.get("steps") or saved.steps}
+        if options.get("sampler") == choice.LOSSLESS:
+            return options | {"sampler": self._proposer()}
         if (options.get("sampler") or self.default_sampler) != "auto":
             return options
         if not self.is_diffusion or not isinstance(self.noise, MaskedNoise):
@@ -237,6 +253,19 @@ class LanguageModel:
 
         found = self.calibration().choose(options.get("budget") or "bits:0.1", usable)
         return options | {"budget": None} | found.options
+
+    def _proposer(self) -> str:
+        """The word of the sampler that writes the text of plain decoding in the fewest calls that this model has means for: with the
+        adapter that it has or that was bundled for it, else from the text itself."""
+        if self.is_diffusion:
+            raise InputError(f"{self.name} is a diffusion model: lossless decoding is for autoregressive ones")
+        from dlm.convert import lora
+
+        if self.network.adapter is None and self.heads is not None:
+            return f"heads:{self.heads.config.count + 1}"
+        if self.network.adapter is None and (path := lora.bundled_for(self.network)) is not None:
+            lora.with_adapter(self, path)
+        return "lookup:4" if self.network.adapter is None else f"strided:{self.network.adapter.config.stride}"
 
     def calibration(self) -> Calibration:
         """What `dlm calibrate` measured. InputError where it has not."""
@@ -308,14 +337,36 @@ class LanguageModel:
         return logits
 
 
-def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, adapter: str | Path | None = None) -> LanguageModel:
+def load(
+    name: str,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | str = torch.float32,
+    adapter: str | Path | Sequence[str | Path] | None = None,
+    deterministic: bool = False,
+) -> LanguageModel:
     """Load a checkpoint: a directory, a GGUF file, a bundled name (`shakespeare-mask`), a pulled one (`smollm2-135m`) or a hub id.
 
-    adapter: directory that `dlm convert` made for this base. InputError for the adapter of another one.
+    dtype: of torch, or a word: float32, bfloat16, or int8, which rounds the weights of an autoregressive model (CPU, inference only).
+    adapter: directory that `dlm convert` made for this base, a bundled name, `auto`, or several. deterministic: the logits of a position
+    are the same to the bit however many positions and rows a call has, at a cost in speed. InputError for the adapter of another base,
+    and for what cannot be.
     """
-    model = LanguageModel.from_pretrained(name, device=device, dtype=dtype)
+    words = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
+    if isinstance(dtype, str) and dtype not in words:
+        raise InputError(f"unknown dtype {dtype!r}; known: {', '.join(words)}")
+    model = LanguageModel.from_pretrained(name, device=device, dtype=words[dtype] if isinstance(dtype, str) else dtype)
     if adapter is not None:
         from dlm.convert.lora import with_adapter
 
-        with_adapter(model, adapter)
+        for path in [adapter] if isinstance(adapter, str | Path) else adapter:
+            with_adapter(model, path)
+    if (dtype == "int8" or deterministic) and model.is_diffusion:
+        raise InputError(f"{name} is a diffusion model: int8 and deterministic results are for autoregressive models")
+    if dtype == "int8":
+        if model.network.device.type != "cpu":
+            raise InputError("int8 is for the CPU: use --dtype bfloat16 on other devices")
+        fast.quantize(model.network)
+    if deterministic:
+        fast.steady(model.network)
     return model

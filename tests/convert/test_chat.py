@@ -119,6 +119,8 @@ def test_the_verb(dlm: Dlm, base: Path, masked_dir: Path, monkeypatch: pytest.Mo
         messages.append({"role": "assistant", "content": text})
         expected += text + "\n"
     assert out == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    assert dlm("chat", "--base", str(base), "--max-new-tokens", "6", "--system", "light", "--lossless")[:2] == (0, expected)
     assert "no chat template" in dlm.told("chat", "--base", str(masked_dir))
     assert "--max-new-tokens" in dlm.told("chat", "--base", str(base), "--max-new-tokens", "0")
 

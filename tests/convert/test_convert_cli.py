@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 
 from conftest import Dlm, make_model
 from convert import bases
+from dlm.chat import ChatTemplate
 from dlm.convert import lora, texts
 from dlm.convert.train import ConvertConfig, convert
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel, load
 from dlm.models.transformer import predict_next
+from dlm.trajectory import Canvas
 
 SONG = "I sing of arms and the man\n" * 60
 CONFIG = ConvertConfig(stride=3, rank=4, alpha=8.0, steps=12, batch=4, length=16, warmup=3, log_every=5, eval_every=6, save_every=4)
@@ -173,9 +175,24 @@ def test_a_base_that_writes_its_own_text(dlm: Dlm, base_dir: Path) -> None:
     lm = load(str(base_dir))
     assert head["base"] == "tiny-base" and len(lines) == 40
     assert [lines[20]["text"]] == [lm.generate("", length=15, seed=20).text]  # row i is drawn with seed + i
-    before = file.stat().st_mtime_ns
+    before, whole = file.stat().st_mtime_ns, file.read_text()
     assert dlm(*words, "--steps", "101", "--resume")[0] == 0 and file.stat().st_mtime_ns == before
     assert "begun with another text" in dlm.told(*words, "--steps", "102", "--resume", "--seed", "1")
+
+    told: list[int] = []
+    file.write_text("".join(line for line in whole.splitlines(keepends=True)[:17]))  # it was stopped after 16
+    texts.write(lm, file, 40, 16, batch=64, tell=told.append)
+    assert told == [16, 40] and file.read_text() == whole
+    texts.write(lm, file, 30, 16, batch=64, tell=told.append)
+    assert told[2:] == [30] and file.read_text() == whole
+
+
+def test_temperatures_take_turns(base_dir: Path, tmp_path: Path) -> None:
+    lm, file = load(str(base_dir)), tmp_path / texts.FILE
+    texts.write(lm, file, 12, 16, temperatures=(0.0, 1.0), batch=4)
+    found = [json.loads(line)["text"] for line in file.read_text().splitlines()[1:]]
+    assert set(found[:4]) == set(found[8:]) == {lm.generate("", length=15, temperature=0.0).text}
+    assert found[4:8] == [lm.generate("", length=15, seed=seed).text for seed in range(4, 8)]
 
 
 def test_prompts(dlm: Dlm, tmp_path: Path) -> None:
@@ -200,10 +217,34 @@ def test_prompts(dlm: Dlm, tmp_path: Path) -> None:
     (Path("out") / texts.FILE).write_text("{}\n{]")
     with pytest.raises(InputError, match=r"texts.jsonl is missing or damaged"):
         texts.from_base(Path("out") / texts.FILE, None, 60)
-    assert "reads no start token: give --prompts FILE" in dlm.told("convert", str(base), "--self-distill", "4", "--length", "60")
+    plain = load(str(base))
+    plain.chat = ChatTemplate()
+    with pytest.raises(InputError, match="reads no start token: give --prompts FILE"):
+        texts.write(plain, tmp_path / "no.jsonl", 4, 60)
     Path("long.txt").write_text("But soft, " * 20)
     told = dlm.told("convert", str(base), "--self-distill", "4", "--prompts", "long.txt", "--length", "30")
     assert "shorter prompts or a greater --length" in told or "begin a new one" in told
+
+
+def test_a_chat_model_asks_itself(dlm: Dlm, tmp_path: Path) -> None:
+    base = bases.publish(bases.transformer("Llama"), tmp_path / "base")
+    words = ("--self-distill", "6", "--stride", "2", "--length", "60", "--steps", "2", "--temperatures", "0", "--out", "out")
+    code, _, err = dlm("convert", str(base), *words)
+    assert code == 0, err
+    lines = [json.loads(line) for line in (Path("out") / texts.FILE).read_text().splitlines()][1:]
+    lm, asked = load(str(base)), []
+    for line in lines:
+        given = lm.tokenizer.decode(line["ids"][: line["given"]])
+        assert given.startswith("<|im_start|>user\n") and given.endswith("<|im_end|>\n<|im_start|>assistant\n")
+        asked.append(given.removeprefix("<|im_start|>user\n").removesuffix("<|im_end|>\n<|im_start|>assistant\n"))
+        canvas = Canvas.from_rows(
+            [[*line["ids"][: line["given"]], *[None] * (len(line["ids"]) - line["given"])]], fill=lm.tokenizer.mask_id
+        )
+        *_, frame = lm.stream(canvas=canvas, temperature=0.0)
+        assert frame.tokens_BT[0].tolist() == line["ids"]  # the answer is the likeliest one, whatever the question was drawn with
+    assert len(set(asked)) == 6
+    told = dlm.told("convert", str(base), *words[:4], "--length", "10", "--out", "short")
+    assert "shorter prompts or a greater --length" in told
 
 
 def test_bad_input(dlm: Dlm, base_dir: Path, masked_dir: Path, text: Path) -> None:
@@ -213,6 +254,9 @@ def test_bad_input(dlm: Dlm, base_dir: Path, masked_dir: Path, text: Path) -> No
         ((base,), "give --data FILE or --self-distill N, one of them"),
         ((base, *data, "--self-distill", "9"), "one of them"),
         ((base, "--self-distill", "1"), "counts texts from 2"),
+        ((base, "--self-distill", "9", "--temperatures", "0,-1"), "--temperatures is one or more numbers from 0"),
+        ((base, "--self-distill", "9", "--temperatures", "warm"), "as in 0,1; got 'warm'"),
+        ((base, *data, "--temperatures", "0"), "leave them away with --data"),
         ((base, *data, "--prompts", "empty.txt"), "leave them away with --data"),
         ((base, "--self-distill", "9", "--length", "16", "--prompts", "nowhere"), "no prompts at nowhere"),
         ((base, "--self-distill", "9", "--length", "16", "--prompts", "empty.txt"), "empty.txt is empty"),

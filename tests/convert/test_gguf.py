@@ -16,7 +16,8 @@ from convert.bases import LLAMA3, SPECIAL, TEMPLATE, tokenizer, transformer
 from dlm.convert import gguf as reader
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel, load
-from dlm.models.transformer import TransformerConfig, rotary
+from dlm.models.block import rotary
+from dlm.models.config import TransformerConfig
 
 NAMES = {ours: theirs for theirs, ours in (reader.INSIDE | reader.OUTSIDE).items()}
 KINDS = {"Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3"}

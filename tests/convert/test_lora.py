@@ -17,6 +17,7 @@ from convert.test_objective import adapted, batch
 from dlm.convert import lora
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel, load
+from dlm.models import checkpoint
 
 CONFIG = lora.AdapterConfig(rank=4, alpha=8.0)
 
@@ -141,6 +142,36 @@ def test_bfloat16(saved: Path) -> None:
     assert lm.network.embed.mask_row.dtype == torch.float32
     assert torch.equal(lm.network(x_BT), plain)
     assert lm.network(x_BT.fill_(lm.tokenizer.mask_id)).dtype == torch.bfloat16
+
+
+def test_files_of_half_the_size(saved: Path, tmp_path: Path) -> None:
+    made = adapted()
+    config = lora.load_config(saved)
+    lora.save_adapter(tmp_path / "small", made.network, config, dtype=torch.bfloat16)
+    sizes = [(path / "adapter.safetensors").stat().st_size for path in (saved, tmp_path / "small")]
+    assert sizes[1] < 0.7 * sizes[0]
+    lm = lora.with_adapter(fresh(), tmp_path / "small")
+    for name, tensor in lora.adapter_state(lm.network).items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, lora.adapter_state(made.network)[name].bfloat16().float())
+
+
+def test_bundled_adapters(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = fresh()
+    monkeypatch.setattr(checkpoint, "BUNDLED", saved.parent / "nowhere")
+    assert lora.bundled() == {} and lora.bundled_for(lm.network) is None
+    monkeypatch.setattr(checkpoint, "BUNDLED", saved.parent)
+    assert lora.bundled() == {"adapter": saved} and lora.bundled_for(lm.network) == saved
+    z_BT = torch.full((2, 6), lm.tokenizer.mask_id)
+    for name in ("adapter", "auto", Path("adapter")):
+        assert torch.equal(lora.with_adapter(fresh(), name).network(z_BT), adapted().network(z_BT))
+    with torch.no_grad():
+        lm.network.head.weight[0] += 1.0
+    assert lora.bundled_for(lm.network) is None
+    for name, reason in (("auto", "no adapter 'auto' for tiny-autoregressive; bundled: adapter"), ("other", "no adapter 'other'")):
+        with pytest.raises(InputError, match=reason):
+            lora.with_adapter(lm, name)
+    with pytest.raises(InputError, match="made for another base"):
+        lora.with_adapter(lm, "adapter")
 
 
 def truncate(path: Path) -> None:

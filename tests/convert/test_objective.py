@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from conftest import make_model
-from dlm.convert import lora
+from dlm.convert import divergence, lora
 from dlm.convert.objective import acceptance, consistency, slots, tokens_per_forward
 from dlm.language_model import LanguageModel
 from dlm.models import attention
+from dlm.models.transformer import Transformer
 
 
 @pytest.mark.parametrize(("block", "phases"), [(1, [0, 0]), (2, [0, 1]), (3, [0, 2]), (7, [3, 5])])
@@ -73,28 +75,60 @@ def slow(lm: LanguageModel, x: Tensor, free: Tensor, stride: int, phase: int) ->
     return found
 
 
+def phases(stride: int) -> Tensor:
+    """Two of every row."""
+    return torch.tensor([[0, 1], [1, 4], [2, 3]]) % (stride - 1)
+
+
 @pytest.mark.parametrize("stride", [2, 3, 4, 8])
-def test_the_loss_is_what_blocks_give_alone(stride: int) -> None:
+@pytest.mark.parametrize("clean", [None, 0.2], ids=["beside", "together"])
+def test_the_loss_is_what_blocks_give_alone(stride: int, clean: float | None) -> None:
     lm = adapted(kv_heads=1, mlp="swiglu")
     x_BT, free_BT = batch(lm)
-    phase_B = torch.tensor([0, 1, 2]) % (stride - 1)
+    options = {"stride": stride, "mask_id": lm.tokenizer.mask_id, "clean": clean}
     with torch.no_grad():
-        got = {
-            how: consistency(lm.network, x_BT, free_BT, phase_B, stride=stride, mask_id=lm.tokenizer.mask_id, how=how)
-            for how in ("kl", "ce")
-        }
-        parts = [slow(lm, x, free, stride, int(phase)) for x, free, phase in zip(x_BT, free_BT, phase_B, strict=True)]
+        got = {how: consistency(lm.network, x_BT, free_BT, phases(stride), how=how, **options) for how in ("kl", "ce")}  # type: ignore[arg-type]
+        both = zip(x_BT, free_BT, phases(stride).tolist(), strict=True)
+        parts = [[mask for phase in own for mask in slow(lm, x, free, stride, phase)] for x, free, own in both]
     kl = [sum(float((p.exp() * (p - q)).sum()) for _, p, q, _ in row) / len(row) for row in parts]
     ce = [sum(-float(q[token]) for _, _, q, token in row) / len(row) for row in parts]
-    torch.testing.assert_close(got["kl"].nats_B, torch.tensor(kl), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(got["ce"].nats_B, torch.tensor(ce), atol=1e-5, rtol=1e-5)
-    count, accepted = [0] * (stride - 1), [0.0] * (stride - 1)
+    own = torch.zeros(3)
+    if clean is not None:
+        logp_BTV = lm.network(x_BT)[..., : lm.tokenizer.mask_id].log_softmax(-1)
+        told = [[s for s in range(12) if free_BT[b, s + 1]] for b in range(3)]
+        own = torch.tensor([sum(-float(logp_BTV[b, s, x_BT[b, s + 1]]) for s in row) / len(row) * clean for b, row in enumerate(told)])
+    torch.testing.assert_close(got["kl"].nats_B, torch.tensor(kl) + own, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got["ce"].nats_B, torch.tensor(ce) + own, atol=1e-5, rtol=1e-5)
+    count, accepted, agreed = [0] * (stride - 1), [0.0] * (stride - 1), [0] * (stride - 1)
     for slot, p, q, _ in (mask for row in parts for mask in row):
         count[slot] += 1
         accepted[slot] += float(torch.minimum(p.exp(), q.exp()).sum())
+        agreed[slot] += int(p.argmax() == q.argmax())
     for outcome in got.values():
-        assert outcome.count_S.tolist() == count and outcome.accepted_S is not None
+        assert outcome.count_S.tolist() == count and outcome.accepted_S is not None and outcome.agreed_S is not None
         torch.testing.assert_close(outcome.accepted_S, torch.tensor(accepted), atol=1e-4, rtol=1e-5)
+        assert outcome.agreed_S.tolist() == agreed
+
+
+@pytest.mark.parametrize("how", ["kl", "ce"])
+def test_the_gradient_is_that_of_blocks_alone(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(divergence, "CHUNK", 5)
+    lm = adapted(kv_heads=1, mlp="swiglu")
+    x_BT, free_BT = batch(lm)
+    found = consistency(lm.network, x_BT, free_BT, phases(4), stride=4, mask_id=lm.tokenizer.mask_id, how=how)
+    (found.nats_B * torch.tensor([1.0, -2.0, 0.5])).sum().backward()
+    got = {name: p.grad.clone() for name, p in lm.network.named_parameters() if p.grad is not None}
+    lm.network.zero_grad()
+    total = torch.zeros(())
+    for b, weight in enumerate([1.0, -2.0, 0.5]):
+        masks = [mask for phase in phases(4)[b].tolist() for mask in slow(lm, x_BT[b], free_BT[b], 4, phase)]
+        nats = [(p.exp() * (p - q)).sum() if how == "kl" else -q[token] for _, p, q, token in masks]
+        total = total + weight * torch.stack(nats).mean()
+    total.backward()
+    wanted = {name: p.grad for name, p in lm.network.named_parameters() if p.grad is not None}
+    assert got.keys() == wanted.keys() == lora.adapter_state(lm.network).keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4)
 
 
 def test_slots_by_hand() -> None:
@@ -118,14 +152,18 @@ def test_the_teacher_of_a_mask_is_the_clean_row_beside_it() -> None:
     """A network that says at every row what it read there last: mask s then learns from the token at s, which says s + 1."""
 
     class Echo(torch.nn.Module):
-        def forward(self, z_BQ: Tensor, *, at_BQ: Tensor, **pattern: object) -> Tensor:
+        head = torch.nn.Linear(6, 6, bias=False)
+
+        def forward(self, z_BQ: Tensor, **pattern: object) -> Tensor:
             length = z_BQ.shape[1] // 2
             clean = torch.nn.functional.one_hot(z_BQ[:, length:], 6).float() * 20  # row s is sure of "token s"
-            return torch.cat([clean, clean], 1) * at_BQ[..., None]
+            return torch.cat([clean, clean], 1)
 
-    x_BT = torch.tensor([[0, 1, 2, 3, 4]])
-    found = consistency(Echo(), x_BT, torch.ones_like(x_BT, dtype=torch.bool), torch.tensor([0]), stride=3, mask_id=5)
-    assert found.nats_B.tolist() == [0.0] and found.accepted_S is not None  # the mask at s says just what the clean row s does
+    torch.nn.init.eye_(Echo.head.weight)
+    x_BT, network = torch.tensor([[0, 1, 2, 3, 4]]), cast(Transformer, Echo())
+    free_BT = torch.ones_like(x_BT, dtype=torch.bool)
+    found = consistency(network, x_BT, free_BT, torch.tensor([[0]]), stride=3, mask_id=5, clean=0.2)
+    assert found.accepted_S is not None  # the mask at s says just what the clean row s does
     assert found.count_S.tolist() == [2, 1]  # masks 1, 2 | 3, and 4, whose token lies outside, is not scored
     torch.testing.assert_close(found.accepted_S, torch.tensor([2.0, 1.0]))
 
@@ -136,7 +174,7 @@ def test_only_the_adapter_learns() -> None:
     for how in ("kl", "ce"):
         lm.network.zero_grad()
         found = consistency(
-            lm.network, x_BT, free_BT, torch.tensor([0, 1, 2]), stride=4, mask_id=lm.tokenizer.mask_id, how=how, measure=False
+            lm.network, x_BT, free_BT, torch.tensor([[0], [1], [2]]), stride=4, mask_id=lm.tokenizer.mask_id, how=how, measure=False
         )
         assert found.accepted_S is None
         found.nats_B.mean().backward()
@@ -149,12 +187,14 @@ def test_what_is_not_measured_does_not_change_the_loss() -> None:
     x_BT, free_BT = batch(lm)
     for how in ("kl", "ce"):
         a, b = (
-            consistency(lm.network, x_BT, free_BT, torch.zeros(3).long(), stride=4, mask_id=lm.tokenizer.mask_id, how=how, measure=measure)
+            consistency(
+                lm.network, x_BT, free_BT, torch.zeros(3, 1).long(), stride=4, mask_id=lm.tokenizer.mask_id, how=how, measure=measure
+            )
             for measure in (True, False)
         )
         torch.testing.assert_close(a.nats_B, b.nats_B)
     with pytest.raises(ValueError, match="unknown loss 'mse'; known: kl, ce"):
-        consistency(lm.network, x_BT, free_BT, torch.zeros(3).long(), stride=4, mask_id=lm.tokenizer.mask_id, how="mse")
+        consistency(lm.network, x_BT, free_BT, torch.zeros(3, 1).long(), stride=4, mask_id=lm.tokenizer.mask_id, how="mse")
 
 
 def test_the_clean_half_of_full_training() -> None:
@@ -164,7 +204,7 @@ def test_the_clean_half_of_full_training() -> None:
 
     def nats(clean: float | None) -> Tensor:
         return consistency(
-            lm.network, x_BT, free_BT, torch.zeros(3).long(), stride=3, mask_id=lm.tokenizer.mask_id, how="ce", clean=clean
+            lm.network, x_BT, free_BT, torch.zeros(3, 1).long(), stride=3, mask_id=lm.tokenizer.mask_id, how="ce", clean=clean
         ).nats_B
 
     logp_BTV = lm.network(x_BT)[..., : lm.tokenizer.mask_id].log_softmax(-1).detach()
@@ -182,7 +222,8 @@ def test_acceptance_does_not_depend_on_the_batch() -> None:
     lm = adapted()
     x_BT, free_BT = batch(lm)
     alone, together = (acceptance(lm.network, x_BT, free_BT, stride=4, mask_id=lm.tokenizer.mask_id, batch=size) for size in (1, 3))
-    assert alone == pytest.approx(together, abs=1e-5) and all(0 < a < 1 for a in alone)
+    assert alone.sampled == pytest.approx(together.sampled, abs=1e-5) and all(0 < a < 1 for a in alone.sampled)
+    assert alone.greedy == together.greedy
 
 
 def test_tokens_per_forward() -> None:

@@ -25,23 +25,26 @@ err = Console(stderr=True)
 Model = Annotated[str, typer.Option("--model", "-m", help="Bundled name, directory or hub id.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same machine, same output.")]
+Dtype = Annotated[str, typer.Option(help="float32 | bfloat16 | int8 (weights of an autoregressive model, on a CPU).")]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="Logits that no batch and no number of positions changes, to the bit; slower.")
+]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object.")]
 
 
-def load(name: str, device: str = "cpu", dtype: str = "float32", adapter: Path | None = None) -> Any:
+def load(
+    name: str, device: str = "cpu", dtype: str = "float32", adapter: Path | list[Path] | None = None, deterministic: bool = False
+) -> Any:
     """A LanguageModel. InputError for a device or dtype that is not there, or an adapter of another base."""
     import torch
 
     from dlm.language_model import load
 
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype not in kinds:
-        raise InputError(f"unknown dtype {dtype!r}; known: {', '.join(kinds)}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"no device {device!r} here ({str(error).splitlines()[0]}): use --device cpu") from None
-    return load(name, device=device, dtype=kinds[dtype], adapter=adapter)
+    return load(name, device=device, dtype=dtype, adapter=adapter, deterministic=deterministic)
 
 
 def load_judge(name: str, device: str = "cpu") -> Any:

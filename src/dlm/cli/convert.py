@@ -17,9 +17,11 @@ def convert(
     base: Annotated[str, typer.Argument(help="An autoregressive model: bundled or pulled name, directory, GGUF file, hub id.")],
     data: Annotated[str | None, typer.Option(help="Text file, folder of .txt files, or hf:DATASET.")] = None,
     self_distill: Annotated[int, typer.Option(help="Instead of --data: learn from so many texts that the base writes.")] = 0,
-    prompts: Annotated[Path | None, typer.Option(help="Beginnings of those texts, one a line; of a chat model, what a user says.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="What they begin with, a line each; said to a chat model, or it asks itself")] = None,
+    temperatures: Annotated[str, typer.Option(help="Of those texts, with commas, in turns: 0,1 where greedy text is wanted too.")] = "1",
     out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/convert/BASE.")] = None,
     stride: Annotated[int, typer.Option(help="Tokens that a call may commit: 2, 3, 4, 8 ...")] = 4,
+    heads: Annotated[int, typer.Option(help="Train so many heads on the last hidden state instead of an adapter (Medusa).")] = 0,
     full: Annotated[bool, typer.Option("--full", help="Train the base itself, not an adapter: no longer lossless.")] = False,
     rank: Annotated[int, typer.Option(help="Of the adapter.")] = 16,
     alpha: Annotated[float | None, typer.Option(help="The adapter's output counts alpha / rank times; default: twice the rank.")] = None,
@@ -49,8 +51,10 @@ def convert(
         raise InputError(f"--self-distill counts texts from 2: one to learn from, one to measure on; got {self_distill}")
     if prompts is not None and data is not None:
         raise InputError("--prompts are what --self-distill begins with: leave them away with --data")
+    if (warmth := _numbers(temperatures)) != [1.0] and data is not None:
+        raise InputError("--temperatures are what --self-distill writes with: leave them away with --data")
     words = tuple(word for word in targets.split(",") if word)
-    sizes = {"stride": stride, "rank": rank, "steps": steps, "batch": batch, "length": length, "save_every": save_every}
+    sizes = {"stride": stride, "heads": heads, "rank": rank, "steps": steps, "batch": batch, "length": length, "save_every": save_every}
     rates = {"alpha": 2.0 * rank if alpha is None else alpha, "lr": lr, "clean_weight": clean_weight}
     config = ConvertConfig(full=full, targets=words, loss=loss, seed=seed, eval_every=eval_every, **sizes, **rates)  # type: ignore[arg-type]
     lm = load(base, device, dtype)
@@ -63,13 +67,24 @@ def convert(
         with bar(f"{lm.name} writes", self_distill) as progress:
             given = prompt_lines(prompts) if prompts else []
             tell = lambda done: progress.update(progress.task_ids[0], completed=done)  # noqa: E731
-            texts.write(lm, out / texts.FILE, self_distill, length, prompts=given, seed=seed, tell=tell)
+            texts.write(lm, out / texts.FILE, self_distill, length, prompts=given, temperatures=warmth, seed=seed, tell=tell)
         rows = texts.from_base(out / texts.FILE, start, length)
     try:
         figures = run(lm, config, rows, out, resume=resume, console=err)
     except KeyboardInterrupt as stopped:
         fail(str(stopped) or "stopped", 130)
     if not as_json:
-        print(f"before  {describe(figures['accept_before'])}\nafter   {describe(figures['accept'])}")
+        before, after = (describe(figures[f"accept{when}"], figures[f"greedy{when}"]) for when in ("_before", ""))
+        print(f"before  {before}\nafter   {after}")
     else:
-        print(json.dumps({"base": lm.name, "out": str(out), "stride": stride, "full": full} | figures))
+        print(json.dumps({"base": lm.name, "out": str(out), "stride": config.stride, "heads": heads, "full": full} | figures))
+
+
+def _numbers(temperatures: str) -> list[float]:
+    try:
+        found = [float(word) for word in temperatures.split(",")]
+    except ValueError:
+        found = [-1.0]
+    if not all(0 <= one < float("inf") for one in found):
+        raise InputError(f"--temperatures is one or more numbers from 0 with commas between, as in 0,1; got {temperatures!r}")
+    return found

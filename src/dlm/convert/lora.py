@@ -29,6 +29,7 @@ from dlm.models.transformer import Transformer
 
 TARGETS = ("q", "k", "v", "out", "up", "down", "gate")  # linear layers of a block; not every network has a gate
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
+HEADS = "heads.json"  # of `dlm.convert.heads`
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,12 @@ class Adapter:
     def __init__(self, config: AdapterConfig, mask_id: int) -> None:
         self.config, self.mask_id = config, mask_id
         self.masks_M: Tensor | None = None  # places of the masks in the flattened (B, Q); None without any
+        self.alone = False  # nothing but masks is read
 
     def begin(self, z_BQ: Tensor, pos_BQ: Tensor) -> None:
         """Called by the network before it reads z at these positions."""
         masks_M = ((z_BQ == self.mask_id) & (pos_BQ > 0)).flatten().nonzero().squeeze(-1)
-        self.masks_M = masks_M if len(masks_M) else None
+        self.masks_M, self.alone = masks_M if len(masks_M) else None, len(masks_M) == z_BQ.numel()
 
 
 class LoRALinear(nn.Linear):
@@ -83,7 +85,7 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = base.weight, base.bias
         with torch.no_grad():
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=rng)
-        return self.to(base.weight.device)
+        return self if base.weight is None else self.to(base.weight.device)  # quantised: the weights are elsewhere, on the CPU
 
     def to_base(self) -> nn.Linear:
         """The layer without its adapter, around the same weights."""
@@ -101,10 +103,15 @@ class LoRALinear(nn.Linear):
         return base
 
     def forward(self, x_BQI: Tensor) -> Tensor:
-        y_BQO = super().forward(x_BQI)
+        return self.adapt(x_BQI, super().forward(x_BQI))
+
+    def adapt(self, x_BQI: Tensor, y_BQO: Tensor) -> Tensor:
+        """W x with the adapter's part added at masks."""
         masks_M = self.adapter.masks_M
         if masks_M is None:
             return y_BQO
+        if self.adapter.alone:
+            return y_BQO + F.linear(F.linear(x_BQI, self.lora_A.to(x_BQI.dtype)), self.scale * self.lora_B.to(x_BQI.dtype))
         x_MI = x_BQI.flatten(0, -2).index_select(0, masks_M)
         delta_MO = F.linear(F.linear(x_MI, self.lora_A.to(x_MI.dtype)), self.lora_B.to(x_MI.dtype))
         return y_BQO.flatten(0, -2).index_add(0, masks_M, delta_MO, alpha=self.scale).view_as(y_BQO)
@@ -133,6 +140,8 @@ class MaskEmbedding(nn.Embedding):
         masks_M = self.adapter.masks_M
         if masks_M is None:
             return x_BQD
+        if self.adapter.alone:
+            return self.mask_row.to(x_BQD.dtype).expand_as(x_BQD)
         rows_MD = self.mask_row.to(x_BQD.dtype).expand(len(masks_M), -1)
         return x_BQD.flatten(0, 1).index_copy(0, masks_M, rows_MD).view_as(x_BQD)
 
@@ -176,6 +185,8 @@ def fingerprint(network: Transformer) -> str:
 
     In bfloat16, so that a base loaded in float32 and in bfloat16 is the same base.
     """
+    if network.quantized:
+        raise InputError("the weights are rounded to int8, and an adapter names those before: load both at once, with --adapter")
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         if name == "head.weight" and network.config.tied:
@@ -185,17 +196,29 @@ def fingerprint(network: Transformer) -> str:
     return digest.hexdigest()
 
 
-def save_adapter(directory: str | Path, network: Transformer, config: AdapterConfig) -> None:
-    """Write adapter.safetensors, then adapter.json, each whole or not at all."""
+def save_adapter(directory: str | Path, network: Transformer, config: AdapterConfig, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write adapter.safetensors, then adapter.json, each whole or not at all. dtype: bfloat16 halves it; loaded it is float32 again."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
-        state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(network).items()}
+        state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in adapter_state(network).items()}
         save_file(state, Path(temporary) / WEIGHTS)
         (Path(temporary) / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
         for name in (WEIGHTS, CONFIG):
             (Path(temporary) / name).chmod(0o644)  # safetensors writes for the owner alone
             os.replace(Path(temporary) / name, directory / name)
+
+
+def bundled() -> dict[str, Path]:
+    """Adapters that ship with the package, by name."""
+    return {file.parent.name: file.parent for file in sorted(checkpoint.BUNDLED.glob(f"*/{CONFIG}"))}
+
+
+def bundled_for(network: Transformer) -> Path | None:
+    """The first of them that was made for this base; None without one, and for weights rounded to int8, which are nobody's."""
+    found = {} if network.quantized else bundled()
+    own = fingerprint(network) if found else ""
+    return next((path for path in found.values() if load_config(path).fingerprint == own), None)
 
 
 def load_config(path: str | Path) -> AdapterConfig:
@@ -239,6 +262,19 @@ def load_adapter(path: str | Path, network: Transformer, mask_id: int) -> Adapte
 
 
 def with_adapter(lm: Any, path: str | Path) -> Any:
-    """A `LanguageModel` with the adapter of a directory attached to its network. InputError as `load_adapter`."""
-    load_adapter(path, lm.network, lm.tokenizer.mask_id)
+    """A `LanguageModel` with an adapter attached to its network, or heads: of a directory, a bundled name, or `auto` for what is
+    bundled for this base. InputError as `load_adapter`."""
+    found: Path | None = Path(path)
+    if not Path(path).is_dir():
+        found = bundled_for(lm.network) if str(path) == "auto" else bundled().get(str(path))
+    if found is None:
+        names = ", ".join(bundled()) or "none"
+        raise InputError(f"no adapter {str(path)!r} for {lm.name}; bundled: {names}. A directory works too (dlm convert makes one).")
+    has_heads = (found / HEADS).is_file()
+    if has_heads:
+        from dlm.convert.heads import load_heads  # which needs this file
+
+        lm.heads = load_heads(found, lm.network)
+    if not has_heads or (found / CONFIG).is_file():
+        load_adapter(found, lm.network, lm.tokenizer.mask_id)
     return lm

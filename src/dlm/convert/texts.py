@@ -6,9 +6,8 @@ Shapes: B rows, T positions, the start token included where the base reads one.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from dlm.convert import lora
 from dlm.errors import InputError
+from dlm.files import write_text
 from dlm.text import Tokenizer
 from dlm.train import data as reading
 from dlm.trajectory import Canvas
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dlm.language_model import LanguageModel
 
 FILE = "texts.jsonl"
+ASKED = 1 << 31  # added to the seed of what users say, so that no answer is drawn with the same numbers (32 bits of a seed count)
 Batch = tuple[Tensor, Tensor]  # x_BT int64 and free_BT, False where a token is only read: start, prompt, padding
 
 
@@ -96,41 +97,46 @@ def write(
     length: int,
     *,
     prompts: Sequence[str] = (),
+    temperatures: Sequence[float] = (1.0,),
     seed: int = 0,
-    batch: int = 16,
+    batch: int = 64,
     tell: Callable[[int], None] = lambda texts: None,
 ) -> None:
-    """The base writes `count` texts of at most `length` positions, drawn from its own distribution at temperature 1.
+    """The base writes `count` texts of at most `length` positions; temperatures: one for each batch of them, in turns.
 
-    prompts: taken in turns, as messages of a user where the base has a chat template; without, texts begin at the base's start token.
-    A file that is there is kept if it came of the same base and settings. tell: gets the number of texts after each batch.
+    prompts: taken in turns, as messages of a user where the base has a chat template. Without, such a base writes what users say as
+    well, at temperature 1, and what texts begin with is read, not learned; others begin at their start token.
+    A file that came of the same base and settings is gone on with: a run that was stopped, or fewer texts. tell: gets the number of
+    texts after each batch, which is then on disk.
     InputError for a base without start token or room.
     """
     mask_id = lm.tokenizer.mask_id
     heads = [_head(lm, prompt) for prompt in prompts] or [[]]
+    turn = _turn(lm) if lm.chat.source and not prompts else None
     room = length - (lm.config.start_token_id is not None)
-    if lm.config.start_token_id is None and not prompts:
+    if lm.config.start_token_id is None and not prompts and turn is None:
         raise InputError(f"{lm.name} reads no start token: give --prompts FILE for its texts to begin with")
-    if (longest := max(map(len, heads))) > room - 2:
+    if (longest := max(map(len, heads)) if turn is None else len(turn[0] + turn[1]) + 4) > room - 2:
         raise InputError(f"a prompt has {longest} tokens, a text {room}: shorter prompts or a greater --length")
-    about = {"base": lora.fingerprint(lm.network), "count": count, "length": length, "seed": seed, "heads": heads}
+    about = {"base": lora.fingerprint(lm.network), "length": length, "seed": seed, "heads": heads, "turn": turn}
+    about |= {"temperatures": list(temperatures), "batch": batch}
     head = json.dumps({"made_by": hashlib.sha256(json.dumps(about).encode()).hexdigest(), "base": lm.name, "seed": seed})
-    if path.is_file() and path.read_text(encoding="utf-8").partition("\n")[0] == head:
-        return tell(count)
-    lines = [head]
-    for first in range(0, count, batch):
-        chosen = [heads[i % len(heads)] for i in range(first, min(first + batch, count))]
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = lines if lines[:1] == [head] else [head]
+    tell(min(len(lines) - 1, count))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while (first := len(lines) - 1) < count:
+        turns = first // batch
+        chosen = [heads[i % len(heads)] for i in range(first, min((turns + 1) * batch, count))]
+        if turn is not None:
+            chosen = _asked(lm, turn, len(chosen), room, seed + first + ASKED)
         canvas = Canvas.from_rows([[*ids, *[None] * (room - len(ids))] for ids in chosen], fill=mask_id)
-        *_, frame = lm.stream(canvas=canvas, seed=seed + first, temperature=1.0)
+        *_, frame = lm.stream(canvas=canvas, seed=seed + first, temperature=temperatures[turns % len(temperatures)])
         for ids, row in zip(chosen, frame.tokens_BT.tolist(), strict=True):
             row = row[: row.index(mask_id)] if mask_id in row else row  # it has ended its text
             lines.append(json.dumps({"given": len(ids), "text": lm.tokenizer.decode(row), "ids": row}))
+        write_text(path, "\n".join(lines) + "\n")
         tell(len(lines) - 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as temporary:
-        partial = Path(temporary) / path.name
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.replace(partial, path)
 
 
 def _head(lm: LanguageModel, prompt: str) -> list[int]:
@@ -139,3 +145,22 @@ def _head(lm: LanguageModel, prompt: str) -> list[int]:
     canvas: Any = lm.chat_canvas([{"role": "user", "content": prompt}], max_new_tokens=1)
     ids: list[int] = canvas.tokens_BT[canvas.given_BT].tolist()
     return ids
+
+
+def _turn(lm: LanguageModel) -> tuple[list[int], list[int]]:
+    """What stands before and after the words of a user: what two conversations have in common."""
+    a, b = (_head(lm, word) for word in ("a", "b"))
+    before = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    after = next(i for i, (x, y) in enumerate(zip(reversed(a), reversed(b), strict=False)) if x != y)
+    return a[:before], a[len(a) - after :]
+
+
+def _asked(lm: LanguageModel, turn: tuple[list[int], list[int]], count: int, room: int, seed: int) -> list[list[int]]:
+    """Conversations up to where the base is to speak; what the user says is its own, a third of the room at most."""
+    before, after = turn
+    most = (room - len(before) - len(after)) // 3
+    canvas = Canvas.from_rows([[*before, *[None] * most]] * count, fill=lm.tokenizer.mask_id)
+    *_, frame = lm.stream(canvas=canvas, seed=seed, temperature=1.0)
+    ends = lm.stops | {lm.tokenizer.mask_id}
+    said = (itertools.takewhile(lambda i: i not in ends, row[len(before) :]) for row in frame.tokens_BT.tolist())
+    return [[*before, *words, *after] for words in said]

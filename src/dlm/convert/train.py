@@ -5,6 +5,7 @@ Everything random at step n is a function of (seed, n), so a run that stopped an
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -22,11 +23,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dlm.convert import heads as extra
 from dlm.convert import lora
-from dlm.convert.objective import LOSSES, acceptance, consistency, tokens_per_forward
+from dlm.convert.objective import LOSSES, Acceptance, acceptance, consistency, tokens_per_forward
 from dlm.convert.texts import Rows
 from dlm.errors import InputError
 from dlm.models import checkpoint
+from dlm.models.transformer import Transformer
 from dlm.train import state
 from dlm.train.learner import step_generator
 from dlm.train.log import Log
@@ -44,6 +47,7 @@ class ConvertConfig:
     """One conversion. The defaults suit a small base and minutes of a laptop."""
 
     stride: int = 4  # tokens that a call may commit: one of the base's own and stride - 1 drafts
+    heads: int = 0  # train that many on the last hidden state instead of an adapter; stride is then one more
     full: bool = False  # train the base itself instead of an adapter; then it is no longer lossless
     rank: int = 16
     alpha: float = 32.0
@@ -64,7 +68,12 @@ class ConvertConfig:
     save_every: int = 250
 
     def __post_init__(self) -> None:
-        lora.AdapterConfig(self.rank, self.alpha, self.targets, self.stride)  # its InputErrors are ours
+        if self.heads:
+            extra.HeadsConfig(self.heads)  # its InputErrors are ours
+            object.__setattr__(self, "stride", self.heads + 1)
+        lora.AdapterConfig(self.rank, self.alpha, self.targets, self.stride)  # as are those
+        if self.heads and self.full:
+            raise InputError("heads stand on a base that stays as it is: leave --full or --heads away")
         if self.loss not in LOSSES:
             raise InputError(f"unknown loss {self.loss!r}; known: {', '.join(LOSSES)}")
         least = dict.fromkeys(("steps", "batch", "log_every", "eval_every", "save_every"), 1)
@@ -92,7 +101,7 @@ def convert(
     console: Console | None = None,
     stop_after: int | None = None,
 ) -> dict[str, Any]:
-    """Train into the directory `out`: an adapter for `lm`, or with `full` a checkpoint. Returns the last figures.
+    """Train into the directory `out`: an adapter for `lm`, or with `heads` those, or with `full` a checkpoint. Returns the last figures.
 
     resume: go on from the state in `out`. stop_after: leave after that step, as Ctrl-C would. The network of `lm` then has the adapter,
     or the new weights. Raises KeyboardInterrupt after saving when interrupted; InputError for settings that cannot work.
@@ -103,15 +112,20 @@ def convert(
     saved, base = out / state.FILE, lora.fingerprint(network)
     facts = {"base": lm.name, "fingerprint": base, "texts": rows.fingerprint}
     meta = _meta(saved, config, facts, resume=resume)
-    first, before_S, recent = meta["step"], meta["before"], meta["recent"]  # recent: losses since the last line of the log
+    first, before_S, before_greedy_S = meta["step"], meta["before"], meta["before_greedy"]
+    recent = meta["recent"]  # losses since the last line of the log
     adapter = lora.AdapterConfig(config.rank, config.alpha, config.targets, config.stride, lm.name, base)
-    if config.full:
+    heads = None
+    if config.full or config.heads:
         lora.detach(network)
-        network.requires_grad_(True)
+        network.requires_grad_(config.full)
     else:
         lora.attach(network, adapter, mask_id, seed=config.seed)
-    named = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    optimizer = adamw(network, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    if config.heads:
+        heads = extra.Heads(network, extra.HeadsConfig(config.heads, lm.name, base))
+    learner = heads or network
+    named = {name: p for name, p in learner.named_parameters() if p.requires_grad}
+    optimizer = adamw(learner, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
     if resume:
         _load(saved, named, optimizer)
     held_x, held_free = (part.to(device) for part in rows.held)
@@ -123,7 +137,9 @@ def convert(
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def measured() -> list[float]:
+    def measured() -> Acceptance:
+        if heads is not None:
+            return extra.acceptance(network, heads, held_x, held_free, mask_id=mask_id, batch=config.batch)
         return acceptance(network, held_x, held_free, stride=config.stride, mask_id=mask_id, batch=config.batch)
 
     def save(step: int, figures: dict[str, Any]) -> None:
@@ -131,18 +147,22 @@ def convert(
         if config.full:  # the export first: whatever can be resumed can also be loaded
             trained = replace(lm.config, training=made | {"stride": config.stride})
             checkpoint.save(out, network.state_dict(), trained, files=lm.files() | {"README.md": lm.card()})
+        elif heads is not None:
+            extra.save_heads(out, heads, replace(heads.config, made=made))
         else:
-            lora.save_adapter(out, network, replace(adapter, made=made))
-        _save(saved, named, optimizer, {"step": step, "before": before_S, "recent": recent, "config": asdict(config)} | facts)
+            lora.save_adapter(out, network, replace(adapter, made=made), dtype=torch.bfloat16)  # what is trained on is float32
+        before = {"before": before_S, "before_greedy": before_greedy_S}
+        _save(saved, named, optimizer, {"step": step, "recent": recent, "config": asdict(config)} | before | facts)
 
     trained = sum(p.numel() for p in named.values())
     share = f"{trained:,} numbers to train ({trained / network.parameters_count():.1%} of all)"
     say(f"{share}, {rows.tokens:,} tokens to learn from, stride {config.stride}, on {device}, into {out}")
     with Stop(patient=False) as stop, log:
         if first == 0:
-            before_S = measured()
-            _note(log, 0, before_S)
-            say(f"before: {describe(before_S)}")
+            before = measured()
+            before_S, before_greedy_S = before.sampled, before.greedy
+            _note(log, 0, before)
+            say(f"before: {describe(before_S, before_greedy_S)}")
         columns = (TextColumn("converting"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         times = (TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
         figures: dict[str, Any] = {"step": first}
@@ -151,7 +171,7 @@ def convert(
             task = progress.add_task("", total=config.steps, completed=first, note="")
             since, counted, quiet_until = time.perf_counter(), first, 0.0
             for step in range(first, last):
-                loss, gradient, lr = _update(network, config, rows, optimizer, step, mask_id)
+                loss, gradient, lr = _update(network, heads, config, rows, optimizer, step, mask_id)
                 done, stopping = step + 1, stop.asked or step + 1 == last
                 if not math.isfinite(loss + gradient):
                     raise InputError(f"the loss is {loss} at step {done}: lower --lr (now {config.lr}); the last save is kept")
@@ -169,9 +189,10 @@ def convert(
                     recent.clear()
                 paused = time.perf_counter()
                 if done % config.eval_every == 0 or done == config.steps:
-                    after_S = measured()
-                    figures |= {"accept_before": before_S, "accept": after_S} | _note(log, done, after_S)
-                    say(f"step {done}: {describe(after_S)}")
+                    after = measured()
+                    figures |= {"accept_before": before_S, "accept": after.sampled}
+                    figures |= {"greedy_before": before_greedy_S, "greedy": after.greedy} | _note(log, done, after)
+                    say(f"step {done}: {describe(after.sampled, after.greedy)}")
                 if done % config.save_every == 0 or stopping:
                     save(done, figures)
                 since += time.perf_counter() - paused
@@ -184,33 +205,44 @@ def convert(
     return figures
 
 
-def describe(accept_S: list[float]) -> str:
-    """Acceptance by slot and what it is worth, for people."""
+def describe(accept_S: list[float], greedy_S: list[float]) -> str:
+    """Acceptance by slot, at temperature 1 and 0, and what it is worth, for people."""
     restart, tree = tokens_per_forward(accept_S), tokens_per_forward(accept_S, restart=False)
-    slots = " ".join(f"{a:.3f}" for a in accept_S)
-    return f"acceptance by slot {slots}: {restart:.2f} tokens per forward, {tree:.2f} where every prefix has drafts (tree)"
+    slots, greedy = (" ".join(f"{a:.3f}" for a in chances) for chances in (accept_S, greedy_S))
+    worth = f"{restart:.2f} tokens per forward, {tree:.2f} where every prefix has drafts (tree)"
+    return f"acceptance by slot {slots} (greedy {greedy}): {worth}"
 
 
-def _note(log: Log, step: int, accept_S: list[float]) -> dict[str, float]:
-    figures = {"tokens_per_forward": tokens_per_forward(accept_S), "tokens_per_forward_tree": tokens_per_forward(accept_S, restart=False)}
-    log.write(step, **{f"accept_{slot}": a for slot, a in enumerate(accept_S, 1)}, **figures)
+def _note(log: Log, step: int, found: Acceptance) -> dict[str, float]:
+    figures = {f"tokens_per_forward{name}": tokens_per_forward(found.sampled, restart=not name) for name in ("", "_tree")}
+    slots = {"accept": found.sampled, "greedy": found.greedy}
+    log.write(step, **{f"{name}_{slot}": a for name, chances in slots.items() for slot, a in enumerate(chances, 1)}, **figures)
     return figures
 
 
 def _update(
-    network: nn.Module, config: ConvertConfig, rows: Rows, optimizer: torch.optim.Optimizer, step: int, mask_id: int
+    network: Transformer,
+    heads: extra.Heads | None,
+    config: ConvertConfig,
+    rows: Rows,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    mask_id: int,
 ) -> tuple[float, float, float]:
     """Step `step` of the run: (nats per mask, gradient norm, learning rate)."""
     rng = step_generator(config.seed, step)
     x_BT, free_BT = rows.draw(config.batch, rng)
-    phase_B = torch.randint(config.stride - 1, (config.batch,), generator=rng)  # every position meets every slot
+    phases = torch.arange(config.stride - 1).expand(config.batch, -1)  # every position meets every slot: beside a frozen text at once
+    phase_BP = torch.randint(config.stride - 1, (config.batch, 1), generator=rng) if config.full else phases
     lr = learning_rate(step, peak=config.lr, steps=config.steps, warmup=config.warmup, decay_share=config.decay_share)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    device = next(network.parameters()).device
     clean = config.clean_weight if config.full else None
-    parts = (part.to(device) for part in (x_BT, free_BT, phase_B))
-    nats_B = consistency(network, *parts, stride=config.stride, mask_id=mask_id, how=config.loss, clean=clean, measure=False).nats_B
+    parts = (part.to(network.device) for part in (x_BT, free_BT, phase_BP))
+    if heads is not None:
+        nats_B = extra.foresight(network, heads, *itertools.islice(parts, 2), mask_id=mask_id, how=config.loss).nats_B
+    else:
+        nats_B = consistency(network, *parts, stride=config.stride, mask_id=mask_id, how=config.loss, clean=clean, measure=False).nats_B
     nats_B.mean().backward()  # type: ignore[no-untyped-call]
     norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.clip)
     optimizer.step()
@@ -226,14 +258,14 @@ def _meta(saved: Path, config: ConvertConfig, facts: dict[str, str], *, resume: 
     if not resume and saved.is_file():
         raise InputError(f"{out} holds a run already: add --resume, or choose another --out")
     if not resume:
-        return {"step": 0, "before": [], "recent": []}
+        return {"step": 0, "before": [], "before_greedy": [], "recent": []}
     meta = state.read_meta(saved)
     if "before" not in meta:
         raise InputError(f"{out} holds a run of dlm train, not of dlm convert: choose another --out")
     if changed := [key for key in ("fingerprint", "texts") if meta[key] != facts[key]]:
         what = {"fingerprint": f"another base ({meta['base']})", "texts": "another text"}
         raise InputError(f"{out} was begun with {' and '.join(what[key] for key in changed)}: choose another --out")
-    now, fixed = json.loads(json.dumps(asdict(config))), ("stride", "full", "rank", "alpha", "targets", "loss", "length", "seed")
+    now, fixed = json.loads(json.dumps(asdict(config))), ("stride", "heads", "full", "rank", "alpha", "targets", "loss", "length", "seed")
     if wrong := [f"{key}={meta['config'][key]}" for key in fixed if meta["config"][key] != now[key]]:
         raise InputError(f"{out} was begun with {', '.join(wrong)}: resume with the same")
     if meta["step"] >= config.steps:

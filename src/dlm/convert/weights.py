@@ -17,7 +17,8 @@ from dlm.chat import ChatTemplate
 from dlm.errors import InputError
 from dlm.models import checkpoint
 from dlm.models.checkpoint import CONVERTIBLE, ModelConfig
-from dlm.models.transformer import Transformer, TransformerConfig
+from dlm.models.config import TransformerConfig
+from dlm.models.transformer import Transformer
 from dlm.text import Tokenizer
 
 OUTSIDE = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}

@@ -1,0 +1,145 @@
+"""Heads that guess tokens further on, on the last hidden state of a frozen base: Medusa-1 (Cai et al. 2401.10774), with the base's own
+output layer for all of them. Head k = 1, 2 ... says which token stands k places after the one that the base itself predicts there.
+
+Shapes: B rows, T positions, N scored positions, K heads, M = N K guesses, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dlm.convert.divergence import divergence
+from dlm.convert.lora import HEADS, fingerprint
+from dlm.convert.objective import Acceptance, Consistency, mean_acceptance, sums
+from dlm.errors import InputError
+from dlm.models import checkpoint
+from dlm.models.transformer import Transformer
+
+WEIGHTS, CONFIG = "heads.safetensors", HEADS
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """What heads.json says."""
+
+    count: int = 3
+    base: str = ""
+    fingerprint: str = ""
+    made: dict[str, Any] = field(default_factory=dict)  # how: settings and figures of their training
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise InputError(f"heads count from 1, got {self.count}")
+
+
+class Heads(nn.Module):
+    """h + silu(W h + b) for each head, W and b zero at first: each then says what the base does. float32, beside a base of any dtype."""
+
+    def __init__(self, network: Transformer, config: HeadsConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = network.config.width
+        self.weight = nn.Parameter(torch.zeros(config.count, width, width, device=network.device))
+        self.bias = nn.Parameter(torch.zeros(config.count, width, device=network.device))
+        self._base = [network]  # in a list: no part of this module
+
+    def states(self, hidden_ND: Tensor, count: int | None = None) -> Tensor:
+        """(N, K, D): what the output layer reads for each head, by default for all."""
+        inner_NKD = torch.einsum("nd,kod->nko", hidden_ND.float(), self.weight[:count]) + self.bias[:count]
+        return (hidden_ND[:, None].float() + F.silu(inner_NKD)).to(hidden_ND.dtype)
+
+    def forward(self, hidden_BD: Tensor, count: int) -> Tensor:
+        """Logits (B, K, V) of the first `count` heads."""
+        logits_BKV: Tensor = self._base[0].head(self.states(hidden_BD, count))
+        return logits_BKV
+
+
+def foresight(network: Transformer, heads: Heads, x_BT: Tensor, free_BT: Tensor, *, mask_id: int, how: str = "kl") -> Consistency:
+    """The heads at every position of text x whose next tokens are free, against what the base says where it has read them.
+
+    how: `kl` or `ce`, as of `objective.consistency`; slot k - 1 is head k.
+    """
+    free_BT = free_BT & (torch.arange(x_BT.shape[1], device=x_BT.device) > 0)
+    with torch.no_grad():
+        hidden_BTD = network(x_BT, logits=False)
+    ahead = torch.arange(1, heads.config.count + 1, device=x_BT.device)
+    column_T = torch.arange(x_BT.shape[1], device=x_BT.device)
+    target_TK = column_T[:, None] + 1 + ahead  # the token that head k is about
+    inside_TK = target_TK < x_BT.shape[1]
+    told_BTK = F.pad(free_BT, (-1, 1))[..., None] & free_BT[:, target_TK.clamp(max=x_BT.shape[1] - 1)] & inside_TK
+    row_M, place_M, slot_M = told_BTK.nonzero().unbind(-1)
+    used_BT = told_BTK.any(-1)
+    hidden_MD = heads.states(hidden_BTD[used_BT])[told_BTK[used_BT]]
+    teacher_M = place_M + 1 + slot_M  # where the base predicts the same token
+    order_M = (row_M * x_BT.shape[1] + teacher_M).argsort(stable=True)  # neighbours share a teacher
+    row_M, slot_M, teacher_M, hidden_MD = row_M[order_M], slot_M[order_M], teacher_M[order_M], hidden_MD[order_M]
+    flat_M, of_M = torch.unique_consecutive(row_M * x_BT.shape[1] + teacher_M, return_inverse=True)
+    weight_VD = network.head.weight[:mask_id]
+    with torch.set_grad_enabled(torch.is_grad_enabled() and how == "kl"):
+        nats_M, accept_M, agree_M = divergence(hidden_MD, hidden_BTD.flatten(0, 1)[flat_M], of_M, weight_VD)
+    if how == "ce":
+        nats_M = F.cross_entropy(F.linear(hidden_MD, weight_VD).float(), x_BT[row_M, teacher_M + 1], reduction="none")
+    nats_B = sums(nats_M, row_M, len(x_BT)) / torch.bincount(row_M, minlength=len(x_BT)).clamp(min=1)
+    count = heads.config.count
+    return Consistency(nats_B, torch.bincount(slot_M, minlength=count), sums(accept_M, slot_M, count), sums(agree_M, slot_M, count))
+
+
+@torch.no_grad()
+def acceptance(network: Transformer, heads: Heads, x_BT: Tensor, free_BT: Tensor, *, mask_id: int, batch: int = 16) -> Acceptance:
+    """Of each head, on these rows."""
+    parts = zip(torch.split(x_BT, batch), torch.split(free_BT, batch), strict=True)
+    return mean_acceptance([foresight(network, heads, x, free, mask_id=mask_id) for x, free in parts])
+
+
+def save_heads(directory: str | Path, heads: Heads, config: HeadsConfig) -> None:
+    """Write heads.safetensors (bfloat16), then heads.json, each whole or not at all."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
+        state = {name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in heads.named_parameters()}
+        save_file(state, Path(temporary) / WEIGHTS)
+        (Path(temporary) / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+        for name in (WEIGHTS, CONFIG):
+            (Path(temporary) / name).chmod(0o644)  # safetensors writes for the owner alone
+            os.replace(Path(temporary) / name, directory / name)
+
+
+def load_heads(path: str | Path, network: Transformer) -> Heads:
+    """The heads of a directory, for the base that they were made for. InputError for another base, and for files missing or damaged."""
+    file, weights = Path(path) / CONFIG, Path(path) / WEIGHTS
+    if not file.is_file():
+        raise InputError(f"no heads in {path}: it has no {CONFIG} (dlm convert --heads 3 writes one)")
+    data = checkpoint.read_json(file)
+    try:
+        config = HeadsConfig(**{f.name: data[f.name] for f in fields(HeadsConfig)})
+    except (KeyError, TypeError, AttributeError, InputError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{file} does not describe heads ({what})") from None
+    if config.fingerprint != (own := fingerprint(network)):
+        names = f"{config.base}, fingerprint {config.fingerprint[:12]}; this one has {own[:12]}"
+        raise InputError(f"the heads in {path} were made for another base ({names})")
+    try:
+        state = load_file(weights)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise InputError(f"{weights} is missing, truncated or damaged ({error}): convert the base again") from None
+    heads = Heads(network, config)
+    own_state = dict(heads.named_parameters())
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own_state.items()} or not all(
+        bool(v.isfinite().all()) for v in state.values()
+    ):
+        raise InputError(f"{weights} is damaged or does not fit its {CONFIG}: convert the base again")
+    with torch.no_grad():
+        for name, parameter in own_state.items():
+            parameter.copy_(state[name])
+    return heads.requires_grad_(False)
