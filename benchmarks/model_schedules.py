@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from dlm.model_scheduling.cost import call_costs, cost, expected_calls
 from dlm.model_scheduling.plan import ModelSchedule
 from dlm.model_scheduling.sensitivity import on_text, predictors
 from dlm.model_scheduling.trial import Outcome, Trial
+from dlm.models import checkpoint
 from dlm.train import data as reading
 
 PAPER = "L0.125 H0.75 L0.125"
@@ -51,13 +54,14 @@ class Bench:
         self.windows_WT = reading.Stream.encode(text, self.lm.tokenizer, self.lm.window).windows(max(args.samples, args.windows))
         self.prompts = [row[: args.prompted].tolist() for row in self.windows_WT]
         self.trials: dict[int, Trial] = {}
-        self.h_T: torch.Tensor | None = None
 
     def __call__(self, word: str, steps: int | None = None) -> Outcome:
         steps = steps or self.args.steps
         if steps not in self.trials:
             figures = judging(self.args.judge, self.lm, self.args.prompted)
+            weights = checkpoint.digest(checkpoint.find(self.args.judge))
             settings = {"sampler": self.args.sampler, "steps": steps, "temperature": self.temperature, "judge": self.args.judge}
+            settings |= {"judge_weights": weights}
             where = {"prompts": self.prompts, "ledger": self.args.ledger}
             self.trials[steps] = Trial.of(self.lm, self.lights, figures, **settings, **where)
         return self.trials[steps](word, self.args.seed, self.args.seed + self.args.samples)
@@ -70,6 +74,12 @@ class Bench:
         with bar("KL of every segment", len(windows_WT) * self.args.segments) as progress:
             return on_text(self.lm.noise, predict, windows_WT, segments=self.args.segments, progress=progress.forward).kl()
 
+    @cached_property
+    def price(self) -> Callable[[int], float]:
+        """Nats a text that a number of steps loses by drawing tokens at once, by the heavy model's entropies."""
+        windows_WT = self.windows_WT[: self.args.windows].to(self.args.device)
+        return price.ancestral_prices(self.lm.noise, self.lm.predict, windows_WT)
+
     def mauve(self, outcome: Outcome) -> float | None:
         """Against as many windows of text, by the hidden states of the judge; None where the judge has another vocabulary."""
         if self.twin is None or not outcome.tokens:
@@ -77,14 +87,6 @@ class Bench:
         sets = torch.tensor(outcome.tokens), self.windows_WT[: outcome.texts]
         features = (generative.hidden_features(self.twin.network, x.to(self.args.device), self.twin.tokenizer.mask_id) for x in sets)
         return generative.mauve(*features)
-
-    def price(self, steps: int) -> float:
-        """Nats a text that so many steps lose by drawing tokens at once, by the heavy model's entropies."""
-        if self.h_T is None:
-            windows_WT = self.windows_WT[: self.args.windows].to(self.args.device)
-            curve = price.entropy_curve(self.lm.noise, self.lm.predict, windows_WT)
-            self.h_T = curve.every(curve.entropy_WK).mean(0)
-        return float(price.ancestral_price(self.h_T, steps))
 
 
 def fewer_steps(steps: int, free: int, saved: float) -> int:

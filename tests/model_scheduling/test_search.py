@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from dlm.model_scheduling import search, sensitivity
 from dlm.model_scheduling.cost import CallCost, call_costs, cost, expected_calls
 from dlm.model_scheduling.plan import ModelSchedule
 from dlm.model_scheduling.trial import Outcome, Trial
-from dlm.models.transformer import Transformer, TransformerConfig
+from dlm.models.config import TransformerConfig
+from dlm.models.transformer import Transformer
 from dlm.sampling.draw import generators
 
 PRICES = {"H": CallCost(1200.0, 50.0, 16), "M": CallCost(800.0, 50.0, 16), "L": CallCost(400.0, 50.0, 16)}
@@ -155,18 +157,35 @@ def test_a_trial_writes_what_generate_writes() -> None:
     assert trial_of(heavy)("L0.5 H0.5", 3, 5).figures["bits"] == pytest.approx(expected_N.tolist())
 
 
+def test_a_model_that_was_trained_again_is_measured_again(tmp_path: Path) -> None:
+    """By its weights, which its name does not tell; a line without them is not found either."""
+    heavy, light = pair()
+    ledger = tmp_path / "trials.jsonl"
+    trial_of(heavy, ledger)("L0.5 H0.5", 0, 3)
+    line = json.loads(ledger.read_text())
+    assert line["settings"].pop("weights").keys() == {"H", "L", "judge"}
+    with torch.no_grad():
+        light.network.head.weight[0, 0] += 1
+    trial_of(heavy, ledger)("L0.5 H0.5", 0, 3)
+    assert len(ledger.read_text().splitlines()) == 2
+    ledger.write_text(json.dumps(line) + "\n")
+    trial_of(heavy, ledger)("L0.5 H0.5", 0, 3)
+    assert len(ledger.read_text().splitlines()) == 2
+
+
 def test_the_ledger_is_not_measured_again(tmp_path: Path) -> None:
     heavy, light = pair()
     ledger = tmp_path / "trials.jsonl"
     first = trial_of(heavy, ledger)("L0.5 H0.5", 0, 3)
     with ledger.open("a") as file:
         file.write('{"settings": {"hea')  # a search that was killed
+    again, others = trial_of(heavy, ledger), trial_of(heavy, ledger, steps=8)
     with torch.no_grad():
         for parameter in light.network.parameters():
             parameter.fill_(torch.nan)  # would be noticed
-    assert trial_of(heavy, ledger)("L0.5 H0.5", 0, 3) == first
+    assert again("L0.5 H0.5", 0, 3) == first
     with pytest.raises(InputError, match="nan"):
-        trial_of(heavy, ledger, steps=8)("L0.5 H0.5", 0, 3)  # other settings: measured
+        others("L0.5 H0.5", 0, 3)  # other settings: measured
 
 
 def test_a_model_has_no_gap_to_itself() -> None:

@@ -132,6 +132,15 @@ def ancestral_price(h_T: Tensor, steps: int, *, draws: int = 64, seed: int = 0) 
     return torch.stack([price(h_T, counts_S[counts_S > 0].tolist()) for counts_S in counts_NS]).mean(0)
 
 
+def ancestral_prices(
+    noise: MaskedNoise, predict: Predict, windows_WT: Tensor, *, progress: Callable[[int], None] = lambda rows: None
+) -> Callable[[int], float]:
+    """`ancestral_price` of any number of steps by the entropies on these windows. progress is called with the rows of each call."""
+    curve = entropy_curve(noise, predict, windows_WT, progress=progress)
+    h_T = curve.every(curve.entropy_WK).mean(0)
+    return lambda steps: float(ancestral_price(h_T, steps))
+
+
 def equal_steps(length: int, count: int) -> list[int]:
     """Sizes of `count` steps that share the tokens evenly, larger ones first. InputError unless 1 <= count <= length."""
     if not 1 <= count <= length:

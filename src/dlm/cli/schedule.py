@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,6 @@ from dlm.errors import InputError
 
 if TYPE_CHECKING:
     from dlm.model_scheduling.cost import CallCost
-    from dlm.model_scheduling.plan import ModelSchedule
     from dlm.model_scheduling.sensitivity import Sensitivity
     from dlm.model_scheduling.trial import Outcome, Trial
 
@@ -85,15 +84,13 @@ def sensitivity(
     """What each step loses with the light model: loss gap and KL on noised text and on H's own runs, with 95 % bands."""
     from dlm.model_scheduling import sensitivity as measure
     from dlm.sampling.draw import generators
-    from dlm.train import data as reading
 
     if plot is not None:
         from dlm.viz.plots import check
 
         check(plot)  # before the work, not after it
     lm, networks, _ = _models(heavy, light, device)
-    source = lm.config.training.get("data", "") if data is None else data
-    windows_WT = reading.Stream.encode(reading.select(reading.read(source), split, 0.1), lm.tokenizer, lm.window).windows(max_windows)
+    source, windows_WT = _windows(lm, data, split, max_windows)
     predict = measure.predictors(networks)
     with bar("noised text", len(windows_WT) * segments) as progress:
         text = measure.on_text(lm.noise, predict, windows_WT.to(device), segments=segments, seed=seed, progress=progress.forward)
@@ -157,60 +154,34 @@ def search(
     from dlm.model_scheduling import search as find
     from dlm.model_scheduling.plan import LIGHT, ModelSchedule
     from dlm.model_scheduling.saved import SavedSchedule
-    from dlm.model_scheduling.sensitivity import on_text, predictors
-    from dlm.train import data as reading
 
-    if how not in ("kl", "joint", "exhaustive", "halving"):
-        raise InputError(f"unknown search {how!r}; known: kl, joint, exhaustive, halving")
+    if how not in find.WAYS:
+        raise InputError(f"unknown search {how!r}; known: {', '.join(find.WAYS)}")
     if samples < 2:
         raise InputError(f"--samples must be at least 2, to have an error, got {samples}")
     lm, networks, prices = _models(heavy, light, device)
     if save and lm.path is None:
         raise InputError(f"{heavy} is not on disk: there is no place beside it")
-    trial = _trial(lm, light, judge, sampler=sampler, steps=steps, ledger=ledger)
-    joined = trial
-    source = lm.config.training.get("data", "") if data is None else data
-    windows_WT = reading.Stream.encode(reading.select(reading.read(source), "val", 0.1), lm.tokenizer, lm.window).windows(max_windows)
-    with bar("KL of every segment", len(windows_WT) * segments) as progress:
-        kl = on_text(lm.noise, predictors(networks), windows_WT.to(device), segments=segments, seed=seed, progress=progress.forward).kl()
-    blocks = {key: price.blocks for key, price in prices.items()}
-    taken, best = steps, ModelSchedule.parse("H")
+    trials = {steps: _trial(lm, light, judge, sampler=sampler, steps=steps, ledger=ledger)}
+    windows_WT = _windows(lm, data, "val", max_windows)[1].to(device)
+    kl = _kl(lm, networks, windows_WT, segments, seed)
+    price = _price(lm, windows_WT) if how == "joint" else None
+    blocks = {key: one.blocks for key, one in prices.items()}
+    plan = find.Search.plan(how, kl, blocks, saved, steps=steps, tokens=lm.window, count=count, price=price)
     if how == "joint":
-        taken, best, nats = _jointly(lm, windows_WT.to(device), kl, blocks, steps, saved)
-        joined = _trial(lm, light, judge, sampler=sampler, steps=taken, ledger=ledger)
-        err.print(f"{taken} steps of {steps}, {best}: {nats:.2f} nats a text lost by theory", highlight=False)
-    else:
-        best = find.by_kl(kl, blocks, saved)
-    if how == "exhaustive":
-        if set(prices) != {"H", LIGHT}:
-            raise InputError("--search exhaustive is for one light model; a ladder takes --search kl or halving")
-        least = next(n for n in range(segments + 1) if n / segments * (1 - blocks[LIGHT] / blocks["H"]) >= saved - 1e-9)
-        tried = find.exhaustive(segments, least)
-    else:
-        tried = find.candidates(best, segments, count) if how == "halving" else [best]
-    alone = [ModelSchedule.parse(key) for key in prices]
+        err.print(f"{plan.taken} steps of {steps}, {plan.best}: {plan.nats:.2f} nats a text lost by theory", highlight=False)
+        trials[plan.taken] = _trial(lm, light, judge, sampler=sampler, steps=plan.taken, ledger=ledger)
     outcomes: dict[str, Outcome] = {}
-    trials = sum(-(-len(tried) // 2**k) for k in range(find.ROUNDS)) + 1 if how == "halving" else len(tried)
-    with bar(f"{len(tried)} schedules of {samples} texts", len(alone) + trials) as progress:
-        for schedule in alone:
-            outcomes[str(schedule)] = trial(str(schedule), seed, seed + samples)
+    with bar(f"{len(plan.tried)} schedules of {samples} texts", plan.trials) as progress:
+        for label, outcome in plan.run(trials.__getitem__, texts=samples, seed=seed):
+            outcomes[label] = outcome
             progress.forward()
-        for schedule in tried if how != "halving" else ():
-            label = str(schedule) if taken == steps else f"{schedule}, {taken} steps"
-            outcomes[label] = joined(str(schedule), seed, seed + samples)
-            progress.forward()
-        if how == "halving":
-            for outcome in find.halving(trial, tried, texts=samples, seed=seed):
-                outcomes[outcome.schedule] = outcome
-                progress.forward()
-    reference = outcomes[str(alone[0])]
+    reference = outcomes[str(plan.alone[0])]
     rows = [_row(label, one, reference, find.path_kl(ModelSchedule.parse(one.schedule), kl, lm.window)) for label, one in outcomes.items()]
-    whole = [o for o in outcomes.values() if o.texts == samples]
-    mixed = [o for o in whole if o.saved(reference) >= saved - 0.01 and o.schedule not in map(str, alone)] or whole
-    winner = str(best) if how in ("kl", "joint") else min(mixed, key=lambda o: o.mean("bits")[0]).schedule
-    front = [o.schedule for o in find.front(whole)]
-    mixed_rows = rows[len(alone) :]
-    agreement = find.rank_agreement([row["path_kl"] for row in mixed_rows], [row["bits"]["mean"] for row in mixed_rows])
+    whole = [outcome for outcome in outcomes.values() if outcome.texts == samples]
+    winner, front = plan.winner(whole, saved), [outcome.schedule for outcome in find.front(whole)]
+    mixed = rows[len(plan.alone) :]
+    agreement = find.rank_agreement([row["path_kl"] for row in mixed], [row["bits"]["mean"] for row in mixed])
     Console(stderr=as_json).print(_search_table(rows, winner, front))
     record = {"heavy": lm.name, "light": light, "search": how, "saved": saved, "segments": segments, "steps": steps, "sampler": sampler}
     record |= {"samples": samples, "judge": judge, "seed": seed, "best": winner, "kl": kl, "rows": rows, "front": front}
@@ -219,7 +190,7 @@ def search(
         others = named_models(light)
         made = {name: record[name] for name in ("search", "saved", "segments", "steps", "sampler", "samples", "judge", "seed")}
         names = {LIGHT: others} if isinstance(others, str) else others
-        path = SavedSchedule(ModelSchedule.parse(winner), names, taken, made).save(lm.path)
+        path = SavedSchedule(ModelSchedule.parse(winner), names, plan.taken, made).save(lm.path)
         err.print(f"wrote {path}; try: dlm generate --heavy {heavy} --schedule auto", highlight=False, soft_wrap=True)
     if as_json:
         print(dumps(record))
@@ -238,8 +209,11 @@ def _models(heavy: str, light: str, device: str = "cpu") -> tuple[Any, dict[str,
 
 def _trial(lm: Any, light: str, judge: str, **settings: Any) -> Trial:
     from dlm.model_scheduling.trial import Trial
+    from dlm.models import checkpoint
 
-    return Trial.of(lm, named_models(light), judging(judge, lm), judge=judge, **settings)
+    figures = judging(judge, lm)
+    weights = checkpoint.digest(checkpoint.find(judge))
+    return Trial.of(lm, named_models(light), figures, judge=judge, judge_weights=weights, **settings)
 
 
 def _one(key: str, j: int, parts: int) -> str:
@@ -301,20 +275,28 @@ def _sensitivity_table(record: dict[str, Any], key: str) -> Any:
     return table
 
 
-def _jointly(
-    lm: Any, windows_WT: Any, kl: dict[str, list[float]], blocks: dict[str, float], steps: int, saved: float
-) -> tuple[int, ModelSchedule, float]:
-    """What `search.jointly` finds among a dozen numbers of steps."""
+def _windows(lm: Any, data: str | None, split: str, most: int) -> tuple[str, Any]:
+    """(where the text is, windows of it); by default the text that H learned."""
+    from dlm.train import data as reading
+
+    source = lm.config.training.get("data", "") if data is None else data
+    return source, reading.Stream.encode(reading.select(reading.read(source), split, 0.1), lm.tokenizer, lm.window).windows(most)
+
+
+def _kl(lm: Any, networks: dict[str, Any], windows_WT: Any, segments: int, seed: int) -> dict[str, list[float]]:
+    """KL(H || model) by key and segment, on noised text."""
+    from dlm.model_scheduling.sensitivity import on_text, predictors
+
+    with bar("KL of every segment", len(windows_WT) * segments) as progress:
+        return on_text(lm.noise, predictors(networks), windows_WT, segments=segments, seed=seed, progress=progress.forward).kl()
+
+
+def _price(lm: Any, windows_WT: Any) -> Callable[[int], float]:
+    """What a number of steps costs, nats a text."""
     from dlm.analysis import price
-    from dlm.model_scheduling import search as find
-    from dlm.model_scheduling.cost import expected_calls
 
     with bar("the price of fewer steps", price.curve_rows(*windows_WT.shape)) as progress:
-        curve = price.entropy_curve(lm.noise, lm.predict, windows_WT, progress=progress.forward)
-    h_T = curve.every(curve.entropy_WK).mean(0)
-    counts = find.step_counts(steps, 16)
-    prices = {n: float(price.ancestral_price(h_T, n)) for n in counts}
-    return find.jointly(kl, blocks, prices, {n: sum(expected_calls(n, lm.window)) for n in counts}, lm.window, saved)
+        return price.ancestral_prices(lm.noise, lm.predict, windows_WT, progress=progress.forward)
 
 
 def _row(label: str, outcome: Outcome, reference: Outcome, kl: float) -> dict[str, Any]:

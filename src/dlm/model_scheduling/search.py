@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 
 from dlm.errors import InputError
+from dlm.model_scheduling.cost import expected_calls
 from dlm.model_scheduling.plan import HEAVY, LIGHT, SHAPES, ModelSchedule
 from dlm.model_scheduling.trial import Outcome
 
@@ -16,6 +18,81 @@ Run = Callable[[str, int, int], Outcome]
 """(schedule, first seed, one past the last) -> what came of it."""
 ROUNDS = 3  # of halving
 MOST = 5000  # schedules that are worth enumerating
+WAYS = ("kl", "joint", "exhaustive", "halving")
+
+
+@dataclass(frozen=True)
+class Search:
+    """What one way to search measures: each model alone in all `steps`, then the `tried` in `taken` of them.
+
+    best: by theory, which loses `nats` a text where fewer steps were weighed too.
+    """
+
+    way: str
+    alone: list[ModelSchedule]
+    tried: list[ModelSchedule]
+    best: ModelSchedule
+    steps: int
+    taken: int
+    nats: float = math.nan
+
+    @classmethod
+    def plan(
+        cls,
+        way: str,
+        kl: Mapping[str, Sequence[float]],
+        blocks: Mapping[str, float],
+        saved: float,
+        *,
+        steps: int,
+        tokens: int,
+        count: int,
+        price: Callable[[int], float] | None = None,
+    ) -> Search:
+        """kl, blocks, saved: as of `by_kl`. tokens: of a text; count: schedules that halving begins with; price: of `joint`, nats a text
+        that a number of steps loses by drawing tokens at once. InputError where nothing saves so much, or there is too much to try."""
+        segments, taken, nats = len(kl[HEAVY]), steps, math.nan
+        if way == "joint":
+            assert price is not None
+            counts = step_counts(steps, 16)
+            prices, calls = {n: price(n) for n in counts}, {n: sum(expected_calls(n, tokens)) for n in counts}
+            taken, best, nats = jointly(kl, blocks, prices, calls, tokens, saved)
+        else:
+            best = by_kl(kl, blocks, saved)
+        tried = [best]
+        if way == "exhaustive":
+            if set(blocks) != {HEAVY, LIGHT}:
+                raise InputError("--search exhaustive is for one light model; a ladder takes --search kl or halving")
+            tried = exhaustive(segments, next(n for n in range(segments + 1) if n / segments * _worth(blocks) >= saved - 1e-9))
+        elif way == "halving":
+            tried = candidates(best, segments, count)
+        return cls(way, [ModelSchedule.parse(key) for key in blocks], tried, best, steps, taken, nats)
+
+    @property
+    def trials(self) -> int:
+        """How many outcomes `run` yields."""
+        rounds = sum(-(-len(self.tried) // 2**k) for k in range(ROUNDS)) + 1
+        return len(self.alone) + (rounds if self.way == "halving" else len(self.tried))
+
+    def run(self, trial: Callable[[int], Run], *, texts: int, seed: int) -> Iterator[tuple[str, Outcome]]:
+        """(label, outcome) as they come, H alone first; a label that comes again replaces its outcome. trial: by number of steps."""
+        for schedule in self.alone:
+            yield str(schedule), trial(self.steps)(str(schedule), seed, seed + texts)
+        if self.way == "halving":
+            for outcome in halving(trial(self.steps), self.tried, texts=texts, seed=seed):
+                yield outcome.schedule, outcome
+            return
+        for schedule in self.tried:
+            label = str(schedule) if self.taken == self.steps else f"{schedule}, {self.taken} steps"
+            yield label, trial(self.taken)(str(schedule), seed, seed + texts)
+
+    def winner(self, outcomes: Sequence[Outcome], saved: float) -> str:
+        """The best by theory, or of what was measured on most texts and saves enough against the first the one of fewest bits."""
+        if self.way in ("kl", "joint"):
+            return str(self.best)
+        alone = {str(schedule) for schedule in self.alone}
+        mixed = [one for one in outcomes if one.saved(outcomes[0]) >= saved - 0.01 and one.schedule not in alone]
+        return min(mixed or outcomes, key=lambda one: one.mean("bits")[0]).schedule
 
 
 def by_kl(kl: Mapping[str, Sequence[float]], blocks: Mapping[str, float], saved: float) -> ModelSchedule:
@@ -50,6 +127,11 @@ def by_kl(kl: Mapping[str, Sequence[float]], blocks: Mapping[str, float], saved:
                 keys[j] = key
                 break
     return ModelSchedule.of(keys, shares=True)
+
+
+def _worth(blocks: Mapping[str, float]) -> float:
+    """The share of the FLOPs that L saves in a step that it takes."""
+    return 1 - blocks[LIGHT] / blocks[HEAVY]
 
 
 def jointly(

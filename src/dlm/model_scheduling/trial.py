@@ -78,7 +78,8 @@ def _interval(values_N: Tensor) -> tuple[float, float]:
 class Trial:
     """Call it with a schedule and a range of seeds. sampler: whose denoiser is put in; prompts: what the text of each seed begins with.
 
-    ledger: a file of what is measured already under `settings`; a trial found there is not run again.
+    ledger: a file of what is measured already under `settings`, the fingerprints of all weights among them; a trial found there is not
+    run again.
     """
 
     sampler: DiffusionSampler
@@ -104,13 +105,17 @@ class Trial:
         steps: int,
         temperature: float = 1.0,
         judge: str = "",
+        judge_weights: str = "",
         prompts: Sequence[Sequence[int]] = ((),),
         ledger: Path | None = None,
     ) -> Trial:
-        """Of a `LanguageModel` as H and others by name, texts a window long. InputError as `LanguageModel.denoisers`."""
+        """Of a `LanguageModel` as H and others by name, texts a window long. judge_weights: fingerprint of the judge. InputError as
+        `LanguageModel.denoisers`."""
         networks = lm.denoisers(light)
         settings = {"heavy": lm.name, "light": light, "sampler": sampler, "steps": steps, "temperature": temperature, "judge": judge}
         settings |= {"prompted": len(prompts[0]), "prompts": len(prompts)}
+        if ledger is not None:  # a model that was trained again keeps its name
+            settings["weights"] = lm.fingerprints(light) | {"judge": judge_weights}
         made = lm.sampler(sampler=sampler, steps=steps, temperature=temperature)
         if not isinstance(made, DiffusionSampler):
             raise InputError(f"the sampler {sampler!r} has no steps to schedule: take ancestral, first-hitting, topk ...")
