@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dlm import recipes
-from dlm.models.transformer import TransformerConfig
+from dlm.models.config import TransformerConfig
 from dlm.noise.masked import MaskedNoise
 from dlm.train.config import TrainConfig
 from dlm.train.data import Stream

@@ -12,7 +12,8 @@ import torch
 from dlm import cli
 from dlm.language_model import LanguageModel
 from dlm.models.checkpoint import ModelConfig
-from dlm.models.transformer import Transformer, TransformerConfig
+from dlm.models.config import TransformerConfig
+from dlm.models.transformer import Transformer
 from dlm.text import Tokenizer
 
 torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,9 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import TEXT, Dlm
+from convert.bases import publish, tokenizer, transformer
 from dlm import cli
+from dlm.convert import lora
 from dlm.trajectory import Trajectory
 
 
@@ -72,6 +76,33 @@ def test_eval_writes_a_card(dlm: Dlm, masked_dir: Path, autoregressive_dir: Path
     assert card["figures"]["nats_per_token"] == record["nats_per_token"]
     assert {"settings", "seed", "data", "device", "dtype", "versions", "command"} <= set(card)
     assert json.loads(dlm(*words)[1].splitlines()[-1])["nats_per_token"] == record["nats_per_token"]
+
+
+def test_eval_of_a_long_window_by_pieces(dlm: Dlm, autoregressive_dir: Path, masked_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    """Each piece from its beginning: the loss that transformers finds on it."""
+    theirs, ids, path = transformer("Llama"), tokenizer().encode(TEXT).ids, tmp_path / "llama"
+    publish(theirs, path)
+    code, out, err = dlm("eval", str(path), "--data", str(text_file), "--split", "all", "--window", "16", "--max-windows", "3", "--json")
+    assert code == 0, err
+    record, count = json.loads(out.splitlines()[-1]), len(ids) // 16
+    x_BT = torch.tensor([ids[16 * i : 16 * i + 16] for i in (0, round((count - 1) / 2), count - 1)])
+    with torch.no_grad():
+        logp_BTV = theirs(x_BT[:, :-1]).logits.log_softmax(-1)
+    nats = 3 * math.log(logp_BTV.shape[-1]) - float(logp_BTV.gather(2, x_BT[:, 1:, None]).sum())  # nothing is known of the first
+    assert record["nats_per_token"] == pytest.approx(nats / 48, rel=1e-4)
+    assert record["tokens"] == 48 and json.loads(Path(record["card"]).read_text())["settings"]["window"] == 16
+    words = ("eval", str(autoregressive_dir), "--data", str(text_file), "--window")
+    assert "reads 2 to 32 tokens" in dlm.told(*words, "33") and "reads 2 to 32 tokens" in dlm.told(*words, "1")
+    assert "is a diffusion model" in dlm.told("eval", str(masked_dir), "--data", str(text_file), "--window", "16")
+
+
+def test_list_names_what_is_here_and_what_can_be_had(dlm: Dlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DLM_CACHE", str(tmp_path))
+    code, out, _ = dlm("list")
+    assert code == 0 and "shakespeare-ar" in out and "not here yet: dlm pull smollm2-135m" in out
+    (tmp_path / "smollm2-135m.gguf").write_bytes(bytes(3_000_000))
+    assert f"3 MB at {tmp_path / 'smollm2-135m.gguf'}" in dlm("list")[1]
+    assert {line.split()[1] for line in out.splitlines() if line.startswith("adapter")} == set(lora.bundled())
 
 
 def test_train_then_generate_then_resume(dlm: Dlm, text_file: Path, tmp_path: Path) -> None:

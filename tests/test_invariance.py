@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dlm.language_model import LanguageModel
 from dlm.models.checkpoint import ModelConfig
-from dlm.models.transformer import Transformer, TransformerConfig
+from dlm.models.config import TransformerConfig
+from dlm.models.transformer import Transformer
 from dlm.noise import loss
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.uniform import UniformNoise

@@ -32,7 +32,7 @@ ALLOWED = {
     "generation": LEVEL0 | {"sampling", "language_model"},  # the model by its name alone
     "decoding": LEVEL0 | {"model_scheduling", "models", "noise", "sampling", "language_model"},  # the model by its name alone
     "language_model": LEVEL0 | {"chat", "convert", "decoding", "model_scheduling", "models", "noise", "sampling", "text", "generation"},
-    "serve": LEVEL0 | {"sampling", "text", "language_model"},
+    "serve": LEVEL0 | {"sampling", "text", "language_model", "viz"},
 }
 TOP = {"__init__", "__main__", "cli"}
 

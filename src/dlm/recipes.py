@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from dlm.errors import InputError
-from dlm.models.transformer import TransformerConfig
+from dlm.models.config import TransformerConfig
 from dlm.train.loop import TrainConfig
 
 SHAKESPEARE = "../shared/data/tinyshakespeare.txt"

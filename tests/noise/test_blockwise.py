@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dlm.models import attention
-from dlm.models.transformer import Transformer, TransformerConfig
+from dlm.models.config import TransformerConfig
+from dlm.models.transformer import Transformer
 from dlm.noise import loss
 from dlm.noise.masked import MaskedNoise
 from oracle import BayesDenoiser, Tiny

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from dlm.models.transformer import Transformer, TransformerConfig
+from dlm.models.config import TransformerConfig
+from dlm.models.transformer import Transformer
 from dlm.train.optim import EMA, adamw, learning_rate
 
 

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from dlm.models.transformer import TransformerConfig
+from dlm.models.config import TransformerConfig
 from dlm.train import loop
 from dlm.train.config import TrainConfig
 

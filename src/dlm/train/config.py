@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from dlm.errors import InputError
-from dlm.models.transformer import TransformerConfig
+from dlm.models.config import TransformerConfig
 from dlm.noise import loss, process, schedule
 from dlm.noise.replacement import HEADS
 

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from dlm.errors import InputError
 from dlm.models import checkpoint
-from dlm.models.transformer import Transformer, TransformerConfig
+from dlm.models.config import TransformerConfig
+from dlm.models.transformer import Transformer
 from dlm.noise import loss
 from dlm.noise.process import Process
 from dlm.train.config import TrainConfig

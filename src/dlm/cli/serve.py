@@ -1,0 +1,54 @@
+"""`dlm serve`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dlm.cli.app import Device, app, load
+from dlm.errors import InputError
+
+
+@app.command()
+def serve(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Bundled names, directories, GGUF files or hub ids; default: all that are bundled.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    api_key: Annotated[list[str] | None, typer.Option(help="A key that requests must send; also DLM_API_KEYS, with commas.")] = None,
+    max_batch: Annotated[int, typer.Option(help="Texts that run at once.")] = 64,
+    max_queue: Annotated[int, typer.Option(help="Texts that may wait; more are refused with 429.")] = 256,
+    max_length: Annotated[int, typer.Option(help="Tokens of a text at most, its prompt included.")] = 4096,
+    max_steps: Annotated[int, typer.Option(help="Denoising steps of a window at most.")] = 1024,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request at most.")] = 2**20,
+    deadline: Annotated[float, typer.Option(help="Seconds for a request, waiting included.")] = 300.0,
+    threads: Annotated[int, typer.Option(help="Threads of torch; 0: as many as it likes.")] = 0,
+    adapter: Annotated[Path | None, typer.Option(help="What `dlm convert` made for the one model that is named.")] = None,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32 | bfloat16.")] = "float32",
+    deterministic: Annotated[bool, typer.Option(help="The same text to the bit in any batch, near-ties too; slower.")] = False,
+) -> None:
+    """Serve models: the OpenAI protocol, and a page on which to watch text settle. Ctrl-C finishes what runs."""
+    if adapter is not None and len(models or []) != 1:
+        raise InputError("--adapter belongs to one base: name that model alone")
+    if not 0 <= port <= 65535 or deadline <= 0 or min(max_body, max_length, max_steps) < 1:
+        raise InputError("--port lies in 0 .. 65535; --deadline and the other limits are above 0")
+    from dlm.models import checkpoint
+    from dlm.serve import run
+    from dlm.serve.engine import Engine
+    from dlm.serve.guard import LOCAL, Limits
+    from dlm.serve.shelf import Shelf
+
+    names = models or sorted(checkpoint.bundled(), key=lambda name: name != "shakespeare-mask")
+    keys = tuple(key.strip() for key in [*(api_key or []), *os.environ.get("DLM_API_KEYS", "").split(",")] if key.strip())
+    engine = Engine(max_batch=max_batch, max_queue=max_queue, threads=threads, device=device)
+    shelf = Shelf([load(name, device, dtype, adapter, deterministic) for name in names], max_length, max_steps)
+    local = host in ("127.0.0.1", "localhost", "::1")
+    limits = Limits(keys=keys, most_body=max_body, hosts=LOCAL if local else (), deadline=deadline)
+    if not local and not keys:
+        typer.echo("dlm: other machines can use this server without a key: --api-key asks for one", err=True)
+    run.forever(shelf, engine, limits, host, port)

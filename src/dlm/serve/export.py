@@ -1,0 +1,213 @@
+"""A run that the page has watched as a file to keep: a self-contained HTML replay, a GIF, or the events as JSON.
+
+A trace is what a stream of native events said: `{"label"?, "begin": {...}, "steps": [{...}, ...], "end"?: {...}}`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlm.errors import InputError
+from dlm.sampling import choice
+from dlm.trajectory import Canvas, Frame, Trajectory
+from dlm.viz.layout import Pane
+
+FORMAT = "dlm-trace-1"
+MOST_TRACES, MOST_POSITIONS, MOST_STEPS = 4, 16_384, 16_384
+MOST_CHANGES, MOST_CELLS, MOST_TEXT = 2_000_000, 50_000_000, 256
+"""Bounds of what is replayed: changes in all, positions times steps, characters of one token."""
+
+GIVEN, NOISE, DRAFT, REFUSED, SETTLED = "g", "n", "d", "x", "fc"
+STATES = frozenset("gndfcx")
+
+
+@dataclass(frozen=True)
+class ExportFile:
+    """A finished file: the name to offer, its media type, its bytes."""
+
+    name: str
+    media_type: str
+    content: bytes
+
+
+def export(body: object) -> ExportFile:
+    """The file that the body of `POST /v1/dlm/export` asks for: `{"format": "html" | "gif" | "json", "trace": {...}}`.
+
+    Several `traces` stand side by side. InputError for a body that is malformed or too large; ModuleNotFoundError where a GIF
+    lacks the viz extra.
+    """
+    if not isinstance(body, dict):
+        raise InputError('an export is an object: {"format": "html", "trace": {...}}')
+    kinds = {"html": _html, "gif": _gif, "json": _json}
+    kind = body.get("format")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise InputError(f"format must be one of {', '.join(kinds)}")
+    traces = body["traces"] if "traces" in body else [body.get("trace")]
+    if not isinstance(traces, list) or not 1 <= len(traces) <= MOST_TRACES:
+        raise InputError(f"traces must be a list of 1 to {MOST_TRACES} traces")
+    return kinds[kind](traces, [pane(trace) for trace in traces])
+
+
+def pane(trace: object) -> Pane:
+    """Label and run of one trace. InputError says which part of it is wrong."""
+    if not isinstance(trace, dict) or not isinstance(trace.get("begin"), dict) or not isinstance(trace.get("steps"), list):
+        raise InputError("a trace needs begin, the first event of its stream, and steps, the list of the others")
+    begin, steps = trace["begin"], trace["steps"]
+    tokens, states = begin.get("tokens"), begin.get("states")
+    if not isinstance(tokens, list) or not isinstance(states, str) or len(tokens) != len(states) or not tokens:
+        raise InputError("begin needs tokens, a list of [id, text], and states, one letter for each of them")
+    if len(tokens) > MOST_POSITIONS or len(steps) > MOST_STEPS or len(tokens) * len(steps) > MOST_CELLS:
+        raise InputError(f"too long to export: {len(tokens)} tokens in {len(steps)} steps")
+    if set(states) - STATES:
+        raise InputError(f"unknown state {min(set(states) - STATES)!r}; the states are {', '.join(sorted(STATES))}")
+    label = trace.get("label", "")
+    if not isinstance(label, str) or len(label) > MOST_TEXT:
+        raise InputError(f"a label is a text of at most {MOST_TEXT} characters")
+    return label, _run(begin, tokens, states, steps)
+
+
+class _Pieces:
+    """A number for every text that is shown: a token may show another text where its neighbours complete a character."""
+
+    def __init__(self, mask: object) -> None:
+        self.mask, self.texts = mask, {}  # type: object, dict[str, int]
+
+    def number(self, token: object, text: object, state: object) -> int:
+        """0 is the mask."""
+        if not isinstance(token, int) or isinstance(token, bool) or not isinstance(text, str) or len(text) > MOST_TEXT:
+            raise InputError(f"a token is a whole number and a text of at most {MOST_TEXT} characters, got {str([token, text])[:60]}")
+        if token == self.mask and state == NOISE:
+            return 0
+        return self.texts.setdefault(text, len(self.texts) + 1)
+
+
+@dataclass(frozen=True)
+class _Move:
+    """One step: the texts that it wrote and those it proposed, by position, as numbers of `_Pieces`."""
+
+    forwards: int
+    seconds: float
+    model: str
+    written: dict[int, int]
+    proposed: dict[int, int]
+
+
+def _run(begin: dict[str, Any], tokens: list[Any], states: str, steps: list[Any]) -> Trajectory:
+    pieces, start = _Pieces(begin.get("mask_id")), []
+    for entry, state in zip(tokens, states, strict=True):
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise InputError(f"begin.tokens holds pairs [id, text], got {str(entry)[:60]}")
+        start.append(pieces.number(entry[0], entry[1], state))
+    word = begin.get("sampler")
+    proposes = isinstance(word, str) and word.partition(":")[0] in choice.STRIDED
+    moves, promise_T = _moves(steps, states, pieces, proposes)
+    token_BT, free_BT = torch.tensor([start]), torch.tensor([[state != GIVEN for state in states]])
+    canvas = Canvas(token_BT.clone(), free_BT, torch.ones_like(free_BT))
+    run = Trajectory(token_BT, canvas, pieces={number: text for text, number in pieces.texts.items()}, mask_id=0)
+    forwards, seconds = 1, 0.0
+    for k, move in enumerate(moves, 1):
+        token_BT = _put(token_BT, move.written)
+        proposed_BT = _put(torch.full_like(token_BT, -1), move.proposed) if proposes else None
+        settled_BT = ((promise_T >= 0) & (promise_T <= k))[None]
+        forwards, seconds = max(forwards, move.forwards), max(seconds, move.seconds)  # a replay only goes forward
+        t_B = torch.tensor([1 - k / len(moves)])
+        run.append(Frame(token_BT, settled_BT, t_B, move.model, forwards, proposed_BT=proposed_BT), seconds=seconds)
+    return run
+
+
+def _moves(steps: list[Any], states: str, pieces: _Pieces, proposes: bool) -> tuple[list[_Move], Tensor]:
+    """The steps, and the one from which on each position no longer changes, -1 for none: int64 (T). proposes: drafts are proposals."""
+    moves: list[_Move] = []
+    left, promise = MOST_CHANGES, [0 if state == GIVEN else -1 for state in states]
+    for k, step in enumerate(steps, 1):
+        changed = step.get("changed") if isinstance(step, dict) else None
+        if not isinstance(changed, list):
+            raise InputError(f"step {k} has no list named changed")
+        left -= len(changed)
+        if left < 0:
+            raise InputError(f"too long to export: more than {MOST_CHANGES} changes")
+        move = _Move(_forwards(step, k), _seconds(step, k), str(step.get("model") or "")[:MOST_TEXT], {}, {})
+        for entry in changed:
+            position, number, state = _change(entry, k, len(states), pieces)
+            if states[position] == GIVEN:
+                raise InputError(f"step {k} changes position {position}, which is given")
+            if proposes and state == DRAFT:
+                move.proposed[position] = number
+            elif not (proposes and state == REFUSED):  # the text never held that, and the run knows it by itself
+                move.written[position] = number
+                promise[position] = (promise[position] if promise[position] >= 0 else len(moves) + 1) if state in SETTLED else -1
+        if not (proposes and changed and all(change[3] == REFUSED for change in changed)):
+            moves.append(move)
+    return moves, torch.tensor(promise)
+
+
+def _put(x_BT: Tensor, values: dict[int, int]) -> Tensor:
+    """A copy of the one row with these values by position."""
+    x_BT = x_BT.clone()
+    x_BT[0, torch.tensor(list(values), dtype=torch.long)] = torch.tensor(list(values.values()), dtype=torch.long)
+    return x_BT
+
+
+def _change(entry: object, k: int, length: int, pieces: _Pieces) -> tuple[int, int, str]:
+    """(position, number of the text, state) of [position, id, text, state, ...]."""
+    if not isinstance(entry, list) or len(entry) < 4:
+        raise InputError(f"step {k}: a change is [position, id, text, state, confidence, alternatives], got {str(entry)[:60]}")
+    position, token, text, state = entry[:4]
+    if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position < length:
+        raise InputError(f"step {k}: there is no position {str(position)[:20]}; the text has {length} tokens")
+    if not isinstance(state, str) or state not in STATES - {GIVEN}:
+        raise InputError(f"step {k}: unknown state {str(state)[:20]!r}")
+    return position, pieces.number(token, text, state), state
+
+
+def _forwards(step: dict[str, Any], k: int) -> int:
+    value = step.get("forwards", k)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 10**9:
+        raise InputError(f"step {k}: forwards counts network calls, got {str(value)[:20]}")
+    return value
+
+
+def _seconds(step: dict[str, Any], k: int) -> float:
+    value = step.get("seconds", 0.0)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or not 0 <= value <= 10**9:
+        raise InputError(f"step {k}: seconds must be a number from 0, got {str(value)[:20]}")
+    return float(value)
+
+
+def _html(traces: Sequence[object], panes: Sequence[Pane]) -> ExportFile:
+    from dlm.viz.html import write_html
+
+    return ExportFile("run.html", "text/html; charset=utf-8", _written(lambda path: write_html(panes, path), "run.html"))
+
+
+def _gif(traces: Sequence[object], panes: Sequence[Pane]) -> ExportFile:
+    from dlm.viz.gif import write_gif
+
+    columns = 64 if len(panes) == 1 else 44
+    write = lambda path: write_gif(panes, path, columns=columns, size=22)  # noqa: E731
+    return ExportFile("run.gif", "image/gif", _written(write, "run.gif"))
+
+
+def _json(traces: Sequence[object], panes: Sequence[Pane]) -> ExportFile:
+    try:
+        text = json.dumps({"format": FORMAT, "traces": list(traces)}, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        raise InputError("a trace holds a number that JSON has not, such as NaN") from None
+    return ExportFile("run.json", "application/json", text.encode())
+
+
+def _written(write: Callable[[Path], None], name: str) -> bytes:
+    """What a writer of files writes."""
+    with tempfile.TemporaryDirectory(prefix="dlm-") as directory:
+        path = Path(directory) / name
+        write(path)
+        return path.read_bytes()

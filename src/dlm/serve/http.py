@@ -1,0 +1,278 @@
+"""The application: routes, errors in OpenAI's shape, the page."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, JSONResponse, Response
+
+from dlm.errors import InputError
+from dlm.serve import native, openai, schema
+from dlm.serve.engine import Closing, Engine, Full
+from dlm.serve.export import export
+from dlm.serve.guard import EXPORT, Guard, Limits, refusal
+from dlm.serve.job import Event
+from dlm.serve.metrics import Metrics
+from dlm.serve.reply import Broken, Reply, Row
+from dlm.serve.shelf import Plan, Shelf, Unknown
+from dlm.serve.stream import EventStream, event, gone
+from dlm.serve.writer import Writer
+from dlm.trajectory import Canvas
+
+PAGE = Path(__file__).parent / "page"
+log = logging.getLogger("dlm.serve")
+T = TypeVar("T")
+
+
+Events = AsyncIterator[tuple[int, Event]]
+
+
+class Left(Exception):
+    """The client is gone: whatever is answered, nobody reads it."""
+
+
+def create_app(shelf: Shelf, engine: Engine, limits: Limits | None = None) -> FastAPI:
+    """The whole server; the engine starts and ends with it."""
+    limits = limits or Limits()
+    metrics = Metrics(engine)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await asyncio.to_thread(engine.close)
+
+    app = FastAPI(title="dlm", docs_url=None, redoc_url=None, lifespan=lifespan, responses=openai.ERRORS)
+    service = Service(shelf, engine, limits)
+    _errors(app)
+    _routes(app, service, metrics)
+    app.add_middleware(Guard, limits=limits, count=metrics.answered)
+    return app
+
+
+class Service:
+    """From a request that was read to an answer."""
+
+    def __init__(self, shelf: Shelf, engine: Engine, limits: Limits) -> None:
+        self.shelf, self.engine, self.limits = shelf, engine, limits
+
+    async def generate(self, asked: schema.GenerateRequest, request: Request) -> Response:
+        """Native events."""
+        seed = _seed(asked.seed)
+
+        def prepare() -> tuple[Plan, Canvas]:
+            self.shelf.check_text([asked.prompt, asked.suffix, *(part for part in asked.canvas or [] if isinstance(part, str))])
+            plan = self.shelf.plan(asked, seed)
+            return plan, self.shelf.check(native.canvas(plan.model, asked))
+
+        plan, canvas = await asyncio.to_thread(prepare)
+        reply = Reply(self.engine)
+        row = Row(canvas, Writer(plan.model.tokenizer, [], plan.model.stops))
+        narrator = native.Narrator("dlm-" + secrets.token_hex(12), plan, row)
+        reply.submit(plan.jobs([canvas], reply.deliver, records=asked.alternatives, seconds=self.limits.deadline))
+
+        async def chunks(events: Events) -> AsyncIterator[bytes]:
+            try:
+                async for _, happened in events:
+                    for name, data in narrator.events(happened):
+                        yield event(data, name)
+            except Broken as broken:
+                yield event({"error": native.error(broken.failed)}, "error")
+
+        return await self._stream(reply, request, chunks)
+
+    async def complete(self, asked: schema.CompletionRequest | schema.ChatRequest, request: Request) -> Response:
+        """Completions and chat, streamed or whole."""
+        seed = _seed(asked.seed)
+
+        def prepare() -> openai.Answer:
+            self.shelf.check_text(openai.texts(asked))
+            plan = self.shelf.plan(asked, seed)
+            answer = openai.Answer.make(plan, asked)
+            for canvas in answer.canvases:
+                self.shelf.check(canvas)
+            return answer
+
+        answer = await asyncio.to_thread(prepare)
+        reply = Reply(self.engine)
+        reply.submit(answer.plan.jobs(answer.canvases, reply.deliver, records=answer.records, seconds=self.limits.deadline))
+        if not asked.stream:
+            try:
+                return JSONResponse(await _unless_gone(self._whole(answer, reply), request))
+            finally:
+                reply.close()
+
+        async def chunks(events: Events) -> AsyncIterator[bytes]:
+            try:
+                async for index, happened in events:
+                    for chunk in self._took(answer, reply, index, happened):
+                        yield event(chunk)
+                for chunk in answer.last():
+                    yield event(chunk)
+                yield event("[DONE]")
+            except Broken as broken:
+                yield event({"error": native.error(broken.failed)})
+
+        return await self._stream(reply, request, chunks)
+
+    async def _whole(self, answer: openai.Answer, reply: Reply) -> dict[str, Any]:
+        async for index, happened in reply.events():
+            for _ in self._took(answer, reply, index, happened):
+                pass
+        return answer.whole()
+
+    def _took(self, answer: openai.Answer, reply: Reply, index: int, happened: Event) -> Iterator[dict[str, Any]]:
+        """The chunks that an event gives; a row whose text has ended is freed."""
+        before = answer.rows[index].done
+        yield from answer.take(index, happened)
+        if answer.rows[index].done and not before and answer.early(index):
+            reply.free(index)
+
+    async def _stream(self, reply: Reply, request: Request, chunks: Callable[[Events], AsyncIterator[bytes]]) -> Response:
+        """Begins once the first row has its place, so that what fails before has its status."""
+        events = reply.events()
+        try:
+            first = await _unless_gone(anext(events), request)
+        except BaseException:
+            reply.close()
+            raise
+        return EventStream(chunks(_after(first, events)), reply.close)
+
+
+async def _unless_gone(work: Awaitable[T], request: Request) -> T:
+    """What the work gives. Left, with the work given up, once the client is gone."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(request.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise Left
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+
+
+def _seed(asked: int | None) -> int:
+    return secrets.randbelow(2**31) if asked is None else asked
+
+
+async def _after(first: tuple[int, Event], rest: Events) -> Events:
+    yield first
+    async for one in rest:
+        yield one
+
+
+def _routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    shelf, engine = service.shelf, service.engine
+
+    @app.get("/v1/models")
+    async def models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [shelf.describe(lm) for lm in shelf.models.values()]})
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> JSONResponse:
+        return JSONResponse(shelf.describe(shelf.get(name)))
+
+    @app.post("/v1/completions")
+    async def completions(asked: schema.CompletionRequest, request: Request) -> Response:
+        return await service.complete(asked, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat(asked: schema.ChatRequest, request: Request) -> Response:
+        return await service.complete(asked, request)
+
+    @app.post("/v1/dlm/generate")
+    async def generate(asked: schema.GenerateRequest, request: Request) -> Response:
+        return await service.generate(asked, request)
+
+    @app.post(EXPORT)
+    async def exported(asked: schema.ExportRequest) -> Response:
+        file = await asyncio.to_thread(export, asked.model_dump())
+        disposition = f'attachment; filename="{file.name}"'
+        return Response(file.content, media_type=file.media_type, headers={"Content-Disposition": disposition})
+
+    @app.get("/healthz")
+    async def healthz() -> JSONResponse:
+        state = {"status": "ok" if engine.alive else "closing", "running": engine.running, "waiting": engine.waiting}
+        return JSONResponse(state, 200 if engine.alive else 503)
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    files = {path.relative_to(PAGE).as_posix(): path for path in PAGE.rglob("*") if path.is_file()} if PAGE.is_dir() else {}
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/{name:path}", include_in_schema=False)
+    async def page(name: str = "") -> Response:
+        """The page: files known from the start, so that no path of a request is ever opened."""
+        path = files.get(name or "index.html")
+        if path is None:
+            raise HTTPException(404, f"there is nothing at /{name}")
+        return FileResponse(path, headers=HEADERS)
+
+
+HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def _errors(app: FastAPI) -> None:
+    """Every error in one shape."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        if first["type"] == "json_invalid":
+            return refusal(400, "the body is no JSON", "invalid_json")
+        field = str(first["loc"][1]) if len(first["loc"]) > 1 else None
+        return refusal(400, f"{place or 'body'}: {first['msg']}", "invalid_request", param=field)
+
+    @app.exception_handler(HTTPException)
+    async def known(_: Request, error: HTTPException) -> Response:
+        headers = dict(error.headers) if error.headers else None
+        return refusal(error.status_code, str(error.detail), None, headers)
+
+    @app.exception_handler(InputError)
+    async def unusable(_: Request, error: InputError) -> Response:
+        return refusal(400, str(error), "invalid_request")
+
+    @app.exception_handler(Unknown)
+    async def unknown(_: Request, error: Unknown) -> Response:
+        return refusal(404, str(error), "model_not_found", param="model")
+
+    @app.exception_handler(Full)
+    async def full(_: Request, error: Full) -> Response:
+        return refusal(429, str(error), "queue_full", {"Retry-After": str(error.seconds)})
+
+    @app.exception_handler(Closing)
+    async def closing(_: Request, error: Closing) -> Response:
+        return refusal(503, str(error), "unavailable", {"Retry-After": "10"})
+
+    @app.exception_handler(Broken)
+    async def broken(_: Request, error: Broken) -> Response:
+        return refusal(error.failed.status, error.failed.message, error.failed.code)
+
+    @app.exception_handler(ModuleNotFoundError)
+    async def missing(_: Request, error: ModuleNotFoundError) -> Response:
+        return refusal(501, str(error), "not_installed")
+
+    @app.exception_handler(Left)
+    async def left(_: Request, error: Left) -> Response:
+        return Response(status_code=499)
+
+    @app.exception_handler(Exception)
+    async def fault(_: Request, error: Exception) -> Response:
+        return refusal(500, "the server failed on this request; its log says more", "internal_error")

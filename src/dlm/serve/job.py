@@ -1,0 +1,155 @@
+"""One row that somebody waits for, and what they are told of it.
+
+Shapes: L positions of the row, C changed positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlm.errors import InputError
+from dlm.protocols import Sampler
+from dlm.sampling.running import Law
+from dlm.trajectory import Canvas, Frame
+
+
+@dataclass(frozen=True)
+class Change:
+    """A position that was written, taken back or settled. confidence: p(token) at that time; alternatives: (token, p), best first."""
+
+    position: int
+    token: int
+    settled: bool
+    confidence: float | None = None
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Began:
+    """The row has its place in a batch. tokens: the state before the first call."""
+
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A call that the row took part in. proposed: tokens that the next call is to verify, by position; forwards: calls so far."""
+
+    forwards: int
+    t: float
+    model: str
+    changes: list[Change]
+    proposed: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Nothing is left to do. seconds: since it was submitted."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The row gave an error, of this status in the protocol of the web."""
+
+    status: int
+    message: str
+    code: str
+
+
+Event = Began | Stepped | Ended | Failed
+
+
+@dataclass(eq=False)
+class Job:
+    """One row. lane: what it must have in common with others to share their calls; make: the sampler of that lane.
+
+    deliver: takes the events, called from the engine's thread; records: alternatives to record, None for no confidence either.
+    deadline: of `time.monotonic`.
+    """
+
+    lane: Hashable
+    make: Callable[[], Sampler]
+    canvas: Canvas
+    seed: int
+    mask_id: int
+    deliver: Callable[[Event], None]
+    records: int | None = None
+    deadline: float = float("inf")
+    cancelled: bool = False
+    enough: bool = False  # its text has ended before its row
+    forwards: int = 0
+    submitted: float = field(default_factory=time.monotonic)
+    first: float | None = None
+
+    @property
+    def length(self) -> int:
+        return self.canvas.tokens_BT.shape[1]
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    def tell(self, event: Event) -> None:
+        """Deliver; a listener that is gone cancels the row."""
+        try:
+            self.deliver(event)
+        except RuntimeError:  # its loop is closed
+            self.cancelled = True
+
+    def begin(self, frame: Frame, row: int) -> None:
+        """The state before the first call."""
+        self.tokens_L, self.settled_L = frame.tokens_BT[row, : self.length], frame.settled_BT[row, : self.length]
+        self.tell(Began(self.tokens_L.tolist()))
+
+    def step(self, frame: Frame, row: int, law: Law | None) -> None:
+        """Tell what a call has changed."""
+        tokens_L, settled_L = frame.tokens_BT[row, : self.length], frame.settled_BT[row, : self.length]
+        at_C = ((tokens_L != self.tokens_L) | (settled_L & ~self.settled_L)).nonzero().squeeze(-1)
+        self.tokens_L, self.settled_L = tokens_L, settled_L
+        token_C, done_C = tokens_L[at_C], settled_L[at_C]
+        said: list[tuple[Any, ...]] = [(None, ())] * len(at_C)
+        if self.records is not None and law is not None and len(at_C):
+            said = self._said(law, row, at_C, token_C)
+        columns = zip(at_C.tolist(), token_C.tolist(), done_C.tolist(), said, strict=True)
+        changes = [Change(i, token, done, *told) for i, token, done, told in columns]
+        proposed: dict[int, int] = {}
+        if frame.proposed_BT is not None and self.records is not None:
+            own_L = frame.proposed_BT[row, : self.length]
+            proposed = {i: int(own_L[i]) for i in (own_L >= 0).nonzero().squeeze(-1).tolist()}
+        self.forwards += 1
+        if self.first is None and bool(done_C.any()):
+            self.first = time.monotonic()
+        self.tell(Stepped(self.forwards, float(frame.t_B[row]), frame.model, changes, proposed))
+
+    def _said(self, law: Law, row: int, at_C: Tensor, token_C: Tensor) -> list[tuple[Any, ...]]:
+        """(confidence, alternatives) of each changed position, (None, ()) where the call said nothing of it."""
+        mine_A = (law.rows_A == row).nonzero()
+        if not len(mine_A):
+            return [(None, ())] * len(at_C)
+        a, seen = int(mine_A[0]), law.score_AQV.shape[1]
+        column_C = at_C - int(law.start_A[a])
+        score_CV = law.score_AQV[a, column_C.clamp(0, seen - 1).to(law.score_AQV.device)].float().cpu()
+        score_CV[:, self.mask_id] = -torch.inf
+        p_CV = score_CV.softmax(-1)
+        best = p_CV.topk(min(self.records or 0, p_CV.shape[1] - 1), -1) if self.records else None
+        inside = ((column_C >= 0) & (column_C < seen) & (token_C != self.mask_id)).tolist()
+        p_C = p_CV.gather(1, token_C[:, None]).squeeze(1).tolist()
+        others = [tuple(zip(i, p, strict=True)) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)] if best else None
+        return [(p_C[c], others[c] if others else ()) if inside[c] else (None, ()) for c in range(len(at_C))]
+
+    def end(self) -> None:
+        self.tell(Ended(time.monotonic() - self.submitted))
+
+    def fail(self, error: Exception) -> None:
+        """What the request is told: what it can mend, or that the fault is here."""
+        if isinstance(error, InputError):
+            self.tell(Failed(400, str(error), "invalid_request"))
+        else:
+            self.tell(Failed(500, "the server failed on this request; its log says more", "internal_error"))

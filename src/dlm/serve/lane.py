@@ -1,0 +1,192 @@
+"""The rows that share calls: one sampler, a run that they join and leave.
+
+Shapes: B rows, K rows that stay.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dlm.protocols import RNG, Sampler
+from dlm.sampling.running import Joinable, Law, Running
+from dlm.serve.job import Job
+from dlm.trajectory import Canvas, Frame
+
+log = logging.getLogger("dlm.serve")
+
+
+class Solo:
+    """A run of one row with a sampler whose rows cannot join others."""
+
+    reads_first: ClassVar[bool] = False
+    law: Law | None = None
+
+    def __init__(self, sampler: Sampler, canvas: Canvas, rng: RNG, mask_id: int) -> None:
+        self.frames = sampler.steps(canvas, rng=rng)
+        tokens_BT = torch.where(canvas.free_BT, mask_id, canvas.tokens_BT)
+        self.last = Frame(tokens_BT, ~canvas.free_BT, torch.ones(len(tokens_BT)), "", 0)
+
+    @property
+    def live_B(self) -> Tensor:
+        return (~self.last.settled_BT).any(-1)
+
+    def frame(self) -> Frame:
+        return self.last
+
+    def step(self) -> Frame:
+        self.last = next(self.frames)
+        return self.last
+
+    def join(self, other: Solo) -> None:
+        raise ValueError("the rows of this sampler run by themselves")
+
+    def keep(self, rows_K: Tensor) -> None:
+        """There is one row."""
+
+
+@dataclass
+class Group:
+    """Jobs in the order of the rows of their run."""
+
+    run: Running
+    jobs: list[Job]
+
+
+class Lane:
+    """Jobs of one sampler. calls: network calls so far; rows: rows in them."""
+
+    def __init__(self, sampler: Sampler, device: torch.device | str) -> None:
+        self.sampler, self.device = sampler, device
+        self.shares = isinstance(sampler, Joinable)
+        self.groups: list[Group] = []
+        self.calls = self.rows = 0
+
+    def __len__(self) -> int:
+        return sum(len(group.jobs) for group in self.groups)
+
+    def admit(self, jobs: Sequence[Job]) -> None:
+        """Begin these rows, in a run of their own until they join; one that cannot begin fails alone."""
+        parts = [list(jobs)] if self.shares else [[job] for job in jobs]
+        for part in parts:
+            try:
+                found = [self._begin(part)]
+            except Exception:
+                found = [group for job in part if (group := self._begin_alone(job)) is not None]
+            for group in found:
+                frame = on_cpu(group.run.frame())
+                for row, job in enumerate(group.jobs):
+                    job.begin(frame, row)
+                self.groups.append(group)
+
+    def _begin(self, jobs: list[Job]) -> Group:
+        rows = [[None if free else token for token, free in zip(*_row(job), strict=True)] for job in jobs]
+        canvas, rng = Canvas.from_rows(rows, fill=jobs[0].mask_id).to(self.device), [job.generator() for job in jobs]
+        if isinstance(self.sampler, Joinable):
+            return Group(self.sampler.begin(canvas, rng=rng), jobs)
+        return Group(Solo(self.sampler, canvas, rng, jobs[0].mask_id), jobs)
+
+    def _begin_alone(self, job: Job) -> Group | None:
+        try:
+            return self._begin([job])
+        except Exception as error:
+            failed(job, error)
+            return None
+
+    def step(self) -> list[Job]:
+        """One call for every run of this lane, of which there are several while rows make their first. The jobs that are done."""
+        if self.shares:
+            self._gather()
+        done: list[Job] = []
+        for group in self.groups:
+            try:
+                frame = on_cpu(group.run.step())
+                self.calls += 1
+                self.rows += len(group.jobs)
+            except Exception as error:
+                done += self._apart(group, error)
+                continue
+            for row, job in enumerate(group.jobs):
+                job.step(frame, row, group.run.law)
+            done += self._leave(group, group.run.live_B.cpu().tolist())
+        for job in done:
+            job.end()
+        self.groups = [group for group in self.groups if group.jobs]
+        return done
+
+    def drop(self, jobs: Sequence[Job]) -> None:
+        """Free the rows of these."""
+        for group in self.groups:
+            self._leave(group, [job not in jobs for job in group.jobs])
+        self.groups = [group for group in self.groups if group.jobs]
+
+    def _leave(self, group: Group, stays: list[bool]) -> list[Job]:
+        gone = [job for job, stay in zip(group.jobs, stays, strict=True) if not stay]
+        if gone:
+            group.jobs = [job for job in group.jobs if job not in gone]
+            if group.jobs:
+                group.run.keep(torch.tensor([b for b, stay in enumerate(stays) if stay], device=self.device))
+        return gone
+
+    def _gather(self) -> None:
+        """Runs become one, those whose first call is longer than the next ones after that call."""
+        ready = [group for group in self.groups if group.jobs[0].forwards or not group.run.reads_first]
+        for group in ready[1:]:
+            ready[0].run.join(group.run)
+            ready[0].jobs += group.jobs
+            self.groups.remove(group)
+
+    def _apart(self, group: Group, error: Exception) -> list[Job]:
+        """A joint call failed: find out whose fault it is, by taking every row alone to where it stood, and one call further.
+
+        What a row becomes does not depend on its neighbours, so nothing that was told has to be taken back.
+        """
+        jobs, done = group.jobs, list[Job]()
+        group.jobs = []
+        if len(jobs) == 1:
+            failed(jobs[0], error)
+            return done
+        log.warning("a call of %d rows failed (%s): trying each alone", len(jobs), error)
+        survivors: list[Group] = []
+        for job in jobs:
+            alone = None
+            try:
+                alone = self._begin([job])
+                for _ in range(job.forwards):
+                    alone.run.step()
+                job.step(on_cpu(alone.run.step()), 0, alone.run.law)
+            except Exception as own:
+                failed(job, own)
+                continue
+            if bool(alone.run.live_B.any()):
+                survivors.append(alone)
+            else:
+                done.append(job)
+        if survivors:
+            group.run, group.jobs = survivors[0].run, list(survivors[0].jobs)
+            for other in survivors[1:]:
+                group.run.join(other.run)
+                group.jobs += other.jobs
+        return done
+
+
+def failed(job: Job, error: Exception) -> None:
+    """Tell the job, and the log what no client is told."""
+    log.warning("a request failed: %s", error, exc_info=None if isinstance(error, ValueError) else error)
+    job.fail(error)
+
+
+def on_cpu(frame: Frame) -> Frame:
+    """What the listeners look at, fetched at once."""
+    proposed_BT = None if frame.proposed_BT is None else frame.proposed_BT.cpu()
+    parts = frame.tokens_BT.cpu(), frame.settled_BT.cpu(), frame.t_B.cpu()
+    return Frame(*parts, frame.model, frame.forwards, proposed_BT=proposed_BT)
+
+
+def _row(job: Job) -> tuple[list[int], list[bool]]:
+    return job.canvas.tokens_BT[0].tolist(), job.canvas.free_BT[0].tolist()

@@ -1,0 +1,152 @@
+"""Native events: every token with its state, confidence and alternatives, at every step. Pure: from the engine's events to the wire's.
+
+States: g given, n noise, d draft (may change again, or is proposed and not verified), f fresh (settled by this step), c settled before,
+x a proposal that was refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from dlm.errors import InputError
+from dlm.language_model import LanguageModel
+from dlm.serve import schema
+from dlm.serve.job import Began, Change, Ended, Event, Failed, Stepped
+from dlm.serve.reply import Row
+from dlm.serve.shelf import Plan
+from dlm.trajectory import Canvas
+
+
+def canvas(lm: LanguageModel, request: schema.GenerateRequest) -> Canvas:
+    """What the request wants filled. InputError for parts that do not go together, or tokens that the model has not."""
+    if request.canvas is None:
+        return lm.canvas(request.prompt or "", length=request.length, max_new_tokens=request.max_tokens, suffix=request.suffix or "")
+    if request.prompt or request.suffix or request.length or request.max_tokens:
+        raise InputError("a canvas stands alone: put prompt, holes and suffix into it")
+    row: list[int | None] = []
+    for part in request.canvas:
+        if isinstance(part, str):
+            row += lm.tokenizer.encode(part)
+        elif part is not None and part >= lm.tokenizer.vocab_size:
+            raise InputError(f"the token {part} is none of the {lm.tokenizer.vocab_size} of {lm.name}")
+        else:
+            row.append(part)
+    if None not in row:
+        raise InputError("the canvas has no hole: write null for every token to fill")
+    return Canvas.from_rows([row], fill=lm.tokenizer.mask_id)
+
+
+class Narrator:
+    """Tells one row. events: (name, data) of what an event of the engine comes to."""
+
+    def __init__(self, ident: str, plan: Plan, row: Row) -> None:
+        self.ident, self.plan, self.row = ident, plan, row
+        self.mask_id, self.pieces = plan.model.tokenizer.mask_id, _Pieces(plan.model)
+        self.proposed: dict[int, int] = {}
+
+    def events(self, event: Event) -> Iterator[tuple[str, dict[str, Any]]]:
+        self.row.take(event)
+        if isinstance(event, Began):
+            yield "begin", self._begin()
+        elif isinstance(event, Stepped):
+            yield from self._step(event)
+        elif isinstance(event, Ended):
+            yield "end", self._end()
+        elif isinstance(event, Failed):
+            yield "error", {"error": error(event)}
+
+    def _begin(self) -> dict[str, Any]:
+        row, lm = self.row, self.plan.model
+        texts = self.pieces.line(row.tokens)
+        return {
+            "id": self.ident,
+            "model": lm.name,
+            "sampler": self.plan.word,
+            "seed": self.plan.seed,
+            "steps": self.plan.options.get("steps"),
+            "prompt_tokens": len(row.tokens) - len(row.open),
+            "mask_id": self.mask_id,
+            "tokens": [[token, text] for token, text in zip(row.tokens, texts, strict=True)],
+            "states": "".join("n" if i in row.open else "g" for i in range(len(row.tokens))),
+        }
+
+    def _step(self, event: Stepped) -> Iterator[tuple[str, dict[str, Any]]]:
+        facts = {"step": event.forwards, "forwards": event.forwards, "t": round(event.t, 6), "model": event.model}
+        written = {change.position: change for change in event.changes}
+        refused = [i for i, token in self.proposed.items() if i not in written or written[i].token != token]
+        if refused:
+            struck = [[i, self.proposed[i], self.pieces.text(self.row.tokens, i, self.proposed[i]), "x", None, None] for i in refused]
+            yield "step", facts | {"changed": struck}
+        changed = [self._changed(change) for change in event.changes]
+        texts = self.row.tokens
+        for i, token in event.proposed.items():
+            changed.append([i, token, self.pieces.text(texts, i, token), "d", None, None])
+        for i in refused:  # what is neither written nor proposed anew is noise again
+            if i not in written and i not in event.proposed:
+                changed.append([i, self.row.tokens[i], "", "n", None, None])
+        self.proposed = event.proposed
+        yield "step", facts | {"changed": changed}
+
+    def _changed(self, change: Change) -> list[Any]:
+        noise = change.token == self.mask_id
+        state = "f" if change.settled else "n" if noise else "d"
+        others = [[self.pieces.alone(token), round(p, 5)] for token, p in change.alternatives]
+        confidence = None if change.confidence is None else round(change.confidence, 5)
+        return [
+            change.position,
+            change.token,
+            self.pieces.text(self.row.tokens, change.position, change.token),
+            state,
+            confidence,
+            others or None,
+        ]
+
+    def _end(self) -> dict[str, Any]:
+        row, lm = self.row, self.plan.model
+        new = [row.tokens[i] for i in range(row.first, row.last)]
+        ends = next((row.first + k for k, token in enumerate(new) if token in lm.stops), None) if lm.stops else None
+        given = int(row.canvas.given_BT.sum())
+        holes = row.canvas.free_BT[0].tolist()
+        written = sum(hole and token != self.mask_id for hole, token in zip(holes, row.tokens, strict=True))
+        usage = {"prompt_tokens": given, "completion_tokens": written, "total_tokens": given + written, "forwards": row.forwards}
+        usage["tokens_per_forward"] = round(written / max(1, row.forwards), 4)
+        text = lm.tokenizer.decode(row.tokens[:ends] if ends is not None else row.tokens)
+        return {"text": text, "finish_reason": "length" if ends is None else "stop", "usage": usage, "seconds": round(row.seconds, 4)}
+
+
+def error(failed: Failed) -> dict[str, Any]:
+    """As OpenAI's clients expect it."""
+    kind = "invalid_request_error" if failed.status < 500 else "server_error"
+    return {"message": failed.message, "type": kind, "param": None, "code": failed.code}
+
+
+class _Pieces:
+    """What is shown for a token: of those that share a character, the last shows it."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.tokenizer = lm.tokenizer
+
+    def alone(self, token: int) -> str:
+        return "" if token >= self.tokenizer.mask_id else self.tokenizer.piece(token)
+
+    def text(self, tokens: list[int], i: int, token: int) -> str:
+        """Of `token` at column i of these, whose neighbours may complete its character."""
+        text = self.alone(token)
+        if "\ufffd" not in text:
+            return text
+        for back in range(1, min(4, i + 1)):  # a character has four bytes at most
+            if tokens[i - back] >= self.tokenizer.mask_id:
+                break
+            whole = self.tokenizer.decode([*tokens[i - back : i], token])
+            if not whole.endswith("\ufffd"):
+                return whole[len(self.tokenizer.decode(tokens[i - back : i]).rstrip("\ufffd")) :]
+        for ahead in range(1, min(4, len(tokens) - i)):
+            if tokens[i + ahead] >= self.tokenizer.mask_id:
+                break
+            if "\ufffd" not in self.tokenizer.decode([token, *tokens[i + 1 : i + ahead + 1]]):
+                return ""
+        return text
+
+    def line(self, tokens: list[int]) -> list[str]:
+        return [self.text(tokens, i, token) for i, token in enumerate(tokens)]

@@ -1,0 +1,255 @@
+"""OpenAI's protocol: completions and chat, whole or in chunks. Pure: from requests to canvases, from events of the engine to objects.
+
+Chunks hold settled text alone, to be appended; with `diffusing` each holds the whole text as it stands and replaces the last.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dlm.errors import InputError
+from dlm.language_model import LanguageModel
+from dlm.serve import schema
+from dlm.serve.job import Began, Event
+from dlm.serve.reply import Row
+from dlm.serve.shelf import Plan
+from dlm.serve.writer import Piece, Writer
+from dlm.trajectory import Canvas
+
+NOISE = "█"
+_ERROR: dict[str, Any] = {
+    "description": "An error as OpenAI's clients expect it.",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["error"],
+                "properties": {
+                    "error": {
+                        "type": "object",
+                        "required": ["message", "type", "param", "code"],
+                        "properties": {
+                            "message": {"type": "string"},
+                            "type": {"type": "string"},
+                            "param": {"type": ["string", "null"]},
+                            "code": {"type": ["string", "null"]},
+                        },
+                    }
+                },
+            }
+        }
+    },
+}
+ERRORS: dict[int | str, dict[str, Any]] = {status: _ERROR for status in (400, 401, 404, 408, 413, 422, 429, 500, 503, 504)}
+
+
+@dataclass
+class Answer:
+    """One request under way. rows: of each choice; prompts: what they begin with, as text; records: of `Job`."""
+
+    plan: Plan
+    asked: schema.CompletionRequest | schema.ChatRequest
+    canvases: list[Canvas]
+    prompts: list[str]
+    rows: list[Row]
+    records: int | None
+    ident: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def make(cls, plan: Plan, asked: schema.CompletionRequest | schema.ChatRequest) -> Answer:
+        """InputError for a prompt that cannot be continued as asked."""
+        lm, n = plan.model, asked.n or 1
+        if isinstance(asked, schema.ChatRequest):
+            made = [_conversation(lm, asked)]
+            records = (asked.top_logprobs or 0) if asked.logprobs else None
+            ident = "chatcmpl-"
+        else:
+            made = [_text(lm, asked, prompt) for prompt in _prompts(asked)]
+            records, ident = asked.logprobs, "cmpl-"
+        canvases = [canvas for canvas, _ in made for _ in range(n)]
+        if len(canvases) > schema.MOST_CHOICES:
+            raise InputError(f"{len(canvases)} choices were asked for, {schema.MOST_CHOICES} is the most of a request")
+        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+        rows = []
+        for canvas in canvases:
+            before = canvas.tokens_BT[0, : int(canvas.free_BT[0].int().argmax())].tolist()
+            rows.append(Row(canvas, Writer(lm.tokenizer, before, lm.stops, stops)))
+        prompts = [prompt for _, prompt in made for _ in range(n)]
+        return cls(plan, asked, canvases, prompts, rows, records, ident + secrets.token_hex(12))
+
+    # --- chunks ------------------------------------------------------------------------------------------------------
+
+    def take(self, index: int, event: Event) -> Iterator[dict[str, Any]]:
+        """The chunks that an event of this row gives."""
+        row, chat = self.rows[index], isinstance(self.asked, schema.ChatRequest)
+        if row.done:
+            return
+        text = row.take(event)
+        if row.writer.finished:
+            row.done = True
+        if isinstance(event, Began):
+            echo = self.prompts[index] if self._echo else ""
+            if chat:
+                yield self._chunk(index, {"role": "assistant", "content": ""})
+            elif echo and not self.asked.diffusing:
+                yield self._chunk(index, echo)
+        elif self.asked.diffusing:
+            if not row.done:
+                yield self._chunk(index, self._standing(index))
+        elif text:
+            yield self._chunk(index, text, self._logprobs(row, self._fresh(row, text)))
+        if row.done:
+            final = self._standing(index) if self.asked.diffusing else ""
+            yield self._chunk(index, final if not chat or final else {}, reason=row.finish_reason)
+
+    def early(self, index: int) -> bool:
+        """Whether the row's text ended before the engine was done with it."""
+        return bool(self.rows[index].writer.finished) and self.rows[index].seconds == 0
+
+    def last(self) -> Iterator[dict[str, Any]]:
+        """What follows the last choice."""
+        if self.asked.stream_options is not None and self.asked.stream_options.include_usage:
+            yield self._head() | {"choices": [], "usage": self._usage()}
+
+    def _chunk(self, index: int, text: str | dict[str, str], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": reason}
+        if isinstance(self.asked, schema.ChatRequest):
+            choice["delta"] = {"content": text} if isinstance(text, str) else text
+        else:
+            choice["text"] = text
+        head = self._head()
+        if self.asked.stream_options is not None and self.asked.stream_options.include_usage:
+            head["usage"] = None
+        return head | {"choices": [choice]}
+
+    def _standing(self, index: int) -> str:
+        """The text of a row as it is now: what is settled, then what is not, noise as a block."""
+        row, lm = self.rows[index], self.plan.model
+        text = self._echoed(index) + row.writer.text
+        if row.done:
+            return text
+        mask_id = lm.tokenizer.mask_id
+        rest = row.tokens[row.settled : row.last]
+        return text + "".join(NOISE if token == mask_id else lm.tokenizer.piece(token) for token in rest)
+
+    def _fresh(self, row: Row, text: str) -> list[Piece]:
+        """The pieces that lie in what was given last."""
+        end = row.writer.given
+        begin = end - len(text)
+        return [piece for piece in row.writer.pieces if begin <= piece.offset < end]
+
+    # --- the whole ---------------------------------------------------------------------------------------------------
+
+    def whole(self) -> dict[str, Any]:
+        """The answer once every row has ended."""
+        choices = []
+        for index, row in enumerate(self.rows):
+            logprobs = self._logprobs(row, row.writer.pieces, len(self._echoed(index)))
+            choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": row.finish_reason}
+            if isinstance(self.asked, schema.ChatRequest):
+                choice["message"] = {"role": "assistant", "content": row.writer.text, "refusal": None}
+            else:
+                choice["text"] = self._echoed(index) + row.writer.text
+            choices.append(choice)
+        return self._head() | {"choices": choices, "usage": self._usage()}
+
+    @property
+    def _echo(self) -> bool:
+        return isinstance(self.asked, schema.CompletionRequest) and bool(self.asked.echo)
+
+    def _echoed(self, index: int) -> str:
+        return self.prompts[index] if self._echo else ""
+
+    def _head(self) -> dict[str, Any]:
+        kind = "text_completion"
+        if isinstance(self.asked, schema.ChatRequest):
+            kind = "chat.completion.chunk" if self.asked.stream else "chat.completion"
+        plan = self.plan
+        facts = {"sampler": plan.word, "seed": plan.seed, "steps": plan.options.get("steps")}
+        return {"id": self.ident, "object": kind, "created": self.created, "model": plan.model.name, "dlm": facts}
+
+    def _usage(self) -> dict[str, Any]:
+        """Tokens of the final texts alone; the network's calls beside them."""
+        n = self.asked.n or 1
+        prompt = sum(int(row.canvas.given_BT.sum()) for row in self.rows[::n])
+        new, forwards = sum(len(row.writer.pieces) for row in self.rows), sum(row.forwards for row in self.rows)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
+            "forwards": forwards,
+            "tokens_per_forward": round(new / max(1, forwards), 4),
+        }
+
+    def _logprobs(self, row: Row, pieces: Sequence[Piece], begin: int = 0) -> dict[str, Any] | None:
+        """Of tokens by what the network said when it wrote them, before temperature."""
+        if self.records is None:
+            return None
+        tokenizer, first = self.plan.model.tokenizer, {id(piece): k for k, piece in enumerate(row.writer.pieces)}
+        lines = []
+        for piece in pieces:
+            told = row.told.get(row.first + first[id(piece)])
+            value = None if told is None or told.confidence is None else math.log(max(told.confidence, 1e-38))
+            others = [(tokenizer.piece(token), math.log(max(p, 1e-38))) for token, p in (told.alternatives if told else ())]
+            lines.append((piece, value, others))
+        if isinstance(self.asked, schema.ChatRequest):
+            return {"content": [_line(piece.text, value, others) for piece, value, others in lines], "refusal": None}
+        return {
+            "tokens": [piece.text for piece, _, _ in lines],
+            "token_logprobs": [value for _, value, _ in lines],
+            "top_logprobs": [dict(others) for _, _, others in lines] if self.records else None,
+            "text_offset": [begin + piece.offset for piece, _, _ in lines],
+        }
+
+
+def _line(text: str, value: float | None, others: list[tuple[str, float]]) -> dict[str, Any]:
+    def entry(text: str, value: float | None) -> dict[str, Any]:
+        return {"token": text, "logprob": -9999.0 if value is None else value, "bytes": list(text.encode("utf-8", "replace"))}
+
+    return entry(text, value) | {"top_logprobs": [entry(*other) for other in others]}
+
+
+def texts(asked: schema.CompletionRequest | schema.ChatRequest) -> Iterator[str]:
+    """Everything that is to be encoded."""
+    if isinstance(asked, schema.ChatRequest):
+        for message in asked.messages:
+            yield _content(message)
+    else:
+        yield asked.suffix or ""
+        yield from (prompt for prompt in _prompts(asked) if isinstance(prompt, str))
+
+
+def _content(message: schema.Message) -> str:
+    return message.content if isinstance(message.content, str) else "".join(part.text for part in message.content or [])
+
+
+def _prompts(asked: schema.CompletionRequest) -> list[str | list[int]]:
+    prompt: Any = "" if asked.prompt is None else asked.prompt
+    alone = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return [prompt] if alone else list(prompt)
+
+
+def _text(lm: LanguageModel, asked: schema.CompletionRequest, prompt: str | list[int]) -> tuple[Canvas, str]:
+    """(what is to be filled, the prompt as text)."""
+    if isinstance(prompt, str):
+        return lm.canvas(prompt, max_new_tokens=asked.max_tokens, suffix=asked.suffix or ""), prompt
+    if any(token >= lm.tokenizer.vocab_size for token in prompt):
+        raise InputError(f"a token of the prompt is none of the {lm.tokenizer.vocab_size} of {lm.name}")
+    like = lm.canvas("", max_new_tokens=asked.max_tokens or max(64, lm.window - len(prompt)), suffix=asked.suffix or "")
+    if len(prompt) >= lm.window and not lm.context:
+        raise InputError(f"the prompt has {len(prompt)} tokens, the window {lm.window} and no context: use at most {lm.window - 1}")
+    free, tokens = like.free_BT[0].tolist(), like.tokens_BT[0].tolist()
+    rest = [None if hole else token for token, hole in zip(tokens, free, strict=True)]
+    return Canvas.from_rows([[*prompt, *rest]], fill=lm.tokenizer.mask_id), lm.tokenizer.decode(prompt)
+
+
+def _conversation(lm: LanguageModel, asked: schema.ChatRequest) -> tuple[Canvas, str]:
+    messages = [{"role": message.role, "content": _content(message)} for message in asked.messages]
+    most = asked.max_completion_tokens or asked.max_tokens
+    return lm.chat_canvas(messages, **({} if most is None else {"max_new_tokens": most})), ""

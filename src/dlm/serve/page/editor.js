@@ -1,0 +1,81 @@
+// Locking and rewriting tokens, and the canvas that a request for the rest is made of.
+
+import { visible } from "./canvas.js";
+
+// What the text keeps: token ids of what was given or locked, the text of what was rewritten, null for everything else.
+export function canvas(pane) {
+  const { trace } = pane, row = [];
+  for (let i = 0; i < trace.length; i++) {
+    const entry = trace.final(i), edit = pane.edited.get(i);
+    if (edit !== undefined) { if (edit) row.push(edit); }
+    else row.push(pane.locked.has(i) && !entry.mask ? entry.id : null);
+  }
+  return row;
+}
+
+// Where the locked tokens of a canvas lie in the text that came of it: a rewritten one may have become several tokens.
+export function places(row, begin) {
+  const locked = new Set();
+  let at = 0;
+  for (const part of row) {
+    if (part === null) at++;
+    else if (typeof part === "number") locked.add(at++);
+    else {
+      let text = "";
+      do {
+        locked.add(at);
+        text += begin.tokens[at++]?.[1] ?? part;
+      } while (text.length < part.length && at < begin.tokens.length && begin.states[at] === "g");
+    }
+  }
+  return locked;
+}
+
+export const given = begin => new Set([...begin.states].flatMap((state, i) => state === "g" ? [i] : []));
+
+export function toggle(pane, i) {
+  if (pane.edited.has(i)) { // letting go of a rewritten token brings back what stood there
+    pane.edited.delete(i);
+    pane.locked.delete(i);
+  } else if (pane.locked.has(i)) pane.locked.delete(i);
+  else pane.locked.add(i);
+}
+
+export function rewrite(pane, i, text) {
+  if (text === pane.trace.final(i).text && !pane.edited.has(i)) pane.locked.add(i);
+  else {
+    pane.edited.set(i, text);
+    pane.locked.add(i);
+  }
+}
+
+// An input in the place of token i; `done` is called with the text, or with null when it was given up.
+export function edit(pane, i, done) {
+  const span = pane.spans[i], box = document.createElement("input");
+  const before = pane.edited.get(i) ?? (pane.trace.final(i).mask ? "" : pane.trace.final(i).text);
+  box.className = "rewrite";
+  box.value = visible(before);
+  box.spellcheck = false;
+  box.setAttribute("aria-label", "Write instead; Enter keeps it, Escape leaves it as it was");
+  const fit = () => box.style.setProperty("--letters", Math.max(2, [...box.value].length + 1));
+  let over = false;
+  const leave = text => {
+    if (over) return;
+    over = true;
+    box.remove();
+    span.hidden = false;
+    done(text);
+  };
+  box.addEventListener("input", fit);
+  box.addEventListener("keydown", event => {
+    event.stopPropagation();
+    if (event.key === "Enter") { event.preventDefault(); leave(box.value.replace(/↵/g, "\n")); }
+    else if (event.key === "Escape") { event.preventDefault(); leave(null); }
+  });
+  box.addEventListener("blur", () => leave(box.value === visible(before) ? null : box.value.replace(/↵/g, "\n")));
+  fit();
+  span.hidden = true;
+  span.before(box);
+  box.focus();
+  box.select();
+}

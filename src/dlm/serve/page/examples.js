@@ -1,0 +1,51 @@
+// What the page offers to those who come for the first time: one press, and text settles.
+
+const find = (models, test) => models.find(model => model.dlm.kind === "diffusion" && test(model));
+
+const calm = model => model.dlm.kind === "diffusion" ? Math.min(64, model.dlm.steps || 64) : undefined; // steps that end soon
+
+// page: {prompt(text), setting(j, value), compare(on), run()}
+export function show(root, models, page) {
+  const mask = find(models, model => model.dlm.noise === "mask" && model.dlm.infills) || find(models, model => model.dlm.infills);
+  const other = mask && find(models, model => model.dlm.noise !== mask.dlm.noise && model.dlm.characters === mask.dlm.characters);
+  const letters = mask?.dlm.characters, first = mask || models[0];
+  const opening = letters ? "ROMEO:\nBut soft" : "Once upon a time";
+  const offers = [["a beginning", () => {
+    page.prompt(opening);
+    page.setting(0, { model: first.id, steps: calm(first) });
+  }]];
+  if (mask) {
+    offers.push(["holes to fill", () => {
+      page.prompt(letters ? "ROMEO:\n[32], my lord,\nAnd [28] of the king.\n\nJULIET:\n[30] love." : "The cat [6] because [8].");
+      page.setting(0, { model: mask.id, steps: calm(mask) });
+    }]);
+    offers.push(["half the calls", () => {
+      const steps = Math.max(2, calm(mask));
+      page.prompt(opening);
+      page.compare(true);
+      page.setting(0, { model: mask.id, steps });
+      page.setting(1, { model: mask.id, steps: Math.round(steps / 2) });
+    }]);
+  }
+  if (other) {
+    offers.push(["two noises", () => {
+      page.prompt(opening);
+      page.compare(true);
+      page.setting(0, { model: mask.id, steps: calm(mask) });
+      page.setting(1, { model: other.id, steps: calm(mask) });
+    }]);
+  }
+  root.replaceChildren("Try ", ...offers.map(([name, set]) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "plain";
+    button.textContent = name;
+    button.addEventListener("click", () => {
+      page.compare(false);
+      set();
+      page.run();
+    });
+    return button;
+  }));
+  root.hidden = false;
+}

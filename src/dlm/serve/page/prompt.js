@@ -1,0 +1,38 @@
+// Holes in a prompt: `___` is a hole of as many tokens as underscores (three or more), `[12]` one of twelve; `\[12]` and `\___` are text.
+
+const HOLE = /\\(\[\d+\]|_{3,})|\[(\d{1,5})\]|(_{3,})/g;
+
+export function parse(prompt) { // -> [string | number, ...], a number being a hole of so many tokens
+  const parts = [];
+  let text = "", from = 0;
+  for (const match of prompt.matchAll(HOLE)) {
+    text += prompt.slice(from, match.index);
+    from = match.index + match[0].length;
+    const size = match[2] !== undefined ? Number(match[2]) : match[3] ? match[3].length : 0;
+    if (match[1] !== undefined) text += match[1];
+    else if (!size) text += match[0];
+    else {
+      if (text) parts.push(text);
+      text = "";
+      parts.push(size);
+    }
+  }
+  text += prompt.slice(from);
+  if (text) parts.push(text);
+  return parts;
+}
+
+export const holes = parts => parts.filter(part => typeof part === "number");
+
+export const canvas = parts => parts.flatMap(part => typeof part === "number" ? Array(part).fill(null) : [part]);
+
+export function hint(parts, model) {
+  const sizes = holes(parts), total = sizes.reduce((sum, size) => sum + size, 0);
+  if (!sizes.length) return { text: "___ or [12] is a hole of so many tokens.", wrong: false };
+  const open = typeof parts.at(-1) !== "number" || sizes.length > 1;
+  if (model && !model.dlm.infills && open) {
+    return { text: `${model.id} writes from left to right and cannot fill holes: pick another model.`, wrong: true };
+  }
+  const count = sizes.length === 1 ? "One hole" : `${sizes.length} holes`;
+  return { text: `${count}, ${total} ${total === 1 ? "token" : "tokens"} to fill.`, wrong: false };
+}

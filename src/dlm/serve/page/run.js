@@ -1,0 +1,40 @@
+// One request under way in one pane.
+
+import * as editor from "./editor.js";
+import * as prompt from "./prompt.js";
+import { ApiError, events } from "./stream.js";
+import { Trace } from "./trace.js";
+
+// The body of a request: a text to go on from, a text with holes, or a canvas of what is kept.
+export function body(value, text, row, model) {
+  const parts = prompt.parse(text), { length, ...rest } = value;
+  const all = { ...rest, alternatives: 3 };
+  if (row) return { ...all, canvas: row };
+  if (prompt.holes(parts).length) return { ...all, canvas: prompt.canvas(parts) };
+  const size = length === undefined ? {} : model.dlm.characters || model.dlm.kind === "diffusion" ? { length } : { max_tokens: length };
+  return { ...all, prompt: parts.join(""), ...size };
+}
+
+// Streams into the pane; `tell` is called after every event. Resolves to the trace, also when it was stopped.
+export async function run(pane, request, model, signal, tell) {
+  let trace = null;
+  try {
+    for await (const [name, data] of events(request, signal)) {
+      if (name === "begin") {
+        trace = new Trace(data, model.dlm.kind === "diffusion" ? data.steps ?? model.dlm.steps : 0);
+        const look = { characters: model.dlm.characters, proposes: model.dlm.kind === "autoregressive" };
+        pane.model = model;
+        pane.show(trace, look, request.canvas ? editor.places(request.canvas, data) : editor.given(data));
+      } else if (name === "step") trace?.add(data);
+      else if (name === "end") { trace.end = data; }
+      else if (name === "error") throw new ApiError(data.error?.message || "The run broke off.", 500);
+      if (trace) tell(trace);
+    }
+    if (trace && !trace.end) throw new ApiError("The connection broke off before the text was done.", 0);
+  } catch (error) {
+    if (error.name !== "AbortError") throw error;
+  } finally {
+    if (trace) { trace.over = true; tell(trace); }
+  }
+  return trace;
+}

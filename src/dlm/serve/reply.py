@@ -1,0 +1,110 @@
+"""The asyncio side of a request: its rows as they stand, and the events that the engine's thread sends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from dlm.serve.engine import Engine
+from dlm.serve.job import Began, Change, Ended, Event, Failed, Job, Stepped
+from dlm.serve.writer import Writer
+from dlm.trajectory import Canvas
+
+
+class Broken(Exception):
+    """A row gave an error."""
+
+    def __init__(self, failed: Failed) -> None:
+        super().__init__(failed.message)
+        self.failed = failed
+
+
+@dataclass
+class Row:
+    """One text as it stands. first, last: columns of the first hole and after the last; settled: columns of the new text that stand for
+    good, without a hole before them; told: what the network said of each token when it was written."""
+
+    canvas: Canvas
+    writer: Writer
+    tokens: list[int] = field(default_factory=list)
+    told: dict[int, Change] = field(default_factory=dict)
+    forwards: int = 0
+    seconds: float = 0.0
+    done: bool = False
+
+    def __post_init__(self) -> None:
+        free = self.canvas.free_BT[0].tolist()
+        self.first, self.last = free.index(True), len(free) - free[::-1].index(True)
+        self.settled = self.first
+        self.open = {i for i, hole in enumerate(free) if hole}
+
+    def take(self, event: Event) -> str:
+        """What the event settles of the text, from the left."""
+        if isinstance(event, Began):
+            self.tokens = list(event.tokens)
+        elif isinstance(event, Stepped):
+            self.forwards = event.forwards
+            for change in event.changes:
+                self.tokens[change.position] = change.token
+                if change.confidence is not None or change.position not in self.told:
+                    self.told[change.position] = change
+                if change.settled:
+                    self.open.discard(change.position)
+            begin = self.settled
+            while self.settled < self.last and self.settled not in self.open:
+                self.settled += 1
+            return self.writer.add(self.tokens[begin : self.settled])
+        elif isinstance(event, Ended):
+            self.seconds, self.done = event.seconds, True
+            return self.writer.finish()
+        return ""
+
+    @property
+    def finish_reason(self) -> str:
+        """`stop` where the text ended by itself or at a stop string, `length` where it filled its place."""
+        return self.writer.finished or "length"
+
+
+class Reply:
+    """Rows handed to the engine; who makes one closes it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.jobs, self._rows = engine, [], []  # type: Engine, list[Job], list[Row]
+        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue()  # type: asyncio.AbstractEventLoop, asyncio.Queue[tuple[int, Event]]
+        self._left = 0
+
+    def deliver(self, index: int, event: Event) -> None:
+        """For the engine's thread. RuntimeError where nobody listens any more."""
+        self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Hand the rows over. Full or Closing."""
+        self.engine.submit(jobs)
+        self.jobs, self._left = list(jobs), len(jobs)
+
+    def close(self) -> None:
+        """Free what is not done."""
+        if self._left:
+            self._left = 0
+            self.engine.cancel(self.jobs)
+
+    def free(self, index: int) -> None:
+        """This row's text has ended before the engine is done with it."""
+        self.jobs[index].enough = True
+        self.engine.cancel([self.jobs[index]])
+        self._left -= 1
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """Until every row has ended. Broken by the first that fails."""
+        while self._left:
+            index, event = await self._events.get()
+            if isinstance(event, Failed):
+                if self.jobs[index].cancelled:
+                    continue
+                raise Broken(event)
+            if self.jobs[index].cancelled:  # what was still on its way
+                continue
+            if isinstance(event, Ended):
+                self._left -= 1
+            yield index, event
