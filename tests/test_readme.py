@@ -1,7 +1,8 @@
 """The README's commands and Python run as they stand, in order, in one directory.
 
 A block may say otherwise in an HTML comment on the line before it: `<!-- make -->` (run by continuous integration itself),
-`<!-- network -->`, `<!-- gpu -->` (not run), `<!-- long -->` (run with a few steps only), `<!-- serve -->` (the first command serves the others).
+`<!-- network -->`, `<!-- gpu -->` (not run), `<!-- long -->` (run with a few steps only), `<!-- serve -->` (the first command
+serves the others).
 """
 
 from __future__ import annotations

@@ -129,6 +129,24 @@ def test_search_and_auto(dlm: Dlm, family: Path, text_file: Path, tmp_path: Path
     assert auto == same
 
 
+def test_compare_goes_on_where_it_was(dlm: Dlm, family: Path, text_file: Path, tmp_path: Path) -> None:
+    """Batches of 16 are kept one by one: more texts measure only what is new, and what is there is what comes out again."""
+    ledger = tmp_path / "ledger.jsonl"
+    words = ("schedule", "compare", f"{family}/heavy", f"{family}/light", "L0.5 H0.5; H@4", "--steps", "8", "--segments", "4")
+    words += ("--judge", f"{family}/judge", "--data", str(text_file), "--max-windows", "2", "--ledger", str(ledger), "--json")
+    rows = {}
+    for count, lines in ((16, 3), (20, 6), (20, 6)):
+        code, out, err = dlm(*words, "-n", str(count))
+        assert code == 0, err
+        assert len(ledger.read_text().splitlines()) == lines
+        rows[count] = json.loads(out.splitlines()[-1])["rows"]
+    assert [row["schedule"] for row in rows[20]] == ["H", "L0.5 H0.5", "H@4"] and all(row["texts"] == 20 for row in rows[20])
+    assert rows[20][0]["d_bits"]["mean"] == 0 and 0 < rows[20][1]["saved"] < 1 and rows[20][2]["calls"]["H"] <= 4
+    for wrong in ("H@", "H@x", "H@0"):
+        code, _, err = dlm(*words[:4], wrong, "--steps", "8", "-n", "2")
+        assert code == 2 and "number of steps" in err
+
+
 def test_bad_input(dlm: Dlm, family: Path, text_file: Path) -> None:
     heavy, light, judge = (f"{family}/{name}" for name in ("heavy", "light", "judge"))
     make_model(window=16, context=0, alphabet="abcd").save_pretrained("other")

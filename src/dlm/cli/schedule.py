@@ -196,6 +196,53 @@ def search(
         print(dumps(record))
 
 
+@schedules.command()
+def compare(
+    heavy: Heavy,
+    light: Light,
+    words: Annotated[str, typer.Argument(metavar="SCHEDULES", help="With semicolons between; NAME@STEPS in another number of steps.")],
+    steps: Annotated[int, typer.Option(help="Denoising steps of a window.")] = 256,
+    sampler: Sampler = "ancestral",
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Texts for each schedule, the same seeds for all.")] = 16,
+    judge: Judge = "shakespeare-ar",
+    data: Data = None,
+    segments: Segments = 16,
+    max_windows: Annotated[int, typer.Option(help="Windows of the text that the KL is measured on.")] = 32,
+    ledger: Annotated[Path | None, typer.Option(help="File of trials: what it holds is not measured again.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    device: Device = "cpu",
+) -> None:
+    """Measure these schedules beside H alone: 'L0.5 H0.5;sandwich:0.25;H@100'."""
+    from dlm.evaluate.card import dumps
+    from dlm.model_scheduling import search as find
+    from dlm.model_scheduling.plan import ModelSchedule
+
+    plan = {"H": ("H", steps)}
+    for label in filter(None, (word.strip() for word in words.split(";"))):
+        word, at, count = label.partition("@")
+        if at and not (count.isdecimal() and int(count)):
+            raise InputError(f"{label!r}: after @ stands a number of steps, as in H@100")
+        plan[label] = str(ModelSchedule.parse(word)), int(count or steps)
+    if samples < 2:
+        raise InputError(f"--samples must be at least 2, to have an error, got {samples}")
+    lm, networks, _ = _models(heavy, light, device)
+    counts = {taken for _, taken in plan.values()}
+    trials = {taken: _trial(lm, light, judge, sampler=sampler, steps=taken, ledger=ledger) for taken in counts}
+    kl = _kl(lm, networks, _windows(lm, data, "val", max_windows)[1].to(device), segments, seed)
+    outcomes: dict[str, Outcome] = {}
+    with bar(f"{len(plan)} schedules of {samples} texts", len(plan)) as progress:
+        for label, (word, taken) in plan.items():
+            outcomes[label] = trials[taken](word, seed, seed + samples)
+            progress.forward()
+    paths = {label: find.path_kl(ModelSchedule.parse(word), kl, lm.window) for label, (word, _) in plan.items()}
+    rows = [_row(label, one, outcomes["H"], paths[label]) for label, one in outcomes.items()]
+    Console(stderr=as_json).print(_search_table(rows, "", ()))
+    if as_json:
+        record = {"heavy": lm.name, "light": light, "steps": steps, "sampler": sampler, "samples": samples, "judge": judge, "seed": seed}
+        print(dumps(record | {"kl": kl, "rows": rows}))
+
+
 def _models(heavy: str, light: str, device: str = "cpu") -> tuple[Any, dict[str, Any], dict[str, CallCost]]:
     """(H, networks by key, what a call of each costs)."""
     from dlm.model_scheduling.cost import call_costs

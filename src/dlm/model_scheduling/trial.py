@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +134,17 @@ class Trial:
         )
 
     def __call__(self, word: str, first: int, last: int) -> Outcome:
+        """Measured in batches, each kept in the ledger as soon as it is done."""
+        whole = self._known(word, (first, last))
+        if whole is not None:
+            return whole
+        parts = [self._part(word, begin, min(begin + self.batch, last)) for begin in range(first, last, self.batch)]
+        return reduce(Outcome.__add__, parts)
+
+    def _part(self, word: str, first: int, last: int) -> Outcome:
         found = self._known(word, (first, last))
         if found is None:
-            parts = [self._run(word, begin, min(begin + self.batch, last)) for begin in range(first, last, self.batch)]
-            found = parts[0]
-            for part in parts[1:]:
-                found = found + part
+            found = self._run(word, first, last)
             if self.ledger is not None:
                 with self.ledger.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"settings": dict(self.settings)} | asdict(found)) + "\n")
