@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 
 from conftest import Dlm
 from convert.bases import SPECIAL, WORDS, publish, tokenizer, transformer
+from convert.test_gguf import write
 from dlm.convert import weights
 from dlm.evaluate import peers
 from dlm.evaluate.prompts import KINDS
@@ -44,6 +45,20 @@ def test_transformers_writes_our_text(llama_dir: Path, tmp_path: Path) -> None:
     ended = peers.Transformers(tmp_path, [stop], None, device="cpu", dtype=torch.float32).write(prompts[:1], 12)[0]
     assert ended == [expected[0][: expected[0].index(stop) + 1]]
     assert peer.weights() >= 4 * (lm.network.parameters_count() - 2 * 32)  # without the mask's rows
+
+
+def test_llama_cpp_writes_our_text(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
+    file = write(transformer("Llama"), tmp_path / "tiny.gguf")
+    lm = load(str(file))
+    ids = lm.tokenizer.encode("ROMEO what")
+    run = lm.generate("ROMEO what", temperature=0.0, max_new_tokens=12)
+    expected = run.trajectory.current_BT[0].tolist()[len(ids) :]
+    peer = peers.LlamaCpp(file, sorted(lm.stops), lm.config.start_token_id, positions=64, threads=1)
+    written, first = peer.write([peer.start + ids], 12)
+    assert written == [expected] and first > 0 and peer.weights() == file.stat().st_size
+    stop = expected[4]
+    assert peers.LlamaCpp(file, [stop], None, positions=64, threads=1).write([ids], 12)[0] == [expected[: expected.index(stop) + 1]]
 
 
 def test_the_verb_with_kinds_dtypes_and_peers(dlm: Dlm, llama_dir: Path) -> None:

@@ -32,6 +32,15 @@ Deterministic = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object.")]
 
 
+WIDE = 160  # columns of a table that goes into a pipe or a file
+
+
+def console(as_json: bool = False) -> Console:
+    """For tables: on the error stream beside JSON; where that is no terminal, wide enough that no column is lost."""
+    made = Console(stderr=as_json)
+    return made if made.is_terminal else Console(stderr=as_json, width=WIDE)
+
+
 def load(
     name: str, device: str = "cpu", dtype: str = "float32", adapter: Path | list[Path] | None = None, deterministic: bool = False
 ) -> Any:

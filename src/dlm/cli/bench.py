@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from dlm.cli.app import Deterministic, Device, Json, Seed, app, bar, load, prompt_lines
+from dlm.cli.app import Deterministic, Device, Json, Seed, app, bar, console, load, prompt_lines
 from dlm.errors import InputError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
@@ -87,9 +86,9 @@ def decode(
             made = decoding.compare(samplers, group, against=against, **settings)
             cache = {label: _cache(lm, label, rows, max(len(canvas.tokens_BT[0]) for canvas in group)) for label in samplers}
             found += [decoding.with_memory(one, weights[one.method] + cache[one.method]) for one in made]
-    console = Console(stderr=as_json)
+    out = console(as_json)
     for name in kinds:
-        console.print(_table([one for one in found if one.kind == name], list(samplers), sizes, name))
+        out.print(_table([one for one in found if one.kind == name], list(samplers), sizes, name))
     if as_json:
         learned = {"adapter": str(adapter or ""), "heads": str(heads or "")}
         facts = {"base": lm.name} | learned | {"new": new, "temperature": temperature, "seed": seed, "dtype": dtype}

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from dlm.cli.app import Device, Json, Seed, app, bar, err, load, load_judge
+from dlm.cli.app import Device, Json, Seed, app, bar, console, err, load, load_judge
 from dlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ def calibrate(
 
 
 def _finish(found: Calibration, place: Path, model: str, as_json: bool) -> None:
-    Console(stderr=as_json).print(_table(found))
+    console(as_json).print(_table(found))
     path = found.save(place)
     err.print(f"wrote {path}; try: dlm generate --model {model} --sampler auto --budget calls:32", highlight=False, soft_wrap=True)
     if as_json:

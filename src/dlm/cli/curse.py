@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from dlm.cli.app import Device, Json, Seed, app, bar, err, load
+from dlm.cli.app import Device, Json, Seed, app, bar, console, err, load
 from dlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -90,10 +89,10 @@ def curse(
         )
     plan = price.best_steps(price.smooth(entropy_WT.mean(0)), -(-lm.window // sizes[-1]))
     bound = _mean(text_WT.mean(-1))
-    console = Console(stderr=as_json)
+    out = console(as_json)
     facts = f"{len(windows_WT)} windows of {lm.window} tokens, {characters:.2f} characters each; the text costs <= {bound['mean']:.3f}."
-    console.print(_table(rows, list(rules), f"{LEGEND} {facts}"))
-    console.print(f"best sizes of {len(plan)} steps: {', '.join(map(str, plan))}", highlight=False, soft_wrap=True)
+    out.print(_table(rows, list(rules), f"{LEGEND} {facts}"))
+    out.print(f"best sizes of {len(plan)} steps: {', '.join(map(str, plan))}", highlight=False, soft_wrap=True)
     levels = {"known": curve.known_K.tolist(), "entropy": _means(curve.entropy_WK * bits), "text": _means(curve.text_WK * bits)}
     if plot is not None:
         from dlm.viz.plots import curse_plot

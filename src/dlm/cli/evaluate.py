@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from dlm.cli.app import Device, Json, Seed, app, bar, load
+from dlm.cli.app import Device, Json, Seed, app, bar, console, load
 
 LOGITS = 1 << 27  # numbers that one call of a large vocabulary may give
 
@@ -107,7 +106,7 @@ def evaluate(
         cards.write(cards.make(record, device=device, dtype="float32", seed=seed, settings=chosen, data=facts), place)
         record["card"] = str(place)
         records.append(record)
-    Console(stderr=as_json).print(table)
+    console(as_json).print(table)
     if as_json:
         rest: dict[str, object] = {"against": records.pop()} if against else {}
         print(cards.dumps((records[0] if len(records) == 1 else {"block_lengths": records}) | rest))

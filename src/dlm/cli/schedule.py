@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from dlm.cli.app import Device, Json, Seed, app, bar, err, judging, load, named_models
+from dlm.cli.app import Device, Json, Seed, app, bar, console, err, judging, load, named_models
 from dlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def cost(
         ("executed", f"calls that happen ({found.calls:.0f})"),
     ):
         table.add_row(label, f"{getattr(found, name) / 1e9:,.2f}", f"{getattr(found, f'saved_{name}'):.1%}")
-    Console(stderr=as_json).print(table)
+    console(as_json).print(table)
     if as_json:
         print(json.dumps({"schedule": str(plan), "steps": plan.steps or steps or lm.window} | found.record()))
 
@@ -115,9 +114,9 @@ def sensitivity(
                     progress.forward()
     record = {"heavy": lm.name, "light": light, "data": source, "windows": len(windows_WT), "segments": segments, "sampler": sampler}
     record |= {"seed": seed, "text": _curves(text, lights), "runs": _curves(runs, lights), "swap": swaps}
-    console = Console(stderr=as_json)
+    out = console(as_json)
     for key in lights:
-        console.print(_sensitivity_table(record, key))
+        out.print(_sensitivity_table(record, key))
     if plot is not None:
         from dlm.viz.plots import panels_plot
 
@@ -182,7 +181,7 @@ def search(
     winner, front = plan.winner(whole, saved), [outcome.schedule for outcome in find.front(whole)]
     mixed = rows[len(plan.alone) :]
     agreement = find.rank_agreement([row["path_kl"] for row in mixed], [row["bits"]["mean"] for row in mixed])
-    Console(stderr=as_json).print(_search_table(rows, winner, front))
+    console(as_json).print(_search_table(rows, winner, front))
     record = {"heavy": lm.name, "light": light, "search": how, "saved": saved, "segments": segments, "steps": steps, "sampler": sampler}
     record |= {"samples": samples, "judge": judge, "seed": seed, "best": winner, "kl": kl, "rows": rows, "front": front}
     record |= {"rank_agreement": agreement}
@@ -237,7 +236,7 @@ def compare(
             progress.forward()
     paths = {label: find.path_kl(ModelSchedule.parse(word), kl, lm.window) for label, (word, _) in plan.items()}
     rows = [_row(label, one, outcomes["H"], paths[label]) for label, one in outcomes.items()]
-    Console(stderr=as_json).print(_search_table(rows, "", ()))
+    console(as_json).print(_search_table(rows, "", ()))
     if as_json:
         record = {"heavy": lm.name, "light": light, "steps": steps, "sampler": sampler, "samples": samples, "judge": judge, "seed": seed}
         print(dumps(record | {"kl": kl, "rows": rows}))

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from dlm.cli.app import Device, Json, app, err, load_judge
+from dlm.cli.app import Device, Json, app, console, err, load_judge
 from dlm.cli.show import load_runs
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def settle(
 
         judging = {"judge": bits, "vocab_size": lm.tokenizer.vocab_size}
     found = [settling(group, label=label, **judging) for label, group in groups.items()]
-    Console(stderr=as_json).print(_table(found))
+    console(as_json).print(_table(found))
     if plot is not None:
         from dlm.viz.plots import settling_plot
 

@@ -1,11 +1,13 @@
-"""Other engines on the same prompts, for `dlm bench decode`: transformers, and llama.cpp through llama-cpp-python; greedy.
+"""Other engines on the same prompts, for `dlm bench decode`: transformers, and llama.cpp through xllamacpp; greedy.
 
 A peer writes B rows of token ids: their prompts in, what it wrote and when the first token was there out.
 """
 
 from __future__ import annotations
 
+import json
 import time
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,29 +76,33 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp on a GGUF file, one row at a time, as many threads as torch has."""
+    """llama.cpp on a GGUF file, one row at a time, as many threads as torch has; it runs as a server of its own, on this machine alone."""
 
     rows = 1
 
     def __init__(self, file: Path, stops: Sequence[int], start: int | None, *, positions: int, threads: int) -> None:
         try:
-            import llama_cpp
+            import xllamacpp
         except ImportError:
-            raise InputError("llama.cpp is not installed: pip install llama-cpp-python (it is compiled, which takes minutes)") from None
+            raise InputError("llama.cpp is not installed: pip install xllamacpp") from None
         self.file, self.stops, self.start = file, sorted(stops), [] if start is None else [start]
-        sizes = {"n_ctx": positions, "n_threads": threads, "n_threads_batch": threads}
-        self.llama: Any = llama_cpp.Llama(str(file), **sizes, verbose=False)
+        settings: Any = xllamacpp.CommonParams()
+        settings.model.path, settings.n_ctx, settings.n_parallel, settings.verbosity = str(file), positions, 1, -1
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+        self.server: Any = xllamacpp.Server(settings)
 
     def write(self, prompts: Sequence[list[int]], new: int) -> tuple[list[list[int]], float]:
-        began, first = time.perf_counter(), float("nan")
-        self.llama.reset()  # else it would keep what the last prompt has in common with this one
-        written: list[int] = []
-        for token in self.llama.generate(prompts[0], temp=0.0, repeat_penalty=1.0):
-            first = first if written else time.perf_counter() - began
-            written.append(int(token))
-            if token in self.stops or len(written) == new:
-                break
-        return [written], first
+        # cache_prompt: else it would keep what the last prompt has in common with this one
+        asked = {"prompt": prompts[0], "n_predict": new, "temperature": 0, "cache_prompt": False, "return_tokens": True}
+        request = urllib.request.Request(
+            f"{self.server.listening_address}/completion", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            told = json.load(answer)
+        written = [int(token) for token in told["tokens"]]
+        if told["stop_type"] == "eos" and not set(written) & set(self.stops):  # it keeps the token to itself
+            written += self.stops[:1]
+        return [_up_to(written, self.stops)], told["timings"]["prompt_ms"] / 1000
 
     def weights(self) -> int:
         return self.file.stat().st_size
