@@ -265,7 +265,7 @@ def main() -> None:
                     for url, most in ((batched, 64), (by_one, 1)):
                         points.append(asyncio.run(load(url, case, concurrency, requests, most)))
                         console.print(points[-1], highlight=False)
-        Console().print(table(points))
+        Console(width=120).print(table(points))
         figures["points"] = [asdict(point) for point in points]
     if args.soak:
         names = sorted({one["model"] for one in mixture(40)})

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import torch
 
 from dlm.language_model import LanguageModel
 from dlm.serve import run
@@ -53,6 +54,23 @@ def events(text: str, parse: bool = True) -> list[tuple[str, Any]]:
     return found
 
 
+class Watch:
+    """Counts the calls of a network and the rows in them, holds them up while its gate is shut, fails for a token."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.calls, self.rows, self.gate, self.poison = 0, 0, threading.Event(), None  # type: int, int, threading.Event, int | None
+        self.seconds = 0.0
+        self.gate.set()
+        lm.network.register_forward_pre_hook(self.see)
+
+    def see(self, _: Any, given: tuple[torch.Tensor, ...]) -> None:
+        assert self.gate.wait(30)
+        time.sleep(self.seconds)
+        self.calls, self.rows = self.calls + 1, self.rows + len(given[0])
+        if self.poison is not None and bool((given[0] == self.poison).any()):
+            raise RuntimeError("poison")
+
+
 @contextmanager
 def serving(
     models: Sequence[LanguageModel], limits: Limits | None = None, most: int = 512, most_steps: int = 256, **engine: Any
@@ -92,3 +110,10 @@ def curl(url: str, *words: str, body: bytes | None = None) -> tuple[int, str]:
     done = subprocess.run(command, input=body, capture_output=True, timeout=60, check=True)
     text, _, status = done.stdout.decode().rpartition("\n")
     return int(status), text
+
+
+def shape(text: str) -> dict[str, Any]:
+    """The one shape of all errors."""
+    error = json.loads(text)["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"] and "\n" not in error["message"]
+    return dict(error)

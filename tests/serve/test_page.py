@@ -349,7 +349,7 @@ def test_errors_and_stop(visit: Callable[..., User]) -> None:
     assert str(user.tab.text_content("#error")).startswith("Length: ") and len(user.sent) == 2
     user.set(length="", steps=256)
     user.tab.click("#generate")
-    user.tab.wait_for_selector("body.running .tok.f", state="attached")
+    user.tab.locator(".facts", has_text=re.compile(r"call\s[1-9]\d*\sof\s256")).first.wait_for()
     assert user.tab.is_hidden("#error")
     user.tab.click("#stop")
     user.done()

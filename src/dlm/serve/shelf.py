@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,17 +12,11 @@ from typing import Any
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel
 from dlm.sampling import choice
-from dlm.sampling.speculative import SpeculativeSampler
 from dlm.serve import schema
 from dlm.serve.job import Event, Job
+from dlm.serve.samplers import samplers
 from dlm.trajectory import Canvas
 
-CONTINUING = {
-    "autoregressive": "One token a call, from left to right.",
-    "strided": "The same text, several tokens a call: the model's own guesses at masks, verified in the next call.",
-    "lookup": "The same text, several tokens a call: what followed when the last tokens stood in the text before, verified.",
-    "heads": "The same text, several tokens a call: guesses of heads beside the network's own, verified.",
-}
 LONGEST = 16  # characters of a token, on average, of any text worth reading
 LOSSLESS = ("ancestral", "first-hitting", "speculative")
 Deliver = Callable[[int, Event], None]
@@ -149,27 +141,6 @@ class Shelf:
             "infills": lm.is_diffusion and not lm.is_causal,
         }
         return {"id": lm.name, "object": "model", "created": self.created, "owned_by": "dlm", "dlm": facts}
-
-
-def samplers(lm: LanguageModel) -> dict[str, str]:
-    """What this model can decode with, each with a line on it."""
-    if not lm.is_diffusion:
-        found: dict[str, Any] = {name: about for name, about in CONTINUING.items() if name != "heads" or lm.heads is not None}
-    else:
-        masked = lm.config.noise["process"] == "masked"
-        found = dict(choice.UNMASKING if masked else choice.REPLACING)
-        if lm.is_causal:
-            found = {name: rule for name, rule in found.items() if name not in ("revoke", "planner")}
-        elif masked:
-            found["speculative"] = SpeculativeSampler
-    return {name: rule if isinstance(rule, str) else _about(rule) for name, rule in found.items()}
-
-
-def _about(rule: Any) -> str:
-    """The first sentence of its description, and the setting that sets it apart from others of its kind."""
-    sentence = re.split(r"(?<=[a-z)])[.:](?=\s|$)", " ".join((inspect.getdoc(getattr(rule, "func", rule)) or "").split()), maxsplit=1)[0]
-    own = [*getattr(rule, "args", ()), *getattr(rule, "keywords", {}).values()]
-    return f"{sentence}{f' ({own[0]})' if own else ''}."
 
 
 def _drafting(word: str | None) -> list[str]:
