@@ -103,3 +103,8 @@ def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test first, so that with several processes nobody waits for it in the end."""
+    items.sort(key=lambda item: "test_readme.py" not in item.nodeid)
