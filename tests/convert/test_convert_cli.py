@@ -177,7 +177,9 @@ def test_a_base_that_writes_its_own_text(dlm: Dlm, base_dir: Path) -> None:
     assert [lines[20]["text"]] == [lm.generate("", length=15, seed=20).text]  # row i is drawn with seed + i
     before, whole = file.stat().st_mtime_ns, file.read_text()
     assert dlm(*words, "--steps", "101", "--resume")[0] == 0 and file.stat().st_mtime_ns == before
-    assert "begun with another text" in dlm.told(*words, "--steps", "102", "--resume", "--seed", "1")
+    more = ["50" if word == "40" else word for word in words]
+    assert dlm(*more, "--steps", "102", "--resume")[0] == 0 and len(file.read_text().splitlines()) == 51  # it goes on with more texts
+    assert "begun with another text" in dlm.told(*words, "--steps", "103", "--resume", "--seed", "1")
 
     told: list[int] = []
     file.write_text("".join(line for line in whole.splitlines(keepends=True)[:17]))  # it was stopped after 16

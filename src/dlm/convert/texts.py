@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -63,10 +63,15 @@ def from_text(source: str, tokenizer: Tokenizer, start: int | None, length: int,
 
 
 def from_base(path: Path, start: int | None, length: int, *, val_fraction: float = 0.1, held: int = 64) -> Rows:
-    """Texts of a file that `write` wrote, cut to `length`; the last ones are held back. InputError where it is missing or damaged."""
+    """Texts of a file that `write` wrote, cut to `length`; the last ones are held back. InputError where it is missing or damaged.
+
+    The fingerprint is of the base and the settings, which the texts follow from: a run may go on with more of them, and what is then
+    held back was never learned.
+    """
     try:
-        _, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        head, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         texts = [([int(i) for i in line["ids"]], int(line["given"])) for line in lines]
+        made_by = str(head["made_by"])[:16]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is missing or damaged ({error}): let the base write again into another --out") from None
     if len(texts) < 2:
@@ -86,7 +91,7 @@ def from_base(path: Path, start: int | None, length: int, *, val_fraction: float
         lambda batch, rng: rows([texts[i] for i in torch.randint(len(texts) - count, (batch,), generator=rng).tolist()]),
         rows(texts[-count:][:held]),
         sum(len(ids) - given for ids, given in texts[:-count]),
-        hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+        made_by,
     )
 
 
@@ -111,7 +116,7 @@ def write(
     InputError for a base without start token or room.
     """
     mask_id = lm.tokenizer.mask_id
-    heads = [_head(lm, prompt) for prompt in prompts] or [[]]
+    heads = [lm.prompt_ids(prompt) for prompt in prompts] or [[]]
     turn = _turn(lm) if lm.chat.source and not prompts else None
     room = length - (lm.config.start_token_id is not None)
     if lm.config.start_token_id is None and not prompts and turn is None:
@@ -139,17 +144,9 @@ def write(
         tell(len(lines) - 1)
 
 
-def _head(lm: LanguageModel, prompt: str) -> list[int]:
-    if not lm.chat.source:
-        return lm.tokenizer.encode(prompt)
-    canvas: Any = lm.chat_canvas([{"role": "user", "content": prompt}], max_new_tokens=1)
-    ids: list[int] = canvas.tokens_BT[canvas.given_BT].tolist()
-    return ids
-
-
 def _turn(lm: LanguageModel) -> tuple[list[int], list[int]]:
     """What stands before and after the words of a user: what two conversations have in common."""
-    a, b = (_head(lm, word) for word in ("a", "b"))
+    a, b = (lm.prompt_ids(word) for word in ("a", "b"))
     before = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     after = next(i for i, (x, y) in enumerate(zip(reversed(a), reversed(b), strict=False)) if x != y)
     return a[:before], a[len(a) - after :]
