@@ -6,24 +6,19 @@ Shapes: B rows, T positions, N scored positions, K heads, M = N K guesses, D wid
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dlm.convert import parts
 from dlm.convert.divergence import divergence
 from dlm.convert.lora import HEADS, fingerprint
 from dlm.convert.objective import Acceptance, Consistency, mean_acceptance, sums
 from dlm.errors import InputError
-from dlm.models import checkpoint
 from dlm.models.transformer import Transformer
 
 WEIGHTS, CONFIG = "heads.safetensors", HEADS
@@ -98,48 +93,23 @@ def foresight(network: Transformer, heads: Heads, x_BT: Tensor, free_BT: Tensor,
 @torch.no_grad()
 def acceptance(network: Transformer, heads: Heads, x_BT: Tensor, free_BT: Tensor, *, mask_id: int, batch: int = 16) -> Acceptance:
     """Of each head, on these rows."""
-    parts = zip(torch.split(x_BT, batch), torch.split(free_BT, batch), strict=True)
-    return mean_acceptance([foresight(network, heads, x, free, mask_id=mask_id) for x, free in parts])
+    batches = zip(torch.split(x_BT, batch), torch.split(free_BT, batch), strict=True)
+    return mean_acceptance([foresight(network, heads, x, free, mask_id=mask_id) for x, free in batches])
 
 
 def save_heads(directory: str | Path, heads: Heads, config: HeadsConfig) -> None:
     """Write heads.safetensors (bfloat16), then heads.json, each whole or not at all."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
-        state = {name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in heads.named_parameters()}
-        save_file(state, Path(temporary) / WEIGHTS)
-        (Path(temporary) / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-        for name in (WEIGHTS, CONFIG):
-            (Path(temporary) / name).chmod(0o644)  # safetensors writes for the owner alone
-            os.replace(Path(temporary) / name, directory / name)
+    weights, about = Path(directory) / WEIGHTS, Path(directory) / CONFIG
+    parts.save(weights, dict(heads.named_parameters()), about, config, dtype=torch.bfloat16)
 
 
 def load_heads(path: str | Path, network: Transformer) -> Heads:
     """The heads of a directory, for the base that they were made for. InputError for another base, and for files missing or damaged."""
-    file, weights = Path(path) / CONFIG, Path(path) / WEIGHTS
-    if not file.is_file():
+    weights, about = Path(path) / WEIGHTS, Path(path) / CONFIG
+    if not about.is_file():
         raise InputError(f"no heads in {path}: it has no {CONFIG} (dlm convert --heads 3 writes one)")
-    data = checkpoint.read_json(file)
-    try:
-        config = HeadsConfig(**{f.name: data[f.name] for f in fields(HeadsConfig)})
-    except (KeyError, TypeError, AttributeError, InputError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{file} does not describe heads ({what})") from None
-    if config.fingerprint != (own := fingerprint(network)):
-        names = f"{config.base}, fingerprint {config.fingerprint[:12]}; this one has {own[:12]}"
-        raise InputError(f"the heads in {path} were made for another base ({names})")
-    try:
-        state = load_file(weights)
-    except (SafetensorError, FileNotFoundError) as error:
-        raise InputError(f"{weights} is missing, truncated or damaged ({error}): convert the base again") from None
+    config = parts.read_config(about, HeadsConfig, "heads")
+    parts.check_base(config, fingerprint(network), f"the heads in {path} were")
     heads = Heads(network, config)
-    own_state = dict(heads.named_parameters())
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own_state.items()} or not all(
-        bool(v.isfinite().all()) for v in state.values()
-    ):
-        raise InputError(f"{weights} is damaged or does not fit its {CONFIG}: convert the base again")
-    with torch.no_grad():
-        for name, parameter in own_state.items():
-            parameter.copy_(state[name])
+    parts.fill(dict(heads.named_parameters()), parts.read_weights(weights), weights, about)
     return heads.requires_grad_(False)

@@ -9,20 +9,16 @@ Shapes: B batch, Q queried positions, M masks among them, R rank; I and O featur
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
-import tempfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dlm.convert import parts
 from dlm.errors import InputError
 from dlm.models import checkpoint
 from dlm.models.transformer import Transformer
@@ -198,15 +194,8 @@ def fingerprint(network: Transformer) -> str:
 
 def save_adapter(directory: str | Path, network: Transformer, config: AdapterConfig, *, dtype: torch.dtype = torch.float32) -> None:
     """Write adapter.safetensors, then adapter.json, each whole or not at all. dtype: bfloat16 halves it; loaded it is float32 again."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
-        state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in adapter_state(network).items()}
-        save_file(state, Path(temporary) / WEIGHTS)
-        (Path(temporary) / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-        for name in (WEIGHTS, CONFIG):
-            (Path(temporary) / name).chmod(0o644)  # safetensors writes for the owner alone
-            os.replace(Path(temporary) / name, directory / name)
+    weights, about = Path(directory) / WEIGHTS, Path(directory) / CONFIG
+    parts.save(weights, adapter_state(network), about, config, dtype=dtype)
 
 
 def bundled() -> dict[str, Path]:
@@ -226,12 +215,7 @@ def load_config(path: str | Path) -> AdapterConfig:
     file = Path(path) / CONFIG
     if not file.is_file():
         raise InputError(f"no adapter in {path}: it has no {CONFIG} (dlm convert writes one)")
-    data = checkpoint.read_json(file)
-    try:
-        return AdapterConfig(**{f.name: data[f.name] for f in fields(AdapterConfig)})
-    except (KeyError, TypeError, AttributeError, InputError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{file} does not describe an adapter ({what})") from None
+    return parts.read_config(file, AdapterConfig, "an adapter")
 
 
 def load_adapter(path: str | Path, network: Transformer, mask_id: int) -> AdapterConfig:
@@ -239,24 +223,15 @@ def load_adapter(path: str | Path, network: Transformer, mask_id: int) -> Adapte
 
     InputError for another base, and for files that are missing or damaged; the network then has no adapter.
     """
-    config, file = load_config(path), Path(path) / WEIGHTS
-    if config.fingerprint != (own := fingerprint(network)):
-        names = f"{config.base}, fingerprint {config.fingerprint[:12]}; this one has {own[:12]}"
-        raise InputError(f"the adapter in {path} was made for another base ({names})")
-    try:
-        state = load_file(file)
-    except (SafetensorError, FileNotFoundError) as error:
-        raise InputError(f"{file} is missing, truncated or damaged ({error}): convert the base again") from None
+    config, weights = load_config(path), Path(path) / WEIGHTS
+    parts.check_base(config, fingerprint(network), f"the adapter in {path} was")
+    state = parts.read_weights(weights)
     attach(network, config, mask_id)
-    fresh = adapter_state(network)
-    wrong = [n for n in fresh.keys() | state.keys() if n not in fresh or n not in state or fresh[n].shape != state[n].shape]
-    wrong += [n for n in state if not bool(state[n].isfinite().all())]
-    if wrong:
+    try:
+        parts.fill(adapter_state(network), state, weights, Path(path) / CONFIG)
+    except InputError:
         detach(network)
-        raise InputError(f"{file} is damaged or does not fit its {CONFIG} (first: {sorted(wrong)[0]}): convert the base again")
-    with torch.no_grad():
-        for name, tensor in fresh.items():
-            tensor.copy_(state[name])
+        raise
     network.requires_grad_(False)
     return config
 
