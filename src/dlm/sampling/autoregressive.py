@@ -17,7 +17,7 @@ import torch
 from dlm.errors import InputError
 from dlm.protocols import RNG, Denoiser
 from dlm.sampling import windows
-from dlm.sampling.draw import Draw
+from dlm.sampling.draw import Draw, race
 from dlm.trajectory import Canvas, Frame
 
 
@@ -91,7 +91,7 @@ class AutoregressiveSampler:
                 continue
             logits_AV = logits_BV if len(rows_A) == rows else logits_BV[rows_A]
             logp_AV = logits_AV if self.draw.temperature == 0 else logits_AV.log_softmax(-1)
-            drawn_A = self.draw.raced(logp_AV[:, None], [rng[b] for b in rows_A.tolist()]).squeeze(1)
+            drawn_A = self.draw(logp_AV[:, None], [rng[b] for b in rows_A.tolist()], race).squeeze(1)
             text_BL[rows_A, column] = input_BL[rows_A, column + 1] = drawn_A
             open_BL[rows_A, column] = False
             done_B[rows_A] = torch.isin(drawn_A, stop_S)

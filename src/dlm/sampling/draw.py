@@ -8,6 +8,7 @@ Shapes: B rows, T positions, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,6 @@ def uniform(rng: RNG, count: int) -> Tensor:
 
 def categorical(logp_BTV: Tensor, u_BT: Tensor) -> Tensor:
     """Tokens by inverse CDF in float64, int64 (B, T). logp need not be normalised; -inf is never drawn."""
-    if bool(((logp_BTV > -torch.inf).sum(-1) == 1).all()):  # nothing to choose, as at temperature 0
-        return logp_BTV.argmax(-1)
     cdf_BTV = logp_BTV.double().softmax(-1).cumsum(-1)
     index_BT = torch.searchsorted(cdf_BTV, (u_BT.to(cdf_BTV.device) * cdf_BTV[..., -1])[..., None], right=True).squeeze(-1)
     # u times the last sum can round up to it; the last token of positive probability is meant then
@@ -44,8 +43,8 @@ def race(logp_BTV: Tensor, u_BT: Tensor) -> Tensor:
     logp normalised. As exact as `categorical`, with this besides: two laws p and q that are given the same u draw the same token with
     chance sum_i 1 / sum_j max(p_j / p_i, q_j / q_i), at least (1 - TV) / (1 + TV) (Daliri et al. 2408.07978).
     """
-    token_BT = logp_BTV.argmax(-1)
-    open_BT = logp_BTV.amax(-1) < 0  # elsewhere one token is certain
+    most_BT, token_BT = logp_BTV.max(-1)
+    open_BT = most_BT < 0  # elsewhere one token is certain
     if bool(open_BT.any()):
         logp_NV = logp_BTV[open_BT].double()
         token_BT[open_BT] = (logp_NV - _clocks(u_BT.to(logp_NV.device)[open_BT], logp_NV.shape[-1]).log_()).argmax(-1)
@@ -108,14 +107,11 @@ class Draw:
             logp_BTV = torch.full_like(logp_BTV, -torch.inf).scatter(-1, index, ordered)
         return logp_BTV.log_softmax(-1)
 
-    def __call__(self, logp_BTV: Tensor, rng: RNG) -> Tensor:
-        """int64 (B, T). Uses one uniform a position from each row's generator, none at temperature 0."""
-        if self.temperature == 0:
-            return logp_BTV.argmax(-1)
-        return categorical(self.shape(logp_BTV), uniform(rng, logp_BTV.shape[1]))
+    def __call__(self, logp_BTV: Tensor, rng: RNG, by: Callable[[Tensor, Tensor], Tensor] = categorical) -> Tensor:
+        """int64 (B, T). Uses one uniform a position from each row's generator, none at temperature 0.
 
-    def raced(self, logp_BTV: Tensor, rng: RNG) -> Tensor:
-        """The same by `race`, as text is drawn from left to right: a proposal drawn with the same number is likely to be that token."""
+        by: `race` where text is drawn from left to right: a proposal drawn with the same number is then likely to be that token.
+        """
         if self.temperature == 0:
             return logp_BTV.argmax(-1)
-        return race(self.shape(logp_BTV), uniform(rng, logp_BTV.shape[1]))
+        return by(self.shape(logp_BTV), uniform(rng, logp_BTV.shape[1]))

@@ -212,6 +212,7 @@ class StridedRun:
         self.known_B = self.end_B - self.free_BL.sum(-1)
         self.begin_B = sampler._window(self.known_B)
         self.done_B = torch.zeros_like(self.free_BL[:, 0])
+        self.stop_S = torch.tensor(sorted(sampler.stop), dtype=torch.long, device=self.text_BL.device)
         self.capacity = min(window, length) + (sampler.context if length > window else 0) + (stride + 1) ** 2
         self.cache = sampler.make_cache(rows, self.capacity)
         self.proposals = Proposals(canvas.tokens_BT[:, :0], torch.zeros_like(self.known_B))
@@ -246,8 +247,7 @@ class StridedRun:
         taken_B, token_B = self.numbers.verify(sampler._shape(logits_BKV), proposals, known_B)
         # commit the proposals that hold and the token after them, up to one that ends the text
         new_BK = F.pad(proposals.token_BK, (0, 1)).scatter(1, taken_B[:, None], token_B[:, None])
-        stop_S = torch.tensor(sorted(sampler.stop), dtype=torch.long, device=new_BK.device)
-        ends_BK = torch.isin(new_BK, stop_S) & (torch.arange(new_BK.shape[1], device=new_BK.device) <= taken_B[:, None])
+        ends_BK = torch.isin(new_BK, self.stop_S) & (torch.arange(new_BK.shape[1], device=new_BK.device) <= taken_B[:, None])
         ended_B = ends_BK.any(-1) & live_B
         committed_B = torch.where(live_B, torch.where(ended_B, ends_BK.int().argmax(-1), taken_B) + 1, 0)
         put(self.text_BL, known_B, new_BK, committed_B)
