@@ -53,17 +53,17 @@ class Bench:
         text = reading.select(reading.read(self.source), "val", 0.1)
         self.windows_WT = reading.Stream.encode(text, self.lm.tokenizer, self.lm.window).windows(max(args.samples, args.windows))
         self.prompts = [row[: args.prompted].tolist() for row in self.windows_WT]
+        self.figures = judging(args.judge, self.lm, args.prompted)
+        self.judge_weights = checkpoint.digest(checkpoint.find(args.judge))
         self.trials: dict[int, Trial] = {}
 
     def __call__(self, word: str, steps: int | None = None) -> Outcome:
         steps = steps or self.args.steps
         if steps not in self.trials:
-            figures = judging(self.args.judge, self.lm, self.args.prompted)
-            weights = checkpoint.digest(checkpoint.find(self.args.judge))
             settings = {"sampler": self.args.sampler, "steps": steps, "temperature": self.temperature, "judge": self.args.judge}
-            settings |= {"judge_weights": weights}
+            settings |= {"judge_weights": self.judge_weights}
             where = {"prompts": self.prompts, "ledger": self.args.ledger}
-            self.trials[steps] = Trial.of(self.lm, self.lights, figures, **settings, **where)
+            self.trials[steps] = Trial.of(self.lm, self.lights, self.figures, **settings, **where)
         return self.trials[steps](word, self.args.seed, self.args.seed + self.args.samples)
 
     def kl(self) -> dict[str, list[float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,7 +103,7 @@ def sensitivity(
     lights = [key for key in networks if key != "H"]
     swaps: dict[str, list[dict[str, float]]] = {}
     if swap:
-        trial = _trial(lm, light, judge, sampler=sampler, steps=steps or lm.window)
+        trial = _trials(lm, light, judge, sampler=sampler)(steps or lm.window)
         words = {key: [_one(key, j, swap) for j in range(swap)] for key in lights}
         with bar("one segment at a time", 1 + swap * len(lights)) as progress:
             alone = trial("H", seed, seed + samples)
@@ -161,7 +162,8 @@ def search(
     lm, networks, prices = _models(heavy, light, device)
     if save and lm.path is None:
         raise InputError(f"{heavy} is not on disk: there is no place beside it")
-    trials = {steps: _trial(lm, light, judge, sampler=sampler, steps=steps, ledger=ledger)}
+    trial = _trials(lm, light, judge, sampler=sampler, ledger=ledger)
+    trial(steps)  # a judge or sampler that cannot be is told before the work
     windows_WT = _windows(lm, data, "val", max_windows)[1].to(device)
     kl = _kl(lm, networks, windows_WT, segments, seed)
     price = _price(lm, windows_WT) if how == "joint" else None
@@ -169,10 +171,9 @@ def search(
     plan = find.Search.plan(how, kl, blocks, saved, steps=steps, tokens=lm.window, count=count, price=price)
     if how == "joint":
         err.print(f"{plan.taken} steps of {steps}, {plan.best}: {plan.nats:.2f} nats a text lost by theory", highlight=False)
-        trials[plan.taken] = _trial(lm, light, judge, sampler=sampler, steps=plan.taken, ledger=ledger)
     outcomes: dict[str, Outcome] = {}
     with bar(f"{len(plan.tried)} schedules of {samples} texts", plan.trials) as progress:
-        for label, outcome in plan.run(trials.__getitem__, texts=samples, seed=seed):
+        for label, outcome in plan.run(trial, texts=samples, seed=seed):
             outcomes[label] = outcome
             progress.forward()
     reference = outcomes[str(plan.alone[0])]
@@ -226,13 +227,13 @@ def compare(
     if samples < 2:
         raise InputError(f"--samples must be at least 2, to have an error, got {samples}")
     lm, networks, _ = _models(heavy, light, device)
-    counts = {taken for _, taken in plan.values()}
-    trials = {taken: _trial(lm, light, judge, sampler=sampler, steps=taken, ledger=ledger) for taken in counts}
+    trial = _trials(lm, light, judge, sampler=sampler, ledger=ledger)
+    trial(steps)  # a judge or sampler that cannot be is told before the work
     kl = _kl(lm, networks, _windows(lm, data, "val", max_windows)[1].to(device), segments, seed)
     outcomes: dict[str, Outcome] = {}
     with bar(f"{len(plan)} schedules of {samples} texts", len(plan)) as progress:
         for label, (word, taken) in plan.items():
-            outcomes[label] = trials[taken](word, seed, seed + samples)
+            outcomes[label] = trial(taken)(word, seed, seed + samples)
             progress.forward()
     paths = {label: find.path_kl(ModelSchedule.parse(word), kl, lm.window) for label, (word, _) in plan.items()}
     rows = [_row(label, one, outcomes["H"], paths[label]) for label, one in outcomes.items()]
@@ -253,13 +254,19 @@ def _models(heavy: str, light: str, device: str = "cpu") -> tuple[Any, dict[str,
     return lm, networks, call_costs(networks, lm.window)
 
 
-def _trial(lm: Any, light: str, judge: str, **settings: Any) -> Trial:
+def _trials(lm: Any, light: str, judge: str, **settings: Any) -> Callable[[int], Trial]:
+    """By number of steps, each made once; the judge is read once for all."""
     from dlm.model_scheduling.trial import Trial
     from dlm.models import checkpoint
 
     figures = judging(judge, lm)
     weights = checkpoint.digest(checkpoint.find(judge))
-    return Trial.of(lm, named_models(light), figures, judge=judge, judge_weights=weights, **settings)
+
+    @cache
+    def trial(steps: int) -> Trial:
+        return Trial.of(lm, named_models(light), figures, judge=judge, judge_weights=weights, steps=steps, **settings)
+
+    return trial
 
 
 def _one(key: str, j: int, parts: int) -> str:
