@@ -112,6 +112,17 @@ def test_long_text_window_by_window(masked_dir: Path) -> None:
     assert result.forwards <= 4 * (200 // 24 + 1)  # windows of 32 that overlap by 8
 
 
+@pytest.mark.parametrize("options", [{}, {"max_new_tokens": 3}, {"length": 12, "suffix": " it"}])
+def test_a_prompt_may_be_tokens(options: dict[str, Any]) -> None:
+    model = make_model()
+    ids = model.tokenizer.encode("I sing")
+    said, meant = model.canvas(["I sing", "No"], **options), model.canvas([ids, "No"], **options)
+    assert torch.equal(said.tokens_BT, meant.tokens_BT) and torch.equal(said.free_BT, meant.free_BT)
+    for strange in (-1, model.tokenizer.mask_id):
+        with pytest.raises(dlm.InputError, match=f"the token {strange} is none of the"):
+            model.canvas([[*ids, strange]])
+
+
 def test_template_keeps_what_is_given() -> None:
     model = make_model()
     text = model.generate(template="ROMEO: ____ love, __ night", steps=4).text

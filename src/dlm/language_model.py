@@ -135,14 +135,14 @@ class LanguageModel:
 
     def canvas(
         self,
-        prompt: str | Sequence[str] = "",
+        prompt: str | Sequence[str | Sequence[int]] = "",
         *,
         length: int | None = None,
         max_new_tokens: int | None = None,
         suffix: str = "",
         template: str | None = None,
     ) -> Canvas:
-        """Prompts, a suffix and holes as one Canvas, a row for each prompt.
+        """Prompts, texts or tokens, a suffix and holes as one Canvas, a row for each prompt.
 
         length: tokens of the whole text, prompt and suffix included; max_new_tokens: of the new part alone.
         template: a text in which every `_` is one token to fill (`\\_` is an underscore), instead of the other arguments.
@@ -156,7 +156,7 @@ class LanguageModel:
         tail = self.tokenizer.encode(suffix)
         rows: list[list[int | None]] = []
         for text in [prompt] if isinstance(prompt, str) else prompt:
-            head = self.tokenizer.encode(text)
+            head = self.tokenizer.encode(text) if isinstance(text, str) else self.known(text)
             given = len(head) + len(tail)
             usual = max(self.window, given + 64) if self.config.family == "dlm" else given + NEW
             whole = usual if length is None else length
@@ -170,17 +170,31 @@ class LanguageModel:
             rows.append([*head, *[None] * new, *tail])
         return Canvas.from_rows(rows, fill=self.tokenizer.mask_id)
 
+    def known(self, tokens: Sequence[int]) -> list[int]:
+        """These tokens. InputError for one that the vocabulary has not; the mask is none of it."""
+        if strange := [token for token in tokens if not 0 <= token < self.tokenizer.vocab_size]:
+            raise InputError(f"the token {strange[0]} is none of the {self.tokenizer.vocab_size} of {self.name}")
+        return list(tokens)
+
     def chat_prompt(self, messages: Messages, **variables: Any) -> str:
         """The text of a conversation up to where the model is to speak. InputError without chat template. See `ChatTemplate.render`."""
         return self.chat.render(messages, **variables)
 
     def chat_canvas(self, messages: Messages, *, max_new_tokens: int = NEW, **variables: Any) -> Canvas:
         """A conversation and room for an answer; what looks like a control token in a message is text. InputError as `chat_prompt`."""
+        ids = self._conversation(messages, **variables)
+        return Canvas.from_rows([[*ids, *[None] * min(max_new_tokens, self.window - len(ids))]], fill=self.tokenizer.mask_id)
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """What this model reads before it answers: the text as a user's message where it has a chat template, else the text alone."""
+        return self._conversation([{"role": "user", "content": text}]) if self.chat.source else self.tokenizer.encode(text)
+
+    def _conversation(self, messages: Messages, **variables: Any) -> list[int]:
         ids = self.chat.encode(messages, self.tokenizer, **variables)
         ids = ids[1:] if ids[:1] == [self.config.start_token_id] else ids  # the sampler reads it anyway
         if len(ids) >= self.window:
             raise InputError(f"the conversation has {len(ids)} tokens, the window {self.window}: begin a new one")
-        return Canvas.from_rows([[*ids, *[None] * min(max_new_tokens, self.window - len(ids))]], fill=self.tokenizer.mask_id)
+        return ids
 
     def sampler(self, **options: Any) -> Sampler:
         """The sampler that these options mean for this model; unset ones come from generation_config.json.

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dlm.cli.app import Device, app, load
+from dlm.cli.app import Deterministic, Device, Dtype, app, load
 from dlm.errors import InputError
 
 
@@ -29,8 +29,8 @@ def serve(
     threads: Annotated[int, typer.Option(help="Threads of torch; 0: as many as it likes.")] = 0,
     adapter: Annotated[Path | None, typer.Option(help="What `dlm convert` made for the one model that is named.")] = None,
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32 | bfloat16.")] = "float32",
-    deterministic: Annotated[bool, typer.Option(help="The same text to the bit in any batch, near-ties too; slower.")] = False,
+    dtype: Dtype = "float32",
+    deterministic: Deterministic = False,
 ) -> None:
     """Serve models: the OpenAI protocol, and a page on which to watch text settle. Ctrl-C finishes what runs."""
     if adapter is not None and len(models or []) != 1:
@@ -47,7 +47,7 @@ def serve(
     keys = tuple(key.strip() for key in [*(api_key or []), *os.environ.get("DLM_API_KEYS", "").split(",")] if key.strip())
     engine = Engine(max_batch=max_batch, max_queue=max_queue, threads=threads, device=device)
     shelf = Shelf([load(name, device, dtype, adapter, deterministic) for name in names], max_length, max_steps)
-    local = host in ("127.0.0.1", "localhost", "::1")
+    local = host in LOCAL
     limits = Limits(keys=keys, most_body=max_body, hosts=LOCAL if local else (), deadline=deadline)
     if not local and not keys:
         typer.echo("dlm: other machines can use this server without a key: --api-key asks for one", err=True)

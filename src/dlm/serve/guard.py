@@ -22,11 +22,15 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 def refusal(
     status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None, param: str | None = None
 ) -> JSONResponse:
+    """An answer that is an error."""
+    return JSONResponse({"error": problem(status, message, code, param)}, status, headers)
+
+
+def problem(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's clients expect it."""
     usual = "invalid_request_error" if status < 500 else "server_error"
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, usual)
-    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    return JSONResponse(body, status, headers)
+    return {"message": message, "type": kind, "param": param, "code": code}
 
 
 @dataclass(frozen=True)

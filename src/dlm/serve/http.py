@@ -19,8 +19,8 @@ from dlm.errors import InputError
 from dlm.serve import native, openai, schema
 from dlm.serve.engine import Closing, Engine, Full
 from dlm.serve.export import export
-from dlm.serve.guard import EXPORT, Guard, Limits, refusal
-from dlm.serve.job import Event
+from dlm.serve.guard import EXPORT, Guard, Limits, problem, refusal
+from dlm.serve.job import FAULT, Event
 from dlm.serve.metrics import Metrics
 from dlm.serve.reply import Broken, Reply, Row
 from dlm.serve.shelf import Plan, Shelf, Unknown
@@ -86,7 +86,7 @@ class Service:
                     for name, data in narrator.events(happened):
                         yield event(data, name)
             except Broken as broken:
-                yield event({"error": native.error(broken.failed)}, "error")
+                yield event({"error": _problem(broken)}, "error")
 
         return await self._stream(reply, request, chunks)
 
@@ -120,7 +120,7 @@ class Service:
                     yield event(chunk)
                 yield event("[DONE]")
             except Broken as broken:
-                yield event({"error": native.error(broken.failed)})
+                yield event({"error": _problem(broken)})
 
         return await self._stream(reply, request, chunks)
 
@@ -159,6 +159,10 @@ async def _unless_gone(work: Awaitable[T], request: Request) -> T:
     finally:
         for task in (working, leaving):
             task.cancel()
+
+
+def _problem(broken: Broken) -> dict[str, Any]:
+    return problem(broken.failed.status, broken.failed.message, broken.failed.code)
 
 
 def _seed(asked: int | None) -> int:
@@ -275,4 +279,4 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def fault(_: Request, error: Exception) -> Response:
-        return refusal(500, "the server failed on this request; its log says more", "internal_error")
+        return refusal(500, FAULT, "internal_error")

@@ -18,6 +18,8 @@ from dlm.protocols import Sampler
 from dlm.sampling.running import Law
 from dlm.trajectory import Canvas, Frame
 
+FAULT = "the server failed on this request; its log says more"
+
 
 @dataclass(frozen=True)
 class Change:
@@ -152,4 +154,4 @@ class Job:
         if isinstance(error, InputError):
             self.tell(Failed(400, str(error), "invalid_request"))
         else:
-            self.tell(Failed(500, "the server failed on this request; its log says more", "internal_error"))
+            self.tell(Failed(500, FAULT, "internal_error"))

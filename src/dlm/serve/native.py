@@ -12,6 +12,7 @@ from typing import Any
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel
 from dlm.serve import schema
+from dlm.serve.guard import problem
 from dlm.serve.job import Began, Change, Ended, Event, Failed, Stepped
 from dlm.serve.reply import Row
 from dlm.serve.shelf import Plan
@@ -28,10 +29,8 @@ def canvas(lm: LanguageModel, request: schema.GenerateRequest) -> Canvas:
     for part in request.canvas:
         if isinstance(part, str):
             row += lm.tokenizer.encode(part)
-        elif part is not None and part >= lm.tokenizer.vocab_size:
-            raise InputError(f"the token {part} is none of the {lm.tokenizer.vocab_size} of {lm.name}")
         else:
-            row.append(part)
+            row += [None] if part is None else lm.known([part])
     if None not in row:
         raise InputError("the canvas has no hole: write null for every token to fill")
     return Canvas.from_rows([row], fill=lm.tokenizer.mask_id)
@@ -54,7 +53,7 @@ class Narrator:
         elif isinstance(event, Ended):
             yield "end", self._end()
         elif isinstance(event, Failed):
-            yield "error", {"error": error(event)}
+            yield "error", {"error": problem(event.status, event.message, event.code)}
 
     def _begin(self) -> dict[str, Any]:
         row, lm = self.row, self.plan.model
@@ -113,12 +112,6 @@ class Narrator:
         usage["tokens_per_forward"] = round(written / max(1, row.forwards), 4)
         text = lm.tokenizer.decode(row.tokens[:ends] if ends is not None else row.tokens)
         return {"text": text, "finish_reason": "length" if ends is None else "stop", "usage": usage, "seconds": round(row.seconds, 4)}
-
-
-def error(failed: Failed) -> dict[str, Any]:
-    """As OpenAI's clients expect it."""
-    kind = "invalid_request_error" if failed.status < 500 else "server_error"
-    return {"message": failed.message, "type": kind, "param": None, "code": failed.code}
 
 
 class _Pieces:

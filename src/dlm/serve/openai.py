@@ -237,16 +237,8 @@ def _prompts(asked: schema.CompletionRequest) -> list[str | list[int]]:
 
 def _text(lm: LanguageModel, asked: schema.CompletionRequest, prompt: str | list[int]) -> tuple[Canvas, str]:
     """(what is to be filled, the prompt as text)."""
-    if isinstance(prompt, str):
-        return lm.canvas(prompt, max_new_tokens=asked.max_tokens, suffix=asked.suffix or ""), prompt
-    if any(token >= lm.tokenizer.vocab_size for token in prompt):
-        raise InputError(f"a token of the prompt is none of the {lm.tokenizer.vocab_size} of {lm.name}")
-    like = lm.canvas("", max_new_tokens=asked.max_tokens or max(64, lm.window - len(prompt)), suffix=asked.suffix or "")
-    if len(prompt) >= lm.window and not lm.context:
-        raise InputError(f"the prompt has {len(prompt)} tokens, the window {lm.window} and no context: use at most {lm.window - 1}")
-    free, tokens = like.free_BT[0].tolist(), like.tokens_BT[0].tolist()
-    rest = [None if hole else token for token, hole in zip(tokens, free, strict=True)]
-    return Canvas.from_rows([[*prompt, *rest]], fill=lm.tokenizer.mask_id), lm.tokenizer.decode(prompt)
+    text = prompt if isinstance(prompt, str) else lm.tokenizer.decode(lm.known(prompt))
+    return lm.canvas([prompt], max_new_tokens=asked.max_tokens, suffix=asked.suffix or ""), text
 
 
 def _conversation(lm: LanguageModel, asked: schema.ChatRequest) -> tuple[Canvas, str]:
