@@ -71,17 +71,9 @@ def prompts(count: int) -> list[str]:
 
 def canvases(lm: dlm.LanguageModel, texts: Sequence[str], new: int, batch: int) -> Iterator[Canvas]:
     """Batches of prompts of like length, as messages of a user where the base has a chat template."""
-    rows = [ids(lm, text) for text in texts]
+    rows = [lm.prompt_ids(text) for text in texts]
     for part in torch.tensor([len(row) for row in rows]).argsort(stable=True).split(batch):
         yield Canvas.from_rows([[*rows[i], *[None] * new] for i in part.tolist()], fill=lm.tokenizer.mask_id)
-
-
-def ids(lm: dlm.LanguageModel, text: str) -> list[int]:
-    if not lm.chat.source:
-        return lm.tokenizer.encode(text)
-    canvas = lm.chat_canvas([{"role": "user", "content": text}], max_new_tokens=1)
-    found: list[int] = canvas.tokens_BT[canvas.given_BT].tolist()
-    return found
 
 
 def write(sampler: Any, canvas: Canvas, seed: int) -> tuple[Tensor, int]:
@@ -119,7 +111,7 @@ def gap(lm: dlm.LanguageModel, plain_L: Tensor, text_L: Tensor) -> float:
 
 def first_tokens(lm: dlm.LanguageModel, sampler: Any, args: argparse.Namespace, seed: int, progress: Any) -> Tensor:
     """The first tokens of `samples` texts (N, K)."""
-    row, parts = ids(lm, args.prompt), []
+    row, parts = lm.prompt_ids(args.prompt), []
     for first in range(0, args.samples, args.batch):
         rows = min(args.batch, args.samples - first)
         canvas = Canvas.from_rows([[*row, *[None] * args.first]] * rows, fill=lm.tokenizer.mask_id)

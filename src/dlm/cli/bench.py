@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,7 +86,7 @@ def decode(
             settings = {"kind": name, "seed": seed, "rounds": rounds, "progress": progress.forward}
             made = decoding.compare(samplers, group, against=against, **settings)
             cache = {label: _cache(lm, label, rows, max(len(canvas.tokens_BT[0]) for canvas in group)) for label in samplers}
-            found += [decoding.with_memory(one, weights[one.method] + cache[one.method]) for one in made]
+            found += [replace(one, memory=weights[one.method] + cache[one.method]) for one in made]
     out = console(as_json)
     for name in kinds:
         out.print(_table([one for one in found if one.kind == name], list(samplers), sizes, name))
@@ -124,15 +125,8 @@ def _canvases(lm: Any, rows: int, new: int, device: str, texts: Sequence[str], p
         texts = PROMPTS if prompts is None else prompt_lines(prompts)
         return [lm.canvas([texts[i % len(texts)] for i in range(rows)], max_new_tokens=new).to(device)]
     batches = [[texts[(begin + i) % len(texts)] for i in range(rows)] for begin in range(0, len(texts), rows)]
-    if not lm.chat.source:
-        return [lm.canvas(batch, max_new_tokens=new).to(device) for batch in batches]
-    start, fill = lm.config.start_token_id, lm.tokenizer.mask_id
-    found = []
-    for batch in batches:
-        talks = [lm.chat.encode([{"role": "user", "content": text}], lm.tokenizer) for text in batch]
-        talks = [ids[1:] if ids[:1] == [start] else ids for ids in talks]  # the sampler reads it anyway
-        found.append(Canvas.from_rows([[*ids, *[None] * new] for ids in talks], fill=fill).to(device))
-    return found
+    rows_of = ([[*lm.prompt_ids(text), *[None] * new] for text in batch] for batch in batches)
+    return [Canvas.from_rows(made, fill=lm.tokenizer.mask_id).to(device) for made in rows_of]
 
 
 def _peers(words: str, base: str, lm: Any, device: str, dtype: str, positions: int, temperature: float) -> dict[str, Any]:

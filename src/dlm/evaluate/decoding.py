@@ -52,7 +52,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class _Once:
-    """One method on one canvas. rows_: the ids that it wrote; proposed, accepted: how often the k-th was."""
+    """One method on one canvas. rows: the ids that it wrote; proposed, accepted: how often the k-th was."""
 
     rows: list[list[int]]
     calls: int
@@ -107,11 +107,6 @@ def compare(
             )
         )
     return found
-
-
-def with_memory(one: Decoding, memory: int) -> Decoding:
-    """The same with the bytes of weights and cache."""
-    return replace(one, memory=memory)
 
 
 def _once(method: Method, canvas: Canvas, seed: int) -> _Once:
