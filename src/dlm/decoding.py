@@ -21,6 +21,7 @@ from dlm.sampling.constraint import AllowedTokens, Pattern, both
 from dlm.sampling.diffusion import DiffusionSampler
 from dlm.sampling.draw import Draw
 from dlm.sampling.guidance import ClassifierFree
+from dlm.sampling.pace import Pace
 from dlm.sampling.proposers import DraftModel, Fitted, Heads, Lookup, Masks
 from dlm.sampling.speculative import SpeculativeSampler
 from dlm.sampling.strided import StridedSampler
@@ -28,6 +29,7 @@ from dlm.sampling.strided import StridedSampler
 if TYPE_CHECKING:
     from dlm.language_model import LanguageModel
 
+STRIDE, LOOKUP = 4, 8  # of `auto` at most; what follows a repeated phrase is often the same for long
 BLOCK = 32  # of a bidirectional model with a cache, unless told otherwise (Fast-dLLM)
 
 
@@ -110,9 +112,13 @@ def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, co
         return AutoregressiveSampler(network, mask_id, model.window, make, draw, context, model.name, start, model.stops)
     if not cache:
         raise InputError(f"the sampler {word!r} works against a cache: leave --cache none away")
+    most, pace = guess.stride, None
+    if most is None:
+        most = _most(model, guess.name)
+        pace = model.paces.setdefault((word, model.network.adapter is not None), Pace(most))
     proposer: Proposer = Lookup()
     if guess.name == "strided":
-        proposer = Masks.cheapest(partial(_seconds, network), guess.stride)
+        proposer = Masks.cheapest(partial(_seconds, network, model.seconds), most)
     elif guess.name == "heads":
         if model.heads is None:
             raise InputError(f"{model.name} has no heads to guess with: give --adapter DIRECTORY of dlm convert {model.name} --heads 3")
@@ -132,8 +138,9 @@ def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, co
         model.window,
         network.ragged_cache,
         proposer,
-        guess.stride,
+        most,
         floor=guess.floor,
+        pace=pace,
         draw=draw,
         context=context,
         model=model.name,
@@ -142,9 +149,20 @@ def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, co
     )
 
 
+def _most(model: LanguageModel, name: str) -> int:
+    """The greatest stride that is worth a try."""
+    if name == "strided" and model.network.adapter is not None:
+        return int(model.network.adapter.config.stride)
+    if name == "heads" and model.heads is not None:
+        return int(model.heads.config.count) + 1
+    return LOOKUP if name == "lookup" else STRIDE
+
+
 @torch.no_grad()
-def _seconds(network: Transformer, positions: int, held: int = 128, calls: int = 3) -> float:
+def _seconds(network: Transformer, known: dict[tuple[int, bool], float], positions: int, held: int = 128, calls: int = 3) -> float:
     """What a call of so many positions takes after a text of `held`, at best; it decides about speed alone, never about the text."""
+    if (key := (positions, network.adapter is not None)) in known:
+        return known[key]
     z_BQ = torch.zeros(1, positions, dtype=torch.long, device=network.device)
     own_BQQ = torch.ones(1, positions, positions, dtype=torch.bool, device=network.device).tril()
     taken = []
@@ -154,7 +172,7 @@ def _seconds(network: Transformer, positions: int, held: int = 128, calls: int =
         begin = time.perf_counter()
         network(z_BQ, pos_BQ=z_BQ, own_BQQ=own_BQQ, cache=cache)[0, -1, 0].item()  # waits for a GPU
         taken.append(time.perf_counter() - begin)
-    return min(taken[1:])
+    return known.setdefault(key, min(taken[1:]))
 
 
 def _denoiser(model: LanguageModel, schedule: str | None, light: str | Mapping[str, str] | None, steps: int) -> Denoiser:

@@ -28,6 +28,7 @@ from dlm.protocols import Sampler
 from dlm.sampling import choice
 from dlm.sampling.calibration import Calibration
 from dlm.sampling.draw import generators
+from dlm.sampling.pace import Pace
 from dlm.text import Tokenizer
 from dlm.trajectory import Canvas, Frame, Trajectory
 
@@ -54,6 +55,8 @@ class LanguageModel:
         self.path: Path | None = None
         self.chat = ChatTemplate()
         self.heads: Any = None  # of dlm.convert.heads, which propose with `heads:4`
+        self.paces: dict[tuple[str, bool], Pace] = {}  # what `auto` strides have learned, by word, with and without adapter
+        self.seconds: dict[tuple[int, bool], float] = {}  # of calls by positions
         self._others: dict[str, LanguageModel] = {}
 
     @classmethod
@@ -202,7 +205,8 @@ class LanguageModel:
         steps: for each window. temperature, top_p, top_k: of every draw.
         sampler: a word of `dlm.sampling.choice`, with its setting after a colon, as in `confidence:0.7`; `auto` takes what `dlm
         calibrate` found best within `budget` (`calls:32`, `seconds:2`, `bits:0.1`). An autoregressive model writes the same text in
-        fewer calls with `strided:4` (its own proposals, at masks), `lookup:4` or `draft:MODEL,4`; `lossless` takes the best that it has.
+        fewer calls with `strided:4` (its own proposals, at masks), `lookup:4` or `draft:MODEL,4`, or `auto` instead of 4: as many as pay,
+        by measurement; `lossless` takes the best that it has.
         greedy_tail: that many last steps put the likeliest token everywhere. until_settled: stop a window once no token has changed for
         so many steps. block_length: fill a window block by block; a model of block diffusion has its own. cache: a word of
         `dlm.sampling.caching` for a bidirectional model; True is the exact cache of an autoregressive one or of block diffusion, False
@@ -276,10 +280,10 @@ class LanguageModel:
         from dlm.convert import lora
 
         if self.network.adapter is None and self.heads is not None:
-            return f"heads:{self.heads.config.count + 1}"
+            return "heads:auto"
         if self.network.adapter is None and (path := lora.bundled_for(self.network)) is not None:
             lora.with_adapter(self, path)
-        return "lookup:4" if self.network.adapter is None else f"strided:{self.network.adapter.config.stride}"
+        return "lookup:auto" if self.network.adapter is None else "strided:auto"
 
     def calibration(self) -> Calibration:
         """What `dlm calibrate` measured. InputError where it has not."""

@@ -109,6 +109,19 @@ def test_a_row_is_as_alone_at_each_of_its_steps(name: str, options: dict[str, An
     assert len({tuple(seen[row][-1].tokens_BT[0].tolist()) for row in range(4)}) == 4
 
 
+@pytest.mark.parametrize("word", ["strided:auto", "lookup:auto", "draft:small,auto"])
+def test_rows_join_whatever_the_stride_of_a_call(word: str) -> None:
+    model, rows = MODELS["ar"], ROWS["ar"]
+    sampler: Any = model.sampler(sampler=word)
+    plain: Any = model.sampler(sampler="autoregressive")
+    for _ in range(5):
+        seen = play(sampler, rows, model)
+        for row, tokens in enumerate(rows):
+            *_, alone = plain.steps(canvas_of([tokens], model), rng=generators(50 + row, 1))
+            assert torch.equal(seen[row][-1].tokens_BT, alone.tokens_BT), row
+    assert len({stride for _, stride in sampler.pace._seconds}) > 1
+
+
 @pytest.mark.parametrize("coupling", ["stream", "ratio"])
 def test_proposals_that_were_drawn_join_those_that_were_not(coupling: str) -> None:
     model, rows = MODELS["ar"], ROWS["ar"]

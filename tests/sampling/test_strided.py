@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from dlm.models.transformer import Transformer
 from dlm.protocols import Proposals, Round
 from dlm.sampling.autoregressive import AutoregressiveSampler
 from dlm.sampling.draw import Draw, categorical, generators
+from dlm.sampling.pace import Pace
 from dlm.sampling.proposers import DraftModel, Fitted, Heads, Lookup, Masks, tokens_per_call
 from dlm.sampling.strided import StridedSampler, ratio
 from dlm.trajectory import Canvas, Frame, Trajectory
@@ -517,6 +519,80 @@ def test_an_unsure_network_proposes_less() -> None:
     assert proposed == sorted(proposed, reverse=True) and proposed[0] > proposed[2] > proposed[3] == 0
 
 
+# --- as many as pay ----------------------------------------------------------------------------------------------
+
+
+class Wandering(Pace):
+    """Another stride for every call."""
+
+    def choose(self, rows: int) -> int:
+        self._since += 1
+        return self.strides[self._since * 7 % 11 % len(self.strides)]
+
+
+@pytest.mark.parametrize("draw", DRAWS, ids=str)
+@pytest.mark.parametrize("name", PROPOSERS)
+def test_the_stride_may_change_with_every_call(name: str, draw: Draw) -> None:
+    pace = Wandering(5)
+    frames = list(strided(PROPOSERS[name], 5, draw=draw, pace=pace).steps(canvas_of(PROMPTS, 25), rng=generators(3, len(PROMPTS))))
+    assert_plain(frames[-1], PROMPTS, 25, 3, draw)
+    assert pace._since == len(frames) and pace._seconds
+
+
+def paced(pace: Pace, seconds: dict[int, float], chance: float, calls: int, seed: int = 0, rows: int = 1) -> list[int]:
+    """The strides that a pace chooses where calls of each take so long, and every proposal holds with this chance."""
+    rng, chosen = random.Random(seed), []
+    for _ in range(calls):
+        stride = pace.choose(rows)
+        chosen.append(stride)
+        held = [next((k for k in range(stride - 1) if rng.random() >= chance), stride - 1) for _ in range(rows)]
+        pace.saw(rows, stride, seconds[stride] * rng.uniform(0.9, 1.1), held)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chance", "best"),
+    [
+        ({1: 1.0, 2: 1.0, 4: 1.0}, 0.3, 4),  # calls of any length cost the same: a GPU, a single row
+        ({1: 1.0, 2: 1.4, 4: 2.4}, 0.3, 1),  # 1.3 tokens at most for 1.4
+        ({1: 1.0, 2: 1.1, 4: 2.4}, 0.5, 2),  # 1.5 for 1.1, 1.875 for 2.4
+        ({1: 1.0, 2: 1.4, 4: 1.8}, 0.9, 4),
+        ({1: 1.0, 2: 2.0, 4: 4.0}, 0.9, 1),  # a machine that is busy with one position: nothing can pay
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_pace_takes_what_pays(seconds: dict[int, float], chance: float, best: int, rows: int) -> None:
+    chosen = paced(Pace(4), seconds, chance, 600, rows=rows)
+    assert chosen[:3] == [4] * 3 and set(chosen[:9]) == {1, 2, 4}
+    late = chosen[300:]
+    assert late.count(best) >= 0.9 * len(late)
+
+
+def test_the_greatest_stride_is_the_adapters(autoregressive_dir: Path) -> None:
+    model = load(str(autoregressive_dir))
+    assert cast(StridedSampler, model.sampler(sampler="strided:auto")).stride == 4
+    assert cast(StridedSampler, model.sampler(sampler="lookup:auto")).stride == 8
+    lora.attach(model.network, lora.AdapterConfig(2, 4.0, stride=3), model.tokenizer.mask_id)
+    one, two = (cast(StridedSampler, model.sampler(sampler="strided:auto")) for _ in range(2))
+    assert one.stride == 3 and one.pace is two.pace  # what it learned stays with the model
+
+
+def test_a_pace_notices_when_it_changes() -> None:
+    """A text that begins to repeat itself: proposals that did not hold do now, at a cost that was too high."""
+    pace, seconds = Pace(4), {1: 1.0, 2: 1.2, 4: 1.7}
+    assert paced(pace, seconds, 0.1, 300)[-20:].count(1) >= 19
+    assert paced(pace, seconds, 0.95, 900)[-20:].count(4) >= 19
+
+
+def test_rows_are_learned_of_by_their_number() -> None:
+    pace = Pace(2)
+    paced(pace, {1: 1.0, 2: 1.1}, 0.9, 50)
+    assert pace.choose(1) == 2
+    paced(pace, {1: 1.0, 2: 2.5}, 0.9, 50, rows=16)
+    assert pace.choose(16) == 1 and pace.choose(1) == 2
+    assert [pace.choose(9) for _ in range(3)] == [1, 1, 1]  # as 16
+
+
 # --- prompt lookup -----------------------------------------------------------------------------------------------
 
 
@@ -557,7 +633,16 @@ def test_lookup_is_quick_in_a_text_that_repeats_itself() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"stride": 0}, {"floor": -0.1}, {"floor": float("nan")}, {"floor": 1.1}, {"coupling": "loose"}, {"context": WINDOW}],
+    [
+        {"stride": 0},
+        {"floor": -0.1},
+        {"floor": float("nan")},
+        {"floor": 1.1},
+        {"coupling": "loose"},
+        {"context": WINDOW},
+        {"pace": Pace(3)},
+        {"pace": Pace(4), "coupling": "ratio"},
+    ],
 )
 def test_bad_settings(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError):
@@ -580,7 +665,18 @@ def test_what_it_cannot_continue() -> None:
     assert list(strided(Masks()).steps(Canvas.from_rows([[1, 2]], fill=MASK), rng=generators(0, 1))) == []
 
 
-WORDS = ["strided", "strided:2", "lookup", "lookup:8,0.3", "draft:{}", "draft:{},3", "draft:{},8,0.1"]
+WORDS = [
+    "strided",
+    "strided:2",
+    "strided:auto",
+    "lookup:auto",
+    "draft:{},auto",
+    "lookup",
+    "lookup:8,0.3",
+    "draft:{}",
+    "draft:{},3",
+    "draft:{},8,0.1",
+]
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -597,7 +693,7 @@ def test_the_command_writes_the_same_bytes(dlm: Dlm, temperature: str) -> None:
     words = ("generate", "ROMEO:", "--model", "shakespeare-ar", "--max-new-tokens", "30", "--temperature", temperature, "--seed", "2")
     code, base, _ = dlm(*words)
     assert code == 0 and len(base) > 30
-    for sampler in ("lookup:4", "draft:shakespeare-ar", "strided:3"):
+    for sampler in ("lookup:4", "draft:shakespeare-ar", "strided:3", "lookup:auto"):
         assert dlm(*words, "--sampler", sampler)[:2] == (0, base), sampler
 
 
@@ -609,7 +705,7 @@ def test_lossless_takes_the_best_that_there_is(dlm: Dlm, autoregressive_dir: Pat
     words = ("generate", "ROMEO:", "--base", str(autoregressive_dir), "--max-new-tokens", "40")
     code, base, _ = dlm(*words)
     assert code == 0
-    for options, chosen in (((), "lookup:4"), (("--adapter", str(tmp_path / "adapter")), "strided:3")):
+    for options, chosen in (((), "lookup:auto"), (("--adapter", str(tmp_path / "adapter")), "strided:auto")):
         code, out, err = dlm(*words, *options, "--lossless", "--watch", "--save", "run.traj")
         assert (code, out) == (0, base), err
         run = Trajectory.load("run.traj")
@@ -625,7 +721,7 @@ def test_lossless_takes_the_best_that_there_is(dlm: Dlm, autoregressive_dir: Pat
 def test_bad_words_are_told(dlm: Dlm, autoregressive_dir: Path, masked_dir: Path, tmp_path: Path) -> None:
     make_model("autoregressive", alphabet="zyx").save_pretrained(tmp_path / "other")
     words = ("generate", "--model", str(autoregressive_dir), "--sampler")
-    for bad in ("lookup:0", "lookup:x", "strided:4,x", "strided:4,0.1,1", "draft", "draft:", "draft:a,b"):
+    for bad in ("lookup:0", "lookup:x", "strided:4,x", "strided:4,0.1,1", "strided:Auto", "draft", "draft:", "draft:a,b"):
         assert "stride, floor" in dlm.told(*words, bad), bad
     assert "floor lies in" in dlm.told(*words, "lookup:4,2")
     assert "must be autoregressive" in dlm.told(*words, f"draft:{masked_dir}")

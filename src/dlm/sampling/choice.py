@@ -75,28 +75,29 @@ def speculative(word: str) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Strided:
-    """Settings of `dlm.sampling.strided`; name: where the proposals come from, model: which one drafts."""
+    """Settings of `dlm.sampling.strided`; name: where the proposals come from, model: which one drafts, stride: None for `auto`."""
 
     name: str
     model: str = ""
-    stride: int = 4
+    stride: int | None = 4
     floor: float = 0.0
 
 
 def strided(word: str) -> Strided | None:
-    """`strided`, `lookup:4` (stride), `lookup:8,0.2` (and floor), `draft:MODEL`, `draft:MODEL,4`; None for another word."""
+    """`strided`, `lookup:4` (stride), `lookup:8,0.2` (and floor), `strided:auto` (as pays), `draft:MODEL`, `draft:MODEL,4`; None for
+    another word."""
     name, _, values = word.partition(":")
     if name not in STRIDED:
         return None
     model, _, values = values.partition(",") if name == "draft" else ("", "", values)
     stride, _, floor = values.partition(",")
     try:
-        found = Strided(name, model, int(stride or 4), float(floor or 0))
-        if found.stride < 1 or bool(model) != (name == "draft"):
+        found = Strided(name, model, None if stride == "auto" else int(stride or 4), float(floor or 0))
+        if (found.stride is not None and found.stride < 1) or bool(model) != (name == "draft"):
             raise ValueError
     except ValueError:
         head = "draft:MODEL, draft:MODEL,4" if name == "draft" else f"{name}, {name}:4"
-        raise InputError(f"sampler {word!r}: write {head} (stride) or {head.split()[-1]},0.2 (stride, floor)") from None
+        raise InputError(f"sampler {word!r}: write {head} (stride, or auto) or {head.split()[-1]},0.2 (stride, floor)") from None
     return found
 
 

@@ -8,6 +8,7 @@ Shapes: B rows, L columns of the canvas, K proposals, W inputs of one call, M ma
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from dlm.protocols import RNG, Denoiser, Proposals, Proposer, Round, RowCache
 from dlm.sampling import windows
 from dlm.sampling.autoregressive import check_continues, start_token
 from dlm.sampling.draw import Draw, categorical, pick, race, uniform
+from dlm.sampling.pace import Pace
 from dlm.sampling.proposers import Masks, causal, inputs, put
 from dlm.sampling.running import Law, stacked
 from dlm.trajectory import Canvas, Frame
@@ -80,7 +82,8 @@ class StridedSampler:
     coupling: `stream`, the text of `AutoregressiveSampler` with the same generators, token for token; or `ratio`, its distribution only,
     with more accepted. Both are exact up to rounding: where calls of different lengths round differently, a near-tie may fall otherwise.
     floor: the k-th proposal is made only where c^k reaches it, c the probability of the likeliest token where the last one was drawn; so
-    the stride follows the network's confidence. 0: always `stride`. start, stop, context: as of `AutoregressiveSampler`.
+    the stride follows the network's confidence. 0: always `stride`. pace: makes `stride` the most, and every call as long as has paid so
+    far; with `stream`, whose text does not depend on it. start, stop, context: as of `AutoregressiveSampler`.
     """
 
     denoiser: Denoiser
@@ -91,6 +94,7 @@ class StridedSampler:
     stride: int = 4
     coupling: str = "stream"
     floor: float = 0.0
+    pace: Pace | None = None
     draw: Draw = field(default_factory=Draw)
     context: int = 0
     model: str = ""
@@ -104,6 +108,8 @@ class StridedSampler:
             raise InputError(f"a stride counts from 1, and its floor lies in 0 .. 1; got {self.stride} and {self.floor}")
         if self.coupling not in COUPLINGS:
             raise InputError(f"unknown coupling {self.coupling!r}; known: {', '.join(COUPLINGS)}")
+        if self.pace is not None and (self.coupling != "stream" or self.pace.strides[-1] != self.stride):
+            raise InputError("a pace goes with the coupling stream, and up to the stride of the sampler")
 
     def steps(self, canvas: Canvas, *, rng: RNG) -> Iterator[Frame]:
         """A frame after every call: the committed text, and what is proposed to follow it. InputError for text after a hole."""
@@ -143,7 +149,7 @@ class StridedSampler:
 
         The inputs that a row has not read, its proposals among them, lie in front, so that what is committed is a prefix.
         """
-        device, (count_B, masks) = run.text_BL.device, (run.proposals.count_B * live_B, self.stride - 1)
+        device, (count_B, masks) = run.text_BL.device, (run.proposals.count_B * live_B, run.stride - 1)
         held_B, new_B = run.cache.length_B, (self._inputs(run) - run.cache.length_B) * live_B
         drafted_BL = run.text_BL.clone()
         put(drafted_BL, run.known_B, run.proposals.token_BK, count_B)
@@ -183,14 +189,14 @@ class StridedSampler:
         state_BKD: Tensor | None,
     ) -> Proposals:
         """For the next call, no more than fit into its row and window and than the network's confidence is worth."""
-        rows_B, masks_M = torch.arange(len(taken_B), device=taken_B.device), torch.arange(self.stride - 1, device=taken_B.device)
+        rows_B, masks_M = torch.arange(len(taken_B), device=taken_B.device), torch.arange(run.stride - 1, device=taken_B.device)
         if hit_BG.shape[1]:
-            guess_BEV = guess_BEV[rows_B[:, None], hit_BG.int().argmax(1, keepdim=True) * (self.stride - 1) + masks_M]
+            guess_BEV = guess_BEV[rows_B[:, None], hit_BG.int().argmax(1, keepdim=True) * (run.stride - 1) + masks_M]
         most_B = torch.minimum(run.end_B, run.begin_B + self.window) - run.known_B - 1
         if self.floor > 0:
             confidence_B = logits_BKV[rows_B, taken_B].float().softmax(-1).amax(-1)
             most_B = torch.minimum(most_B, (confidence_B[:, None] ** (masks_M + 1) >= self.floor).sum(-1))
-        most_B = most_B.clamp(0, self.stride - 1).masked_fill(run.done_B, 0)
+        most_B = most_B.clamp(0, run.stride - 1).masked_fill(run.done_B, 0)
         state_BD = None if state_BKD is None else state_BKD[rows_B, taken_B]
         known = run.text_BL, run.begin_B, run.known_B, most_B, u_BK
         proposals = self.proposer(Round(*known, guess_BEV, hit_BG.any(-1), self._shape, run.capacity, run.memory, state_BD))
@@ -220,7 +226,7 @@ class StridedRun:
         most = int(self.free_BL.sum(-1).max()) + 2 * stride
         stream = sampler.coupling == "stream"
         self.numbers: Any = _Stream(rng, self.known_B, most) if stream else _Fresh(rng, stride)
-        self.forwards = 0
+        self.forwards, self.stride = 0, stride
         self.law: Law | None = None
         self.tally: Tally | None = None
 
@@ -242,6 +248,10 @@ class StridedRun:
         """One network call for the rows that have something to do; `tally` says what it did."""
         sampler, live_B, known_B = self.sampler, self.live_B, self.known_B
         proposals, held_B = self.proposals, self.cache.length_B
+        began, before, pace = time.perf_counter(), self.stride, sampler.pace
+        if pace is not None:
+            self.stride = pace.choose(int(live_B.sum()))
+            news = int((sampler._inputs(self) - held_B)[live_B].max())
         logits_BKV, guess_BEV, after_BG, state_BKD, positions = sampler._read(self, live_B)
         self.forwards += 1
         taken_B, token_B = self.numbers.verify(sampler._shape(logits_BKV), proposals, known_B)
@@ -259,8 +269,11 @@ class StridedRun:
         self.tally = Tally(proposals.count_B * live_B, taken_B * live_B, committed_B, positions)
         self.law = Law(live_B.nonzero().squeeze(-1), known_B[live_B], logits_BKV[live_B])
         if sampler.stride > 1:
-            u_BK = self.numbers.fresh(self.known_B, sampler.stride - 1)
+            u_BK = self.numbers.fresh(self.known_B, self.stride - 1)
             self.proposals = sampler._propose(self, logits_BKV, guess_BEV, after_BG == taken_B[:, None], taken_B, u_BK, state_BKD)
+        if pace is not None and self.stride == before and news == 1:  # else it changed its stride, or read a prompt
+            taken = taken_B[live_B].tolist()
+            pace.saw(len(taken), before, time.perf_counter() - began, taken)
         return self.frame()
 
     def join(self, other: StridedRun) -> None:

@@ -1,0 +1,62 @@
+"""How many tokens a call should try for: the stride that commits the most tokens a second, by what calls took and what held so far.
+
+Where a call of several positions costs as much as it brings, as on a busy CPU or in a large batch, that is 1: plain decoding. It decides
+about speed alone: with common random numbers the text is the same at every stride.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict, deque
+
+TRIES = 3  # calls of a stride before it is judged
+MEMORY = 128  # calls of a row after which what it said counts 1 / e
+PLAIN = 1.03  # what others must be better by than plain decoding
+PATIENCE = 16  # calls before another stride is tried again; doubled whenever that changes nothing
+
+
+class Pace:
+    """For one model and one kind of proposals; it may serve several runs. most: the greatest stride."""
+
+    def __init__(self, most: int) -> None:
+        self.strides = sorted({most, *(1 << k for k in range(most.bit_length()))})
+        self._seconds: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=9))
+        self._tested = [4.0] * most  # of the k-th proposal: calls that allowed it, calls in which it held; begun as if half did
+        self._held = [4.0 * 0.5**k for k in range(most)]
+        self._patience, self._since, self._trying, self._best = PATIENCE, 0, 0, 0
+
+    def tokens(self, stride: int) -> float:
+        """What a call of this stride commits, as far as is known."""
+        return 1.0 + sum(self._held[k] / self._tested[k] for k in range(1, stride))
+
+    def seconds(self, rows: int, stride: int) -> float:
+        """What such a call takes; counts of rows up to the next power of two are one."""
+        return statistics.median(self._seconds[_size(rows), stride])
+
+    def choose(self, rows: int) -> int:
+        """The stride of the next call of so many rows."""
+        untried = [s for s in reversed(self.strides) if len(self._seconds[_size(rows), s]) < TRIES]
+        if untried:
+            return untried[0]
+        order = sorted(self.strides, key=lambda s: self.tokens(s) / self.seconds(rows, s) * (PLAIN if s == 1 else 1))
+        if order[-1] != self._best:
+            self._best, self._patience, self._since = order[-1], PATIENCE, 0
+        elif self._since >= self._patience and len(order) > 1:
+            self._patience, self._since, self._trying = 2 * self._patience, 0, TRIES
+        self._since += 1
+        if self._trying:
+            self._trying -= 1
+            return order[-2]
+        return order[-1]
+
+    def saw(self, rows: int, stride: int, seconds: float, taken: list[int]) -> None:
+        """What a call did that followed one of the same stride. taken: proposals that held, of each row that is not done."""
+        self._seconds[_size(rows), stride].append(seconds)
+        keep = (1 - 1 / MEMORY) ** len(taken)
+        for k in range(1, stride):
+            self._tested[k] = self._tested[k] * keep + len(taken)
+            self._held[k] = self._held[k] * keep + sum(one >= k for one in taken)
+
+
+def _size(rows: int) -> int:
+    return (rows - 1).bit_length()
