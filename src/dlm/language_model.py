@@ -362,13 +362,14 @@ def load(
     dtype: torch.dtype | str = torch.float32,
     adapter: str | Path | Sequence[str | Path] | None = None,
     deterministic: bool = False,
+    compile: bool = False,
 ) -> LanguageModel:
     """Load a checkpoint: a directory, a GGUF file, a bundled name (`shakespeare-mask`), a pulled one (`smollm2-135m`) or a hub id.
 
     dtype: of torch, or a word: float32, bfloat16, or int8, which rounds the weights of an autoregressive model (CPU, inference only).
     adapter: directory that `dlm convert` made for this base, a bundled name, `auto`, or several. deterministic: the logits of a position
-    are the same to the bit however many positions and rows a call has, at a cost in speed. InputError for the adapter of another base,
-    and for what cannot be.
+    are the same to the bit however many positions and rows a call has, at a cost in speed. compile: calls of few positions by
+    torch.compile, the first of which take seconds. InputError for the adapter of another base, and for what cannot be.
     """
     words = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
     if isinstance(dtype, str) and dtype not in words:
@@ -379,12 +380,16 @@ def load(
 
         for path in [adapter] if isinstance(adapter, str | Path) else adapter:
             with_adapter(model, path)
-    if (dtype == "int8" or deterministic) and model.is_diffusion:
-        raise InputError(f"{name} is a diffusion model: int8 and deterministic results are for autoregressive models")
+    if (dtype == "int8" or deterministic or compile) and model.is_diffusion:
+        raise InputError(f"{name} is a diffusion model: int8, deterministic and compiled decoding are for autoregressive models")
+    if deterministic and compile:
+        raise InputError("a compiled network rounds as its compiler likes: choose deterministic or compiled decoding")
     if dtype == "int8":
         if model.network.device.type != "cpu":
             raise InputError("int8 is for the CPU: use --dtype bfloat16 on other devices")
         fast.quantize(model.network)
     if deterministic:
         fast.steady(model.network)
+    if compile:
+        fast.compile(model.network)
     return model

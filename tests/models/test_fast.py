@@ -177,3 +177,30 @@ def test_near_ties_fall_alike(tmp_path: Path) -> None:
     options = {"temperature": 0.0, "max_new_tokens": 24}
     for word in ("lookup:4", "strided:3"):
         assert steady.generate("ROMEO", sampler=word, **options).text == steady.generate("ROMEO", **options).text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
+def test_compiled_calls_say_what_they_said() -> None:
+    """Rows and positions may change from call to call, masks are read as before, and another network has a compilation of its own."""
+    one, other = model(layers=2), model(layers=2, norm_eps=1e-2)  # the same shapes
+    lora.attach(one.network, lora.AdapterConfig(2, 4.0, stride=3), one.tokenizer.mask_id)
+    z_BT = text(one)
+    masked_BT = z_BT.clone()
+    masked_BT[:, 1::2] = one.tokenizer.mask_id
+    calls = [(one, z_BT[:1], 1), (one, z_BT, 2), (one, z_BT[:1], 1), (one, masked_BT, 4), (other, z_BT[:1], 1)]
+    with torch.no_grad():
+        before = [in_calls(made.network, z, size) for made, z, size in calls]
+        for made in (one, other):
+            fast.compile(made.network)
+        for (made, z, size), logits in zip(calls, before, strict=True):
+            torch.testing.assert_close(in_calls(made.network, z, size), logits, atol=1e-4, rtol=1e-4)
+
+
+def test_what_cannot_be_compiled(masked_dir: Path, autoregressive_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="compiled decoding are for autoregressive"):
+        load(str(masked_dir), compile=True)
+    with pytest.raises(InputError, match="choose deterministic or compiled"):
+        load(str(autoregressive_dir), compile=True, deterministic=True)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(InputError, match="install g"):
+        load(str(autoregressive_dir), compile=True)

@@ -29,6 +29,7 @@ Dtype = Annotated[str, typer.Option(help="float32 | bfloat16 | int8 (weights of 
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="Logits that no batch and no number of positions changes, to the bit; slower.")
 ]
+Compile = Annotated[bool, typer.Option("--compile", help="Faster calls of few positions; the first ones take seconds each.")]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object.")]
 
 
@@ -42,7 +43,12 @@ def console(as_json: bool = False) -> Console:
 
 
 def load(
-    name: str, device: str = "cpu", dtype: str = "float32", adapter: Path | list[Path] | None = None, deterministic: bool = False
+    name: str,
+    device: str = "cpu",
+    dtype: str = "float32",
+    adapter: Path | list[Path] | None = None,
+    deterministic: bool = False,
+    compile: bool = False,
 ) -> Any:
     """A LanguageModel. InputError for a device or dtype that is not there, or an adapter of another base."""
     import torch
@@ -53,7 +59,7 @@ def load(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"no device {device!r} here ({str(error).splitlines()[0]}): use --device cpu") from None
-    return load(name, device=device, dtype=dtype, adapter=adapter, deterministic=deterministic)
+    return load(name, device=device, dtype=dtype, adapter=adapter, deterministic=deterministic, compile=compile)
 
 
 def load_judge(name: str, device: str = "cpu") -> Any:

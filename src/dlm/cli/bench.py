@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dlm.cli.app import Deterministic, Device, Json, Seed, app, bar, console, load, prompt_lines
+from dlm.cli.app import Compile, Deterministic, Device, Json, Seed, app, bar, console, load, prompt_lines
 from dlm.errors import InputError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
@@ -50,6 +50,7 @@ def decode(
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32 | bfloat16 | int8; several with commas are compared.")] = "float32",
     deterministic: Deterministic = False,
+    compile: Compile = False,
 ) -> None:
     """Tokens a second and a call, acceptance by position, memory, and whether the text is the plain one, for each method and batch."""
     import torch
@@ -68,7 +69,7 @@ def decode(
     against: dict[str, str] = {}
     models: dict[str, Any] = {}
     for number, name in enumerate(dict.fromkeys(dtype.split(","))):
-        lm = models[name] = load(base, device, name, [path for path in (adapter, heads) if path], deterministic)
+        lm = models[name] = load(base, device, name, [path for path in (adapter, heads) if path], deterministic, compile)
         if lm.is_diffusion:
             raise InputError(f"{base} is a diffusion model: its samplers are compared by dlm calibrate")
         for word in words:
@@ -93,7 +94,7 @@ def decode(
     if as_json:
         learned = {"adapter": str(adapter or ""), "heads": str(heads or "")}
         facts = {"base": lm.name} | learned | {"new": new, "temperature": temperature, "seed": seed, "dtype": dtype}
-        facts |= {"deterministic": deterministic, "threads": torch.get_num_threads(), "device": device, "peers": peers}
+        facts |= {"deterministic": deterministic, "compile": compile, "threads": torch.get_num_threads(), "device": device, "peers": peers}
         print(json.dumps(facts | {"rows": [one.record() for one in found]}))
 
 

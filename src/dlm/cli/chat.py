@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dlm.cli.app import Device, Dtype, Seed, app, err, load
+from dlm.cli.app import Compile, Device, Dtype, Seed, app, err, load
 from dlm.errors import InputError
 
 
@@ -26,11 +26,12 @@ def chat(
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    compile: Compile = False,
 ) -> None:
     """Talk to a model, line by line. Ctrl-D or Ctrl-C ends it."""
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens counts from 1, got {max_new_tokens}")
-    lm = load(base, device, dtype, adapter)
+    lm = load(base, device, dtype, adapter, compile=compile)
     options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "sampler": "lossless" if lossless else None}
     lm.sampler(**options)  # what the model cannot do is told at once
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dlm.cli.app import Deterministic, Device, Dtype, app, load
+from dlm.cli.app import Compile, Deterministic, Device, Dtype, app, load
 from dlm.errors import InputError
 
 
@@ -31,6 +31,7 @@ def serve(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     deterministic: Deterministic = False,
+    compile: Compile = False,
 ) -> None:
     """Serve models: the OpenAI protocol, and a page on which to watch text settle. Ctrl-C finishes what runs."""
     if adapter is not None and len(models or []) != 1:
@@ -46,7 +47,7 @@ def serve(
     names = models or sorted(checkpoint.bundled(), key=lambda name: name != "shakespeare-mask")
     keys = tuple(key.strip() for key in [*(api_key or []), *os.environ.get("DLM_API_KEYS", "").split(",")] if key.strip())
     engine = Engine(max_batch=max_batch, max_queue=max_queue, threads=threads, device=device)
-    shelf = Shelf([load(name, device, dtype, adapter, deterministic) for name in names], max_length, max_steps)
+    shelf = Shelf([load(name, device, dtype, adapter, deterministic, compile) for name in names], max_length, max_steps)
     local = host in LOCAL
     limits = Limits(keys=keys, most_body=max_body, hosts=LOCAL if local else (), deadline=deadline)
     if not local and not keys:

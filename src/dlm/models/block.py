@@ -95,22 +95,25 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
-    def forward(self, x_BQD: Tensor, cos: Tensor, sin: Tensor, mask: Any, is_causal: bool, cache: AnyCache | None) -> Tensor:
-        config, (batch, queries, _) = self.config, x_BQD.shape
+    def heads(self, x_BQD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, Q, K), keys and values (B, G, Q, K) of these positions."""
         parts = project(self.joined, (self.q, self.k, self.v), x_BQD)
-        q, k, v = (part.view(batch, queries, -1, config.head_dim).transpose(1, 2) for part in parts)
-        if config.qk_norm:
+        q, k, v = (part.view(*x_BQD.shape[:2], -1, self.config.head_dim).transpose(1, 2) for part in parts)
+        if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            k, v = cache.write(self.layer, k, v)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, is_causal: bool) -> Tensor:
+        """What the queries read of keys and values, (B, H, Q, K)."""
         if self.steady:
-            out_BHQK = attention.attend_steadily(q, k, v, mask, is_causal)
-        elif isinstance(mask, tuple):  # ("flex", block length)
-            out_BHQK = attention.attend_flex(q, k, v, config.attention, mask[1])
-        else:
-            out_BHQK = attention.attend(q, k, v, mask, is_causal, config.dropout if self.training else 0.0)
-        (y_BQD,) = project(self.product, (self.out,), out_BHQK.transpose(1, 2).reshape(batch, queries, -1))
+            return attention.attend_steadily(q, k, v, mask, is_causal)
+        if isinstance(mask, tuple):  # ("flex", block length)
+            return attention.attend_flex(q, k, v, self.config.attention, mask[1])
+        return attention.attend(q, k, v, mask, is_causal, self.config.dropout if self.training else 0.0)
+
+    def join(self, read_BHQK: Tensor) -> Tensor:
+        """What the heads have read as one (B, Q, D)."""
+        (y_BQD,) = project(self.product, (self.out,), read_BHQK.transpose(1, 2).flatten(2))
         return y_BQD
 
 
@@ -145,8 +148,22 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any, is_causal: bool, cache: AnyCache | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, mask, is_causal, cache))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any, is_causal: bool, cache: AnyCache | None, ends: Any = None) -> Tensor:
+        """ends: `before` and `after`, compiled (`dlm.models.fast`)."""
+        before, after = ends or (Block.before, Block.after)
+        q, k, v = before(self, x, cos, sin)
+        if cache is not None:
+            k, v = cache.write(self.attention.layer, k, v)
+        y: Tensor = after(self, x, self.attention.read(q, k, v, mask, is_causal))
+        return y
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before the cache and attention: queries, keys and values."""
+        return self.attention.heads(self.attention_norm(x), cos, sin)
+
+    def after(self, x: Tensor, read_BHQK: Tensor) -> Tensor:
+        """What comes after them."""
+        x = x + self.dropout(self.attention.join(read_BHQK))
         y: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return y
 

@@ -7,6 +7,9 @@ before `quantize`.
 
 from __future__ import annotations
 
+import os
+import shutil
+import types
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -14,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlm.errors import InputError
 from dlm.models.block import Block, RMSNorm, in_pieces, rotary
 from dlm.models.quantized import Int8Linear
 from dlm.models.transformer import Transformer
@@ -91,6 +95,24 @@ def steady(network: Transformer) -> Transformer:
             module.rows = ROWS
     network.head_rows = 0 if network.quantized else ROWS
     return network
+
+
+def compile(network: Transformer) -> Transformer:
+    """Compile what lies between attention and attention, for calls of decoding: most of their time goes into many small operations.
+
+    The first call of a shape then takes seconds. The weights and the adapter have to stay as they are from here on: nothing but the
+    shape of the input is checked before a compiled block is used, since a check of everything costs as much as it saves.
+    """
+    if network.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        raise InputError("a network is compiled with a C++ compiler, and there is none: install g++, or decode without compiling")
+    options: dict[str, Any] = {"guard_filter_fn": lambda guards: [g.guard_type == "SHAPE_ENV" or g.name in ("L['x']", "x") for g in guards]}
+    network.ends = tuple(torch.compile(_own(half), fullgraph=True, options=options) for half in (Block.before, Block.after))
+    return fuse(network)
+
+
+def _own(function: Any) -> Any:
+    """A copy with code of its own, by which torch.compile knows it: another network must not find what was compiled for this one."""
+    return types.FunctionType(function.__code__.replace(co_name=function.__name__), function.__globals__)
 
 
 def _parts(network: Transformer) -> list[tuple[Any, list[nn.Linear], nn.Linear]]:

@@ -16,6 +16,8 @@ from dlm.models.block import AnyCache, Block, RMSNorm, TimeEmbedding, in_pieces,
 from dlm.models.cache import KVCache, RaggedCache, TextCache, WindowCache
 from dlm.models.config import TransformerConfig
 
+SMALL = 16  # positions of a call that compiled blocks are for
+
 
 class Transformer(nn.Module):
     """A `Denoiser`: token ids in, logits out; bidirectional, block-causal or causal by its config."""
@@ -33,6 +35,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.turns: tuple[Tensor, Tensor] | None = None  # of dlm.models.fast: cos and sin (T, K) of every position
+        self.ends: Any = None  # of dlm.models.fast: the ends of a block, compiled
         self.adapter: Any = None  # of dlm.convert.lora: told at every call where the masks stand
         self.reset()
 
@@ -126,8 +129,9 @@ class Transformer(nn.Module):
             x_BQD = x_BQD + self.time(t_B)[:, None]
         x_BQD = self.dropout(x_BQD)
         cos, sin = self._rotary(pos_BQ)
+        ends = self.ends if self.ends is not None and self._is_small(z_BQ) else None
         for block in self.blocks:
-            x_BQD = block(x_BQD, cos, sin, mask, is_causal, cache)
+            x_BQD = block(x_BQD, cos, sin, mask, is_causal, cache, ends)
         if isinstance(cache, KVCache | RaggedCache):
             cache.advance(z_BQ.shape[1])
         if pattern == "clean":
@@ -141,6 +145,10 @@ class Transformer(nn.Module):
             logits_MV = in_pieces(self.head, self.norm(x_BQD[at_BQ]), self.head_rows)
             return logits_MV.new_zeros(*z_BQ.shape, logits_MV.shape[-1]).index_put_((at_BQ,), logits_MV)
         return in_pieces(self.head, self.norm(x_BQD), self.head_rows)
+
+    def _is_small(self, z_BQ: Tensor) -> bool:
+        """Whether it is a call of decoding, for which blocks are compiled: few positions, no masks for an adapter to act on."""
+        return z_BQ.shape[1] <= SMALL and not torch.is_grad_enabled() and (self.adapter is None or self.adapter.masks_M is None)
 
     def _rotary(self, pos_BQ: Tensor) -> tuple[Tensor, Tensor]:
         if self.turns is None:
