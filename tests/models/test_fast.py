@@ -81,6 +81,31 @@ def test_fused_weights_are_the_layers_own(tmp_path: Path) -> None:
     assert half.blocks[0].mlp.joined.weight.data_ptr() == half.blocks[0].mlp.gate.weight.data_ptr()
 
 
+def test_a_second_layout_gives_the_same_products() -> None:
+    """It is made when it is first needed, and again when the weights change."""
+    layers = [torch.nn.Linear(24, 40), torch.nn.Linear(24, 8)]
+    product = fast.Product(layers)
+    product.packs = True
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for change in (0.0, 1.0):
+            layers[1].weight.add_(change)
+            for rows in (1, 2, 3, 17, 64, 65):
+                x_BNI = torch.randn(1, rows, 24, generator=rng)
+                found = product(x_BNI)
+                torch.testing.assert_close(found, torch.cat([layer(x_BNI) for layer in layers], -1), atol=1e-5, rtol=1e-5)
+                assert (product.packed is not None) == (rows > 2 or change > 0) and found.shape == (1, rows, 48)
+
+
+def test_large_networks_are_not_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = model(), model()
+    fast.fuse(small.network)
+    monkeypatch.setattr(fast, "MOST", 1000)
+    fast.fuse(large.network)
+    assert small.network.head_product.packs and not large.network.head_product.packs  # type: ignore[union-attr]
+    assert not fast.fuse(model().network.to(torch.bfloat16)).head_product.packs  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("ready", [fast.fuse, fast.quantize])
 @pytest.mark.parametrize("first", ["adapter", "network"])
 def test_adapters_before_and_after(ready: Any, first: str) -> None:

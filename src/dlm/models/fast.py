@@ -22,6 +22,8 @@ from dlm.models.block import Block, RMSNorm, in_pieces, rotary
 from dlm.models.quantized import Int8Linear
 from dlm.models.transformer import Transformer
 
+PACKED = range(3, 65)  # rows of a product in float32 on a CPU for which a second layout of its weights pays: 4 then cost little more than 1
+MOST = 2**31  # bytes of a network whose weights may so be held twice
 ROWS = 16  # of every product of a deterministic network
 BEYOND = 256  # positions after the window that proposals may stand at
 
@@ -32,6 +34,8 @@ class Product(nn.Module):
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
         self.rows = 0  # of `in_pieces`
+        self.packs, self.parts = False, tuple(layer.weight for layer in layers)
+        self.packed: tuple[Tensor, int] | None = None  # and the versions of the parts that it was made of
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self.register_buffer("weight", torch.cat([layer.weight.detach() for layer in layers]), persistent=False)
         self.register_buffer("bias", torch.cat([bias.detach() for bias in biases]) if biases else None, persistent=False)
@@ -42,7 +46,16 @@ class Product(nn.Module):
     bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        return in_pieces(lambda rows: F.linear(rows, self.weight, self.bias), x, self.rows)
+        return in_pieces(self._product, x, self.rows)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if not self.packs or x.numel() // x.shape[-1] not in PACKED or x.dtype != torch.float32 or torch.compiler.is_compiling():
+            return F.linear(x, self.weight, self.bias)
+        version = sum(part._version for part in self.parts)
+        if self.packed is None or self.packed[1] != version:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS), version
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed[0], self.bias, "none", [], "")
+        return y
 
 
 def fuse(network: Transformer) -> Transformer:
@@ -55,11 +68,25 @@ def fuse(network: Transformer) -> Transformer:
         pos_1T = torch.arange(config.window + BEYOND, device=network.device)[None]
         cos, sin = rotary(pos_1T, config.head_dim, config.rope_base, config.rope_scaling)
         network.turns = (cos[0, 0], sin[0, 0])
-    for part, joined, _ in _parts(network):
-        weight = joined[0].weight
-        if weight is not None and (part.joined is None or part.joined.weight.data_ptr() != weight.data_ptr()):
-            part.joined = Product(joined)
+    if network.quantized:
+        return network
+    for part, joined, single in _parts(network):
+        part.joined, part.product = _product(part.joined, joined), _product(part.product, [single])
+    network.head_product = _product(network.head_product, [network.head])
+    size = sum(p.numel() * p.element_size() for p in network.parameters())
+    packs = network.device.type == "cpu" and size <= MOST and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    for module in network.modules():
+        if isinstance(module, Product):
+            module.packs = packs and module.weight.dtype == torch.float32
     return network
+
+
+def _product(known: Any, layers: list[nn.Linear]) -> Product:
+    if isinstance(known, Product) and known.weight.data_ptr() == layers[0].weight.data_ptr():
+        return known
+    made = Product(layers)
+    made.rows = known.rows if isinstance(known, Product) else 0
+    return made
 
 
 @torch.no_grad()
@@ -73,7 +100,7 @@ def quantize(network: Transformer) -> Transformer:
         for layer in (*joined, single):  # what they say is part of a product now; an adapter on them is still theirs
             layer.register_parameter("weight", None)
             layer.register_parameter("bias", None)
-    network.head = cast(Any, Int8Linear(network.head.weight))
+    network.head, network.head_product = cast(Any, Int8Linear(network.head.weight)), None
     network.quantized = True
     return network
 
@@ -83,17 +110,16 @@ def steady(network: Transformer) -> Transformer:
 
     Every matrix product has `ROWS` rows, and attention sums keys in one order. Integer products need no help.
     """
-    for part, _, single in _parts(fuse(network)):
+    for part, _, _ in _parts(fuse(network)):
         part.rows = ROWS
-        if not network.quantized:
-            part.product = Product([single])
-            part.joined.rows = part.product.rows = ROWS
+    for module in network.modules():
+        if isinstance(module, Product):
+            module.rows = ROWS
     for block in network.blocks:
         cast(Block, block).attention.steady = True
     for module in network.modules():
         if isinstance(module, RMSNorm):
             module.rows = ROWS
-    network.head_rows = 0 if network.quantized else ROWS
     return network
 
 

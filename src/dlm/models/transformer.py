@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dlm.models import attention
-from dlm.models.block import AnyCache, Block, RMSNorm, TimeEmbedding, in_pieces, rotary
+from dlm.models.block import AnyCache, Block, RMSNorm, TimeEmbedding, project, rotary
 from dlm.models.cache import KVCache, RaggedCache, TextCache, WindowCache
 from dlm.models.config import TransformerConfig
 
@@ -23,7 +23,6 @@ class Transformer(nn.Module):
     """A `Denoiser`: token ids in, logits out; bidirectional, block-causal or causal by its config."""
 
     quantized = False  # of `dlm.models.fast`: the weights are gone, and a network that is saved needs them
-    head_rows = 0  # of `in_pieces`
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -35,6 +34,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.turns: tuple[Tensor, Tensor] | None = None  # of dlm.models.fast: cos and sin (T, K) of every position
+        self.head_product: nn.Module | None = None  # of dlm.models.fast, as of the layers of a block
         self.ends: Any = None  # of dlm.models.fast: the ends of a block, compiled
         self.adapter: Any = None  # of dlm.convert.lora: told at every call where the masks stand
         self.reset()
@@ -142,13 +142,15 @@ class Transformer(nn.Module):
                 return hidden_BQD
             cast(list[Tensor], states).append(hidden_BQD)
         if at_BQ is not None and not (x_BQD.device.type == "cpu" and bool(at_BQ.all())):
-            logits_MV = in_pieces(self.head, self.norm(x_BQD[at_BQ]), self.head_rows)
+            (logits_MV,) = project(self.head_product, (self.head,), self.norm(x_BQD[at_BQ]))
             return logits_MV.new_zeros(*z_BQ.shape, logits_MV.shape[-1]).index_put_((at_BQ,), logits_MV)
-        return in_pieces(self.head, self.norm(x_BQD), self.head_rows)
+        (logits_BQV,) = project(self.head_product, (self.head,), self.norm(x_BQD))
+        return logits_BQV
 
     def _is_small(self, z_BQ: Tensor) -> bool:
         """Whether it is a call of decoding, for which blocks are compiled: few positions, no masks for an adapter to act on."""
-        return z_BQ.shape[1] <= SMALL and not torch.is_grad_enabled() and (self.adapter is None or self.adapter.masks_M is None)
+        most = SMALL if self.quantized else 2  # more have other kernels
+        return z_BQ.numel() <= most and not torch.is_grad_enabled() and (self.adapter is None or self.adapter.masks_M is None)
 
     def _rotary(self, pos_BQ: Tensor) -> tuple[Tensor, Tensor]:
         if self.turns is None:
