@@ -51,7 +51,7 @@ CASES = [
     Case("mask diffusion, confidence", "shakespeare-mask", 128, {"sampler": "confidence:0.5", "steps": 128}),
     Case("autoregressive", "shakespeare-ar", 64, {}),
 ]
-LARGE = [Case("SmolLM2, plain", "smollm2-135m", 32, {}), Case("SmolLM2, strided (lookup:4)", "smollm2-135m", 32, {"sampler": "lookup:4"})]
+LARGE = [Case("SmolLM2, plain", "smollm2-135m", 32, {}), Case("SmolLM2, lossless", "smollm2-135m", 32, {"lossless": True})]
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def flatness(memory: list[tuple[float, float]]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 4, 16, 64])
-    parser.add_argument("--requests", type=int, default=0, help="of each point; 0: twice the concurrency, at least 8")
+    parser.add_argument("--requests", type=int, default=0, help="of each point; 0: the concurrency, at least 8")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES")
     parser.add_argument("--clients", type=int, default=16, help="of the soak")
@@ -261,7 +261,7 @@ def main() -> None:
         with server(models, *threads) as (batched, _), server(models, "--max-batch", "1", *threads) as (by_one, _):
             for case in cases:
                 for concurrency in args.concurrency:
-                    requests = args.requests or max(8, 2 * concurrency)
+                    requests = args.requests or max(8, concurrency)
                     for url, most in ((batched, 64), (by_one, 1)):
                         points.append(asyncio.run(load(url, case, concurrency, requests, most)))
                         console.print(points[-1], highlight=False)
