@@ -78,14 +78,16 @@ def decode(
     lm = next(iter(models.values()))
     canvases = {(k, rows): _canvases(lm, rows, new, device, texts, prompts) for k, texts in kinds.items() for rows in sizes}
     longest = max(len(canvas.tokens_BT[0]) for group in canvases.values() for canvas in group) + 1
-    weights = {label: _weights(models[label.partition(" ")[2] or next(iter(models))].network) for label in samplers}
+    ours = list(samplers)
     for name, peer in _peers(peers, base, lm, device, next(iter(models)), longest, temperature).items():
-        samplers[name], weights[name] = peer, peer.weights()
+        samplers[name] = peer
     found: list[Any] = []
     with bar(f"decoding with {lm.name}", len(samplers) * rounds * sum(map(len, canvases.values()))) as progress:
         for (name, rows), group in canvases.items():
             settings = {"kind": name, "seed": seed, "rounds": rounds, "progress": progress.forward}
             made = decoding.compare(samplers, group, against=against, **settings)
+            weights = {label: _weights(models[label.partition(" ")[2] or next(iter(models))].network) for label in ours}
+            weights |= {label: samplers[label].weights() for label in samplers if label not in ours}
             cache = {label: _cache(lm, label, rows, max(len(canvas.tokens_BT[0]) for canvas in group)) for label in samplers}
             found += [replace(one, memory=weights[one.method] + cache[one.method]) for one in made]
     out = console(as_json)
@@ -162,8 +164,11 @@ def _peers(words: str, base: str, lm: Any, device: str, dtype: str, positions: i
 
 def _weights(network: Any) -> int:
     """Bytes of a network's tensors, those that share memory counted once."""
+    from dlm.models import fast
+
     tensors = [*network.parameters(), *network.buffers(), *(network.turns or ())]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    second = sum(part.numel() * part.element_size() for module in network.modules() for part in fast.second_layout(module))
+    return int(second + sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
 
 
 def _cache(lm: Any, label: str, rows: int, length: int) -> int:

@@ -58,6 +58,11 @@ class Product(nn.Module):
         return y
 
 
+def second_layout(module: nn.Module) -> list[Tensor]:
+    """The weights that a product holds once more."""
+    return [module.packed[0]] if isinstance(module, Product) and module.packed is not None else []
+
+
 def fuse(network: Transformer) -> Transformer:
     """Join q, k and v, and gate and up; look rotations up. The logits stay what they were, up to rounding.
 
