@@ -273,15 +273,16 @@ class LanguageModel:
         return options | {"budget": None} | found.options
 
     def _proposer(self) -> str:
-        """The word of the sampler that writes the text of plain decoding in the fewest calls that this model has means for: with the
-        adapter that it has or that was bundled for it, else from the text itself."""
+        """The word of the sampler that writes the text of plain decoding in the least time that this model has means for: with the
+        adapter or heads that it has, else from the text itself; with the adapter that was bundled for it where a call of many positions
+        costs what one of a single position does, which a CPU's does not."""
         if self.is_diffusion:
             raise InputError(f"{self.name} is a diffusion model: lossless decoding is for autoregressive ones")
         from dlm.convert import lora
 
         if self.network.adapter is None and self.heads is not None:
             return "heads:auto"
-        if self.network.adapter is None and (path := lora.bundled_for(self.network)) is not None:
+        if self.network.adapter is None and self.network.device.type != "cpu" and (path := lora.bundled_for(self.network)) is not None:
             lora.with_adapter(self, path)
         return "lookup:auto" if self.network.adapter is None else "strided:auto"
 

@@ -565,7 +565,7 @@ def test_a_pace_takes_what_pays(seconds: dict[int, float], chance: float, best: 
     chosen = paced(Pace(4), seconds, chance, 600, rows=rows)
     assert chosen[:3] == [4] * 3 and set(chosen[:9]) == {1, 2, 4}
     late = chosen[300:]
-    assert late.count(best) >= 0.9 * len(late)
+    assert late.count(best) >= 0.8 * len(late)
 
 
 def test_the_greatest_stride_is_the_adapters(autoregressive_dir: Path) -> None:

@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 TRIES = 3  # calls of a stride before it is judged
 MEMORY = 128  # calls of a row after which what it said counts 1 / e
 PLAIN = 1.03  # what others must be better by than plain decoding
-PATIENCE = 16  # calls before another stride is tried again; doubled whenever that changes nothing
+PATIENCE = 16, 64  # calls before another stride is tried again: at first, and at most, as it doubles whenever that changes nothing
 
 
 class Pace:
@@ -23,7 +23,7 @@ class Pace:
         self._seconds: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=9))
         self._tested = [4.0] * most  # of the k-th proposal: calls that allowed it, calls in which it held; begun as if half did
         self._held = [4.0 * 0.5**k for k in range(most)]
-        self._patience, self._since, self._trying, self._best = PATIENCE, 0, 0, 0
+        self._patience, self._since, self._trying, self._best = PATIENCE[0], 0, 0, 0
 
     def tokens(self, stride: int) -> float:
         """What a call of this stride commits, as far as is known."""
@@ -40,9 +40,9 @@ class Pace:
             return untried[0]
         order = sorted(self.strides, key=lambda s: self.tokens(s) / self.seconds(rows, s) * (PLAIN if s == 1 else 1))
         if order[-1] != self._best:
-            self._best, self._patience, self._since = order[-1], PATIENCE, 0
+            self._best, self._patience, self._since = order[-1], PATIENCE[0], 0
         elif self._since >= self._patience and len(order) > 1:
-            self._patience, self._since, self._trying = 2 * self._patience, 0, TRIES
+            self._patience, self._since, self._trying = min(2 * self._patience, PATIENCE[1]), 0, TRIES
         self._since += 1
         if self._trying:
             self._trying -= 1
