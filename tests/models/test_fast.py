@@ -134,6 +134,29 @@ def test_adapters_before_and_after(ready: Any, first: str) -> None:
         assert torch.equal(made.network(z_BT), base)
 
 
+@pytest.mark.parametrize("targets", [lora.TARGETS, ("k", "down"), ("up",)])
+def test_low_ranks_that_read_the_same_act_together(targets: tuple[str, ...]) -> None:
+    """As each by itself, whatever became of the adapter since the last call; all masks, some, and none."""
+    made, rng = model(), torch.Generator().manual_seed(3)
+    mask_id = made.tokenizer.mask_id
+    z_BT = text(made)
+    some_BT, all_BT = z_BT.clone(), torch.full_like(z_BT, mask_id)
+    some_BT[:, ::3] = mask_id
+    fast.fuse(made.network)
+    with torch.no_grad():
+        for rank in (2, 2, 3):
+            lora.attach(made.network, lora.AdapterConfig(rank, 4.0, targets), mask_id)
+            for _ in range(2):
+                for name, tensor in lora.adapter_state(made.network).items():
+                    if name.endswith("lora_B"):
+                        tensor.normal_(0.0, 0.3, generator=rng)
+                for read_BT in (some_BT, all_BT[:, 1:], z_BT):
+                    together = in_calls(made.network, read_BT, 8) if read_BT.shape[1] == LENGTH else made.network(read_BT)
+                    with torch.enable_grad():
+                        apart = made.network(read_BT)
+                    torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
+
+
 def test_rounding_is_to_the_nearest_of_255_levels() -> None:
     x_NI = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
     x_NI[3] = 0

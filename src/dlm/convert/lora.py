@@ -9,7 +9,9 @@ Shapes: B batch, Q queried positions, M masks among them, R rank; I and O featur
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -111,6 +113,33 @@ class LoRALinear(nn.Linear):
         x_MI = x_BQI.flatten(0, -2).index_select(0, masks_M)
         delta_MO = F.linear(F.linear(x_MI, self.lora_A.to(x_MI.dtype)), self.lora_B.to(x_MI.dtype))
         return y_BQO.flatten(0, -2).index_add(0, masks_M, delta_MO, alpha=self.scale).view_as(y_BQO)
+
+    def adapt_together(self, layers: Sequence[nn.Linear], product: Any, x_BQI: Tensor, y_BQO: Tensor) -> Tensor:
+        """What `adapt` does to each of the layers, whose outputs stand side by side in y: two products for all of them.
+
+        product: keeps their matrices, as long as the adapter stays as it is.
+        """
+        masks_M = self.adapter.masks_M
+        if masks_M is None:
+            return y_BQO
+        adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
+        low = [matrix for layer in adapted for matrix in (layer.lora_A, layer.lora_B)]
+        versions, known = [matrix._version for matrix in low], getattr(product, "low_rank", None)
+        if known is None or known[1] != versions or any(old is not new for old, new in zip(known[0], low, strict=True)):
+            rank = self.adapter.config.rank
+            lora_B = self.lora_B.new_zeros(y_BQO.shape[-1], rank * len(adapted))
+            ends = [0, *itertools.accumulate(layer.out_features for layer in layers)]
+            for layer, first, last in zip(layers, ends[:-1], ends[1:], strict=True):
+                if isinstance(layer, LoRALinear):
+                    column = rank * adapted.index(layer)
+                    lora_B[first:last, column : column + rank] = layer.scale * layer.lora_B
+            lora_A = torch.cat([layer.lora_A for layer in adapted])
+            product.low_rank = low, versions, lora_A.to(x_BQI.dtype), lora_B.to(x_BQI.dtype)
+        *_, lora_A, lora_B = product.low_rank
+        if self.adapter.alone:
+            return y_BQO + F.linear(F.linear(x_BQI, lora_A), lora_B)
+        delta_MO = F.linear(F.linear(x_BQI.flatten(0, -2).index_select(0, masks_M), lora_A), lora_B)
+        return y_BQO.flatten(0, -2).index_add(0, masks_M, delta_MO).view_as(y_BQO)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """A network's state is its base's: the adapter has files of its own."""

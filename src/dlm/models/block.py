@@ -61,9 +61,14 @@ def project(product: Callable[[Tensor], Tensor] | None, layers: Sequence[nn.Modu
     """
     if product is None or (torch.is_grad_enabled() and layers[0].weight is not None):
         return [layer(x) for layer in layers]
-    y = product(x)
+    y, adapted = product(x), [layer for layer in layers if hasattr(layer, "adapt")]
+    together = bool(adapted) and not torch.is_grad_enabled()
+    if together:
+        y = cast(Any, adapted[0]).adapt_together(layers, product, x, y)
     parts = torch.split(y, [cast(nn.Linear, layer).out_features for layer in layers], -1) if len(layers) > 1 else [y]
-    return [cast(Any, layer).adapt(x, part) if hasattr(layer, "adapt") else part for layer, part in zip(layers, parts, strict=True)]
+    if together or not adapted:
+        return parts
+    return [cast(Any, layer).adapt(x, part) if layer in adapted else part for layer, part in zip(layers, parts, strict=True)]
 
 
 class RMSNorm(nn.RMSNorm):

@@ -10,6 +10,7 @@ import statistics
 from collections import defaultdict, deque
 
 TRIES = 3  # calls of a stride before it is judged
+RECENT = 16  # calls whose time counts
 MEMORY = 128  # calls of a row after which what it said counts 1 / e
 PLAIN = 1.03  # what others must be better by than plain decoding
 PATIENCE = 16, 64  # calls before another stride is tried again: at first, and at most, as it doubles whenever that changes nothing
@@ -20,7 +21,7 @@ class Pace:
 
     def __init__(self, most: int) -> None:
         self.strides = sorted({most, *(1 << k for k in range(most.bit_length()))})
-        self._seconds: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=9))
+        self._seconds: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
         self._tested = [4.0] * most  # of the k-th proposal: calls that allowed it, calls in which it held; begun as if half did
         self._held = [4.0 * 0.5**k for k in range(most)]
         self._patience, self._since, self._trying, self._best = PATIENCE[0], 0, 0, 0
@@ -30,8 +31,8 @@ class Pace:
         return 1.0 + sum(self._held[k] / self._tested[k] for k in range(1, stride))
 
     def seconds(self, rows: int, stride: int) -> float:
-        """What such a call takes; counts of rows up to the next power of two are one."""
-        return statistics.median(self._seconds[_size(rows), stride])
+        """What such a call takes, those without proposals among them; counts of rows up to the next power of two are one."""
+        return statistics.fmean(self._seconds[_size(rows), stride])
 
     def choose(self, rows: int) -> int:
         """The stride of the next call of so many rows."""
