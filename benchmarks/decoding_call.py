@@ -20,7 +20,7 @@ import dlm
 from dlm.evaluate import card
 from dlm.models import fast
 
-PRODUCTS = ("aten::_int_mm", "aten::mm", "aten::addmm", "aten::bmm", "mkl::_mkl_linear", "aten::linear")
+PRODUCTS = ("aten::_int_mm", "aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise")
 ATTENTION = ("aten::_scaled_dot_product", "aten::scaled_dot_product")
 
 
@@ -48,7 +48,7 @@ def shares(call: Any, calls: int = 5) -> tuple[float, float, int]:
     count = 0
     for event in profile.events():
         name, spent = str(event.name), event.self_cpu_time_total
-        count += name.startswith(("aten::", "mkl::"))
+        count += name.startswith(("aten::", "mkldnn::"))
         products += spent * (name in PRODUCTS)
         attention += spent * name.startswith(ATTENTION)
     return products / whole, attention / whole, count // calls

@@ -235,7 +235,7 @@ def test_compiled_calls_say_what_they_said() -> None:
     z_BT = text(one)
     masked_BT = z_BT.clone()
     masked_BT[:, 1::2] = one.tokenizer.mask_id
-    calls = [(one, z_BT[:1], 1), (one, z_BT, 2), (one, z_BT[:1], 1), (one, masked_BT, 4), (other, z_BT[:1], 1)]
+    calls = [(one, z_BT[:1], 1), (one, z_BT[:2], 1), (one, z_BT, 2), (one, z_BT[:1], 1), (one, masked_BT, 4), (other, z_BT[:1], 1)]
     with torch.no_grad():
         before = [in_calls(made.network, z, size) for made, z, size in calls]
         for made in (one, other):

@@ -49,7 +49,7 @@ class Product(nn.Module):
         return in_pieces(self._product, x, self.rows)
 
     def _product(self, x: Tensor) -> Tensor:
-        if not self.packs or x.numel() // x.shape[-1] not in PACKED or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.packs or x.numel() // x.shape[-1] not in PACKED or x.dtype != torch.float32:
             return F.linear(x, self.weight, self.bias)
         version = sum(part._version for part in self.parts)
         if self.packed is None or self.packed[1] != version:
