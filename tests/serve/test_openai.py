@@ -245,7 +245,7 @@ def test_lossless_is_the_law_in_fewer_calls(served: Served, models: list[Languag
     asked = {"model": "tiny-ar", "prompt": "ab" * 5, "max_tokens": 20, "seed": 1, "temperature": 0.0}
     plain, fast = (served.post("/v1/completions", asked | more).json() for more in ({}, {"lossless": True}))
     assert plain["choices"] == fast["choices"] and fast["usage"]["forwards"] < plain["usage"]["forwards"] == 20
-    assert fast["dlm"]["sampler"] == "lookup:4"
+    assert fast["dlm"]["sampler"] == "lookup:auto"
     assert served.post("/v1/completions", {"prompt": "a", "max_tokens": 4, "lossless": True}).json()["dlm"]["sampler"] == "speculative"
     refused = served.post("/v1/completions", {"prompt": "a", "lossless": True, "sampler": "confidence"})
     assert refused.status_code == 400 and "approximates" in refused.json()["error"]["message"]
