@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -38,11 +37,13 @@ class EventStream(Response):
             await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in (sending, leaving):
-                if not task.done():
-                    task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
-            self.close()
+                task.cancel()
+            try:  # whatever `receive` raises where the server gives up on the client, the row is freed
+                fault, _ = await asyncio.gather(sending, leaving, return_exceptions=True)
+            finally:
+                self.close()
+        if isinstance(fault, Exception):
+            raise fault
 
     async def _send(self, send: Send) -> None:
         try:
