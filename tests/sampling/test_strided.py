@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -539,35 +538,6 @@ def test_the_stride_may_change_with_every_call(name: str, draw: Draw) -> None:
     assert pace._since == len(frames) and pace._seconds
 
 
-def paced(pace: Pace, seconds: dict[int, float], chance: float, calls: int, seed: int = 0, rows: int = 1) -> list[int]:
-    """The strides that a pace chooses where calls of each take so long, and every proposal holds with this chance."""
-    rng, chosen = random.Random(seed), []
-    for _ in range(calls):
-        stride = pace.choose(rows)
-        chosen.append(stride)
-        held = [next((k for k in range(stride - 1) if rng.random() >= chance), stride - 1) for _ in range(rows)]
-        pace.saw(rows, stride, seconds[stride] * rng.uniform(0.9, 1.1), held)
-    return chosen
-
-
-@pytest.mark.parametrize(
-    ("seconds", "chance", "best"),
-    [
-        ({1: 1.0, 2: 1.0, 4: 1.0}, 0.3, 4),  # calls of any length cost the same: a GPU, a single row
-        ({1: 1.0, 2: 1.4, 4: 2.4}, 0.3, 1),  # 1.3 tokens at most for 1.4
-        ({1: 1.0, 2: 1.1, 4: 2.4}, 0.5, 2),  # 1.5 for 1.1, 1.875 for 2.4
-        ({1: 1.0, 2: 1.4, 4: 1.8}, 0.9, 4),
-        ({1: 1.0, 2: 2.0, 4: 4.0}, 0.9, 1),  # a machine that is busy with one position: nothing can pay
-    ],
-)
-@pytest.mark.parametrize("rows", [1, 5])
-def test_a_pace_takes_what_pays(seconds: dict[int, float], chance: float, best: int, rows: int) -> None:
-    chosen = paced(Pace(4), seconds, chance, 600, rows=rows)
-    assert chosen[:3] == [4] * 3 and set(chosen[:9]) == {1, 2, 4}
-    late = chosen[300:]
-    assert late.count(best) >= 0.8 * len(late)
-
-
 def test_the_greatest_stride_is_the_adapters(autoregressive_dir: Path) -> None:
     model = load(str(autoregressive_dir))
     assert cast(StridedSampler, model.sampler(sampler="strided:auto")).stride == 4
@@ -575,22 +545,6 @@ def test_the_greatest_stride_is_the_adapters(autoregressive_dir: Path) -> None:
     lora.attach(model.network, lora.AdapterConfig(2, 4.0, stride=3), model.tokenizer.mask_id)
     one, two = (cast(StridedSampler, model.sampler(sampler="strided:auto")) for _ in range(2))
     assert one.stride == 3 and one.pace is two.pace  # what it learned stays with the model
-
-
-def test_a_pace_notices_when_it_changes() -> None:
-    """A text that begins to repeat itself: proposals that did not hold do now, at a cost that was too high."""
-    pace, seconds = Pace(4), {1: 1.0, 2: 1.2, 4: 1.7}
-    assert paced(pace, seconds, 0.1, 300)[-20:].count(1) >= 19
-    assert paced(pace, seconds, 0.95, 900)[-20:].count(4) >= 19
-
-
-def test_rows_are_learned_of_by_their_number() -> None:
-    pace = Pace(2)
-    paced(pace, {1: 1.0, 2: 1.1}, 0.9, 50)
-    assert pace.choose(1) == 2
-    paced(pace, {1: 1.0, 2: 2.5}, 0.9, 50, rows=16)
-    assert pace.choose(16) == 1 and pace.choose(1) == 2
-    assert [pace.choose(9) for _ in range(3)] == [1, 1, 1]  # as 16
 
 
 # --- prompt lookup -----------------------------------------------------------------------------------------------

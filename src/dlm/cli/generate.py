@@ -60,7 +60,9 @@ def generate(
     adapter: Annotated[Path | None, typer.Option(help="What `dlm convert` made for an autoregressive base, for --lossless.")] = None,
     lossless: Annotated[
         bool,
-        typer.Option("--lossless", help="The text of plain decoding in fewer calls: with --adapter, a bundled one, or by looking back."),
+        typer.Option(
+            "--lossless", help="The text of plain decoding in fewer calls: with --adapter, else by looking back (on a GPU: a bundled one)."
+        ),
     ] = False,
     seed: Seed = 0,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="See the text settle.")] = False,

@@ -9,7 +9,6 @@ Shapes: B batch, Q queried positions, M masks among them, R rank; I and O featur
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from dlm.convert import parts
 from dlm.errors import InputError
 from dlm.models import checkpoint
+from dlm.models.block import version
 from dlm.models.transformer import Transformer
 
 TARGETS = ("q", "k", "v", "out", "up", "down", "gate")  # linear layers of a block; not every network has a gate
@@ -124,17 +124,13 @@ class LoRALinear(nn.Linear):
             return y_BQO
         adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
         low = [matrix for layer in adapted for matrix in (layer.lora_A, layer.lora_B)]
-        versions, known = [matrix._version for matrix in low], getattr(product, "low_rank", None)
-        if known is None or known[1] != versions or any(old is not new for old, new in zip(known[0], low, strict=True)):
-            rank = self.adapter.config.rank
-            lora_B = self.lora_B.new_zeros(y_BQO.shape[-1], rank * len(adapted))
-            ends = [0, *itertools.accumulate(layer.out_features for layer in layers)]
-            for layer, first, last in zip(layers, ends[:-1], ends[1:], strict=True):
-                if isinstance(layer, LoRALinear):
-                    column = rank * adapted.index(layer)
-                    lora_B[first:last, column : column + rank] = layer.scale * layer.lora_B
+        known = getattr(product, "low_rank", None)
+        if known is None or [*map(id, known[0])] != [*map(id, low)] or known[1] != version(low):
             lora_A = torch.cat([layer.lora_A for layer in adapted])
-            product.low_rank = low, versions, lora_A.to(x_BQI.dtype), lora_B.to(x_BQI.dtype)
+            lora_B = torch.block_diag(  # type: ignore[no-untyped-call]
+                *(layer.scale * layer.lora_B if layer in adapted else self.lora_B.new_zeros(layer.out_features, 0) for layer in layers)
+            )
+            product.low_rank = low, version(low), lora_A.to(x_BQI.dtype), lora_B.to(x_BQI.dtype)
         *_, lora_A, lora_B = product.low_rank
         if self.adapter.alone:
             return y_BQO + F.linear(F.linear(x_BQI, lora_A), lora_B)

@@ -54,6 +54,11 @@ def in_pieces(function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Ten
     return y_NO.view(*x.shape[:-1], -1)
 
 
+def version(tensors: Sequence[Tensor]) -> int:
+    """Another number whenever one of them was changed in place; 0 for those of inference mode, which forbids that."""
+    return sum(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
 def project(product: Callable[[Tensor], Tensor] | None, layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
     """What each layer says of x; `product`, of `dlm.models.fast`, is all of them at once. An adapter acts on its layer's part.
 
@@ -62,12 +67,9 @@ def project(product: Callable[[Tensor], Tensor] | None, layers: Sequence[nn.Modu
     if product is None or (torch.is_grad_enabled() and layers[0].weight is not None):
         return [layer(x) for layer in layers]
     y, adapted = product(x), [layer for layer in layers if hasattr(layer, "adapt")]
-    together = bool(adapted) and not torch.is_grad_enabled()
-    if together:
-        y = cast(Any, adapted[0]).adapt_together(layers, product, x, y)
+    if adapted and not torch.is_grad_enabled():
+        y, adapted = cast(Any, adapted[0]).adapt_together(layers, product, x, y), []
     parts = torch.split(y, [cast(nn.Linear, layer).out_features for layer in layers], -1) if len(layers) > 1 else [y]
-    if together or not adapted:
-        return parts
     return [cast(Any, layer).adapt(x, part) if layer in adapted else part for layer, part in zip(layers, parts, strict=True)]
 
 

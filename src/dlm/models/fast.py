@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlm.errors import InputError
-from dlm.models.block import Block, RMSNorm, in_pieces, rotary
+from dlm.models.block import Block, RMSNorm, in_pieces, rotary, version
 from dlm.models.quantized import Int8Linear
 from dlm.models.transformer import Transformer
 
@@ -35,9 +35,10 @@ class Product(nn.Module):
         super().__init__()
         self.rows = 0  # of `in_pieces`
         self.packs, self.parts = False, tuple(layer.weight for layer in layers)
-        self.packed: tuple[Tensor, int] | None = None  # and the versions of the parts that it was made of
+        self.packed: tuple[Tensor, int] | None = None  # and the version of the parts that it was made of
         biases = [layer.bias for layer in layers if layer.bias is not None]
-        self.register_buffer("weight", torch.cat([layer.weight.detach() for layer in layers]), persistent=False)
+        weights = [part.detach() for part in self.parts]
+        self.register_buffer("weight", torch.cat(weights) if len(weights) > 1 else weights[0], persistent=False)
         self.register_buffer("bias", torch.cat([bias.detach() for bias in biases]) if biases else None, persistent=False)
         for layer, part in zip(layers, torch.split(self.weight, [layer.out_features for layer in layers]), strict=True):
             layer.weight.data = part
@@ -51,9 +52,8 @@ class Product(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or not self.packs or x.numel() // x.shape[-1] not in PACKED or x.dtype != torch.float32:
             return F.linear(x, self.weight, self.bias)
-        version = sum(part._version for part in self.parts)
-        if self.packed is None or self.packed[1] != version:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS), version
+        if self.packed is None or self.packed[1] != version(self.parts):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS), version(self.parts)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed[0], self.bias, "none", [], "")
         return y
 

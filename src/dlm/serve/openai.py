@@ -237,8 +237,8 @@ def _prompts(asked: schema.CompletionRequest) -> list[str | list[int]]:
 
 def _text(lm: LanguageModel, asked: schema.CompletionRequest, prompt: str | list[int]) -> tuple[Canvas, str]:
     """(what is to be filled, the prompt as text)."""
-    text = prompt if isinstance(prompt, str) else lm.tokenizer.decode(lm.known(prompt))
-    return lm.canvas([prompt], max_new_tokens=asked.max_tokens, suffix=asked.suffix or ""), text
+    canvas = lm.canvas([prompt], max_new_tokens=asked.max_tokens, suffix=asked.suffix or "")
+    return canvas, prompt if isinstance(prompt, str) else lm.tokenizer.decode(prompt)
 
 
 def _conversation(lm: LanguageModel, asked: schema.ChatRequest) -> tuple[Canvas, str]:
