@@ -8,6 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.model_scheduling import routing
@@ -118,7 +120,8 @@ def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, co
         pace = model.paces.setdefault((word, model.network.adapter is not None), Pace(most))
     proposer: Proposer = Lookup()
     if guess.name == "strided":
-        proposer = Masks.cheapest(partial(_seconds, network, model.seconds), most)
+        chain = None if network.chain is None else partial(_chained, network)
+        proposer = Masks.cheapest(partial(_seconds, network, model.seconds), most, chain=chain)
     elif guess.name == "heads":
         if model.heads is None:
             raise InputError(f"{model.name} has no heads to guess with: give --adapter DIRECTORY of dlm convert {model.name} --heads 3")
@@ -147,6 +150,12 @@ def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, co
         start=start,
         stop=model.stops,
     )
+
+
+def _chained(network: Transformer, slot: int, state_BD: Tensor, before_BS: Tensor) -> Tensor:
+    """Logits of masks of this slot, given the tokens of the places up to theirs."""
+    assert network.chain is not None
+    return network.read_out(network.chain(slot, state_BD, F.embedding(before_BS, network.embed.weight)))
 
 
 def _most(model: LanguageModel, name: str) -> int:

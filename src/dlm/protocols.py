@@ -236,7 +236,8 @@ class Round:
     """What a proposer sees after a call of strided decoding. M masks of a group.
 
     text_BL: the committed text, known_B columns of it; begin_B: where the window begins that a row is in; most_B: proposals wanted at
-    most; u_BK: a uniform for each, to draw it with; guess_BMV: logits of the group of masks after the text, of the rows in guessed_B;
+    most; u_BK: a uniform for each, to draw it with; guess_BMX: logits of the group of masks after the text, of the rows in guessed_B, or
+    their hidden states where `Proposer.reads_states`;
     shape: logits (B, K, V) to the log-probabilities that the sampler draws from; capacity: positions that a cache of this run needs.
     memory: what the proposer keeps for its next round. state_BD: the hidden state that the last token was drawn from, where
     `Proposer.reads_states`.
@@ -247,7 +248,7 @@ class Round:
     known_B: Tensor
     most_B: Tensor
     u_BK: Tensor
-    guess_BMV: Tensor
+    guess_BMX: Tensor
     guessed_B: Tensor
     shape: Callable[[Tensor], Tensor]
     capacity: int
@@ -258,7 +259,9 @@ class Round:
 class Proposer(Protocol):
     """Where the tokens come from that strided decoding verifies; a frozen dataclass, so that it prints and goes into the run record."""
 
-    reads_states: ClassVar[bool]
+    @property
+    def reads_states(self) -> bool:
+        """Whether it wants hidden states, of the last token and of the masks that it added to the call, and no logits of those."""
 
     def groups(self, count_B: Tensor) -> Tensor:
         """Groups of masks that the next call reads too: after how many of a row's proposals each stands, int64 (B, G)."""

@@ -118,6 +118,18 @@ def test_stop_and_resume(base_dir: Path, text: Path, tmp_path: Path, changes: di
     assert {k: v for k, v in parts.items() if k != "tokens_per_second"} == {k: v for k, v in whole.items() if k != "tokens_per_second"}
 
 
+def test_beginning_with_an_adapter(dlm: Dlm, base_dir: Path, text: Path, tmp_path: Path) -> None:
+    """Its acceptance is where the run begins; a chain is added to one that has none."""
+    first = run(base_dir, text, tmp_path / "first", replace(CONFIG, chain=0))
+    second = run(base_dir, text, tmp_path / "second", replace(CONFIG, init=str(tmp_path / "first")))
+    assert second["accept_before"] == pytest.approx(first["accept"], abs=5e-3)  # which is in bfloat16 on disk
+    assert "chain.down" in load_file(tmp_path / "second" / "adapter.safetensors")
+    words = ("convert", str(base_dir), "--data", str(text), "--length", "16", "--init")
+    assert "no adapter 'none'" in dlm.told(*words, "none", "--stride", "3", "--rank", "2")
+    assert "does not fit" in dlm.told(*words, str(tmp_path / "first"), "--stride", "3", "--rank", "3")
+    assert "leave --full and --heads away" in dlm.told(*words, str(tmp_path / "first"), "--full")
+
+
 def test_ctrl_c_saves(base_dir: Path, text: Path, tmp_path: Path) -> None:
     run(base_dir, text, tmp_path / "whole")
     lm = load(str(base_dir))

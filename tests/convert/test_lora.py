@@ -133,6 +133,24 @@ def test_save_and_load(saved: Path) -> None:
     assert sorted(p.name for p in saved.iterdir()) == ["adapter.json", "adapter.safetensors"]
 
 
+def test_a_chain_goes_with_its_adapter(tmp_path: Path) -> None:
+    made = adapted(chain=6)
+    about = {"base": made.name, "fingerprint": lora.fingerprint(made.network)}
+    assert about["fingerprint"] == lora.fingerprint(fresh().network)  # it is no part of the base
+    lora.save_adapter(tmp_path, made.network, lora.AdapterConfig(4, 8.0, stride=8, chain=6, **about))
+    lm = lora.with_adapter(fresh(), tmp_path)
+    assert made.network.chain is not None and lm.network.chain is not None
+    hidden_ND, before_NSD = torch.randn(2, lm.network.config.width), torch.randn(2, 3, lm.network.config.width)
+    assert torch.equal(lm.network.chain(2, hidden_ND, before_NSD), made.network.chain(2, hidden_ND, before_NSD))
+    assert not torch.equal(lm.network.chain(2, hidden_ND, before_NSD), hidden_ND)
+    lora.attach(lm.network, lora.AdapterConfig(4, 8.0, stride=8, chain=6), lm.tokenizer.mask_id)
+    assert torch.equal(lm.network.chain(2, hidden_ND, before_NSD), hidden_ND)  # fresh, it changes nothing
+    lora.begin_with(lm.network, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(*(lora.adapter_state(one.network).values() for one in (lm, made)), strict=True))
+    lora.detach(lm.network)
+    assert lm.network.chain is None
+
+
 def test_bfloat16(saved: Path) -> None:
     lm = fresh()
     lm.network.to(torch.bfloat16)
@@ -167,7 +185,7 @@ def test_bundled_adapters(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         lm.network.head.weight[0] += 1.0
     assert lora.bundled_for(lm.network) is None
-    for name, reason in (("auto", "no adapter 'auto' for tiny-autoregressive; bundled: adapter"), ("other", "no adapter 'other'")):
+    for name, reason in (("auto", "no adapter 'auto' for this base; bundled: adapter"), ("other", "no adapter 'other'")):
         with pytest.raises(InputError, match=reason):
             lora.with_adapter(lm, name)
     with pytest.raises(InputError, match="made for another base"):

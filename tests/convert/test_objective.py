@@ -36,10 +36,10 @@ def test_the_pattern_is_its_definition(block: int, phases: list[int]) -> None:
     assert torch.equal(aligned, attention.introspective(torch.arange(length)[None], block, torch.tensor([0])))
 
 
-def adapted(seed: int = 0, **network: object) -> LanguageModel:
+def adapted(seed: int = 0, chain: int = 0, **network: object) -> LanguageModel:
     """A tiny causal model with an adapter that is far from doing nothing."""
     lm = make_model("autoregressive", **network)  # type: ignore[arg-type]
-    lora.attach(lm.network, lora.AdapterConfig(rank=4, alpha=8.0), lm.tokenizer.mask_id)
+    lora.attach(lm.network, lora.AdapterConfig(rank=4, alpha=8.0, stride=8, chain=chain), lm.tokenizer.mask_id)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in lora.adapter_state(lm.network).values():
@@ -59,7 +59,8 @@ def batch(lm: LanguageModel, rows: int = 3, length: int = 13) -> tuple[Tensor, T
 
 
 def slow(lm: LanguageModel, x: Tensor, free: Tensor, stride: int, phase: int) -> list[tuple[int, Tensor, Tensor, int]]:
-    """(slot, log p, log q, next token) of every scored mask of a row, each from one plain call on clean text and the masks of its block."""
+    """(slot, log p, log q, next token) of every scored mask of a row, each from one plain call on clean text and the masks of its block,
+    and from the tokens that those masks stand for where the network has a chain."""
     found, mask_id, free = [], lm.tokenizer.mask_id, free.clone()
     free[0] = False
     for s in range(len(x) - 1):
@@ -69,9 +70,12 @@ def slow(lm: LanguageModel, x: Tensor, free: Tensor, stride: int, phase: int) ->
         while begin > 0 and (begin - 1 + phase) // (stride - 1) == (s + phase) // (stride - 1):
             begin -= 1
         read = [*x[:begin].tolist(), *(mask_id if free[i] else int(x[i]) for i in range(begin, s + 1))]
-        logq = lm.network(torch.tensor([read]))[0, -1, :mask_id].log_softmax(-1)
+        hidden_1D, slot = lm.network(torch.tensor([read]), logits=False)[:, -1], int(free[begin:s].sum())
+        if lm.network.chain is not None:
+            hidden_1D = lm.network.chain(slot, hidden_1D, lm.network.embed.weight[x[None, s - slot : s + 1]])
+        logq = lm.network.head(hidden_1D)[0, :mask_id].log_softmax(-1)
         logp = lm.network(x[None, : s + 1])[0, -1, :mask_id].log_softmax(-1)
-        found.append((int(free[begin:s].sum()), logp, logq, int(x[s + 1])))
+        found.append((slot, logp, logq, int(x[s + 1])))
     return found
 
 
@@ -81,9 +85,9 @@ def phases(stride: int) -> Tensor:
 
 
 @pytest.mark.parametrize("stride", [2, 3, 4, 8])
-@pytest.mark.parametrize("clean", [None, 0.2], ids=["beside", "together"])
-def test_the_loss_is_what_blocks_give_alone(stride: int, clean: float | None) -> None:
-    lm = adapted(kv_heads=1, mlp="swiglu")
+@pytest.mark.parametrize(("clean", "chain"), [(None, 0), (None, 6), (0.2, 0)], ids=["beside", "chained", "together"])
+def test_the_loss_is_what_blocks_give_alone(stride: int, clean: float | None, chain: int) -> None:
+    lm = adapted(kv_heads=1, mlp="swiglu", chain=chain)
     x_BT, free_BT = batch(lm)
     options = {"stride": stride, "mask_id": lm.tokenizer.mask_id, "clean": clean}
     with torch.no_grad():
@@ -110,10 +114,11 @@ def test_the_loss_is_what_blocks_give_alone(stride: int, clean: float | None) ->
         assert outcome.agreed_S.tolist() == agreed
 
 
+@pytest.mark.parametrize("chain", [0, 6])
 @pytest.mark.parametrize("how", ["kl", "ce"])
-def test_the_gradient_is_that_of_blocks_alone(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_is_that_of_blocks_alone(how: str, chain: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(divergence, "CHUNK", 5)
-    lm = adapted(kv_heads=1, mlp="swiglu")
+    lm = adapted(kv_heads=1, mlp="swiglu", chain=chain)
     x_BT, free_BT = batch(lm)
     found = consistency(lm.network, x_BT, free_BT, phases(4), stride=4, mask_id=lm.tokenizer.mask_id, how=how)
     (found.nats_B * torch.tensor([1.0, -2.0, 0.5])).sum().backward()
@@ -126,7 +131,8 @@ def test_the_gradient_is_that_of_blocks_alone(how: str, monkeypatch: pytest.Monk
         total = total + weight * torch.stack(nats).mean()
     total.backward()
     wanted = {name: p.grad for name, p in lm.network.named_parameters() if p.grad is not None}
-    assert got.keys() == wanted.keys() == lora.adapter_state(lm.network).keys()
+    unused = {f"chain.up_{slot}" for slot in range(3, 7)}  # of a stride of 8
+    assert got.keys() == wanted.keys() == lora.adapter_state(lm.network).keys() - unused
     for name, gradient in wanted.items():
         torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4)
 
@@ -152,7 +158,7 @@ def test_the_teacher_of_a_mask_is_the_clean_row_beside_it() -> None:
     """A network that says at every row what it read there last: mask s then learns from the token at s, which says s + 1."""
 
     class Echo(torch.nn.Module):
-        head = torch.nn.Linear(6, 6, bias=False)
+        head, chain = torch.nn.Linear(6, 6, bias=False), None
 
         def forward(self, z_BQ: Tensor, **pattern: object) -> Tensor:
             length = z_BQ.shape[1] // 2

@@ -22,6 +22,7 @@ import dlm
 from conftest import Dlm, make_model
 from convert.bases import publish, transformer
 from dlm.convert import heads, lora
+from dlm.convert.chain import Chain
 from dlm.errors import InputError
 from dlm.language_model import load
 from dlm.models.cache import RaggedCache
@@ -58,10 +59,19 @@ def guessing(made: Transformer, count: int = 3) -> Heads:
     return Heads(found, count)
 
 
+def chained(made: Transformer, slots: int = 4) -> Callable[[int, Tensor, Tensor], Tensor]:
+    """A chain that says something of its own."""
+    found = Chain(slots, made.config.width, 8, torch.Generator().manual_seed(3)).requires_grad_(False)
+    found.down.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(4))
+    return lambda slot, state_BD, before_BS: made.read_out(found(slot, state_BD, F.embedding(before_BS, made.embed.weight)))
+
+
 BASE, SMALL = network(), network(1, layers=1)
 PROPOSERS: dict[str, Any] = {
     "tree": Masks("tree"),
     "restart": Masks("restart"),
+    "chain": Masks(chain=chained(BASE)),
+    "chain, restart": Masks("restart", chained(BASE)),
     "lookup": Lookup(),
     "draft": DraftModel(SMALL, SMALL.ragged_cache, MASK),
     "heads": guessing(BASE),
@@ -213,11 +223,12 @@ class Sometimes:
 
 
 @pytest.mark.parametrize("draw", [Draw(), Draw(0.6), Draw(1.2, top_p=0.8), Draw(top_k=2)], ids=str)
-@pytest.mark.parametrize("name", ["tree", "restart", "lookup", "draft", "heads", "certain"])
+@pytest.mark.parametrize("name", ["tree", "restart", "chain", "lookup", "draft", "heads", "certain"])
 def test_ratio_has_the_law_of_the_plain_chain(name: str, draw: Draw) -> None:
     """Temperature and truncation on both sides; a random network proposes badly, so that most proposals are tested and many fall."""
     small = tiny_network(1)
     own = {"draft": DraftModel(small, small.ragged_cache, TINY.mask_id), "heads": guessing(tiny_network(0)), "certain": Sometimes()}
+    own["chain"] = Masks(chain=chained(tiny_network(0)))
     law_S, samples = tiny_law(draw), tiny_samples((PROPOSERS | own)[name], draw, 3)
     assert float(law_S.sum()) == pytest.approx(1)
     assert chi_square_p(samples, law_S, TINY) > 1e-3
@@ -367,7 +378,7 @@ def test_a_mask_reads_its_prefix_and_the_masks_before_it_in_its_group(layout: st
 # --- the cache ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tree", "restart", "lookup", "draft", "heads"])
+@pytest.mark.parametrize("name", ["tree", "restart", "chain", "lookup", "draft", "heads"])
 def test_keys_and_values_are_those_of_the_plain_run(name: str) -> None:
     """Rows at their own lengths; what was rejected, and every mask, has gone."""
     caches: list[RaggedCache] = []
@@ -420,6 +431,25 @@ def test_heads_guess_from_the_state_that_the_last_token_was_drawn_from() -> None
             logits_KV = PROPOSERS["heads"].logits(BASE(read_BT, logits=False)[:, -1], 3)[0, :, :MASK]
             assert proposed == logits_KV.argmax(-1).tolist()[: len(proposed)]
             checked += len(proposed)
+    assert checked > 10
+
+
+def test_a_chain_guesses_from_its_mask_and_the_token_before() -> None:
+    """What is proposed after every call is what the chain says of masks that stand after the committed text, one after another."""
+    proposer, checked = PROPOSERS["chain"], 0
+    sampler, canvas = strided(proposer, draw=Draw(0.0), context=0), canvas_of([[1, 2, 3], [4]], 8)
+    for frame, tally in sampler.rounds(canvas, rng=generators(5, 2)):
+        for row in range(2):
+            known = int(frame.settled_BT[row].sum()) - int((~canvas.valid_BT[row]).sum())
+            proposed = [i for i in frame.proposed_BT[row].tolist() if i >= 0]  # type: ignore[index]
+            if not (tally.committed_B[row] and proposed):
+                continue
+            read_BT = torch.cat([torch.full((1, 1), MASK), frame.tokens_BT[row : row + 1, : known - 1], torch.full((1, 3), MASK)], 1)
+            states_BMD, before_BS = BASE(read_BT, logits=False)[:, known:], frame.tokens_BT[row : row + 1, known - 1 : known]
+            for slot, token in enumerate(proposed):
+                assert token == int(proposer.chain(slot, states_BMD[:, slot], before_BS)[0, :MASK].argmax())
+                before_BS = torch.cat([before_BS, torch.tensor([[token]])], 1)
+                checked += 1
     assert checked > 10
 
 

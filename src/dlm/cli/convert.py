@@ -26,6 +26,8 @@ def convert(
     rank: Annotated[int, typer.Option(help="Of the adapter.")] = 16,
     alpha: Annotated[float | None, typer.Option(help="The adapter's output counts alpha / rank times; default: twice the rank.")] = None,
     targets: Annotated[str, typer.Option(help="Adapted layers of every block.")] = "q,k,v,out,up,down,gate",
+    chain: Annotated[int, typer.Option(help="Inner width of what tells a mask the tokens drawn before its own; 0: none.")] = 384,
+    init: Annotated[str, typer.Option(help="Begin with this adapter: directory or bundled name.")] = "",
     loss: Annotated[str, typer.Option(help="kl: what the base says of the clean text | ce: the text itself.")] = "kl",
     clean_weight: Annotated[float, typer.Option(help="With --full, of the loss on clean text; 0: the ratio of the two losses.")] = 0.2,
     steps: Annotated[int, typer.Option(help="Updates.")] = 1000,
@@ -54,9 +56,10 @@ def convert(
     if (warmth := _numbers(temperatures)) != [1.0] and data is not None:
         raise InputError("--temperatures are what --self-distill writes with: leave them away with --data")
     words = tuple(word for word in targets.split(",") if word)
-    sizes = {"stride": stride, "heads": heads, "rank": rank, "steps": steps, "batch": batch, "length": length, "save_every": save_every}
+    sizes = {"stride": stride, "heads": heads, "rank": rank, "chain": chain}
+    sizes |= {"steps": steps, "batch": batch, "length": length, "save_every": save_every}
     rates = {"alpha": 2.0 * rank if alpha is None else alpha, "lr": lr, "clean_weight": clean_weight}
-    config = ConvertConfig(full=full, targets=words, loss=loss, seed=seed, eval_every=eval_every, **sizes, **rates)  # type: ignore[arg-type]
+    config = ConvertConfig(full=full, targets=words, init=init, loss=loss, seed=seed, eval_every=eval_every, **sizes, **rates)  # type: ignore[arg-type]
     lm = load(base, device, dtype)
     config.check(lm)
     out = out or Path("runs") / "convert" / lm.name

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlm.convert import parts
+from dlm.convert.chain import Chain
 from dlm.errors import InputError
 from dlm.models import checkpoint
 from dlm.models.block import version
@@ -32,12 +33,14 @@ HEADS = "heads.json"  # of `dlm.convert.heads`
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What adapter.json says. alpha: the adapter's output counts alpha / rank times; stride: tokens that a call may commit at most."""
+    """What adapter.json says. alpha: the adapter's output counts alpha / rank times; stride: tokens that a call may commit at most; chain:
+    the inner width of its `dlm.convert.chain`, 0 for none."""
 
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = TARGETS
     stride: int = 4
+    chain: int = 0
     base: str = ""
     fingerprint: str = ""
     made: dict[str, Any] = field(default_factory=dict)  # how: settings and figures of its training
@@ -48,6 +51,8 @@ class AdapterConfig:
             raise InputError(f"an adapter has a rank from 1 and an alpha above 0, got {self.rank} and {self.alpha}")
         if self.stride < 2:
             raise InputError(f"a stride counts from 2: one token and at least one mask; got {self.stride}")
+        if self.chain < 0:
+            raise InputError(f"the inner width of a chain counts from 0, which is none; got {self.chain}")
         if not self.targets or set(self.targets) - set(TARGETS):
             raise InputError(f"adapter targets are some of {', '.join(TARGETS)}; got {', '.join(self.targets) or 'none'}")
 
@@ -183,6 +188,8 @@ def attach(network: Transformer, config: AdapterConfig, mask_id: int, *, seed: i
                     setattr(part, name, LoRALinear.from_base(layer, adapter, rng))
     network.embed = MaskEmbedding(network.embed, adapter)
     network.adapter = adapter
+    if config.chain:
+        network.chain = Chain(config.stride - 1, network.config.width, config.chain, rng).to(network.device)
     return adapter
 
 
@@ -192,12 +199,16 @@ def detach(network: Transformer) -> None:
         for name, child in list(module.named_children()):
             if isinstance(child, LoRALinear | MaskEmbedding):
                 setattr(module, name, child.to_base())
-    network.adapter = None
+    network.adapter = network.chain = None
 
 
 def adapter_state(network: Transformer) -> dict[str, Tensor]:
     """The tensors of the adapter by name; a change of one is a change of the adapter."""
-    return {name: p.detach() for name, p in network.named_parameters() if name.endswith((".lora_A", ".lora_B", ".mask_row"))}
+    return {
+        name: p.detach()
+        for name, p in network.named_parameters()
+        if name.endswith((".lora_A", ".lora_B", ".mask_row")) or name.startswith("chain.")
+    }
 
 
 @torch.no_grad()
@@ -261,15 +272,33 @@ def load_adapter(path: str | Path, network: Transformer, mask_id: int) -> Adapte
     return config
 
 
+def begin_with(network: Transformer, path: str | Path) -> None:
+    """Copy the adapter of a directory or a bundled name into the one that is attached; a chain that it lacks stays as it is.
+
+    InputError as `load_adapter`, and for one of other sizes.
+    """
+    found = find(network, path)
+    parts.check_base(load_config(found), fingerprint(network), f"the adapter in {found} was")
+    state = parts.read_weights(found / WEIGHTS)
+    own = {name: tensor for name, tensor in adapter_state(network).items() if name in state or not name.startswith("chain.")}
+    parts.fill(own, state, found / WEIGHTS, found / CONFIG)
+
+
+def find(network: Transformer, path: str | Path) -> Path:
+    """A directory, or that of a bundled name, or of what is bundled for this base, `auto`. InputError for none."""
+    found: Path | None = Path(path)
+    if not Path(path).is_dir():
+        found = bundled_for(network) if str(path) == "auto" else bundled().get(str(path))
+    if found is None:
+        names = ", ".join(bundled()) or "none"
+        raise InputError(f"no adapter {str(path)!r} for this base; bundled: {names}. A directory works too (dlm convert makes one).")
+    return found
+
+
 def with_adapter(lm: Any, path: str | Path) -> Any:
     """A `LanguageModel` with an adapter attached to its network, or heads: of a directory, a bundled name, or `auto` for what is
     bundled for this base. InputError as `load_adapter`."""
-    found: Path | None = Path(path)
-    if not Path(path).is_dir():
-        found = bundled_for(lm.network) if str(path) == "auto" else bundled().get(str(path))
-    if found is None:
-        names = ", ".join(bundled()) or "none"
-        raise InputError(f"no adapter {str(path)!r} for {lm.name}; bundled: {names}. A directory works too (dlm convert makes one).")
+    found = find(lm.network, path)
     has_heads = (found / HEADS).is_file()
     if has_heads:
         from dlm.convert.heads import load_heads  # which needs this file

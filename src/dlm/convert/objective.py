@@ -16,7 +16,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlm.convert.divergence import divergence
 from dlm.models.cache import TextCache
@@ -76,7 +76,12 @@ def consistency(
     scored_BT = free_BT & told_BT
     phases, rows_N = phase_BP.shape[1], scored_BT.nonzero()[:, 0]
     hidden_MD, row_M = hidden_BTPD[scored_BT].flatten(0, 1), rows_N.repeat_interleave(phases)
+    slot_BPT = torch.stack([slots(free_BT, stride, phase_B) for phase_B in phase_BP.T], 1)
+    slot_M = slot_BPT.transpose(1, 2)[scored_BT].flatten()
     of_M = torch.arange(len(rows_N), device=x_BT.device).repeat_interleave(phases)
+    if network.chain is not None:
+        place_M = scored_BT.flatten().nonzero().squeeze(-1)[of_M]
+        hidden_MD = _chained(network, hidden_MD, x_BT.flatten(), place_M, slot_M, stride - 1)
     next_BT, weight_VD = x_BT.roll(-1, 1), network.head.weight[:mask_id]
     accept_M = agree_M = None
     if how == "kl" or measure:
@@ -91,8 +96,6 @@ def consistency(
         ratio = nats_B.detach().mean() / clean_B.detach().mean().clamp(min=1e-8) if clean == 0 else clean
         nats_B = nats_B + ratio * clean_B
 
-    slot_BPT = torch.stack([slots(free_BT, stride, phase_B) for phase_B in phase_BP.T], 1)
-    slot_M = slot_BPT.transpose(1, 2)[scored_BT].flatten()
     sums_S = (sums(value_M, slot_M, stride - 1) if measure and value_M is not None else None for value_M in (accept_M, agree_M))
     return Consistency(nats_B, torch.bincount(slot_M, minlength=stride - 1), *sums_S)
 
@@ -104,6 +107,16 @@ def sums(value_M: Tensor, index_M: Tensor, count: int) -> Tensor:
 
 def _row_means(value_M: Tensor, row_M: Tensor, rows: int) -> Tensor:
     return sums(value_M, row_M, rows) / torch.bincount(row_M, minlength=rows).clamp(min=1)
+
+
+def _chained(network: Transformer, hidden_MD: Tensor, x_N: Tensor, place_M: Tensor, slot_M: Tensor, count: int) -> Tensor:
+    """What the network's chain makes of masks in `count` slots at these places of text x, given the tokens that masks stand for."""
+    for slot in range(count):
+        at_N = (slot_M == slot).nonzero().squeeze(-1)
+        before_NS = x_N[place_M[at_N, None] + torch.arange(-slot, 1, device=x_N.device)]
+        chained_ND = cast(nn.Module, network.chain)(slot, hidden_MD[at_N], F.embedding(before_NS, network.embed.weight))
+        hidden_MD = hidden_MD.index_copy(0, at_N, chained_ND)
+    return hidden_MD
 
 
 def _beside(network: Transformer, x_BT: Tensor, free_BT: Tensor, phase_BP: Tensor, stride: int, mask_id: int) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,8 @@ class ConvertConfig:
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = lora.TARGETS
+    chain: int = 384  # inner width of the adapter's `dlm.convert.chain`, 0: none
+    init: str = ""  # an adapter to begin with, directory or bundled name; one without a chain gets a fresh one
     loss: str = "kl"  # kl: what the clean half says | ce: the text
     clean_weight: float = 0.2  # of the clean half's cross entropy with `full`; 0: the ratio of the two losses
     steps: int = 1000
@@ -71,9 +73,13 @@ class ConvertConfig:
         if self.heads:
             extra.HeadsConfig(self.heads)  # its InputErrors are ours
             object.__setattr__(self, "stride", self.heads + 1)
-        lora.AdapterConfig(self.rank, self.alpha, self.targets, self.stride)  # as are those
+        lora.AdapterConfig(self.rank, self.alpha, self.targets, self.stride, self.chain)  # as are those
         if self.heads and self.full:
             raise InputError("heads stand on a base that stays as it is: leave --full or --heads away")
+        if self.heads or self.full:
+            object.__setattr__(self, "chain", 0)
+            if self.init:
+                raise InputError("--init is an adapter to begin with: leave --full and --heads away")
         if self.loss not in LOSSES:
             raise InputError(f"unknown loss {self.loss!r}; known: {', '.join(LOSSES)}")
         least = dict.fromkeys(("steps", "batch", "log_every", "eval_every", "save_every"), 1)
@@ -114,13 +120,15 @@ def convert(
     meta = _meta(saved, config, facts, resume=resume)
     first, before_S, before_greedy_S = meta["step"], meta["before"], meta["before_greedy"]
     recent = meta["recent"]  # losses since the last line of the log
-    adapter = lora.AdapterConfig(config.rank, config.alpha, config.targets, config.stride, lm.name, base)
+    adapter = lora.AdapterConfig(config.rank, config.alpha, config.targets, config.stride, config.chain, lm.name, base)
     heads = None
     if config.full or config.heads:
         lora.detach(network)
         network.requires_grad_(config.full)
     else:
         lora.attach(network, adapter, mask_id, seed=config.seed)
+        if config.init and not resume:
+            lora.begin_with(network, config.init)
     if config.heads:
         heads = extra.Heads(network, extra.HeadsConfig(config.heads, lm.name, base))
     learner = heads or network
@@ -265,8 +273,9 @@ def _meta(saved: Path, config: ConvertConfig, facts: dict[str, str], *, resume: 
     if changed := [key for key in ("fingerprint", "texts") if meta[key] != facts[key]]:
         what = {"fingerprint": f"another base ({meta['base']})", "texts": "another text"}
         raise InputError(f"{out} was begun with {' and '.join(what[key] for key in changed)}: choose another --out")
-    now, fixed = json.loads(json.dumps(asdict(config))), ("stride", "heads", "full", "rank", "alpha", "targets", "loss", "length", "seed")
-    if wrong := [f"{key}={meta['config'][key]}" for key in fixed if meta["config"][key] != now[key]]:
+    was, now = meta["config"], json.loads(json.dumps(asdict(config)))
+    fixed = ("stride", "heads", "full", "rank", "alpha", "targets", "chain", "loss", "length", "seed")
+    if wrong := [f"{key}={was.get(key)}" for key in fixed if was.get(key) != now[key]]:
         raise InputError(f"{out} was begun with {', '.join(wrong)}: resume with the same")
     if meta["step"] >= config.steps:
         raise InputError(f"{out} is at step {meta['step']} of {config.steps} already: raise --steps")

@@ -37,6 +37,7 @@ class Transformer(nn.Module):
         self.head_product: nn.Module | None = None  # of dlm.models.fast, as of the layers of a block
         self.ends: Any = None  # of dlm.models.fast: the ends of a block, compiled
         self.adapter: Any = None  # of dlm.convert.lora: told at every call where the masks stand
+        self.chain: nn.Module | None = None  # of dlm.convert.chain: reads what the adapter's masks say
         self.reset()
 
     def reset(self) -> None:
@@ -61,6 +62,11 @@ class Transformer(nn.Module):
     def parameters_count(self) -> int:
         """Number of trainable numbers, a tied head counted once."""
         return sum(p.numel() for p in self.parameters())
+
+    def read_out(self, hidden_BQD: Tensor) -> Tensor:
+        """Logits (B, Q, V) of hidden states as `forward` gives them."""
+        (logits_BQV,) = project(self.head_product, (self.head,), hidden_BQD)
+        return logits_BQV
 
     def cache(self, batch: int, capacity: int | None = None) -> KVCache:
         """An empty cache for `batch` rows."""
@@ -142,10 +148,9 @@ class Transformer(nn.Module):
                 return hidden_BQD
             cast(list[Tensor], states).append(hidden_BQD)
         if at_BQ is not None and not (x_BQD.device.type == "cpu" and bool(at_BQ.all())):
-            (logits_MV,) = project(self.head_product, (self.head,), self.norm(x_BQD[at_BQ]))
+            logits_MV = self.read_out(self.norm(x_BQD[at_BQ]))
             return logits_MV.new_zeros(*z_BQ.shape, logits_MV.shape[-1]).index_put_((at_BQ,), logits_MV)
-        (logits_BQV,) = project(self.head_product, (self.head,), self.norm(x_BQD))
-        return logits_BQV
+        return self.read_out(self.norm(x_BQD))
 
     def _is_small(self, z_BQ: Tensor) -> bool:
         """Whether it is a call of decoding, for which blocks are compiled: few positions, no masks for an adapter to act on."""

@@ -58,14 +58,20 @@ class Masks:
     A group of stride - 1 masks stands for the token after a prefix of the proposals, still unknown, and those after it; each reads the
     prefix and the masks before it in its group. `restart`, as published: one group, after all proposals, so that a rejection leaves no
     guess and the next call proposes anew; 2N - 1 positions a call. `tree`: a group after every prefix, so that there is always one; N^2.
+    chain(slot, state_BD, before_BS): logits (B, V) of the masks of a slot once the tokens of the places up to theirs are drawn
+    (`dlm.convert.chain`). Without, each mask is drawn from as if the others were unknown.
     """
 
-    reads_states: ClassVar[bool] = False
     layout: str = "tree"
+    chain: Callable[[int, Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise InputError(f"unknown layout {self.layout!r}; known: {', '.join(LAYOUTS)}")
+
+    @property
+    def reads_states(self) -> bool:
+        return self.chain is not None
 
     def groups(self, count_B: Tensor) -> Tensor:
         if self.layout == "restart":
@@ -73,14 +79,21 @@ class Masks:
         return torch.arange(int(count_B.max()) + 1, device=count_B.device).expand(len(count_B), -1)
 
     def __call__(self, round: Round) -> Proposals:
-        logq_BKV = round.shape(round.guess_BMV)
-        return Proposals(race(logq_BKV, round.u_BK), torch.where(round.guessed_B, round.most_B, 0), logq_BKV)
+        count_B = torch.where(round.guessed_B, round.most_B, 0)
+        if self.chain is None:
+            logq_BKV = round.shape(round.guess_BMX)
+            return Proposals(race(logq_BKV, round.u_BK), count_B, logq_BKV)
+        before_BS, laws = round.text_BL.gather(1, (round.known_B - 1).clamp(min=0)[:, None]), []
+        for slot in range(int(count_B.max())):
+            laws.append(round.shape(self.chain(slot, round.guess_BMX[:, slot], before_BS)[:, None]))
+            before_BS = torch.cat([before_BS, race(laws[-1], round.u_BK[:, slot : slot + 1])], 1)
+        return Proposals(before_BS[:, 1:], count_B, torch.cat(laws, 1) if laws else None)
 
     @classmethod
-    def cheapest(cls, seconds: Callable[[int], float], stride: int, acceptance: float = 0.8) -> Masks:
+    def cheapest(cls, seconds: Callable[[int], float], stride: int, acceptance: float = 0.8, **options: Any) -> Masks:
         """The layout with more tokens a second at this acceptance. seconds: what a call of that many positions takes."""
         positions = {"tree": stride**2, "restart": 2 * stride - 1}
-        return cls(max(LAYOUTS, key=lambda layout: tokens_per_call(layout, stride, acceptance) / seconds(positions[layout])))
+        return cls(max(LAYOUTS, key=lambda layout: tokens_per_call(layout, stride, acceptance) / seconds(positions[layout])), **options)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ class StridedSampler:
 
     def _read(self, run: StridedRun, live_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
         """One call: (logits at the last token and the proposals, logits of the masks, after how many proposals each group is, hidden
-        states of the first, positions).
+        states of the first, positions). Where the proposer reads states, those of the masks are in place of their logits.
 
         The inputs that a row has not read, its proposals among them, lie in front, so that what is committed is a prefix.
         """
@@ -170,19 +170,20 @@ class StridedSampler:
         # logits from the last token on
         first_B = (new_B - 1).clamp(min=0)
         at_BW = (w_W >= first_B[:, None]) & (w_W < (new_B + count_B)[:, None])
-        at_BQ = torch.cat([at_BW, live_B[:, None].expand_as(after_BE)], 1)
         states: list[Tensor] = []
         more: dict[str, Any] = {"states": states} if self.proposer.reads_states else {}
+        at_BQ = torch.cat([at_BW, (live_B[:, None] & (not more)).expand_as(after_BE)], 1)
         logits_BQV = self.denoiser(z_BQ, pos_BQ=pos_BQ, own_BQQ=own_BQQ, at_BQ=at_BQ, cache=run.cache, **more)
         at_BK = first_B[:, None] + torch.arange(run.proposals.token_BK.shape[1] + 1, device=device)
         at = torch.arange(rows, device=device)[:, None], at_BK.clamp(max=z_BQ.shape[1] - 1)
-        return logits_BQV[at], logits_BQV[:, width:], after_BG, states[0][at] if states else None, z_BQ.shape[1]
+        guess_BEX = (states[0] if states else logits_BQV)[:, width:]
+        return logits_BQV[at], guess_BEX, after_BG, states[0][at] if states else None, z_BQ.shape[1]
 
     def _propose(
         self,
         run: StridedRun,
         logits_BKV: Tensor,
-        guess_BEV: Tensor,
+        guess_BEX: Tensor,
         hit_BG: Tensor,
         taken_B: Tensor,
         u_BK: Tensor,
@@ -191,7 +192,7 @@ class StridedSampler:
         """For the next call, no more than fit into its row and window and than the network's confidence is worth."""
         rows_B, masks_M = torch.arange(len(taken_B), device=taken_B.device), torch.arange(run.stride - 1, device=taken_B.device)
         if hit_BG.shape[1]:
-            guess_BEV = guess_BEV[rows_B[:, None], hit_BG.int().argmax(1, keepdim=True) * (run.stride - 1) + masks_M]
+            guess_BEX = guess_BEX[rows_B[:, None], hit_BG.int().argmax(1, keepdim=True) * (run.stride - 1) + masks_M]
         most_B = torch.minimum(run.end_B, run.begin_B + self.window) - run.known_B - 1
         if self.floor > 0:
             confidence_B = logits_BKV[rows_B, taken_B].float().softmax(-1).amax(-1)
@@ -199,7 +200,7 @@ class StridedSampler:
         most_B = most_B.clamp(0, run.stride - 1).masked_fill(run.done_B, 0)
         state_BD = None if state_BKD is None else state_BKD[rows_B, taken_B]
         known = run.text_BL, run.begin_B, run.known_B, most_B, u_BK
-        proposals = self.proposer(Round(*known, guess_BEV, hit_BG.any(-1), self._shape, run.capacity, run.memory, state_BD))
+        proposals = self.proposer(Round(*known, guess_BEX, hit_BG.any(-1), self._shape, run.capacity, run.memory, state_BD))
         most = int(proposals.count_B.max())
         logq_BKV = proposals.logq_BKV
         return Proposals(proposals.token_BK[:, :most], proposals.count_B, None if logq_BKV is None else logq_BKV[:, :most])
@@ -252,7 +253,7 @@ class StridedRun:
         if pace is not None:
             self.stride = pace.choose(int(live_B.sum()))
             news = int((sampler._inputs(self) - held_B)[live_B].max())
-        logits_BKV, guess_BEV, after_BG, state_BKD, positions = sampler._read(self, live_B)
+        logits_BKV, guess_BEX, after_BG, state_BKD, positions = sampler._read(self, live_B)
         self.forwards += 1
         taken_B, token_B = self.numbers.verify(sampler._shape(logits_BKV), proposals, known_B)
         # commit the proposals that hold and the token after them, up to one that ends the text
@@ -270,7 +271,7 @@ class StridedRun:
         self.law = Law(live_B.nonzero().squeeze(-1), known_B[live_B], logits_BKV[live_B])
         if sampler.stride > 1:
             u_BK = self.numbers.fresh(self.known_B, self.stride - 1)
-            self.proposals = sampler._propose(self, logits_BKV, guess_BEV, after_BG == taken_B[:, None], taken_B, u_BK, state_BKD)
+            self.proposals = sampler._propose(self, logits_BKV, guess_BEX, after_BG == taken_B[:, None], taken_B, u_BK, state_BKD)
         if pace is not None and self.stride == before and news == 1:  # else it changed its stride, or read a prompt
             taken = taken_B[live_B].tolist()
             pace.saw(len(taken), before, time.perf_counter() - began, taken)
