@@ -27,6 +27,7 @@ from dlm.sampling.pace import Pace
 from dlm.sampling.proposers import DraftModel, Fitted, Heads, Lookup, Masks
 from dlm.sampling.speculative import SpeculativeSampler
 from dlm.sampling.strided import StridedSampler
+from dlm.sampling.tree import Tree
 
 if TYPE_CHECKING:
     from dlm.language_model import LanguageModel
@@ -114,14 +115,16 @@ def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, co
         return AutoregressiveSampler(network, mask_id, model.window, make, draw, context, model.name, start, model.stops)
     if not cache:
         raise InputError(f"the sampler {word!r} works against a cache: leave --cache none away")
-    most, pace = guess.stride, None
+    most, pace, tree = guess.stride, None, None
     if most is None:
         most = _most(model, guess.name)
         pace = model.paces.setdefault((word, model.network.adapter is not None), Pace(most))
+    if guess.nodes:
+        tree = Tree.likeliest(guess.nodes, most - 1, model.tokenizer.vocab_size)
     proposer: Proposer = Lookup()
     if guess.name == "strided":
         chain = None if network.chain is None else partial(_chained, network)
-        proposer = Masks.cheapest(partial(_seconds, network, model.seconds), most, chain=chain)
+        proposer = Masks.cheapest(partial(_seconds, network, model.seconds), most, chain=chain) if tree is None else Masks(chain=chain)
     elif guess.name == "heads":
         if model.heads is None:
             raise InputError(f"{model.name} has no heads to guess with: give --adapter DIRECTORY of dlm convert {model.name} --heads 3")
@@ -143,6 +146,7 @@ def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, co
         proposer,
         most,
         floor=guess.floor,
+        tree=tree,
         pace=pace,
         draw=draw,
         context=context,

@@ -205,8 +205,8 @@ class LanguageModel:
         steps: for each window. temperature, top_p, top_k: of every draw.
         sampler: a word of `dlm.sampling.choice`, with its setting after a colon, as in `confidence:0.7`; `auto` takes what `dlm
         calibrate` found best within `budget` (`calls:32`, `seconds:2`, `bits:0.1`). An autoregressive model writes the same text in
-        fewer calls with `strided:4` (its own proposals, at masks), `lookup:4` or `draft:MODEL,4`, or `auto` instead of 4: as many as pay,
-        by measurement; `lossless` takes the best that it has.
+        fewer calls with `strided:4` (its own proposals, at masks), `strided:4x16` (16 candidates for those 3 places), `lookup:4` or
+        `draft:MODEL,4`, or `auto` instead of 4: as many as pay, by measurement; `lossless` takes the best that it has.
         greedy_tail: that many last steps put the likeliest token everywhere. until_settled: stop a window once no token has changed for
         so many steps. block_length: fill a window block by block; a model of block diffusion has its own. cache: a word of
         `dlm.sampling.caching` for a bidirectional model; True is the exact cache of an autoregressive one or of block diffusion, False

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dlm.trajectory import Canvas, Frame
+
+if TYPE_CHECKING:
+    from dlm.sampling.tree import Tree
 
 RNG = Sequence[torch.Generator]
 """One generator a row, so that what a row draws does not depend on its neighbours."""
@@ -97,6 +100,9 @@ class RowCache(Protocol):
 
     def trim(self, length_B: Tensor) -> None:
         """Forget every position of a row from its new length on."""
+
+    def close_up(self, first_B: Tensor, index_BK: Tensor) -> None:
+        """Move the positions first + index of each row, in rising order, to first + 0, 1 .."""
 
     def join(self, other: Any) -> None:
         """Take in the rows of another cache of the same network."""
@@ -224,7 +230,8 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True)
 class Proposals:
-    """What may come next in each row: the first count_B of token_BK. logq_BKV: log of what they were drawn from, None if not drawn."""
+    """What may come next in each row: the first count_B of token_BK, the nodes of the tree that the sampler verifies. logq_BKV: log of what
+    they were drawn from, None if not drawn."""
 
     token_BK: Tensor
     count_B: Tensor
@@ -238,7 +245,8 @@ class Round:
     text_BL: the committed text, known_B columns of it; begin_B: where the window begins that a row is in; most_B: proposals wanted at
     most; u_BK: a uniform for each, to draw it with; guess_BMX: logits of the group of masks after the text, of the rows in guessed_B, or
     their hidden states where `Proposer.reads_states`;
-    shape: logits (B, K, V) to the log-probabilities that the sampler draws from; capacity: positions that a cache of this run needs.
+    shape: logits (B, K, V) to the log-probabilities that the sampler draws from; tree: which guesses are wanted, and choose, which makes
+    them, as of `dlm.sampling.tree.Tree.grow`; others than masks and heads give a chain. capacity: positions that a cache of this run needs.
     memory: what the proposer keeps for its next round. state_BD: the hidden state that the last token was drawn from, where
     `Proposer.reads_states`.
     """
@@ -251,6 +259,8 @@ class Round:
     guess_BMX: Tensor
     guessed_B: Tensor
     shape: Callable[[Tensor], Tensor]
+    tree: Tree
+    choose: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
     capacity: int
     memory: dict[str, Any]
     state_BD: Tensor | None = None

@@ -34,6 +34,7 @@ from dlm.sampling.draw import Draw, categorical, generators
 from dlm.sampling.pace import Pace
 from dlm.sampling.proposers import DraftModel, Fitted, Heads, Lookup, Masks, tokens_per_call
 from dlm.sampling.strided import StridedSampler, ratio
+from dlm.sampling.tree import Tree
 from dlm.trajectory import Canvas, Frame, Trajectory
 from oracle import Tiny, chi_square_of_counts, chi_square_p
 
@@ -77,6 +78,8 @@ PROPOSERS: dict[str, Any] = {
     "heads": guessing(BASE),
     "itself": DraftModel(BASE, BASE.ragged_cache, MASK),  # nearly everything holds
 }
+BRANCHES = {"tree": 9, "chain": 14, "heads": 7}  # nodes of a tree of candidates
+PROPOSERS |= {f"{name}, {nodes} nodes": (PROPOSERS[name], nodes) for name, nodes in BRANCHES.items()}
 
 
 def canvas_of(rows: Sequence[Sequence[int]], new: int) -> Canvas:
@@ -85,6 +88,10 @@ def canvas_of(rows: Sequence[Sequence[int]], new: int) -> Canvas:
 
 def strided(proposer: Any, stride: int = 4, made: Any = BASE, **options: Any) -> StridedSampler:
     options = {"context": CONTEXT, "model": "ar"} | options
+    if isinstance(proposer, tuple):
+        proposer, nodes = proposer
+        if stride > 1 and options.get("coupling") != "ratio" and "pace" not in options:  # which have no trees
+            options["tree"] = Tree.likeliest(nodes, stride - 1, MASK)
     return StridedSampler(made, MASK, WINDOW, getattr(made, "ragged_cache", BASE.ragged_cache), proposer, stride, **options)
 
 
@@ -174,7 +181,8 @@ def test_frames_show_committed_text_and_tallies_add_up(name: str) -> None:
         assert frame.proposed_BT is not None and frame.settled_BT[frame.proposed_BT == MASK].all()
         if before is not None:  # what a call verifies is what the frame before it showed
             assert torch.equal((before.proposed_BT >= 0).sum(1), tally.proposed_B)
-            assert torch.equal((before.proposed_BT == frame.tokens_BT).sum(1), tally.accepted_B)
+            shown_B = (before.proposed_BT == frame.tokens_BT).sum(1)  # of a tree, the first choices
+            assert torch.equal(shown_B, tally.accepted_B) or (", " in name and (shown_B <= tally.accepted_B).all())
         assert torch.equal(tally.committed_B, torch.where(tally.committed_B > 0, tally.accepted_B + 1, 0))
         if before is not None:
             assert torch.equal(frame.tokens_BT[before.settled_BT], before.tokens_BT[before.settled_BT])
@@ -378,7 +386,7 @@ def test_a_mask_reads_its_prefix_and_the_masks_before_it_in_its_group(layout: st
 # --- the cache ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tree", "restart", "chain", "lookup", "draft", "heads"])
+@pytest.mark.parametrize("name", ["tree", "restart", "chain", "lookup", "draft", "heads", "tree, 9 nodes", "chain, 14 nodes"])
 def test_keys_and_values_are_those_of_the_plain_run(name: str) -> None:
     """Rows at their own lengths; what was rejected, and every mask, has gone."""
     caches: list[RaggedCache] = []
@@ -388,7 +396,7 @@ def test_keys_and_values_are_those_of_the_plain_run(name: str) -> None:
         caches.append(BASE.ragged_cache(rows, positions))
         return caches[0]
 
-    sampler = StridedSampler(BASE, MASK, WINDOW, make, PROPOSERS[name], 4)
+    sampler = replace(strided(PROPOSERS[name], 4, context=0), make_cache=make)
     checked = 0
     for frame in sampler.steps(canvas_of(prompts, 8), rng=generators(5, 3)):
         for row in range(3):
@@ -434,10 +442,11 @@ def test_heads_guess_from_the_state_that_the_last_token_was_drawn_from() -> None
     assert checked > 10
 
 
-def test_a_chain_guesses_from_its_mask_and_the_token_before() -> None:
+@pytest.mark.parametrize("name", ["chain", "chain, 14 nodes"])
+def test_a_chain_guesses_from_its_mask_and_the_tokens_before(name: str) -> None:
     """What is proposed after every call is what the chain says of masks that stand after the committed text, one after another."""
     proposer, checked = PROPOSERS["chain"], 0
-    sampler, canvas = strided(proposer, draw=Draw(0.0), context=0), canvas_of([[1, 2, 3], [4]], 8)
+    sampler, canvas = strided(PROPOSERS[name], draw=Draw(0.0), context=0), canvas_of([[1, 2, 3], [4]], 8)
     for frame, tally in sampler.rounds(canvas, rng=generators(5, 2)):
         for row in range(2):
             known = int(frame.settled_BT[row].sum()) - int((~canvas.valid_BT[row]).sum())
@@ -584,7 +593,8 @@ def looked_up(text: list[int], ngram: int = 3, most: int = 3) -> list[int]:
     text_BL = torch.tensor([[*text, *[MASK] * 5]])
     known_B, most_B, u_BK = torch.tensor([len(text)]), torch.tensor([most]), torch.rand(1, 3)
     nothing = torch.zeros(1, 0, 0)
-    found = Lookup(ngram)(Round(text_BL, known_B * 0, known_B, most_B, u_BK, nothing, most_B > 0, lambda x: x, 0, {}))
+    tree, unused = Tree.chain(3), lambda *_: pytest.fail("nothing is drawn")
+    found = Lookup(ngram)(Round(text_BL, known_B * 0, known_B, most_B, u_BK, nothing, most_B > 0, unused, tree, unused, 0, {}))
     assert found.logq_BKV is None
     return found.token_BK[0, : int(found.count_B)].tolist()
 
@@ -626,6 +636,9 @@ def test_lookup_is_quick_in_a_text_that_repeats_itself() -> None:
         {"context": WINDOW},
         {"pace": Pace(3)},
         {"pace": Pace(4), "coupling": "ratio"},
+        {"tree": Tree.likeliest(6, 3), "coupling": "ratio"},
+        {"tree": Tree.likeliest(6, 3), "pace": Pace(4)},
+        {"tree": Tree.likeliest(6, 2)},
     ],
 )
 def test_bad_settings(bad: dict[str, Any]) -> None:
@@ -653,6 +666,7 @@ WORDS = [
     "strided",
     "strided:2",
     "strided:auto",
+    "strided:4x9",
     "lookup:auto",
     "draft:{},auto",
     "lookup",
@@ -705,7 +719,20 @@ def test_lossless_takes_the_best_that_there_is(dlm: Dlm, autoregressive_dir: Pat
 def test_bad_words_are_told(dlm: Dlm, autoregressive_dir: Path, masked_dir: Path, tmp_path: Path) -> None:
     make_model("autoregressive", alphabet="zyx").save_pretrained(tmp_path / "other")
     words = ("generate", "--model", str(autoregressive_dir), "--sampler")
-    for bad in ("lookup:0", "lookup:x", "strided:4,x", "strided:4,0.1,1", "strided:Auto", "draft", "draft:", "draft:a,b"):
+    for bad in ("strided:4x2", "strided:4x65", "strided:autox8"):
+        assert "STRIDExCANDIDATES has stride - 1" in dlm.told(*words, bad), bad
+    for bad in (
+        "lookup:4x8",
+        "strided:4x",
+        "lookup:0",
+        "lookup:x",
+        "strided:4,x",
+        "strided:4,0.1,1",
+        "strided:Auto",
+        "draft",
+        "draft:",
+        "draft:a,b",
+    ):
         assert "stride, floor" in dlm.told(*words, bad), bad
     assert "floor lies in" in dlm.told(*words, "lookup:4,2")
     assert "must be autoregressive" in dlm.told(*words, f"draft:{masked_dir}")

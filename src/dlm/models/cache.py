@@ -105,6 +105,12 @@ class RaggedCache:
             raise ValueError(f"cannot trim a cache of {self.length_B.tolist()} positions to {length_B.tolist()}")
         self.length_B = length_B
 
+    def close_up(self, first_B: Tensor, index_BK: Tensor) -> None:
+        """Move the positions first + index of each row, in rising order, to first + 0, 1 .."""
+        to_BK = first_B[:, None] + torch.arange(index_BK.shape[1], device=first_B.device)
+        kv_TBLGK = self.kv.permute(4, 2, 0, 1, 3, 5)  # L: keys and values of all layers
+        kv_TBLGK[to_BK, self.rows_B1] = kv_TBLGK[first_B[:, None] + index_BK, self.rows_B1]
+
     def join(self, other: RaggedCache) -> None:
         """Take in the rows of another cache of the same network."""
         capacity = max(self.capacity, other.capacity)

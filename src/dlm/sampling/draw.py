@@ -51,6 +51,12 @@ def race(logp_BTV: Tensor, u_BT: Tensor) -> Tensor:
     return token_BT
 
 
+def finishers(logp_BTV: Tensor, u_BT: Tensor, count: int) -> Tensor:
+    """The first tokens to ring of a `race`, in their order, int64 (B, T, count)."""
+    clock_NV = _clocks(u_BT.to(logp_BTV.device).flatten(), logp_BTV.shape[-1])
+    return (logp_BTV.double() - clock_NV.log_().view_as(logp_BTV)).topk(count, -1).indices
+
+
 def _clocks(u_N: Tensor, size: int) -> Tensor:
     """Exponential numbers (N, size), float64: row n is the SplitMix64 stream (Steele et al. 2014) whose seed are the bits of u_n."""
     seed_N1 = _mix((u_N * 2.0**53).long())[:, None]

@@ -79,15 +79,19 @@ class Masks:
         return torch.arange(int(count_B.max()) + 1, device=count_B.device).expand(len(count_B), -1)
 
     def __call__(self, round: Round) -> Proposals:
-        count_B = torch.where(round.guessed_B, round.most_B, 0)
-        if self.chain is None:
-            logq_BKV = round.shape(round.guess_BMX)
-            return Proposals(race(logq_BKV, round.u_BK), count_B, logq_BKV)
-        before_BS, laws = round.text_BL.gather(1, (round.known_B - 1).clamp(min=0)[:, None]), []
-        for slot in range(int(count_B.max())):
-            laws.append(round.shape(self.chain(slot, round.guess_BMX[:, slot], before_BS)[:, None]))
-            before_BS = torch.cat([before_BS, race(laws[-1], round.u_BK[:, slot : slot + 1])], 1)
-        return Proposals(before_BS[:, 1:], count_B, torch.cat(laws, 1) if laws else None)
+        most_B = torch.where(round.guessed_B, round.most_B, 0)
+        last_B1 = round.text_BL.gather(1, (round.known_B - 1).clamp(min=0)[:, None])
+
+        def law(slot: int, path_BNS: Tensor) -> Tensor:
+            if self.chain is None:
+                return round.guess_BMX[:, slot, None]
+            (rows, paths), state_BD = path_BNS.shape[:2], round.guess_BMX[:, slot]
+            before_BNS = torch.cat([last_B1[:, None].expand(-1, paths, -1), path_BNS], 2)
+            logits_NV = self.chain(slot, state_BD.repeat_interleave(paths, 0), before_BNS.flatten(0, 1))
+            return logits_NV.view(rows, paths, -1)
+
+        token_BK, logq_BKV = round.tree.grow(law, round.choose, round.u_BK, int(most_B.max()))
+        return Proposals(token_BK, round.tree.tables(most_B.device).count_D[most_B], logq_BKV)
 
     @classmethod
     def cheapest(cls, seconds: Callable[[int], float], stride: int, acceptance: float = 0.8, **options: Any) -> Masks:
@@ -148,7 +152,7 @@ class Fitted:
 @dataclass(frozen=True)
 class Heads:
     """Guesses of heads on the hidden state that the last token was drawn from: the k-th says which token stands k places after that one,
-    without having seen it. Medusa (Cai et al. 2401.10774), one guess of each head instead of a tree.
+    without having seen it. Medusa (Cai et al. 2401.10774).
 
     logits(state_BD, K) gives (B, K, V) of the first K heads; count: how many there are.
     """
@@ -161,9 +165,11 @@ class Heads:
 
     def __call__(self, round: Round) -> Proposals:
         assert round.state_BD is not None
-        most = min(self.count, round.u_BK.shape[1])
-        logq_BKV = round.shape(self.logits(round.state_BD, most))
-        return Proposals(race(logq_BKV, round.u_BK[:, :most]), round.most_B.clamp(max=most), logq_BKV)
+        most_B = round.most_B.clamp(max=self.count)
+        most = int(most_B.max())
+        logits_BKV = self.logits(round.state_BD, most)
+        token_BK, logq_BKV = round.tree.grow(lambda k, path_BNS: logits_BKV[:, k, None], round.choose, round.u_BK, most)
+        return Proposals(token_BK, round.tree.tables(most_B.device).count_D[most_B], logq_BKV)
 
 
 @dataclass(frozen=True)

@@ -21,28 +21,33 @@ from dlm.errors import InputError
 from dlm.protocols import RNG, Denoiser, Proposals, Proposer, Round, RowCache
 from dlm.sampling import windows
 from dlm.sampling.autoregressive import check_continues, start_token
-from dlm.sampling.draw import Draw, categorical, pick, race, uniform
+from dlm.sampling.draw import Draw, categorical, finishers, pick, race, uniform
 from dlm.sampling.pace import Pace
 from dlm.sampling.proposers import Masks, causal, inputs, put
 from dlm.sampling.running import Law, stacked
+from dlm.sampling.tree import Tree
 from dlm.trajectory import Canvas, Frame
 
 COUPLINGS = ("stream", "ratio")
 ROWS = ("free_BL", "text_BL", "end_B", "known_B", "begin_B", "done_B")  # what there is of each row
 
 
-def agree(logp_BKV: Tensor, proposals: Proposals, u_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """(how many proposals of each row hold, the token after them), int64 (B,): position i has one uniform, which decides its token.
+def agree(logp_BPV: Tensor, proposals: Proposals, u_BD: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
+    """(the place up to which proposals hold, the token after it), int64 (B,): each depth has one uniform, which decides its token.
 
-    A proposal holds where it is that token. logp_BKV: the target's law at K proposals and after the last; u_BK: K + 1 uniforms.
+    A proposal holds where it is that token, and those before it hold. logp_BPV: the target's law at every place of the tree.
     """
-    token_BK = race(logp_BKV, u_BK)
-    taken_B = _leading(token_BK[:, :-1] == proposals.token_BK, proposals.count_B)
-    return taken_B, token_BK.gather(1, taken_B[:, None]).squeeze(1)
+    tables, proposed = tree.tables(u_BD.device), proposals.token_BK.shape[1]
+    token_BP = race(logp_BPV, u_BD[:, tables.depth_P[: proposed + 1]])
+    same_BK = proposals.token_BK == token_BP[:, tables.after_K[:proposed]]
+    fails_BK = ~same_BK | (torch.arange(proposed, device=u_BD.device) >= proposals.count_B[:, None])
+    reached_BP = ~(fails_BK[:, None] & tables.reads_PK[: proposed + 1, :proposed]).any(-1)
+    place_B = (reached_BP * torch.arange(proposed + 1, device=u_BD.device)).amax(-1)  # siblings differ: one of a depth, deeper ones behind
+    return place_B, token_BP.gather(1, place_B[:, None]).squeeze(1)
 
 
 def ratio(logp_BKV: Tensor, proposals: Proposals, u_BK: Tensor, last_B: Tensor) -> tuple[Tensor, Tensor]:
-    """As `agree`: proposal d holds with min(1, p(d) / q(d)), the first that does not is drawn anew from max(0, p - q).
+    """As `agree`, of a chain: proposal d holds with min(1, p(d) / q(d)), the first that does not is drawn anew from max(0, p - q).
 
     Leviathan et al. 2211.17192, Chen et al. 2302.01318. A proposal that was not drawn is certain, q(d) = 1: it holds with p(d), and what
     replaces it is p without d. u_BK: K uniforms that test, last_B: one that draws.
@@ -66,7 +71,8 @@ def _leading(holds_BK: Tensor, count_B: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Tally:
-    """What one call did: proposals verified and accepted of each row, tokens it committed, 0 for rows that are done; positions read."""
+    """What one call did: how far its proposals went in each row and how many were accepted, tokens it committed, 0 for rows that are
+    done; positions read."""
 
     proposed_B: Tensor
     accepted_B: Tensor
@@ -82,7 +88,8 @@ class StridedSampler:
     coupling: `stream`, the text of `AutoregressiveSampler` with the same generators, token for token; or `ratio`, its distribution only,
     with more accepted. Both are exact up to rounding: where calls of different lengths round differently, a near-tie may fall otherwise.
     floor: the k-th proposal is made only where c^k reaches it, c the probability of the likeliest token where the last one was drawn; so
-    the stride follows the network's confidence. 0: always `stride`. pace: makes `stride` the most, and every call as long as has paid so
+    the stride follows the network's confidence. 0: always `stride`. tree: of the proposals, by default the first choice for each; others
+    need masks or heads, and `stream`. pace: makes `stride` the most, and every call as long as has paid so
     far; with `stream`, whose text does not depend on it. start, stop, context: as of `AutoregressiveSampler`.
     """
 
@@ -94,6 +101,7 @@ class StridedSampler:
     stride: int = 4
     coupling: str = "stream"
     floor: float = 0.0
+    tree: Tree | None = None
     pace: Pace | None = None
     draw: Draw = field(default_factory=Draw)
     context: int = 0
@@ -110,6 +118,8 @@ class StridedSampler:
             raise InputError(f"unknown coupling {self.coupling!r}; known: {', '.join(COUPLINGS)}")
         if self.pace is not None and (self.coupling != "stream" or self.pace.strides[-1] != self.stride):
             raise InputError("a pace goes with the coupling stream, and up to the stride of the sampler")
+        if self.tree is not None and (self.coupling != "stream" or self.pace is not None or max(self.tree.depth) != self.stride - 1):
+            raise InputError("a tree goes with the coupling stream and a fixed stride, one less deep than that")
 
     def steps(self, canvas: Canvas, *, rng: RNG) -> Iterator[Frame]:
         """A frame after every call: the committed text, and what is proposed to follow it. InputError for text after a hole."""
@@ -143,29 +153,44 @@ class StridedSampler:
         logits_BKV[..., self.mask_id] = -torch.inf
         return self.draw.shape(logits_BKV if self.draw.temperature == 0 else logits_BKV.log_softmax(-1))
 
+    def _choose(self, logits_BNV: Tensor, u_B: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The first `count` tokens (B, N, C) that these numbers draw, or the likeliest at temperature 0; what the first is drawn from."""
+        logp_BNV, u_BN = self._shape(logits_BNV), u_B[:, None].expand(logits_BNV.shape[:2])
+        if count == 1:
+            return race(logp_BNV, u_BN)[..., None], logp_BNV
+        if self.draw.temperature > 0:
+            return finishers(logp_BNV, u_BN, count), logp_BNV
+        return logits_BNV.index_fill(-1, torch.tensor(self.mask_id, device=u_B.device), -torch.inf).topk(count, -1).indices, logp_BNV
+
     def _read(self, run: StridedRun, live_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
-        """One call: (logits at the last token and the proposals, logits of the masks, after how many proposals each group is, hidden
-        states of the first, positions). Where the proposer reads states, those of the masks are in place of their logits.
+        """One call: (logits at every place, of the last token and the proposals, logits of the masks, the place of each group, hidden
+        states of the places, positions). Where the proposer reads states, those of the masks are in place of their logits.
 
         The inputs that a row has not read, its proposals among them, lie in front, so that what is committed is a prefix.
         """
         device, (count_B, masks) = run.text_BL.device, (run.proposals.count_B * live_B, run.stride - 1)
         held_B, new_B = run.cache.length_B, (self._inputs(run) - run.cache.length_B) * live_B
-        drafted_BL = run.text_BL.clone()
-        put(drafted_BL, run.known_B, run.proposals.token_BK, count_B)
-        width = int((new_B + count_B).max())
-        w_W, rows = torch.arange(width, device=device), len(new_B)
-        index_BW = held_B[:, None] + w_W
+        rows, width, drafts_BK = len(new_B), int((new_B + count_B).max()), run.proposals.token_BK
+        w_W, at_B1, places = torch.arange(width, device=device), torch.arange(rows, device=device)[:, None], drafts_BK.shape[1] + 1
+        tables = run.tree.tables(device)
+        # the place in the tree of every input: 0 for text, and after it the proposals
+        place_BW = (w_W - new_B[:, None] + 1).clamp(0, places - 1)
+        index_BW = (held_B[:, None] + torch.minimum(w_W, new_B[:, None] - 1)).clamp(min=0)
+        text_BW = inputs(run.text_BL, run.begin_B, index_BW, self.start)
+        token_BW = torch.where(place_BW > 0, F.pad(drafts_BK, (1, 0)).gather(1, place_BW), text_BW)
+        reads_PP = F.pad(tables.reads_PK[:places, : places - 1], (1, 0), value=True)
+        reads_BPW = reads_PP[:, place_BW].transpose(0, 1) & (w_W < (new_B + count_B)[:, None])[:, None]
         after_BG = self.proposer.groups(count_B)
         after_BE = after_BG.repeat_interleave(masks, 1)
         group_E = torch.arange(after_BG.shape[1], device=device).repeat_interleave(masks)
         depth_E = torch.arange(masks, device=device).repeat(after_BG.shape[1])
-        z_BQ = torch.cat([inputs(drafted_BL, run.begin_B, index_BW, self.start), torch.full_like(after_BE, self.mask_id)], 1)
-        pos_BQ = torch.cat([index_BW, (held_B + new_B)[:, None] + after_BE + depth_E], 1)
-        # text is causal and reads no mask; a mask reads the text before it, and earlier masks of its group
-        reads_BEW = w_W < (new_B[:, None] + after_BE)[..., None]
+        z_BQ = torch.cat([token_BW, torch.full_like(after_BE, self.mask_id)], 1)
+        pos_BQ = torch.cat([index_BW + tables.depth_P[place_BW], (held_B + new_B)[:, None] + tables.depth_P[after_BE] + depth_E], 1)
+        # text is causal, a proposal reads its path, and neither reads a mask; a mask reads a path, and earlier masks of its group
+        reads_BEW = reads_BPW[at_B1, after_BE]
         reads_EE = (group_E[:, None] == group_E) & (depth_E <= depth_E[:, None])
-        text_BWQ = F.pad(causal(width, device), (0, len(depth_E))).expand(rows, -1, -1)
+        reads_BWW = causal(width, device) & reads_BPW[at_B1, place_BW] | torch.eye(width, dtype=torch.bool, device=device)
+        text_BWQ = F.pad(reads_BWW, (0, len(depth_E)))
         own_BQQ = torch.cat([text_BWQ, torch.cat([reads_BEW, reads_EE.expand(rows, -1, -1)], 2)], 1)
         # logits from the last token on
         first_B = (new_B - 1).clamp(min=0)
@@ -174,8 +199,8 @@ class StridedSampler:
         more: dict[str, Any] = {"states": states} if self.proposer.reads_states else {}
         at_BQ = torch.cat([at_BW, (live_B[:, None] & (not more)).expand_as(after_BE)], 1)
         logits_BQV = self.denoiser(z_BQ, pos_BQ=pos_BQ, own_BQQ=own_BQQ, at_BQ=at_BQ, cache=run.cache, **more)
-        at_BK = first_B[:, None] + torch.arange(run.proposals.token_BK.shape[1] + 1, device=device)
-        at = torch.arange(rows, device=device)[:, None], at_BK.clamp(max=z_BQ.shape[1] - 1)
+        at_BP = first_B[:, None] + torch.arange(places, device=device)
+        at = at_B1, at_BP.clamp(max=z_BQ.shape[1] - 1)
         guess_BEX = (states[0] if states else logits_BQV)[:, width:]
         return logits_BQV[at], guess_BEX, after_BG, states[0][at] if states else None, z_BQ.shape[1]
 
@@ -185,22 +210,23 @@ class StridedSampler:
         logits_BKV: Tensor,
         guess_BEX: Tensor,
         hit_BG: Tensor,
-        taken_B: Tensor,
+        place_B: Tensor,
         u_BK: Tensor,
         state_BKD: Tensor | None,
     ) -> Proposals:
         """For the next call, no more than fit into its row and window and than the network's confidence is worth."""
-        rows_B, masks_M = torch.arange(len(taken_B), device=taken_B.device), torch.arange(run.stride - 1, device=taken_B.device)
+        rows_B, masks_M = torch.arange(len(place_B), device=place_B.device), torch.arange(run.stride - 1, device=place_B.device)
         if hit_BG.shape[1]:
             guess_BEX = guess_BEX[rows_B[:, None], hit_BG.int().argmax(1, keepdim=True) * (run.stride - 1) + masks_M]
         most_B = torch.minimum(run.end_B, run.begin_B + self.window) - run.known_B - 1
         if self.floor > 0:
-            confidence_B = logits_BKV[rows_B, taken_B].float().softmax(-1).amax(-1)
+            confidence_B = logits_BKV[rows_B, place_B].float().softmax(-1).amax(-1)
             most_B = torch.minimum(most_B, (confidence_B[:, None] ** (masks_M + 1) >= self.floor).sum(-1))
         most_B = most_B.clamp(0, run.stride - 1).masked_fill(run.done_B, 0)
-        state_BD = None if state_BKD is None else state_BKD[rows_B, taken_B]
-        known = run.text_BL, run.begin_B, run.known_B, most_B, u_BK
-        proposals = self.proposer(Round(*known, guess_BEX, hit_BG.any(-1), self._shape, run.capacity, run.memory, state_BD))
+        state_BD = None if state_BKD is None else state_BKD[rows_B, place_B]
+        known, guess = (run.text_BL, run.begin_B, run.known_B, most_B, u_BK), (guess_BEX, hit_BG.any(-1), self._shape)
+        tree = self.tree or Tree.chain(run.stride - 1)
+        proposals = self.proposer(Round(*known, *guess, tree, self._choose, run.capacity, run.memory, state_BD))
         most = int(proposals.count_B.max())
         logq_BKV = proposals.logq_BKV
         return Proposals(proposals.token_BK[:, :most], proposals.count_B, None if logq_BKV is None else logq_BKV[:, :most])
@@ -220,7 +246,8 @@ class StridedRun:
         self.begin_B = sampler._window(self.known_B)
         self.done_B = torch.zeros_like(self.free_BL[:, 0])
         self.stop_S = torch.tensor(sorted(sampler.stop), dtype=torch.long, device=self.text_BL.device)
-        self.capacity = min(window, length) + (sampler.context if length > window else 0) + (stride + 1) ** 2
+        nodes = stride - 1 if sampler.tree is None else len(sampler.tree)
+        self.capacity = min(window, length) + (sampler.context if length > window else 0) + (nodes + 2) * (stride + 1)
         self.cache = sampler.make_cache(rows, self.capacity)
         self.proposals = Proposals(canvas.tokens_BT[:, :0], torch.zeros_like(self.known_B))
         self.memory: dict[str, Any] = {}
@@ -232,15 +259,22 @@ class StridedRun:
         self.tally: Tally | None = None
 
     @property
+    def tree(self) -> Tree:
+        """Of what is proposed now."""
+        return self.sampler.tree or Tree.chain(self.proposals.token_BK.shape[1])
+
+    @property
     def live_B(self) -> Tensor:
         return (self.known_B < self.end_B) & ~self.done_B
 
     def frame(self) -> Frame:
-        """The committed text, and what is proposed to follow it."""
+        """The committed text, and what is proposed to follow it, of a tree the first choices."""
         text_BL = self.text_BL
         open_BL = self.free_BL & (torch.arange(text_BL.shape[1], device=text_BL.device) >= self.known_B[:, None])
         proposed_BL = torch.full_like(text_BL, -1)
-        put(proposed_BL, self.known_B, self.proposals.token_BK, self.proposals.count_B)
+        token_BK, tree = self.proposals.token_BK, self.tree
+        firsts = [k for k in tree.firsts if k < token_BK.shape[1]]
+        put(proposed_BL, self.known_B, token_BK[:, firsts], tree.tables(text_BL.device).depth_P[self.proposals.count_B])
         t_B = open_BL.double().sum(-1) / open_BL.shape[1]
         return Frame(text_BL.clone(), ~open_BL, t_B, self.sampler.model, self.forwards, proposed_BT=proposed_BL)
 
@@ -248,16 +282,18 @@ class StridedRun:
     def step(self) -> Frame:
         """One network call for the rows that have something to do; `tally` says what it did."""
         sampler, live_B, known_B = self.sampler, self.live_B, self.known_B
-        proposals, held_B = self.proposals, self.cache.length_B
+        proposals, tree, held_B = self.proposals, self.tree, self.cache.length_B
         began, before, pace = time.perf_counter(), self.stride, sampler.pace
         if pace is not None:
             self.stride = pace.choose(int(live_B.sum()))
-            news = int((sampler._inputs(self) - held_B)[live_B].max())
+        new_B = (sampler._inputs(self) - held_B) * live_B
         logits_BKV, guess_BEX, after_BG, state_BKD, positions = sampler._read(self, live_B)
         self.forwards += 1
-        taken_B, token_B = self.numbers.verify(sampler._shape(logits_BKV), proposals, known_B)
+        place_B, token_B = self.numbers.verify(sampler._shape(logits_BKV), proposals, known_B, tree)
+        tables = tree.tables(place_B.device)
+        taken_B, path_BD = tables.depth_P[place_B], tables.path_PD[place_B].clamp(max=proposals.token_BK.shape[1])
         # commit the proposals that hold and the token after them, up to one that ends the text
-        new_BK = F.pad(proposals.token_BK, (0, 1)).scatter(1, taken_B[:, None], token_B[:, None])
+        new_BK = F.pad(F.pad(proposals.token_BK, (0, 1)).gather(1, path_BD), (0, 1)).scatter(1, taken_B[:, None], token_B[:, None])
         ends_BK = torch.isin(new_BK, self.stop_S) & (torch.arange(new_BK.shape[1], device=new_BK.device) <= taken_B[:, None])
         ended_B = ends_BK.any(-1) & live_B
         committed_B = torch.where(live_B, torch.where(ended_B, ends_BK.int().argmax(-1), taken_B) + 1, 0)
@@ -266,13 +302,17 @@ class StridedRun:
         # keep what is committed, but for the last token, which the next call reads; a row that enters a window reads it all
         begin_B, self.begin_B = self.begin_B, sampler._window(self.known_B)
         kept_B = (sampler._inputs(self) - 1).masked_fill(self.begin_B != begin_B, 0)
+        if not tree.is_chain:  # what holds is put together
+            self.cache.close_up(held_B + new_B, path_BD)
         self.cache.trim(torch.where(live_B, kept_B, held_B))
-        self.tally = Tally(proposals.count_B * live_B, taken_B * live_B, committed_B, positions)
-        self.law = Law(live_B.nonzero().squeeze(-1), known_B[live_B], logits_BKV[live_B])
+        self.tally = Tally(tables.depth_P[proposals.count_B] * live_B, taken_B * live_B, committed_B, positions)
+        along_BP = F.pad(path_BD + 1, (1, 0)).clamp(max=logits_BKV.shape[1] - 1)
+        logits_BLV = logits_BKV.gather(1, along_BP[..., None].expand(-1, -1, logits_BKV.shape[2])) if not tree.is_chain else logits_BKV
+        self.law = Law(live_B.nonzero().squeeze(-1), known_B[live_B], logits_BLV[live_B])
         if sampler.stride > 1:
             u_BK = self.numbers.fresh(self.known_B, self.stride - 1)
-            self.proposals = sampler._propose(self, logits_BKV, guess_BEX, after_BG == taken_B[:, None], taken_B, u_BK, state_BKD)
-        if pace is not None and self.stride == before and news == 1:  # else it changed its stride, or read a prompt
+            self.proposals = sampler._propose(self, logits_BKV, guess_BEX, after_BG == place_B[:, None], place_B, u_BK, state_BKD)
+        if pace is not None and self.stride == before and int(new_B.max()) == 1:  # else it changed its stride, or read a prompt
             taken = taken_B[live_B].tolist()
             pace.saw(len(taken), before, time.perf_counter() - began, taken)
         return self.frame()
@@ -339,8 +379,8 @@ class _Stream:
         """Numbers (B, count) of the tokens after the known ones."""
         return self.u_BN.gather(1, (known_B - self.first_B)[:, None] + torch.arange(count, device=known_B.device))
 
-    def verify(self, logp_BKV: Tensor, proposals: Proposals, known_B: Tensor) -> tuple[Tensor, Tensor]:
-        return agree(logp_BKV, proposals, self.fresh(known_B, logp_BKV.shape[1]))
+    def verify(self, logp_BPV: Tensor, proposals: Proposals, known_B: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
+        return agree(logp_BPV, proposals, self.fresh(known_B, max(tree.depth) + 1), tree)
 
 
 class _Fresh:
@@ -358,6 +398,6 @@ class _Fresh:
     def fresh(self, known_B: Tensor, count: int) -> Tensor:
         return uniform(self.rng, count).to(known_B.device)
 
-    def verify(self, logp_BKV: Tensor, proposals: Proposals, known_B: Tensor) -> tuple[Tensor, Tensor]:
+    def verify(self, logp_BKV: Tensor, proposals: Proposals, known_B: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
         u_BK = self.fresh(known_B, self.stride)
         return ratio(logp_BKV, proposals, u_BK[:, : logp_BKV.shape[1] - 1], u_BK[:, -1])
