@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dlm.trajectory import Canvas, Frame
-
-if TYPE_CHECKING:
-    from dlm.sampling.tree import Tree
 
 RNG = Sequence[torch.Generator]
 """One generator a row, so that what a row draws does not depend on its neighbours."""
@@ -245,8 +242,9 @@ class Round:
     text_BL: the committed text, known_B columns of it; begin_B: where the window begins that a row is in; most_B: proposals wanted at
     most; u_BK: a uniform for each, to draw it with; guess_BMX: logits of the group of masks after the text, of the rows in guessed_B, or
     their hidden states where `Proposer.reads_states`;
-    shape: logits (B, K, V) to the log-probabilities that the sampler draws from; tree: which guesses are wanted, and choose, which makes
-    them, as of `dlm.sampling.tree.Tree.grow`; others than masks and heads give a chain. capacity: positions that a cache of this run needs.
+    shape: logits (B, K, V) to the log-probabilities that the sampler draws from; grow(law, most_B): the proposals that the sampler wants
+    of a law, as of `dlm.sampling.tree.Tree.grow`; what has no law gives the first token for each place. capacity: positions that a
+    cache of this run needs.
     memory: what the proposer keeps for its next round. state_BD: the hidden state that the last token was drawn from, where
     `Proposer.reads_states`.
     """
@@ -259,8 +257,7 @@ class Round:
     guess_BMX: Tensor
     guessed_B: Tensor
     shape: Callable[[Tensor], Tensor]
-    tree: Tree
-    choose: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    grow: Callable[[Callable[[int, Tensor], Tensor], Tensor], Proposals]
     capacity: int
     memory: dict[str, Any]
     state_BD: Tensor | None = None

@@ -33,8 +33,9 @@ from dlm.sampling.autoregressive import AutoregressiveSampler
 from dlm.sampling.draw import Draw, categorical, generators
 from dlm.sampling.pace import Pace
 from dlm.sampling.proposers import DraftModel, Fitted, Heads, Lookup, Masks, tokens_per_call
-from dlm.sampling.strided import StridedSampler, ratio
+from dlm.sampling.strided import StridedSampler
 from dlm.sampling.tree import Tree
+from dlm.sampling.verifying import ratio
 from dlm.trajectory import Canvas, Frame, Trajectory
 from oracle import Tiny, chi_square_of_counts, chi_square_p
 
@@ -593,8 +594,8 @@ def looked_up(text: list[int], ngram: int = 3, most: int = 3) -> list[int]:
     text_BL = torch.tensor([[*text, *[MASK] * 5]])
     known_B, most_B, u_BK = torch.tensor([len(text)]), torch.tensor([most]), torch.rand(1, 3)
     nothing = torch.zeros(1, 0, 0)
-    tree, unused = Tree.chain(3), lambda *_: pytest.fail("nothing is drawn")
-    found = Lookup(ngram)(Round(text_BL, known_B * 0, known_B, most_B, u_BK, nothing, most_B > 0, unused, tree, unused, 0, {}))
+    unused: Any = lambda *_: pytest.fail("nothing is drawn")  # noqa: E731
+    found = Lookup(ngram)(Round(text_BL, known_B * 0, known_B, most_B, u_BK, nothing, most_B > 0, unused, unused, 0, {}))
     assert found.logq_BKV is None
     return found.token_BK[0, : int(found.count_B)].tolist()
 

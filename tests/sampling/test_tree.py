@@ -16,8 +16,9 @@ from dlm.models.cache import RaggedCache
 from dlm.protocols import Proposals
 from dlm.sampling.draw import Draw, finishers, generators, race
 from dlm.sampling.proposers import Masks
-from dlm.sampling.strided import StridedSampler, agree
+from dlm.sampling.strided import StridedSampler
 from dlm.sampling.tree import Tree
+from dlm.sampling.verifying import agree
 from sampling.test_strided import MASK, Acceptance, canvas_of
 
 

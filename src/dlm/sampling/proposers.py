@@ -90,8 +90,7 @@ class Masks:
             logits_NV = self.chain(slot, state_BD.repeat_interleave(paths, 0), before_BNS.flatten(0, 1))
             return logits_NV.view(rows, paths, -1)
 
-        token_BK, logq_BKV = round.tree.grow(law, round.choose, round.u_BK, int(most_B.max()))
-        return Proposals(token_BK, round.tree.tables(most_B.device).count_D[most_B], logq_BKV)
+        return round.grow(law, most_B)
 
     @classmethod
     def cheapest(cls, seconds: Callable[[int], float], stride: int, acceptance: float = 0.8, **options: Any) -> Masks:
@@ -166,10 +165,8 @@ class Heads:
     def __call__(self, round: Round) -> Proposals:
         assert round.state_BD is not None
         most_B = round.most_B.clamp(max=self.count)
-        most = int(most_B.max())
-        logits_BKV = self.logits(round.state_BD, most)
-        token_BK, logq_BKV = round.tree.grow(lambda k, path_BNS: logits_BKV[:, k, None], round.choose, round.u_BK, most)
-        return Proposals(token_BK, round.tree.tables(most_B.device).count_D[most_B], logq_BKV)
+        logits_BKV = self.logits(round.state_BD, int(most_B.max()))
+        return round.grow(lambda k, path_BNS: logits_BKV[:, k, None], most_B)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,52 +22,15 @@ from dlm.errors import InputError
 from dlm.protocols import RNG, Denoiser, Proposals, Proposer, Round, RowCache
 from dlm.sampling import windows
 from dlm.sampling.autoregressive import check_continues, start_token
-from dlm.sampling.draw import Draw, categorical, finishers, pick, race, uniform
+from dlm.sampling.draw import Draw, finishers, race
 from dlm.sampling.pace import Pace
 from dlm.sampling.proposers import Masks, causal, inputs, put
 from dlm.sampling.running import Law, stacked
 from dlm.sampling.tree import Tree
+from dlm.sampling.verifying import COUPLINGS, Fresh, Stream
 from dlm.trajectory import Canvas, Frame
 
-COUPLINGS = ("stream", "ratio")
 ROWS = ("free_BL", "text_BL", "end_B", "known_B", "begin_B", "done_B")  # what there is of each row
-
-
-def agree(logp_BPV: Tensor, proposals: Proposals, u_BD: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
-    """(the place up to which proposals hold, the token after it), int64 (B,): each depth has one uniform, which decides its token.
-
-    A proposal holds where it is that token, and those before it hold. logp_BPV: the target's law at every place of the tree.
-    """
-    tables, proposed = tree.tables(u_BD.device), proposals.token_BK.shape[1]
-    token_BP = race(logp_BPV, u_BD[:, tables.depth_P[: proposed + 1]])
-    same_BK = proposals.token_BK == token_BP[:, tables.after_K[:proposed]]
-    fails_BK = ~same_BK | (torch.arange(proposed, device=u_BD.device) >= proposals.count_B[:, None])
-    reached_BP = ~(fails_BK[:, None] & tables.reads_PK[: proposed + 1, :proposed]).any(-1)
-    place_B = (reached_BP * torch.arange(proposed + 1, device=u_BD.device)).amax(-1)  # siblings differ: one of a depth, deeper ones behind
-    return place_B, token_BP.gather(1, place_B[:, None]).squeeze(1)
-
-
-def ratio(logp_BKV: Tensor, proposals: Proposals, u_BK: Tensor, last_B: Tensor) -> tuple[Tensor, Tensor]:
-    """As `agree`, of a chain: proposal d holds with min(1, p(d) / q(d)), the first that does not is drawn anew from max(0, p - q).
-
-    Leviathan et al. 2211.17192, Chen et al. 2302.01318. A proposal that was not drawn is certain, q(d) = 1: it holds with p(d), and what
-    replaces it is p without d. u_BK: K uniforms that test, last_B: one that draws.
-    """
-    p_BKV, token_BK, logq_BKV = logp_BKV.exp(), proposals.token_BK, proposals.logq_BKV
-    q_BKV = F.one_hot(token_BK, p_BKV.shape[-1]).to(p_BKV) if logq_BKV is None else logq_BKV.exp()
-    holds_BK = u_BK * pick(q_BKV, token_BK) < pick(p_BKV[:, :-1], token_BK)
-    taken_B = _leading(holds_BK, proposals.count_B)
-    at = torch.arange(len(taken_B), device=taken_B.device), taken_B
-    tested_B = taken_B < proposals.count_B  # else all held, and nothing is taken off p
-    q_BV = F.pad(q_BKV, (0, 0, 0, 1))[at] * tested_B[:, None]
-    rest_BV = (p_BKV[at] - q_BV).clamp(min=0)
-    rest_BV = torch.where(rest_BV.sum(-1, keepdim=True) > 0, rest_BV, p_BKV[at])  # p = q up to rounding
-    return taken_B, categorical(rest_BV.log()[:, None], last_B[:, None]).squeeze(1)
-
-
-def _leading(holds_BK: Tensor, count_B: Tensor) -> Tensor:
-    meant_BK = torch.arange(holds_BK.shape[1], device=holds_BK.device) < count_B[:, None]
-    return (holds_BK & meant_BK).int().cumprod(-1).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -153,6 +117,12 @@ class StridedSampler:
         logits_BKV[..., self.mask_id] = -torch.inf
         return self.draw.shape(logits_BKV if self.draw.temperature == 0 else logits_BKV.log_softmax(-1))
 
+    def _grow(self, stride: int, u_BK: Tensor, law: Callable[[int, Tensor], Tensor], most_B: Tensor) -> Proposals:
+        """As deep in each row as most_B says; see `Tree.grow`."""
+        tree = self.tree or Tree.chain(stride - 1)
+        token_BK, logq_BKV = tree.grow(law, self._choose, u_BK, int(most_B.max()))
+        return Proposals(token_BK, tree.tables(most_B.device).count_D[most_B], logq_BKV)
+
     def _choose(self, logits_BNV: Tensor, u_B: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The first `count` tokens (B, N, C) that these numbers draw, or the likeliest at temperature 0; what the first is drawn from."""
         logp_BNV, u_BN = self._shape(logits_BNV), u_B[:, None].expand(logits_BNV.shape[:2])
@@ -225,8 +195,7 @@ class StridedSampler:
         most_B = most_B.clamp(0, run.stride - 1).masked_fill(run.done_B, 0)
         state_BD = None if state_BKD is None else state_BKD[rows_B, place_B]
         known, guess = (run.text_BL, run.begin_B, run.known_B, most_B, u_BK), (guess_BEX, hit_BG.any(-1), self._shape)
-        tree = self.tree or Tree.chain(run.stride - 1)
-        proposals = self.proposer(Round(*known, *guess, tree, self._choose, run.capacity, run.memory, state_BD))
+        proposals = self.proposer(Round(*known, *guess, partial(self._grow, run.stride, u_BK), run.capacity, run.memory, state_BD))
         most = int(proposals.count_B.max())
         logq_BKV = proposals.logq_BKV
         return Proposals(proposals.token_BK[:, :most], proposals.count_B, None if logq_BKV is None else logq_BKV[:, :most])
@@ -253,7 +222,7 @@ class StridedRun:
         self.memory: dict[str, Any] = {}
         most = int(self.free_BL.sum(-1).max()) + 2 * stride
         stream = sampler.coupling == "stream"
-        self.numbers: Any = _Stream(rng, self.known_B, most) if stream else _Fresh(rng, stride)
+        self.numbers: Any = Stream(rng, self.known_B, most) if stream else Fresh(rng, stride)
         self.forwards, self.stride = 0, stride
         self.law: Law | None = None
         self.tally: Tally | None = None
@@ -361,43 +330,3 @@ class StridedRun:
             return mine.logq_BKV
         assert other.logq_BKV is not None
         return F.one_hot(mine.token_BK, other.logq_BKV.shape[-1]).to(other.logq_BKV).log()
-
-
-class _Stream:
-    """The n-th new token of a row is drawn with the n-th number of its generator, whatever call commits it."""
-
-    def __init__(self, rng: RNG, first_B: Tensor, count: int) -> None:
-        self.first_B, self.u_BN = first_B, uniform(rng, count).to(first_B.device)
-
-    def join(self, other: _Stream) -> None:
-        self.first_B, self.u_BN = stacked(self.first_B, other.first_B), stacked(self.u_BN, other.u_BN)
-
-    def keep(self, rows_K: Tensor) -> None:
-        self.first_B, self.u_BN = self.first_B[rows_K], self.u_BN[rows_K]
-
-    def fresh(self, known_B: Tensor, count: int) -> Tensor:
-        """Numbers (B, count) of the tokens after the known ones."""
-        return self.u_BN.gather(1, (known_B - self.first_B)[:, None] + torch.arange(count, device=known_B.device))
-
-    def verify(self, logp_BPV: Tensor, proposals: Proposals, known_B: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
-        return agree(logp_BPV, proposals, self.fresh(known_B, max(tree.depth) + 1), tree)
-
-
-class _Fresh:
-    """New numbers every time, as many for a row alone as in a batch."""
-
-    def __init__(self, rng: RNG, stride: int) -> None:
-        self.rng, self.stride = list(rng), stride
-
-    def join(self, other: _Fresh) -> None:
-        self.rng += other.rng
-
-    def keep(self, rows_K: Tensor) -> None:
-        self.rng = [self.rng[b] for b in rows_K.tolist()]
-
-    def fresh(self, known_B: Tensor, count: int) -> Tensor:
-        return uniform(self.rng, count).to(known_B.device)
-
-    def verify(self, logp_BKV: Tensor, proposals: Proposals, known_B: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
-        u_BK = self.fresh(known_B, self.stride)
-        return ratio(logp_BKV, proposals, u_BK[:, : logp_BKV.shape[1] - 1], u_BK[:, -1])
