@@ -169,7 +169,7 @@ def main() -> None:
     if args.quick:
         args.base, args.methods, args.prompts, args.new, args.samples, args.batch = "shakespeare-ar", "lookup:3", 4, 12, 40, 20
         args.prompt = "ROMEO:"
-    lm = load(args.base, "cpu", args.dtype, args.adapter)
+    lm = load(args.base, "cpu", args.dtype, args.adapter, args.deterministic)
     words = [word for word in args.methods.split(";") if word]
     text_rows = greedy(lm, args, words) if args.prompts else []
     drawn_rows = sampled(lm, args, words) if args.samples else []

@@ -86,6 +86,7 @@ def test_convert_and_generate(dlm: Dlm, base_dir: Path, text: Path) -> None:  # 
             made[name] = json.loads(dlm(*base, "--adapter", "out", *more)[1].splitlines()[-1])
             calls[name] += made[name]["forwards"]
         assert made["heads:3"]["text"] == made["lossless"]["text"] == made["autoregressive"]["text"]
+        assert made["lossless"]["sampler"] == "heads:auto"
     assert calls["heads:3"] <= calls["lossless"] <= calls["autoregressive"] > calls["heads:3"]  # as many as pay on this machine
     assert "has no heads to guess with: give --adapter DIRECTORY" in dlm.told("generate", "--base", str(base_dir), "--sampler", "heads:3")
     assert "resume with the same" in dlm.told(*words[:-4], "--steps", "130", "--out", "out", "--resume", "--heads", "3")
