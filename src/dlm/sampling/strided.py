@@ -3,7 +3,8 @@
 A call reads [last token, proposals, groups of masks]. Its output at the last token and at each proposal is the network's own law p of the
 next one, whatever stands after; so proposals are accepted from the left up to the first that does not hold, and the token there is drawn
 from p. One token is committed at least, `stride` at most. I-DLM (arXiv 2604.11035) where masks in the same call propose.
-Shapes: B rows, L columns of the canvas, K proposals, W inputs of one call, M masks of a group, G groups, E masks of all, V vocabulary.
+Shapes: B rows, L columns of the canvas, K proposals, P places (the committed text, then after each proposal), W inputs of one call before
+its masks, M masks of a group, G groups, E masks of all, V vocabulary.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ class StridedSampler:
     coupling: `stream`, the text of `AutoregressiveSampler` with the same generators, token for token; or `ratio`, its distribution only,
     with more accepted. Both are exact up to rounding: where calls of different lengths round differently, a near-tie may fall otherwise.
     floor: the k-th proposal is made only where c^k reaches it, c the probability of the likeliest token where the last one was drawn; so
-    the stride follows the network's confidence. 0: always `stride`. tree: of the proposals, by default the first choice for each; others
-    need masks or heads, and `stream`. pace: makes `stride` the most, and every call as long as has paid so
-    far; with `stream`, whose text does not depend on it. start, stop, context: as of `AutoregressiveSampler`.
+    the stride follows the network's confidence. 0: always `stride`. tree: of the proposals, by default the first choice for each place;
+    others need masks or heads, and `stream`. pace: makes `stride` the most, and every call as long as has paid so far; with `stream`,
+    whose text does not depend on it. start, stop, context: as of `AutoregressiveSampler`.
     """
 
     denoiser: Denoiser
