@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -427,19 +427,25 @@ def test_an_adapter_at_masks_leaves_the_text_alone(layout: str, start: int) -> N
     assert [t.accepted_B.tolist() for _, t in before] != [t.accepted_B.tolist() for _, t in after]
 
 
-def test_heads_guess_from_the_state_that_the_last_token_was_drawn_from() -> None:
-    """What is proposed after every call is what the heads say of the plain run of the text, up to where its last token was drawn."""
-    sampler, canvas, checked = strided(PROPOSERS["heads"], draw=Draw(0.0), context=0), canvas_of([[1, 2, 3], [4]], 8), 0
-    for frame, tally in sampler.rounds(canvas, rng=generators(5, 2)):
+def proposed_after_calls(name: str) -> Iterator[tuple[Tensor, list[int]]]:
+    """(committed text, the proposals after it) of every row and call of a greedy run."""
+    canvas = canvas_of([[1, 2, 3], [4]], 8)
+    for frame, tally in strided(PROPOSERS[name], draw=Draw(0.0), context=0).rounds(canvas, rng=generators(5, 2)):
         for row in range(2):
             known = int(frame.settled_BT[row].sum()) - int((~canvas.valid_BT[row]).sum())
             proposed = [i for i in frame.proposed_BT[row].tolist() if i >= 0]  # type: ignore[index]
-            if not (tally.committed_B[row] and proposed):
-                continue
-            read_BT = torch.cat([torch.full((1, 1), MASK), frame.tokens_BT[row : row + 1, : known - 1]], 1)  # all but the last token
-            logits_KV = PROPOSERS["heads"].logits(BASE(read_BT, logits=False)[:, -1], 3)[0, :, :MASK]
-            assert proposed == logits_KV.argmax(-1).tolist()[: len(proposed)]
-            checked += len(proposed)
+            if tally.committed_B[row] and proposed:
+                yield frame.tokens_BT[row, :known], proposed
+
+
+def test_heads_guess_from_the_state_that_the_last_token_was_drawn_from() -> None:
+    """What is proposed after every call is what the heads say of the plain run of the text, up to where its last token was drawn."""
+    checked = 0
+    for text_L, proposed in proposed_after_calls("heads"):
+        read_BT = F.pad(text_L[None, :-1], (1, 0), value=MASK)  # all but the last token
+        logits_KV = PROPOSERS["heads"].logits(BASE(read_BT, logits=False)[:, -1], 3)[0, :, :MASK]
+        assert proposed == logits_KV.argmax(-1).tolist()[: len(proposed)]
+        checked += len(proposed)
     assert checked > 10
 
 
@@ -447,19 +453,13 @@ def test_heads_guess_from_the_state_that_the_last_token_was_drawn_from() -> None
 def test_a_chain_guesses_from_its_mask_and_the_tokens_before(name: str) -> None:
     """What is proposed after every call is what the chain says of masks that stand after the committed text, one after another."""
     proposer, checked = PROPOSERS["chain"], 0
-    sampler, canvas = strided(PROPOSERS[name], draw=Draw(0.0), context=0), canvas_of([[1, 2, 3], [4]], 8)
-    for frame, tally in sampler.rounds(canvas, rng=generators(5, 2)):
-        for row in range(2):
-            known = int(frame.settled_BT[row].sum()) - int((~canvas.valid_BT[row]).sum())
-            proposed = [i for i in frame.proposed_BT[row].tolist() if i >= 0]  # type: ignore[index]
-            if not (tally.committed_B[row] and proposed):
-                continue
-            read_BT = torch.cat([torch.full((1, 1), MASK), frame.tokens_BT[row : row + 1, : known - 1], torch.full((1, 3), MASK)], 1)
-            states_BMD, before_BS = BASE(read_BT, logits=False)[:, known:], frame.tokens_BT[row : row + 1, known - 1 : known]
-            for slot, token in enumerate(proposed):
-                assert token == int(proposer.chain(slot, states_BMD[:, slot], before_BS)[0, :MASK].argmax())
-                before_BS = torch.cat([before_BS, torch.tensor([[token]])], 1)
-                checked += 1
+    for text_L, proposed in proposed_after_calls(name):
+        read_BT = F.pad(text_L[None, :-1], (1, 3), value=MASK)
+        states_BMD, before_BS = BASE(read_BT, logits=False)[:, len(text_L) :], text_L[None, -1:]
+        for slot, token in enumerate(proposed):
+            assert token == int(proposer.chain(slot, states_BMD[:, slot], before_BS)[0, :MASK].argmax())
+            before_BS = torch.cat([before_BS, torch.tensor([[token]])], 1)
+            checked += 1
     assert checked > 10
 
 
@@ -531,10 +531,10 @@ def test_no_restart_is_worth_half_a_token() -> None:
     assert tokens_per_call("tree", 1, 0.9) == tokens_per_call("restart", 1, 0.9) == 1
 
 
-@pytest.mark.parametrize(("layout", "most"), [("restart", 7), ("tree", 16)])
-def test_positions_of_a_call(layout: str, most: int) -> None:
-    known = Acceptance(1.0)
-    sampler = StridedSampler(known, MASK, 50, known.ragged_cache, Masks(layout), 4, draw=Draw(0.0))
+@pytest.mark.parametrize(("layout", "nodes", "most"), [("restart", 3, 7), ("tree", 3, 16), ("tree", 8, 36), ("tree", 16, 68)])
+def test_positions_of_a_call(layout: str, nodes: int, most: int) -> None:
+    known, tree = Acceptance(1.0), Tree.likeliest(nodes, 3)
+    sampler = StridedSampler(known, MASK, 50, known.ragged_cache, Masks(layout), 4, tree=tree, draw=Draw(0.0))
     tallies = [tally for _, tally in sampler.rounds(canvas_of([[]], 50), rng=generators(0, 1))]
     assert [t.positions for t in tallies[:3]] == [4, most, most]
     assert [int(t.committed_B) for t in tallies] == [1, *[4] * 12, 1]

@@ -84,7 +84,7 @@ def test_finishers_are_the_order_of_the_race() -> None:
     """The first is the race's; the second is its, once the first is out; and as often as the law says."""
     logp_BTV = torch.tensor([0.5, 0.3, 0.2]).log().expand(20_000, 1, -1)
     u_BT = torch.rand(20_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    order_BC = finishers(logp_BTV, u_BT, 3)[:, 0]
+    order_BC = finishers(logp_BTV, u_BT[:, 0], 3)[:, 0]
     assert torch.equal(order_BC[:, 0], race(logp_BTV, u_BT)[:, 0])
     rest_BTV = logp_BTV.clone().scatter(-1, order_BC[:, None, :1], -torch.inf)
     assert torch.equal(order_BC[:, 1], race(rest_BTV.log_softmax(-1), u_BT)[:, 0])

@@ -51,10 +51,10 @@ def race(logp_BTV: Tensor, u_BT: Tensor) -> Tensor:
     return token_BT
 
 
-def finishers(logp_BTV: Tensor, u_BT: Tensor, count: int) -> Tensor:
-    """The first tokens to ring of a `race`, in their order, int64 (B, T, count)."""
-    clock_NV = _clocks(u_BT.to(logp_BTV.device).flatten(), logp_BTV.shape[-1])
-    return (logp_BTV.double() - clock_NV.log_().view_as(logp_BTV)).topk(count, -1).indices
+def finishers(logp_BTV: Tensor, u_B: Tensor, count: int) -> Tensor:
+    """The first tokens to ring of a `race`, in their order, int64 (B, T, count); all laws of a row are given the same u."""
+    clock_BV = _clocks(u_B.to(logp_BTV.device), logp_BTV.shape[-1])
+    return (logp_BTV.double() - clock_BV.log_()[:, None]).topk(count, -1).indices
 
 
 def _clocks(u_N: Tensor, size: int) -> Tensor:

@@ -126,21 +126,21 @@ class StridedSampler:
 
     def _choose(self, logits_BNV: Tensor, u_B: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The first `count` tokens (B, N, C) that these numbers draw, or the likeliest at temperature 0; what the first is drawn from."""
-        logp_BNV, u_BN = self._shape(logits_BNV), u_B[:, None].expand(logits_BNV.shape[:2])
+        logp_BNV = self._shape(logits_BNV)
         if count == 1:
-            return race(logp_BNV, u_BN)[..., None], logp_BNV
+            return race(logp_BNV, u_B[:, None].expand(logp_BNV.shape[:2]))[..., None], logp_BNV
         if self.draw.temperature > 0:
-            return finishers(logp_BNV, u_BN, count), logp_BNV
+            return finishers(logp_BNV, u_B, count), logp_BNV
         return logits_BNV.index_fill(-1, torch.tensor(self.mask_id, device=u_B.device), -torch.inf).topk(count, -1).indices, logp_BNV
 
-    def _read(self, run: StridedRun, live_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
+    def _read(self, run: StridedRun, live_B: Tensor, new_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
         """One call: (logits at every place, of the last token and the proposals, logits of the masks, the place of each group, hidden
         states of the places, positions). Where the proposer reads states, those of the masks are in place of their logits.
 
-        The inputs that a row has not read, its proposals among them, lie in front, so that what is committed is a prefix.
+        new_B: inputs that a row knows and has not read. They and its proposals lie in front, so that what is committed is a prefix.
         """
         device, (count_B, masks) = run.text_BL.device, (run.proposals.count_B * live_B, run.stride - 1)
-        held_B, new_B = run.cache.length_B, (self._inputs(run) - run.cache.length_B) * live_B
+        held_B = run.cache.length_B
         rows, width, drafts_BK = len(new_B), int((new_B + count_B).max()), run.proposals.token_BK
         w_W, at_B1, places = torch.arange(width, device=device), torch.arange(rows, device=device)[:, None], drafts_BK.shape[1] + 1
         tables = run.tree.tables(device)
@@ -257,7 +257,7 @@ class StridedRun:
         if pace is not None:
             self.stride = pace.choose(int(live_B.sum()))
         new_B = (sampler._inputs(self) - held_B) * live_B
-        logits_BKV, guess_BEX, after_BG, state_BKD, positions = sampler._read(self, live_B)
+        logits_BKV, guess_BEX, after_BG, state_BKD, positions = sampler._read(self, live_B, new_B)
         self.forwards += 1
         place_B, token_B = self.numbers.verify(sampler._shape(logits_BKV), proposals, known_B, tree)
         tables = tree.tables(place_B.device)

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from dlm.errors import InputError
 
-FALLS = 0.35  # of two choices that follow one another in rank, the later one holds so often as the earlier
-HOLDS = 0.5  # how often the first choice does; both decide about shapes alone
+HOLDS = 0.5  # how often the first choice for a place holds
+FALLS = 0.35  # and every later one, as a share of the one before it; both decide about shapes alone
 
 
 @dataclass(frozen=True)
@@ -91,28 +92,36 @@ class Tree:
         choices (B, N, C) with those numbers, and what they are drawn from.
         """
         token_BK, laws = u_BD.new_empty(len(u_BD), 0, dtype=torch.long), []
-        for d in range(depth):
-            nodes = [k for k in range(len(self)) if self.depth[k + 1] == d + 1]
-            parents = sorted({self.parent[k] for k in nodes})
-            path_ND = self.tables(u_BD.device).path_PD[torch.tensor(parents) + 1, :d]
-            logits_BNV = law(d, token_BK[:, path_ND] if d else token_BK[:, None].expand(-1, len(parents), -1))
-            choice_BNC, logq_BNV = choose(logits_BNV, u_BD[:, d], 1 + max(self.rank[k] for k in nodes))
-            n = torch.tensor([min(parents.index(self.parent[k]), choice_BNC.shape[1] - 1) for k in nodes])
-            token_BK = torch.cat([token_BK, choice_BNC[:, n, torch.tensor([self.rank[k] for k in nodes])]], 1)
+        for d, level in enumerate(self.tables(u_BD.device).levels[:depth]):
+            logits_BNV = law(d, token_BK[:, level.path_ND] if d else token_BK[:, None].expand(-1, len(level.path_ND), -1))
+            choice_BNC, logq_BNV = choose(logits_BNV, u_BD[:, d], level.choices)
+            of_K = level.of_K.clamp(max=choice_BNC.shape[1] - 1)  # one law for all paths
+            token_BK = torch.cat([token_BK, choice_BNC[:, of_K, level.rank_K]], 1)
             laws.append(logq_BNV)
         return token_BK, torch.cat(laws, 1) if laws and self.is_chain else None
 
 
 @dataclass(frozen=True)
+class Level:
+    """The nodes of one depth: path_ND of those that they follow, which of these each does, its rank, and choices that are needed."""
+
+    path_ND: Tensor
+    of_K: Tensor
+    rank_K: Tensor
+    choices: int
+
+
+@dataclass(frozen=True)
 class Tables:
     """A tree in tensors. after_K: the place before each node; path_PD: the nodes up to each place, from the first; reads_PK: the same as
-    bool; count_D: nodes of depth 0 .. d."""
+    bool; count_D: nodes of depth 0 .. d; levels: by depth."""
 
     depth_P: Tensor
     after_K: Tensor
     path_PD: Tensor
     reads_PK: Tensor
     count_D: Tensor
+    levels: tuple[Level, ...]
 
 
 @lru_cache(maxsize=64)
@@ -125,5 +134,11 @@ def _tables(tree: Tree, device: torch.device) -> Tables:
         reads_PK[place, path] = True
     path_PD = torch.tensor([[*path, *[0] * (most - len(path))] for path in paths], dtype=torch.long).view(len(paths), most)
     count_D = [sum(0 < depth <= d for depth in tree.depth) for d in range(most + 1)]
-    parts = (torch.tensor(tree.depth), torch.tensor(tree.parent, dtype=torch.long) + 1, path_PD, reads_PK, torch.tensor(count_D))
-    return Tables(*(part.to(device) for part in parts))
+    levels: list[Level] = []
+    for first, last in pairwise(count_D):
+        followed_N, of_K = torch.unique(torch.tensor(tree.parent[first:last]), return_inverse=True)
+        path_ND, rank_K = path_PD[followed_N + 1, : len(levels)], torch.tensor(tree.rank[first:last])
+        levels.append(Level(path_ND.to(device), of_K.to(device), rank_K.to(device), 1 + int(rank_K.max())))
+    after_K, depth_P = torch.tensor(tree.parent, dtype=torch.long) + 1, torch.tensor(tree.depth)
+    depth_P, after_K, path_PD, reads_PK, counts_D = (x.to(device) for x in (depth_P, after_K, path_PD, reads_PK, torch.tensor(count_D)))
+    return Tables(depth_P, after_K, path_PD, reads_PK, counts_D, tuple(levels))
