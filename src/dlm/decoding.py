@@ -122,9 +122,12 @@ def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, co
     if guess.nodes:
         tree = Tree.likeliest(guess.nodes, most - 1, model.tokenizer.vocab_size)
     proposer: Proposer = Lookup()
+    if guess.name in ("strided", "heads"):
+        fast.coarsen(network)
     if guess.name == "strided":
         chain = None if network.chain is None else partial(_chained, network)
-        proposer = Masks.cheapest(partial(_seconds, network, model.seconds), most, chain=chain) if tree is None else Masks(chain=chain)
+        seconds = partial(_seconds, network, model.seconds)
+        proposer = Masks.cheapest(seconds, most, _acceptance(network), chain=chain) if tree is None else Masks(chain=chain)
     elif guess.name == "heads":
         if model.heads is None:
             raise InputError(f"{model.name} has no heads to guess with: give --adapter DIRECTORY of dlm convert {model.name} --heads 3")
@@ -159,7 +162,13 @@ def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, co
 def _chained(network: Transformer, slot: int, state_BD: Tensor, before_BS: Tensor) -> Tensor:
     """Logits of masks of this slot, given the tokens of the places up to theirs."""
     assert network.chain is not None
-    return network.read_out(network.chain(slot, state_BD, F.embedding(before_BS, network.embed.weight)))
+    return network.read_out(network.chain(slot, state_BD, F.embedding(before_BS, network.embed.weight)), coarsely=True)
+
+
+def _acceptance(network: Transformer) -> float:
+    """Of a proposal: what the adapter had on texts held back, or that of a good one."""
+    found = network.adapter.config.made.get("accept") if network.adapter is not None else None
+    return sum(found) / len(found) if found else 0.8
 
 
 def _most(model: LanguageModel, name: str) -> int:

@@ -35,10 +35,10 @@ def text(made: LanguageModel, rows: int = 3) -> Tensor:
 
 
 @torch.no_grad()
-def in_calls(network: Transformer, z_BT: Tensor, size: int) -> Tensor:
+def in_calls(network: Transformer, z_BT: Tensor, size: int, room: int = LENGTH, cache: Any = None) -> Tensor:
     """Logits from calls of so many positions against a cache."""
-    cache, found = network.ragged_cache(len(z_BT), LENGTH), []
-    for begin in range(0, LENGTH, size):
+    cache, found = cache or network.ragged_cache(len(z_BT), room), []
+    for begin in range(0, z_BT.shape[1], size):
         z_BQ = z_BT[:, begin : begin + size]
         queries = z_BQ.shape[1]
         pos_BQ = (begin + torch.arange(queries)).expand_as(z_BQ)
@@ -228,20 +228,105 @@ def test_near_ties_fall_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
-def test_compiled_calls_say_what_they_said() -> None:
-    """Rows and positions may change from call to call, masks are read as before, and another network has a compilation of its own."""
+@pytest.mark.parametrize(("ready", "close", "ranks"), [(fast.fuse, 1e-4, (2, 5)), (fast.quantize, 0.02, (2,))])
+def test_compiled_calls_say_what_they_said(ready: Any, close: float, ranks: tuple[int, ...]) -> None:
+    """Rows, positions, masks, adapters and the cache's room change from call to call; another network has compilations of its own."""
     one, other = model(layers=2), model(layers=2, norm_eps=1e-2)  # the same shapes
-    lora.attach(one.network, lora.AdapterConfig(2, 4.0, stride=3), one.tokenizer.mask_id)
     z_BT = text(one)
     masked_BT = z_BT.clone()
     masked_BT[:, 1::2] = one.tokenizer.mask_id
-    calls = [(one, z_BT[:1], 1), (one, z_BT[:2], 1), (one, z_BT, 2), (one, z_BT[:1], 1), (one, masked_BT, 4), (other, z_BT[:1], 1)]
+    calls, masked = [(z_BT[:1], 1, 80), (z_BT[:2], 3, 100), (z_BT[:2], 4, 72)], [(masked_BT[:1], 4, 80)]
+
+    def compare(made: LanguageModel, calls: list[tuple[Tensor, int, int]]) -> None:
+        compiled, made.network.compiled = made.network.compiled, None
+        before = [in_calls(made.network, *call) for call in calls]
+        made.network.compiled = watched = Watched(compiled)
+        for call, expected in zip(calls, before, strict=True):
+            torch.testing.assert_close(in_calls(made.network, *call), expected, atol=close, rtol=close)
+        assert watched.calls == sum(len(range(0, LENGTH, size)) for _, size, _ in calls)
+        made.network.compiled = compiled
+
+    for made in (one, other):
+        fast.compile(ready(made.network))
+    compare(one, calls)
+    if ready is fast.fuse:
+        compare(other, calls[:1])
+    for rank in ranks:
+        lora.attach(one.network, lora.AdapterConfig(rank, 4.0, stride=3), one.tokenizer.mask_id)
+        for name, tensor in one.network.named_parameters():
+            if name.endswith("lora_B"):
+                torch.nn.init.normal_(tensor, std=0.1)
+        compare(one, calls[:1] + masked)
+    lora.detach(one.network)
+    compare(one, calls[:1])
+
+
+class Watched:
+    """How often compiled blocks were called."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled, self.calls = compiled, 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        return self.compiled(*args)
+
+
+@torch.no_grad()
+def test_rows_that_end_apart_are_not_compiled() -> None:
+    made = model(layers=2)
+    z_B1, apart_B = text(made)[:, :1], torch.tensor([5, 9, 9])
+    found = []
+    for ready in (fast.fuse, fast.compile):
+        ready(made.network)
+        cache = made.network.ragged_cache(3, LENGTH)
+        in_calls(made.network, text(made)[:, :10], 10, cache=cache)
+        cache.trim(apart_B)
+        own_B11 = torch.ones(3, 1, 1, dtype=torch.bool)
+        found.append(made.network(z_B1, pos_BQ=apart_B[:, None], own_BQQ=own_B11, cache=cache))
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_a_full_cache_says_so_when_compiled() -> None:
+    made = fast.compile(model(layers=1).network)
+    cache = made.cache(1, 4)
+    with pytest.raises(ValueError, match="holds 4 positions, 5 were asked for"):
+        made(torch.zeros(1, 5, dtype=torch.long), cache=cache)
+
+
+def test_guesses_are_read_coarsely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From large heads alone, and never what is verified."""
+    small, large = model(), model()
+    fast.coarsen(small.network)
+    monkeypatch.setattr(fast, "LARGE", 1000)
+    fast.coarsen(large.network)
+    hidden_BQD = torch.randn(1, 3, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        before = [in_calls(made.network, z, size) for made, z, size in calls]
-        for made in (one, other):
-            fast.compile(made.network)
-        for (made, z, size), logits in zip(calls, before, strict=True):
-            torch.testing.assert_close(in_calls(made.network, z, size), logits, atol=1e-4, rtol=1e-4)
+        exact, coarse, also = (m.network.read_out(hidden_BQD, coarsely=way) for m, way in ((large, False), (large, True), (small, True)))
+    assert torch.equal(exact, also) and 0 < (coarse - exact).std() < 0.02 * exact.std()
+    assert large.network.state_dict().keys() == small.network.state_dict().keys()
+    options = {"sampler": "strided:3", "length": 40, "seed": 3}
+    assert (
+        large.generate("ROMEO", **options).text
+        == small.generate("ROMEO", **options).text
+        == small.generate("ROMEO", length=40, seed=3).text
+    )
+
+
+def test_a_model_drafts_for_itself_in_int8(tmp_path: Path) -> None:
+    made = model(layers=3)
+    lora.attach(made.network, lora.AdapterConfig(2), made.tokenizer.mask_id)  # has no part in it
+    plain = made.generate("ROMEO", length=60, seed=3)
+    drafted = made.generate("ROMEO", length=60, seed=3, sampler="draft:int8,4")
+    assert drafted.text == plain.text and plain.forwards / drafted.forwards > 2
+    copy = made.other("int8").network
+    assert copy.quantized and not made.network.quantized and copy.embed.weight.data_ptr() == made.network.embed.weight.data_ptr()
+    made.save_pretrained(tmp_path)
+    eight = load(str(tmp_path), dtype="int8")
+    assert torch.equal(in_calls(eight.network, text(made), 1), in_calls(copy, text(made), 1))
+    with pytest.raises(InputError, match="int8 already"):
+        eight.generate("ROMEO", sampler="draft:int8,4")
 
 
 def test_what_cannot_be_compiled(masked_dir: Path, autoregressive_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,8 +56,7 @@ class Heads(nn.Module):
 
     def forward(self, hidden_BD: Tensor, count: int) -> Tensor:
         """Logits (B, K, V) of the first `count` heads."""
-        logits_BKV: Tensor = self._base[0].head(self.states(hidden_BD, count))
-        return logits_BKV
+        return self._base[0].read_out(self.states(hidden_BD, count), coarsely=True)
 
 
 def foresight(network: Transformer, heads: Heads, x_BT: Tensor, free_BT: Tensor, *, mask_id: int, how: str = "kl") -> Consistency:

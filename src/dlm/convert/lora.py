@@ -64,10 +64,13 @@ class Adapter:
         self.config, self.mask_id = config, mask_id
         self.masks_M: Tensor | None = None  # places of the masks in the flattened (B, Q); None without any
         self.alone = False  # nothing but masks is read
+        self.gate_BQ1 = torch.zeros(0)  # 1.0 at masks, for compiled blocks
+        self.joined = False  # its layers have met `adapt_together`, which compiled blocks rely on
 
     def begin(self, z_BQ: Tensor, pos_BQ: Tensor) -> None:
         """Called by the network before it reads z at these positions."""
-        masks_M = ((z_BQ == self.mask_id) & (pos_BQ > 0)).flatten().nonzero().squeeze(-1)
+        gate_BQ = (z_BQ == self.mask_id) & (pos_BQ > 0)
+        masks_M, self.gate_BQ1 = gate_BQ.flatten().nonzero().squeeze(-1), gate_BQ[..., None].float()
         self.masks_M, self.alone = masks_M if len(masks_M) else None, len(masks_M) == z_BQ.numel()
 
 
@@ -127,6 +130,10 @@ class LoRALinear(nn.Linear):
         masks_M = self.adapter.masks_M
         if masks_M is None:
             return y_BQO
+        if torch.compiler.is_compiling():  # of few positions: all are adapted, which counts at masks
+            *_, lora_A, lora_B = product.low_rank
+            return y_BQO + self.adapter.gate_BQ1.to(y_BQO.dtype) * F.linear(F.linear(x_BQI, lora_A), lora_B)
+        self.adapter.joined = True
         adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
         low = [matrix for layer in adapted for matrix in (layer.lora_A, layer.lora_B)]
         known = getattr(product, "low_rank", None)

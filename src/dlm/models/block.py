@@ -155,21 +155,21 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any, is_causal: bool, cache: AnyCache | None, ends: Any = None) -> Tensor:
-        """ends: `before` and `after`, compiled (`dlm.models.fast`)."""
-        before, after = ends or (Block.before, Block.after)
-        q, k, v = before(self, x, cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any, is_causal: bool, cache: AnyCache | None) -> Tensor:
+        q, k, v = self.attention.heads(self.attention_norm(x), cos, sin)
         if cache is not None:
             k, v = cache.write(self.attention.layer, k, v)
-        y: Tensor = after(self, x, self.attention.read(q, k, v, mask, is_causal))
-        return y
+        return self._after(x, self.attention.read(q, k, v, mask, is_causal))
 
-    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What comes before the cache and attention: queries, keys and values."""
-        return self.attention.heads(self.attention_norm(x), cos, sin)
+    def over(self, x: Tensor, cos: Tensor, sin: Tensor, kept: tuple[Tensor, Tensor], slot_Q: Tensor, mask_B1QT: Tensor) -> Tensor:
+        """As `forward` over the whole memory of a cache, keys and values (B, G, T, K), of which the new ones take these slots; what
+        `dlm.models.fast` compiles. mask: added to the scores."""
+        q, *new = self.attention.heads(self.attention_norm(x), cos, sin)
+        for kept_BGTK, new_BGQK in zip(kept, new, strict=True):
+            kept_BGTK.index_copy_(2, slot_Q, new_BGQK)
+        return self._after(x, self.attention.read(q, *kept, mask_B1QT, False))
 
-    def after(self, x: Tensor, read_BHQK: Tensor) -> Tensor:
-        """What comes after them."""
+    def _after(self, x: Tensor, read_BHQK: Tensor) -> Tensor:
         x = x + self.dropout(self.attention.join(read_BHQK))
         y: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return y

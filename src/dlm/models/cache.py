@@ -12,7 +12,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class KVCache:
+class Memory:
+    """What the calls of `dlm.models.fast.compile` read: all there is room for, so that shapes stay what they are from token to token."""
+
+    kv: Tensor  # (layers, 2, B, G, T, K)
+    _kept: tuple[Tensor, list[tuple[Tensor, ...]]] | None = None  # parts of a kv
+
+    def span(self, queries: int) -> tuple[int, int] | None:
+        """From where to where so many new positions would lie; None where rows have places of their own, or no room."""
+        raise NotImplementedError
+
+    def whole(self, first: int, end: int, mask: Tensor | None) -> tuple[list[tuple[Tensor, ...]], Tensor, Tensor]:
+        """(keys and values (B, G, T, K) of each layer, the slots of new positions, what is added to scores (B or 1, 1, Q, T)).
+
+        mask: of the positions up to `end`, bool or what is added; None for everything.
+        """
+        kv, device = self.kv, self.kv.device
+        scores = torch.full((1 if mask is None else len(mask), 1, end - first, kv.shape[4]), -torch.inf, dtype=kv.dtype, device=device)
+        if mask is not None and mask.dtype != torch.bool:
+            scores[..., :end] = mask
+        else:
+            scores[..., :end].masked_fill_(torch.tensor(True, device=device) if mask is None else mask, 0.0)
+        if self._kept is None or self._kept[0] is not kv:
+            self._kept = kv, [torch.unbind(layer) for layer in torch.unbind(kv)]
+        return self._kept[1], torch.arange(first, end, device=device), scores
+
+
+class KVCache(Memory):
     """Preallocated; new positions go after the `length` already held. `trim` forgets, `clone` copies."""
 
     def __init__(
@@ -35,6 +61,10 @@ class KVCache:
         self.kv[layer, 1, :, :, self.length : end] = v_BGQK
         return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
 
+    def span(self, queries: int) -> tuple[int, int] | None:
+        end = self.length + queries
+        return (self.length, end) if end <= self.capacity else None
+
     def advance(self, count: int) -> None:
         self.length += count
 
@@ -50,7 +80,7 @@ class KVCache:
         return copy
 
 
-class RaggedCache:
+class RaggedCache(Memory):
     """A batch whose rows have their own lengths: new positions go after each row's `length_B`, `trim` forgets them again.
 
     Preallocated and read in place, up to the longest row. Rows may `join`, and others leave.
@@ -95,6 +125,9 @@ class RaggedCache:
                 continue
             kv_BGTK.transpose(1, 2)[self.rows_B1, self.slot_BQ] = new_BGQK.transpose(1, 2)
         return self.kv[layer, 0, :, :, : self.end], self.kv[layer, 1, :, :, : self.end]
+
+    def span(self, queries: int) -> tuple[int, int] | None:
+        return (self.end - queries, self.end) if self.even else None
 
     def advance(self, count: int) -> None:
         self.length_B = self.length_B + count

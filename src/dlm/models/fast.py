@@ -7,10 +7,13 @@ before `quantize`.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import types
+import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,12 +22,15 @@ from torch import Tensor, nn
 
 from dlm.errors import InputError
 from dlm.models.block import Block, RMSNorm, in_pieces, rotary, version
+from dlm.models.cache import Memory
 from dlm.models.quantized import Int8Linear
 from dlm.models.transformer import Transformer
 
 PACKED = range(3, 65)  # rows of a product in float32 on a CPU for which a second layout of its weights pays: 4 then cost little more than 1
 MOST = 2**31  # bytes of a network whose weights may so be held twice
+LARGE = 2**22  # numbers of a head
 ROWS = 16  # of every product of a deterministic network
+NUMBERS = itertools.count()
 BEYOND = 256  # positions after the window that proposals may stand at
 
 
@@ -42,7 +48,10 @@ class Product(nn.Module):
         self.register_buffer("bias", torch.cat([bias.detach() for bias in biases]) if biases else None, persistent=False)
         for layer, part in zip(layers, torch.split(self.weight, [layer.out_features for layer in layers]), strict=True):
             layer.weight.data = part
+        self.register_buffer("number", torch.tensor(next(NUMBERS)), persistent=False)  # a graph may hold this, but no `Product`
+        PRODUCTS[int(self.number)] = self
 
+    number: Tensor
     weight: Tensor
     bias: Tensor | None
 
@@ -50,12 +59,33 @@ class Product(nn.Module):
         return in_pieces(self._product, x, self.rows)
 
     def _product(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or not self.packs or x.numel() // x.shape[-1] not in PACKED or x.dtype != torch.float32:
+        if not self.packs or not PACKED.start <= x.numel() // x.shape[-1] < PACKED.stop or x.dtype != torch.float32:
             return F.linear(x, self.weight, self.bias)
+        if torch.compiler.is_compiling():  # which knows no tensors of this layout
+            y: Tensor = torch.ops.dlm.product(x, self.weight, self.number)
+            return y
+        return self.in_second_layout(x)
+
+    def in_second_layout(self, x: Tensor) -> Tensor:
         if self.packed is None or self.packed[1] != version(self.parts):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS), version(self.parts)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed[0], self.bias, "none", [], "")
         return y
+
+
+LIBRARY = torch.library.Library("dlm", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY.define("product(Tensor x, Tensor weight, Tensor number) -> Tensor")  # type: ignore[no-untyped-call]
+PRODUCTS: weakref.WeakValueDictionary[int, Product] = weakref.WeakValueDictionary()  # by number
+
+
+@torch.library.impl(LIBRARY, "product", "CPU")
+def _numbered(x: Tensor, weight: Tensor, number: Tensor) -> Tensor:
+    return PRODUCTS[int(number)].in_second_layout(x)
+
+
+@torch.library.register_fake("dlm::product", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _shape(x: Tensor, weight: Tensor, number: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
 
 
 def second_layout(module: nn.Module) -> list[Tensor]:
@@ -110,6 +140,25 @@ def quantize(network: Transformer) -> Transformer:
     return network
 
 
+def coarsen(network: Transformer) -> None:
+    """Give a large head an int8 copy to read guesses out with, where reading it is what they cost."""
+    if network.coarse is None and network.device.type == "cpu" and not network.quantized and network.head.weight.numel() >= LARGE:
+        network.coarse = Int8Linear(network.head.weight)
+
+
+def rounded(network: Transformer) -> Transformer:
+    """A copy in int8, without the adapter and compiled where the network is; the embedding is held once."""
+    if network.quantized:
+        raise InputError("the weights are int8 already: there is nothing to round for a draft")
+    if network.device.type != "cpu":
+        raise InputError("int8 is for the CPU: draft with another model, or with heads or masks")
+    with torch.device("meta"):
+        copy = Transformer(network.config)
+    copy.load_state_dict(network.state_dict(), assign=True)
+    quantize(copy.eval().requires_grad_(False))
+    return compile(copy) if network.compiled is not None else copy
+
+
 def steady(network: Transformer) -> Transformer:
     """Make the logits of a position the same to the bit, however many positions and rows a call has. It costs time: see the docs.
 
@@ -129,16 +178,49 @@ def steady(network: Transformer) -> Transformer:
 
 
 def compile(network: Transformer) -> Transformer:
-    """Compile what lies between attention and attention, for calls of decoding: most of their time goes into many small operations.
+    """Compile the blocks for calls of decoding, of few positions: most of their time goes into many small operations.
 
     The first call of a shape then takes seconds. The weights and the adapter have to stay as they are from here on: nothing but the
     shape of the input is checked before a compiled block is used, since a check of everything costs as much as it saves.
     """
     if network.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
         raise InputError("a network is compiled with a C++ compiler, and there is none: install g++, or decode without compiling")
-    options: dict[str, Any] = {"guard_filter_fn": lambda guards: [g.guard_type == "SHAPE_ENV" or g.name in ("L['x']", "x") for g in guards]}
-    network.ends = tuple(torch.compile(_own(half), fullgraph=True, options=options) for half in (Block.before, Block.after))
+    options: dict[str, Any] = {
+        "guard_filter_fn": lambda guards: [g.guard_type == "SHAPE_ENV" or g.name in ("L['x']", "x") for g in guards],
+        "size_asserts": False,
+    }
+    make = partial(torch.compile, fullgraph=True, options=options)
+    network.compiled = partial(_through, make, {})
     return fuse(network)
+
+
+def _through(
+    make: Any,
+    made: dict[Any, Any],
+    network: Transformer,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    memory: Memory,
+    span: tuple[int, int],
+    mask: Any,
+) -> Tensor:
+    """x after all blocks, new positions in this span of the memory."""
+    adapter = network.adapter if network.adapter is not None and network.adapter.masks_M is not None else None
+    if adapter not in made:  # nothing checks that an adapter acts, or which one
+        made[adapter] = make(_own(Block.over))
+    kept, slot_Q, mask_B1QT = memory.whole(*span, mask)
+    torch._dynamo.mark_dynamic(mask_B1QT, 3)  # one compilation for memories of any length
+    if x.shape[1] > 1:  # and for any number of positions, which guards of x hold together
+        gates = [] if adapter is None else [(adapter.gate_BQ1, 1)]
+        for tensor, axis in [(x, 1), (cos, 2), (sin, 2), (slot_Q, 0), (mask_B1QT, 2), *gates]:
+            torch._dynamo.maybe_mark_dynamic(tensor, axis)
+    for block, own in zip(network.blocks, kept, strict=True):
+        for tensor in own:
+            if not hasattr(tensor, "_dynamo_dynamic_indices"):
+                torch._dynamo.mark_dynamic(tensor, 2)
+        x = made[adapter](block, x, cos, sin, own, slot_Q, mask_B1QT)
+    return x
 
 
 def _own(function: Any) -> Any:

@@ -26,9 +26,9 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight_OI, scale_O1 = rounded(weight_OI.detach().float())
         self.out_features, self.in_features = weight_OI.shape
-        self.register_buffer("weight", weight_OI)
-        self.register_buffer("scale", scale_O1.squeeze(1))
-        self.register_buffer("bias", None if bias_O is None else bias_O.detach().float())
+        self.register_buffer("weight", weight_OI, persistent=False)
+        self.register_buffer("scale", scale_O1.squeeze(1), persistent=False)
+        self.register_buffer("bias", None if bias_O is None else bias_O.detach().float(), persistent=False)
 
     weight: Tensor
     scale: Tensor

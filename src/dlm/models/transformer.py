@@ -35,7 +35,8 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.turns: tuple[Tensor, Tensor] | None = None  # of dlm.models.fast: cos and sin (T, K) of every position
         self.head_product: nn.Module | None = None  # of dlm.models.fast, as of the layers of a block
-        self.ends: Any = None  # of dlm.models.fast: the ends of a block, compiled
+        self.coarse: nn.Module | None = None  # of dlm.models.fast: the head in int8
+        self.compiled: Any = None  # of dlm.models.fast: all blocks, compiled
         self.adapter: Any = None  # of dlm.convert.lora: told at every call where the masks stand
         self.chain: nn.Module | None = None  # of dlm.convert.chain: reads what the adapter's masks say
         self.reset()
@@ -63,8 +64,11 @@ class Transformer(nn.Module):
         """Number of trainable numbers, a tied head counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    def read_out(self, hidden_BQD: Tensor) -> Tensor:
-        """Logits (B, Q, V) of hidden states as `forward` gives them."""
+    def read_out(self, hidden_BQD: Tensor, *, coarsely: bool = False) -> Tensor:
+        """Logits (B, Q, V) of hidden states as `forward` gives them; coarsely: for guesses that are verified."""
+        if coarsely and self.coarse is not None and hidden_BQD.device.type == "cpu":
+            guesses_BQV: Tensor = self.coarse(hidden_BQD)
+            return guesses_BQV
         (logits_BQV,) = project(self.head_product, (self.head,), hidden_BQD)
         return logits_BQV
 
@@ -135,9 +139,12 @@ class Transformer(nn.Module):
             x_BQD = x_BQD + self.time(t_B)[:, None]
         x_BQD = self.dropout(x_BQD)
         cos, sin = self._rotary(pos_BQ)
-        ends = self.ends if self.ends is not None and self._is_small(z_BQ) else None
-        for block in self.blocks:
-            x_BQD = block(x_BQD, cos, sin, mask, is_causal, cache, ends)
+        span = cache.span(z_BQ.shape[1]) if isinstance(cache, KVCache | RaggedCache) and self._is_small(z_BQ) and not is_causal else None
+        if span is not None:
+            x_BQD = self.compiled(self, x_BQD, cos, sin, cache, span, mask)
+        else:
+            for block in self.blocks:
+                x_BQD = block(x_BQD, cos, sin, mask, is_causal, cache)
         if isinstance(cache, KVCache | RaggedCache):
             cache.advance(z_BQ.shape[1])
         if pattern == "clean":
@@ -153,9 +160,10 @@ class Transformer(nn.Module):
         return self.read_out(self.norm(x_BQD))
 
     def _is_small(self, z_BQ: Tensor) -> bool:
-        """Whether it is a call of decoding, for which blocks are compiled: few positions, no masks for an adapter to act on."""
-        most = SMALL if self.quantized else 2  # more have other kernels
-        return z_BQ.numel() <= most and not torch.is_grad_enabled() and (self.adapter is None or self.adapter.masks_M is None)
+        """Whether it is a call of decoding for which blocks are compiled."""
+        if self.compiled is None or z_BQ.numel() > SMALL or torch.is_grad_enabled():
+            return False
+        return self.adapter is None or self.adapter.masks_M is None or self.adapter.joined
 
     def _rotary(self, pos_BQ: Tensor) -> tuple[Tensor, Tensor]:
         if self.turns is None:

@@ -93,7 +93,7 @@ class Masks:
         return round.grow(law, most_B)
 
     @classmethod
-    def cheapest(cls, seconds: Callable[[int], float], stride: int, acceptance: float = 0.8, **options: Any) -> Masks:
+    def cheapest(cls, seconds: Callable[[int], float], stride: int, acceptance: float, **options: Any) -> Masks:
         """The layout with more tokens a second at this acceptance. seconds: what a call of that many positions takes."""
         positions = {"tree": stride**2, "restart": 2 * stride - 1}
         return cls(max(LAYOUTS, key=lambda layout: tokens_per_call(layout, stride, acceptance) / seconds(positions[layout])), **options)
