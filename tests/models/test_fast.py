@@ -287,6 +287,21 @@ def test_rows_that_end_apart_are_not_compiled() -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
+@torch.no_grad()
+def test_both_caches_use_what_was_compiled_for_one() -> None:
+    """The same shape of the input, with positions of every row or of all."""
+    made = model(layers=1)
+    z_BT = text(made)
+    before = in_calls(made.network, z_BT, 4)
+    fast.compile(made.network)
+    for _ in range(2):
+        torch.testing.assert_close(in_calls(made.network, z_BT, 4), before, atol=1e-4, rtol=1e-4)
+        cache = made.network.cache(3)
+        found = [made.network(z_BT[:, i : i + 4], cache=cache) for i in range(0, LENGTH, 4)]
+        torch.testing.assert_close(torch.cat(found, 1), before, atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_a_full_cache_says_so_when_compiled() -> None:
     made = fast.compile(model(layers=1).network)

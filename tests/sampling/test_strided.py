@@ -546,8 +546,8 @@ def test_the_layout_follows_the_cost() -> None:
 
     assert Masks.cheapest(lambda positions: 1.0, 4, 0.8).layout == "tree"
     assert Masks.cheapest(linear, 4, 0.8).layout == "restart"
-    # what trees gain where little is refused is not worth half as much again
-    assert [Masks.cheapest(lambda positions: 10.0 + positions / 2, 4, chance).layout for chance in (0.4, 0.99)] == ["tree", "restart"]
+    # where little is refused a tree gains less than a tenth, which it costs
+    assert [Masks.cheapest(lambda positions: 40.0 + positions / 2, 4, chance).layout for chance in (0.4, 0.99)] == ["tree", "restart"]
 
 
 def test_an_unsure_network_proposes_less() -> None:

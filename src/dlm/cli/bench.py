@@ -86,7 +86,7 @@ def decode(
         for (name, rows), group in canvases.items():
             settings = {"kind": name, "seed": seed, "rounds": rounds, "progress": progress.forward}
             made = decoding.compare(samplers, group, against=against, **settings)
-            weights = {label: _weights(models[label.partition(" ")[2] or next(iter(models))].network) for label in ours}
+            weights = {label: _weights(*_networks(models, label)) for label in ours}
             weights |= {label: samplers[label].weights() for label in samplers if label not in ours}
             cache = {label: _cache(lm, label, rows, max(len(canvas.tokens_BT[0]) for canvas in group)) for label in samplers}
             found += [replace(one, memory=weights[one.method] + cache[one.method]) for one in made]
@@ -162,12 +162,22 @@ def _peers(words: str, base: str, lm: Any, device: str, dtype: str, positions: i
     return {name: made[name] for name in names}
 
 
-def _weights(network: Any) -> int:
-    """Bytes of a network's tensors, those that share memory counted once."""
+def _networks(models: dict[str, Any], label: str) -> list[Any]:
+    """What works for a method: the base, and what drafts for it."""
+    from dlm.sampling import choice
+
+    word, _, dtype = label.partition(" ")
+    lm, guess = models[dtype or next(iter(models))], choice.strided(word)
+    return [lm.network, *([lm.other(guess.model).network] if guess is not None and guess.model else [])]
+
+
+def _weights(*networks: Any) -> int:
+    """Bytes of their tensors, those that share memory counted once."""
     from dlm.models import fast
 
-    tensors = [*network.parameters(), *network.buffers(), *(network.turns or ())]
-    second = sum(part.numel() * part.element_size() for module in network.modules() for part in fast.second_layout(module))
+    tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers(), *(network.turns or ()))]
+    modules = [module for network in networks for module in network.modules()]
+    second = sum(part.numel() * part.element_size() for module in modules for part in fast.second_layout(module))
     return int(second + sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
 
 

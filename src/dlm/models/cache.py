@@ -23,18 +23,18 @@ class Memory:
         raise NotImplementedError
 
     def whole(self, first: int, end: int, mask: Tensor | None) -> tuple[list[tuple[Tensor, ...]], Tensor, Tensor]:
-        """(keys and values (B, G, T, K) of each layer, the slots of new positions, what is added to scores (B or 1, 1, Q, T)).
+        """(keys and values (B, G, T, K) of each layer, the slots of new positions, what is added to scores (B, 1, Q, T)).
 
         mask: of the positions up to `end`, bool or what is added; None for everything.
         """
         kv, device = self.kv, self.kv.device
-        scores = torch.full((1 if mask is None else len(mask), 1, end - first, kv.shape[4]), -torch.inf, dtype=kv.dtype, device=device)
+        if self._kept is None or self._kept[0] is not kv:
+            self._kept = kv, [torch.unbind(layer) for layer in torch.unbind(kv)]
+        scores = torch.full((kv.shape[2], 1, end - first, kv.shape[4]), -torch.inf, dtype=kv.dtype, device=device)
         if mask is not None and mask.dtype != torch.bool:
             scores[..., :end] = mask
         else:
             scores[..., :end].masked_fill_(torch.tensor(True, device=device) if mask is None else mask, 0.0)
-        if self._kept is None or self._kept[0] is not kv:
-            self._kept = kv, [torch.unbind(layer) for layer in torch.unbind(kv)]
         return self._kept[1], torch.arange(first, end, device=device), scores
 
 

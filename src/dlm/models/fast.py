@@ -13,7 +13,6 @@ import shutil
 import types
 import weakref
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -185,42 +184,40 @@ def compile(network: Transformer) -> Transformer:
     """
     if network.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
         raise InputError("a network is compiled with a C++ compiler, and there is none: install g++, or decode without compiling")
-    options: dict[str, Any] = {
-        "guard_filter_fn": lambda guards: [g.guard_type == "SHAPE_ENV" or g.name in ("L['x']", "x") for g in guards],
-        "size_asserts": False,
-    }
-    make = partial(torch.compile, fullgraph=True, options=options)
-    network.compiled = partial(_through, make, {})
+    network.compiled = CompiledBlocks()
     return fuse(network)
 
 
-def _through(
-    make: Any,
-    made: dict[Any, Any],
-    network: Transformer,
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    memory: Memory,
-    span: tuple[int, int],
-    mask: Any,
-) -> Tensor:
-    """x after all blocks, new positions in this span of the memory."""
-    adapter = network.adapter if network.adapter is not None and network.adapter.masks_M is not None else None
-    if adapter not in made:  # nothing checks that an adapter acts, or which one
-        made[adapter] = make(_own(Block.over))
-    kept, slot_Q, mask_B1QT = memory.whole(*span, mask)
-    torch._dynamo.mark_dynamic(mask_B1QT, 3)  # one compilation for memories of any length
-    if x.shape[1] > 1:  # and for any number of positions, which guards of x hold together
-        gates = [] if adapter is None else [(adapter.gate_BQ1, 1)]
-        for tensor, axis in [(x, 1), (cos, 2), (sin, 2), (slot_Q, 0), (mask_B1QT, 2), *gates]:
-            torch._dynamo.maybe_mark_dynamic(tensor, axis)
-    for block, own in zip(network.blocks, kept, strict=True):
-        for tensor in own:
-            if not hasattr(tensor, "_dynamo_dynamic_indices"):
-                torch._dynamo.mark_dynamic(tensor, 2)
-        x = made[adapter](block, x, cos, sin, own, slot_Q, mask_B1QT)
-    return x
+class CompiledBlocks:
+    """All blocks of one network over a cache. An adapter that acts has a compilation of its own, for nothing else tells them apart."""
+
+    def __init__(self) -> None:
+        self.options: dict[str, Any] = {
+            "guard_filter_fn": lambda guards: [g.guard_type == "SHAPE_ENV" or g.name in ("L['x']", "x") for g in guards],
+            "size_asserts": False,
+        }
+        self.made: dict[Any, Any] = {}
+
+    def __call__(
+        self, network: Transformer, x: Tensor, cos: Tensor, sin: Tensor, memory: Memory, span: tuple[int, int], mask: Tensor | None
+    ) -> Tensor:
+        """x after them, new positions in this span of the memory."""
+        adapter = network.adapter if network.adapter is not None and network.adapter.masks_M is not None else None
+        if adapter not in self.made:
+            self.made[adapter] = torch.compile(_own(Block.over), fullgraph=True, options=self.options)
+        kept, slot_Q, mask_B1QT = memory.whole(*span, mask)
+        cos, sin = (turn.expand(len(x), -1, -1, -1).contiguous() for turn in (cos, sin))  # of one layout, which is not checked either
+        torch._dynamo.mark_dynamic(mask_B1QT, 3)  # one compilation for memories of any length
+        if x.shape[1] > 1:  # and for any number of positions, which guards of x hold together
+            gates = [] if adapter is None else [(adapter.gate_BQ1, 1)]
+            for tensor, axis in [(x, 1), (cos, 2), (sin, 2), (slot_Q, 0), (mask_B1QT, 2), *gates]:
+                torch._dynamo.maybe_mark_dynamic(tensor, axis)
+        for block, own in zip(network.blocks, kept, strict=True):
+            for tensor in own:
+                if not hasattr(tensor, "_dynamo_dynamic_indices"):
+                    torch._dynamo.mark_dynamic(tensor, 2)
+            x = self.made[adapter](block, x, cos, sin, own, slot_Q, mask_B1QT)
+        return x
 
 
 def _own(function: Any) -> Any:

@@ -36,10 +36,14 @@ class Pace:
 
     def choose(self, rows: int) -> int:
         """The stride of the next call of so many rows."""
-        untried = [s for s in reversed(self.strides) if len(self._seconds[_size(rows), s]) < TRIES]
-        if untried:
-            return untried[0]
-        order = sorted(self.strides, key=lambda s: self.tokens(s) / self.seconds(rows, s) * (PLAIN if s == 1 else 1))
+        tried = list[int]()
+        for stride in self.strides:
+            if len(self._seconds[_size(rows), stride]) < TRIES:
+                if len(tried) < 2 or self._promises(rows, stride, *tried[-2:]):
+                    return stride
+                break
+            tried.append(stride)
+        order = sorted(tried, key=lambda s: self._rate(rows, s))
         if order[-1] != self._best:
             self._best, self._patience, self._since = order[-1], PATIENCE[0], 0
         elif self._since >= self._patience and len(order) > 1:
@@ -49,6 +53,15 @@ class Pace:
             self._trying -= 1
             return order[-2]
         return order[-1]
+
+    def _rate(self, rows: int, stride: int) -> float:
+        return self.tokens(stride) / self.seconds(rows, stride) * (PLAIN if stride == 1 else 1)
+
+    def _promises(self, rows: int, stride: int, before: int, last: int) -> bool:
+        """Whether a stride would pay if later proposals held as often as the last one known, and time grew once more as it just did."""
+        reaches = self._held[last - 1] / self._tested[last - 1]
+        seconds = self.seconds(rows, last) * max(1.0, self.seconds(rows, last) / self.seconds(rows, before))
+        return (self.tokens(last) + reaches * (stride - last)) / seconds > max(self._rate(rows, s) for s in (1, before, last))
 
     def saw(self, rows: int, stride: int, seconds: float, taken: list[int]) -> None:
         """What a call did that followed one of the same stride. taken: proposals that held, of each row that is not done."""
