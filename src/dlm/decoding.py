@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -181,20 +181,23 @@ def _most(model: LanguageModel, name: str) -> int:
 
 
 @torch.no_grad()
-def _seconds(network: Transformer, known: dict[tuple[int, bool], float], positions: int, held: int = 128, calls: int = 3) -> float:
-    """What a call of so many positions takes after a text of `held`, at best; it decides about speed alone, never about the text."""
-    if (key := (positions, network.adapter is not None)) in known:
-        return known[key]
-    z_BQ = torch.zeros(1, positions, dtype=torch.long, device=network.device)
-    own_BQQ = torch.ones(1, positions, positions, dtype=torch.bool, device=network.device).tril()
-    taken = []
+def _seconds(
+    network: Transformer, known: dict[tuple[int, bool], float], sizes: Sequence[int], held: int = 128, calls: int = 5
+) -> list[float]:
+    """What calls of so many positions take after a text of `held`, at best and in turns; decides about speed alone, never about text."""
+    keys = [(positions, network.adapter is not None) for positions in sizes]
+    taken: dict[tuple[int, bool], list[float]] = {key: [] for key in keys if key not in known}
     for _ in range(calls + 1):
-        cache = network.ragged_cache(1, held + positions)
-        cache.advance(held)
-        begin = time.perf_counter()
-        network(z_BQ, pos_BQ=z_BQ, own_BQQ=own_BQQ, cache=cache)[0, -1, 0].item()  # waits for a GPU
-        taken.append(time.perf_counter() - begin)
-    return known.setdefault(key, min(taken[1:]))
+        for key, found in taken.items():
+            z_BQ = torch.zeros(1, key[0], dtype=torch.long, device=network.device)
+            own_BQQ = torch.ones(1, key[0], key[0], dtype=torch.bool, device=network.device).tril()
+            cache = network.ragged_cache(1, held + key[0])
+            cache.advance(held)
+            begin = time.perf_counter()
+            network(z_BQ, pos_BQ=z_BQ, own_BQQ=own_BQQ, cache=cache)[0, -1, 0].item()  # waits for a GPU
+            found.append(time.perf_counter() - begin)
+    known |= {key: min(found[1:]) for key, found in taken.items()}
+    return [known[key] for key in keys]
 
 
 def _denoiser(model: LanguageModel, schedule: str | None, light: str | Mapping[str, str] | None, steps: int) -> Denoiser:

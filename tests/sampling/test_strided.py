@@ -541,13 +541,12 @@ def test_positions_of_a_call(layout: str, nodes: int, most: int) -> None:
 
 
 def test_the_layout_follows_the_cost() -> None:
-    def linear(positions: int) -> float:
-        return float(positions)
+    def chosen(fixed: float, each: float, chance: float) -> str:
+        return Masks.cheapest(lambda sizes: [fixed + each * positions for positions in sizes], 4, chance).layout
 
-    assert Masks.cheapest(lambda positions: 1.0, 4, 0.8).layout == "tree"
-    assert Masks.cheapest(linear, 4, 0.8).layout == "restart"
+    assert chosen(1.0, 0.0, 0.8) == "tree" and chosen(0.0, 1.0, 0.8) == "restart"
     # where little is refused a tree gains less than a tenth, which it costs
-    assert [Masks.cheapest(lambda positions: 40.0 + positions / 2, 4, chance).layout for chance in (0.4, 0.99)] == ["tree", "restart"]
+    assert chosen(40.0, 0.5, 0.4) == "tree" and chosen(40.0, 0.5, 0.99) == "restart"
 
 
 def test_an_unsure_network_proposes_less() -> None:

@@ -5,7 +5,7 @@ Shapes: B rows, L columns of the canvas, K proposals, M masks of a group, G grou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -93,10 +93,10 @@ class Masks:
         return round.grow(law, most_B)
 
     @classmethod
-    def cheapest(cls, seconds: Callable[[int], float], stride: int, acceptance: float, **options: Any) -> Masks:
-        """The layout with more tokens a second at this acceptance. seconds: what a call of that many positions takes."""
-        positions = {"tree": stride**2, "restart": 2 * stride - 1}
-        return cls(max(LAYOUTS, key=lambda layout: tokens_per_call(layout, stride, acceptance) / seconds(positions[layout])), **options)
+    def cheapest(cls, seconds: Callable[[Sequence[int]], Sequence[float]], stride: int, acceptance: float, **options: Any) -> Masks:
+        """The layout with more tokens a second at this acceptance. seconds: what calls of so many positions take."""
+        taken = dict(zip(LAYOUTS, seconds([stride**2, 2 * stride - 1]), strict=True))
+        return cls(max(LAYOUTS, key=lambda layout: tokens_per_call(layout, stride, acceptance) / taken[layout]), **options)
 
 
 @dataclass(frozen=True)
