@@ -222,7 +222,7 @@ class LanguageModel:
         """A model to work beside this one, on its device, loaded once: from the directory of this one or as `load` finds it; `int8` is
         this one with its weights rounded."""
         if name not in self._others and name == "int8":
-            self._others[name] = LanguageModel(fast.rounded(self.network), self.config, self.tokenizer, f"{self.name} in int8")
+            self._others[name] = LanguageModel(fast.int8_copy(self.network), self.config, self.tokenizer, f"{self.name} in int8")
         if name not in self._others:
             at = self.path / name if self.path is not None and (self.path / name).is_dir() else name
             self._others[name] = load(str(at), device=str(self.network.device), dtype=self.network.embed.weight.dtype)

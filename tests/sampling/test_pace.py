@@ -24,6 +24,7 @@ def paced(pace: Pace, seconds: dict[int, float], chance: float, calls: int, seed
     ("seconds", "chance", "best", "tried"),
     [
         ({1: 1.0, 2: 1.0, 4: 1.0}, 0.3, 4, {1, 2, 4}),  # calls of any length cost the same: a GPU, a single row
+        ({1: 1.0, 2: 1.4, 4: 2.4}, 0.3, 1, None),  # 1.3 tokens at most for 1.4; 4 is at the edge of what may pay
         ({1: 1.0, 2: 1.6, 4: 2.6}, 0.3, 1, {1, 2}),  # 1.3 tokens at most for 1.6
         ({1: 1.0, 2: 1.1, 4: 2.4}, 0.5, 2, {1, 2, 4}),  # 1.5 for 1.1, 1.875 for 2.4
         ({1: 1.0, 2: 1.4, 4: 1.8}, 0.9, 4, {1, 2, 4}),
@@ -31,10 +32,10 @@ def paced(pace: Pace, seconds: dict[int, float], chance: float, calls: int, seed
     ],
 )
 @pytest.mark.parametrize("rows", [1, 5])
-def test_a_pace_takes_what_pays(seconds: dict[int, float], chance: float, best: int, tried: set[int], rows: int) -> None:
+def test_a_pace_takes_what_pays(seconds: dict[int, float], chance: float, best: int, tried: set[int] | None, rows: int) -> None:
     """From plain decoding up, and no further than it can pay."""
     chosen = paced(Pace(4), seconds, chance, 600, rows=rows)
-    assert chosen[:6] == [1] * 3 + [2] * 3 and set(chosen[:9]) == tried
+    assert chosen[:6] == [1] * 3 + [2] * 3 and tried in (None, set(chosen[:9]))
     late = chosen[300:]
     assert late.count(best) >= 0.8 * len(late)
 

@@ -31,10 +31,10 @@ class Memory:
         if self._kept is None or self._kept[0] is not kv:
             self._kept = kv, [torch.unbind(layer) for layer in torch.unbind(kv)]
         scores = torch.full((kv.shape[2], 1, end - first, kv.shape[4]), -torch.inf, dtype=kv.dtype, device=device)
-        if mask is not None and mask.dtype != torch.bool:
-            scores[..., :end] = mask
+        if mask is not None and mask.dtype == torch.bool:
+            scores[..., :end].masked_fill_(mask, 0.0)
         else:
-            scores[..., :end].masked_fill_(torch.tensor(True, device=device) if mask is None else mask, 0.0)
+            scores[..., :end] = 0.0 if mask is None else mask
         return self._kept[1], torch.arange(first, end, device=device), scores
 
 

@@ -145,8 +145,8 @@ def coarsen(network: Transformer) -> None:
         network.coarse = Int8Linear(network.head.weight)
 
 
-def rounded(network: Transformer) -> Transformer:
-    """A copy in int8, without the adapter and compiled where the network is; the embedding is held once."""
+def int8_copy(network: Transformer) -> Transformer:
+    """One in int8, without the adapter and compiled where the network is; the embedding is held once."""
     if network.quantized:
         raise InputError("the weights are int8 already: there is nothing to round for a draft")
     if network.device.type != "cpu":
