@@ -24,7 +24,7 @@ from dlm.sampling.diffusion import DiffusionSampler
 from dlm.sampling.draw import Draw
 from dlm.sampling.guidance import ClassifierFree
 from dlm.sampling.pace import Pace
-from dlm.sampling.proposers import DraftModel, Fitted, Heads, Lookup, Masks
+from dlm.sampling.proposers import DraftModel, Fitted, Heads, Lookup, Masks, SelfDraft
 from dlm.sampling.speculative import SpeculativeSampler
 from dlm.sampling.strided import StridedSampler
 from dlm.sampling.tree import Tree
@@ -32,7 +32,7 @@ from dlm.sampling.tree import Tree
 if TYPE_CHECKING:
     from dlm.language_model import LanguageModel
 
-STRIDE, LOOKUP = 4, 8  # of `auto` at most; what follows a repeated phrase is often the same for long
+STRIDE, LOOKUP, ITSELF = 4, 8, 12  # of `auto` at most; what follows a repeated phrase is often the same for long, and a copy nearly agrees
 BLOCK = 32  # of a bidirectional model with a cache, unless told otherwise (Fast-dLLM)
 
 
@@ -117,8 +117,9 @@ def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, co
         raise InputError(f"the sampler {word!r} works against a cache: leave --cache none away")
     most, pace, tree = guess.stride, None, None
     if most is None:
-        most = _most(model, guess.name)
-        pace = model.paces.setdefault((word, model.network.adapter is not None), Pace(most))
+        most = _most(model, guess)
+        grows = 4 if most == ITSELF else 2
+        pace = model.paces.setdefault((word, model.network.adapter is not None), Pace(most, grows))
     if guess.nodes:
         tree = Tree.likeliest(guess.nodes, most - 1, model.tokenizer.vocab_size)
     proposer: Proposer = Lookup()
@@ -132,6 +133,8 @@ def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, co
         if model.heads is None:
             raise InputError(f"{model.name} has no heads to guess with: give --adapter DIRECTORY of dlm convert {model.name} --heads 3")
         proposer = Heads(model.heads, model.heads.config.count)
+    elif guess.model in fast.BITS:
+        proposer = SelfDraft(model.other(guess.model).network, start)
     elif guess.name == "draft":
         other = model.other(guess.model)
         if other.is_diffusion or (other.config.start_token_id is None) != (start is None):
@@ -171,13 +174,15 @@ def _acceptance(network: Transformer) -> float:
     return sum(found) / len(found) if found else 0.8
 
 
-def _most(model: LanguageModel, name: str) -> int:
+def _most(model: LanguageModel, guess: choice.Strided) -> int:
     """The greatest stride that is worth a try."""
-    if name == "strided" and model.network.adapter is not None:
+    if guess.name == "strided" and model.network.adapter is not None:
         return int(model.network.adapter.config.stride)
-    if name == "heads" and model.heads is not None:
+    if guess.name == "heads" and model.heads is not None:
         return int(model.heads.config.count) + 1
-    return LOOKUP if name == "lookup" else STRIDE
+    if guess.model in fast.BITS:
+        return ITSELF
+    return LOOKUP if guess.name == "lookup" else STRIDE
 
 
 @torch.no_grad()

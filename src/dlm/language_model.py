@@ -77,9 +77,9 @@ class LanguageModel:
         return model
 
     def save_pretrained(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write a checkpoint directory; `dtype=torch.bfloat16` halves it. InputError for int8."""
+        """Write a checkpoint directory; `dtype=torch.bfloat16` halves it. InputError for int8 and int4."""
         if self.network.quantized:
-            raise InputError(f"{self.name} was loaded with its weights rounded to int8: save it from float32 or bfloat16")
+            raise InputError(f"{self.name} was loaded with its weights rounded: save it from float32 or bfloat16")
         checkpoint.save(directory, self.network.state_dict(), self.config, files=self.files() | {"README.md": self.card()}, dtype=dtype)
 
     def files(self) -> dict[str, str]:
@@ -219,10 +219,10 @@ class LanguageModel:
         return decoding.make(self, **self.chosen(options))
 
     def other(self, name: str) -> LanguageModel:
-        """A model to work beside this one, on its device, loaded once: from the directory of this one or as `load` finds it; `int8` is
-        this one with its weights rounded."""
-        if name not in self._others and name == "int8":
-            self._others[name] = LanguageModel(fast.int8_copy(self.network), self.config, self.tokenizer, f"{self.name} in int8")
+        """A model to work beside this one, on its device, loaded once: from the directory of this one or as `load` finds it; `int8` and
+        `int4` are this one with its weights rounded."""
+        if name not in self._others and (bits := fast.BITS.get(name)):
+            self._others[name] = LanguageModel(fast.rounded_copy(self.network, bits), self.config, self.tokenizer, f"{self.name} in {name}")
         if name not in self._others:
             at = self.path / name if self.path is not None and (self.path / name).is_dir() else name
             self._others[name] = load(str(at), device=str(self.network.device), dtype=self.network.embed.weight.dtype)
@@ -259,7 +259,7 @@ class LanguageModel:
             saved = SavedSchedule.load(self.path)
             options = options | {"schedule": str(saved.schedule), "light": saved.light, "steps": options.get("steps") or saved.steps}
         if options.get("sampler") == choice.LOSSLESS:
-            return options | {"sampler": self._proposer()}
+            return options | {"sampler": self._lossless()}
         if (options.get("sampler") or self.default_sampler) != "auto":
             return options
         if not self.is_diffusion or not isinstance(self.noise, MaskedNoise):
@@ -275,19 +275,20 @@ class LanguageModel:
         found = self.calibration().choose(options.get("budget") or "bits:0.1", usable)
         return options | {"budget": None} | found.options
 
-    def _proposer(self) -> str:
-        """The word of the sampler that writes the text of plain decoding in the least time that this model has means for: with the
-        adapter or heads that it has, else from the text itself; with the adapter that was bundled for it where a call of many positions
-        costs what one of a single position does, which a CPU's does not."""
+    def _lossless(self) -> str:
+        """The sampler that writes the text of plain decoding fastest: with what it was given, else on a CPU with a rounded copy of a large
+        network, or from the text itself; elsewhere with the adapter bundled for it."""
         if self.is_diffusion:
             raise InputError(f"{self.name} is a diffusion model: lossless decoding is for autoregressive ones")
         from dlm.convert import lora
 
-        if self.network.adapter is None and self.heads is not None:
+        network = self.network
+        if network.adapter is None and self.heads is not None:
             return "heads:auto"
-        if self.network.adapter is None and self.network.device.type != "cpu" and (path := lora.bundled_for(self.network)) is not None:
+        if network.adapter is None and network.device.type != "cpu" and (path := lora.bundled_for(network)) is not None:
             lora.with_adapter(self, path)
-        return "lookup:auto" if self.network.adapter is None else "strided:auto"
+        rounded = fast.worth_rounding(network)
+        return "strided:auto" if network.adapter is not None else f"draft:{rounded},auto" if rounded else "lookup:auto"
 
     def calibration(self) -> Calibration:
         """What `dlm calibrate` measured. InputError where it has not."""
@@ -370,12 +371,12 @@ def load(
 ) -> LanguageModel:
     """Load a checkpoint: a directory, a GGUF file, a bundled name (`shakespeare-mask`), a pulled one (`smollm2-135m`) or a hub id.
 
-    dtype: of torch, or a word: float32, bfloat16, or int8, which rounds the weights of an autoregressive model (CPU, inference only).
+    dtype: of torch, or a word: float32, bfloat16, int8 or int4, which round the weights of an autoregressive model (CPU, inference only).
     adapter: directory that `dlm convert` made for this base, a bundled name, `auto`, or several. deterministic: the logits of a position
     are the same to the bit however many positions and rows a call has, at a cost in speed. compile: calls of few positions by
     torch.compile, the first of which take seconds. InputError for the adapter of another base, and for what cannot be.
     """
-    words = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
+    words = {"float32": torch.float32, "bfloat16": torch.bfloat16} | dict.fromkeys(fast.BITS, torch.float32)
     if isinstance(dtype, str) and dtype not in words:
         raise InputError(f"unknown dtype {dtype!r}; known: {', '.join(words)}")
     model = LanguageModel.from_pretrained(name, device=device, dtype=words[dtype] if isinstance(dtype, str) else dtype)
@@ -384,14 +385,15 @@ def load(
 
         for path in [adapter] if isinstance(adapter, str | Path) else adapter:
             with_adapter(model, path)
-    if (dtype == "int8" or deterministic or compile) and model.is_diffusion:
-        raise InputError(f"{name} is a diffusion model: int8, deterministic and compiled decoding are for autoregressive models")
+    bits = fast.BITS.get(str(dtype))
+    if (bits or deterministic or compile) and model.is_diffusion:
+        raise InputError(f"{name} is a diffusion model: int8, int4, deterministic and compiled decoding are for autoregressive models")
     if deterministic and compile:
         raise InputError("a compiled network rounds as its compiler likes: choose deterministic or compiled decoding")
-    if dtype == "int8":
+    if bits:
         if model.network.device.type != "cpu":
-            raise InputError("int8 is for the CPU: use --dtype bfloat16 on other devices")
-        fast.quantize(model.network)
+            raise InputError(f"{dtype} is for the CPU: use --dtype bfloat16 on other devices")
+        fast.quantize(model.network, bits)
     if deterministic:
         fast.steady(model.network)
     if compile:

@@ -245,8 +245,8 @@ class Round:
     shape: logits (B, K, V) to the log-probabilities that the sampler draws from; grow(law, most_B): the proposals that the sampler wants
     of a law, as of `dlm.sampling.tree.Tree.grow`; what has no law gives the first token for each place. capacity: positions that a
     cache of this run needs.
-    memory: what the proposer keeps for its next round. state_BD: the hidden state that the last token was drawn from, where
-    `Proposer.reads_states`.
+    cache: what the network has read of the text, all but its last token. memory: what the proposer keeps for its next round. state_BD: the
+    hidden state that the last token was drawn from, where `Proposer.reads_states`.
     """
 
     text_BL: Tensor
@@ -259,6 +259,7 @@ class Round:
     shape: Callable[[Tensor], Tensor]
     grow: Callable[[Callable[[int, Tensor], Tensor], Tensor], Proposals]
     capacity: int
+    cache: RowCache
     memory: dict[str, Any]
     state_BD: Tensor | None = None
 

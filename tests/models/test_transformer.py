@@ -210,6 +210,27 @@ def test_flex_agrees_with_sdpa(pattern: str, kv_heads: int) -> None:
     assert torch.allclose(flex(short), sdpa(short), atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["none", "bool", "added"])
+def test_products_attend_as_the_kernel_does(kind: str) -> None:
+    """And are what half precision learns by on a CPU."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 5 + more, 8, generator=rng) for heads, more in ((6, 0), (2, 4), (2, 4)))
+    allowed = torch.rand(2, 1, 5, 9, generator=rng) < 0.6
+    allowed[..., 0] = True
+    mask = {"none": None, "bool": allowed, "added": torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)}[kind]
+    expected = attention.attend(q, k, v, mask, False)
+    torch.testing.assert_close(attention.attend_by_products(q, k, v, mask), expected)
+    half = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    learned = attention.attend(*half, None if mask is None else mask if kind == "bool" else mask.bfloat16(), False)  # type: ignore[arg-type]
+    torch.testing.assert_close(learned.float(), expected, atol=0.05, rtol=0.05)
+    whole = [x.detach().float().requires_grad_() for x in half]
+    attention.attend(*whole, mask, False).square().sum().backward()  # type: ignore[no-untyped-call]
+    learned.float().square().sum().backward()
+    for one, other in zip(half, whole, strict=True):
+        assert one.grad is not None and other.grad is not None
+        torch.testing.assert_close(one.grad.float(), other.grad, atol=0.1, rtol=0.1)
+
+
 def test_flex_refuses_what_it_cannot_read() -> None:
     flex = network(backend="flex")
     with pytest.raises(ValueError, match="sdpa"):

@@ -25,6 +25,7 @@ from dlm.convert import heads, lora
 from dlm.convert.chain import Chain
 from dlm.errors import InputError
 from dlm.language_model import load
+from dlm.models import fast
 from dlm.models.cache import RaggedCache
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
@@ -32,7 +33,7 @@ from dlm.protocols import Proposals, Round
 from dlm.sampling.autoregressive import AutoregressiveSampler
 from dlm.sampling.draw import Draw, categorical, generators
 from dlm.sampling.pace import Pace
-from dlm.sampling.proposers import DraftModel, Fitted, Heads, Lookup, Masks, tokens_per_call
+from dlm.sampling.proposers import DraftModel, Fitted, Heads, Lookup, Masks, SelfDraft, tokens_per_call
 from dlm.sampling.strided import StridedSampler
 from dlm.sampling.tree import Tree
 from dlm.sampling.verifying import ratio
@@ -78,6 +79,7 @@ PROPOSERS: dict[str, Any] = {
     "draft": DraftModel(SMALL, SMALL.ragged_cache, MASK),
     "heads": guessing(BASE),
     "itself": DraftModel(BASE, BASE.ragged_cache, MASK),  # nearly everything holds
+    "rounded": SelfDraft(fast.rounded_copy(BASE, 4), MASK),
 }
 BRANCHES = {"tree": 9, "chain": 14, "heads": 7}  # nodes of a tree of candidates
 PROPOSERS |= {f"{name}, {nodes} nodes": (PROPOSERS[name], nodes) for name, nodes in BRANCHES.items()}
@@ -134,9 +136,10 @@ def test_many_seeds(name: str) -> None:
 
 
 @pytest.mark.parametrize("draw", DRAWS[:2], ids=str)
-@pytest.mark.parametrize("name", ["tree", "restart", "lookup", "itself"])
+@pytest.mark.parametrize("name", ["tree", "restart", "lookup", "itself", "rounded"])
 def test_a_base_without_start_token(name: str, draw: Draw) -> None:
-    proposer = DraftModel(BASE, BASE.ragged_cache, None) if name == "itself" else PROPOSERS[name]
+    own = {"itself": DraftModel(BASE, BASE.ragged_cache, None), "rounded": SelfDraft(fast.rounded_copy(BASE, 8), None)}
+    proposer = own.get(name, PROPOSERS[name])
     prompts = [[1, 2, 3], [4], [5] * 14]
     *_, frame = strided(proposer, draw=draw, start=None).steps(canvas_of(prompts, 20), rng=generators(3, 3))
     assert_plain(frame, prompts, 20, 3, draw, start=None)
@@ -232,12 +235,12 @@ class Sometimes:
 
 
 @pytest.mark.parametrize("draw", [Draw(), Draw(0.6), Draw(1.2, top_p=0.8), Draw(top_k=2)], ids=str)
-@pytest.mark.parametrize("name", ["tree", "restart", "chain", "lookup", "draft", "heads", "certain"])
+@pytest.mark.parametrize("name", ["tree", "restart", "chain", "lookup", "draft", "rounded", "heads", "certain"])
 def test_ratio_has_the_law_of_the_plain_chain(name: str, draw: Draw) -> None:
     """Temperature and truncation on both sides; a random network proposes badly, so that most proposals are tested and many fall."""
     small = tiny_network(1)
     own = {"draft": DraftModel(small, small.ragged_cache, TINY.mask_id), "heads": guessing(tiny_network(0)), "certain": Sometimes()}
-    own["chain"] = Masks(chain=chained(tiny_network(0)))
+    own |= {"chain": Masks(chain=chained(tiny_network(0))), "rounded": SelfDraft(fast.rounded_copy(tiny_network(0), 4), TINY.mask_id)}
     law_S, samples = tiny_law(draw), tiny_samples((PROPOSERS | own)[name], draw, 3)
     assert float(law_S.sum()) == pytest.approx(1)
     assert chi_square_p(samples, law_S, TINY) > 1e-3
@@ -387,11 +390,11 @@ def test_a_mask_reads_its_prefix_and_the_masks_before_it_in_its_group(layout: st
 # --- the cache ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tree", "restart", "chain", "lookup", "draft", "heads", "tree, 9 nodes", "chain, 14 nodes"])
+@pytest.mark.parametrize("name", ["tree", "restart", "chain", "lookup", "draft", "rounded", "heads", "tree, 9 nodes", "chain, 14 nodes"])
 def test_keys_and_values_are_those_of_the_plain_run(name: str) -> None:
     """Rows at their own lengths; what was rejected, and every mask, has gone."""
     caches: list[RaggedCache] = []
-    prompts = [[1, 2, 3], [4], []]
+    prompts = [[1, 2, 3], [4], [], [5, 6], [7]]
 
     def make(rows: int, positions: int) -> RaggedCache:
         caches.append(BASE.ragged_cache(rows, positions))
@@ -399,8 +402,8 @@ def test_keys_and_values_are_those_of_the_plain_run(name: str) -> None:
 
     sampler = replace(strided(PROPOSERS[name], 4, context=0), make_cache=make)
     checked = 0
-    for frame in sampler.steps(canvas_of(prompts, 8), rng=generators(5, 3)):
-        for row in range(3):
+    for frame in sampler.steps(canvas_of(prompts, 8), rng=generators(5, len(prompts))):
+        for row in range(len(prompts)):
             held = int(caches[0].length_B[row])
             if not held:
                 continue
@@ -596,7 +599,7 @@ def looked_up(text: list[int], ngram: int = 3, most: int = 3) -> list[int]:
     known_B, most_B, u_BK = torch.tensor([len(text)]), torch.tensor([most]), torch.rand(1, 3)
     nothing = torch.zeros(1, 0, 0)
     unused: Any = lambda *_: pytest.fail("nothing is drawn")  # noqa: E731
-    found = Lookup(ngram)(Round(text_BL, known_B * 0, known_B, most_B, u_BK, nothing, most_B > 0, unused, unused, 0, {}))
+    found = Lookup(ngram)(Round(text_BL, known_B * 0, known_B, most_B, u_BK, nothing, most_B > 0, unused, unused, 0, cast(Any, None), {}))
     assert found.logq_BKV is None
     return found.token_BK[0, : int(found.count_B)].tolist()
 
@@ -676,6 +679,8 @@ WORDS = [
     "draft:{}",
     "draft:{},3",
     "draft:{},8,0.1",
+    "draft:int4,8",
+    "draft:int8,auto",
 ]
 
 

@@ -25,7 +25,7 @@ err = Console(stderr=True)
 Model = Annotated[str, typer.Option("--model", "-m", help="Bundled name, directory or hub id.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same machine, same output.")]
-Dtype = Annotated[str, typer.Option(help="float32 | bfloat16 | int8 (weights of an autoregressive model, on a CPU).")]
+Dtype = Annotated[str, typer.Option(help="float32 | bfloat16 | int8 | int4 (weights of an autoregressive model, on a CPU).")]
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="Logits that no batch and no number of positions changes, to the bit; slower.")
 ]

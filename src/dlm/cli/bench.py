@@ -48,7 +48,7 @@ def decode(
     seed: Seed = 0,
     as_json: Json = False,
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32 | bfloat16 | int8; several with commas are compared.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32 | bfloat16 | int8 | int4; several with commas are compared.")] = "float32",
     deterministic: Deterministic = False,
     compile: Compile = False,
 ) -> None:
@@ -133,7 +133,7 @@ def _canvases(lm: Any, rows: int, new: int, device: str, texts: Sequence[str], p
 
 
 def _peers(words: str, base: str, lm: Any, device: str, dtype: str, positions: int, temperature: float) -> dict[str, Any]:
-    """Engines by name, on the weights of the base before any rounding to int8."""
+    """Engines by name, on the weights of the base before any rounding."""
     import torch
 
     from dlm.convert import weights

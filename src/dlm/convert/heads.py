@@ -59,7 +59,9 @@ class Heads(nn.Module):
         return self._base[0].read_out(self.states(hidden_BD, count), coarsely=True)
 
 
-def foresight(network: Transformer, heads: Heads, x_BT: Tensor, free_BT: Tensor, *, mask_id: int, how: str = "kl") -> Consistency:
+def foresight(
+    network: Transformer, heads: Heads, x_BT: Tensor, free_BT: Tensor, *, mask_id: int, how: str = "kl", measure: bool = True
+) -> Consistency:
     """The heads at every position of text x whose next tokens are free, against what the base says where it has read them.
 
     how: `kl` or `ce`, as of `objective.consistency`; slot k - 1 is head k.
@@ -81,12 +83,13 @@ def foresight(network: Transformer, heads: Heads, x_BT: Tensor, free_BT: Tensor,
     flat_M, of_M = torch.unique_consecutive(row_M * x_BT.shape[1] + teacher_M, return_inverse=True)
     weight_VD = network.head.weight[:mask_id]
     with torch.set_grad_enabled(torch.is_grad_enabled() and how == "kl"):
-        nats_M, accept_M, agree_M = divergence(hidden_MD, hidden_BTD.flatten(0, 1)[flat_M], of_M, weight_VD)
+        nats_M, accept_M, agree_M = divergence(hidden_MD, hidden_BTD.flatten(0, 1)[flat_M], of_M, weight_VD, measure=measure)
     if how == "ce":
         nats_M = F.cross_entropy(F.linear(hidden_MD, weight_VD).float(), x_BT[row_M, teacher_M + 1], reduction="none")
     nats_B = sums(nats_M, row_M, len(x_BT)) / torch.bincount(row_M, minlength=len(x_BT)).clamp(min=1)
     count = heads.config.count
-    return Consistency(nats_B, torch.bincount(slot_M, minlength=count), sums(accept_M, slot_M, count), sums(agree_M, slot_M, count))
+    sums_S = (sums(value_M, slot_M, count) if value_M is not None else None for value_M in (accept_M, agree_M))
+    return Consistency(nats_B, torch.bincount(slot_M, minlength=count), *sums_S)
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ def consistency(
     accept_M = agree_M = None
     if how == "kl" or measure:
         with torch.set_grad_enabled(torch.is_grad_enabled() and how == "kl"):
-            nats_M, accept_M, agree_M = divergence(hidden_MD, clean_BTD[scored_BT].detach(), of_M, weight_VD)
+            nats_M, accept_M, agree_M = divergence(hidden_MD, clean_BTD[scored_BT].detach(), of_M, weight_VD, measure=measure)
     if how == "ce":
         nats_M = F.cross_entropy(F.linear(hidden_MD, weight_VD).float(), next_BT[scored_BT][of_M], reduction="none")
     nats_B = _row_means(nats_M, row_M, len(x_BT))

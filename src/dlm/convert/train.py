@@ -248,7 +248,7 @@ def _update(
     clean = config.clean_weight if config.full else None
     parts = (part.to(network.device) for part in (x_BT, free_BT, phase_BP))
     if heads is not None:
-        nats_B = extra.foresight(network, heads, *itertools.islice(parts, 2), mask_id=mask_id, how=config.loss).nats_B
+        nats_B = extra.foresight(network, heads, *itertools.islice(parts, 2), mask_id=mask_id, how=config.loss, measure=False).nats_B
     else:
         nats_B = consistency(network, *parts, stride=config.stride, mask_id=mask_id, how=config.loss, clean=clean, measure=False).nats_B
     nats_B.mean().backward()  # type: ignore[no-untyped-call]

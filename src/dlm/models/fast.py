@@ -1,4 +1,4 @@
-"""A network made ready for decoding, in place: fewer and larger matrix products, eight-bit weights, results that no batch changes.
+"""A network made ready for decoding, in place: fewer and larger matrix products, weights of few bits, results that no batch changes.
 
 All of it acts where no gradients are recorded; a fused network can still be trained, its weights are where they were. Adapters of
 `dlm.convert.lora` may be attached before or after, but for their files: those name the weights that they were made for, and are loaded
@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from dlm.errors import InputError
 from dlm.models.block import Block, RMSNorm, in_pieces, rotary, version
 from dlm.models.cache import Memory
-from dlm.models.quantized import Int8Linear
+from dlm.models.quantized import LINEAR, OUTPUTS, Int4Linear, Int8Linear, RoundedLinear
 from dlm.models.transformer import Transformer
 
+BITS = {"int8": 8, "int4": 4}
 PACKED = range(3, 65)  # rows of a product in float32 on a CPU for which a second layout of its weights pays: 4 then cost little more than 1
 MOST = 2**31  # bytes of a network whose weights may so be held twice
 LARGE = 2**22  # numbers of a head
+NEAR = 0.02  # of the weights' size: an error of rounding that sixteen bits of a scale explain
 ROWS = 16  # of every product of a deterministic network
 NUMBERS = itertools.count()
 BEYOND = 256  # positions after the window that proposals may stand at
@@ -124,13 +126,13 @@ def _product(known: Any, layers: list[nn.Linear]) -> Product:
 
 
 @torch.no_grad()
-def quantize(network: Transformer) -> Transformer:
-    """Round the weights of all blocks and of the head to int8; those of the embedding, which are only looked up, stay."""
+def quantize(network: Transformer, bits: int = 8) -> Transformer:
+    """Round the weights of all blocks to 8 or 4 bits, and of the head to 8; those of the embedding, which are only looked up, stay."""
     if network.device.type != "cpu":
-        raise ValueError(f"int8 is for the CPU, this network is on {network.device}")
+        raise ValueError(f"weights of few bits are for the CPU, this network is on {network.device}")
     for part, joined, single in _parts(fuse(network)):
-        part.joined = Int8Linear(part.joined.weight, part.joined.bias)
-        part.product = Int8Linear(single.weight, single.bias)
+        part.joined = LINEAR[bits](part.joined.weight, part.joined.bias)
+        part.product = LINEAR[bits](single.weight, single.bias)
         for layer in (*joined, single):  # what they say is part of a product now; an adapter on them is still theirs
             layer.register_parameter("weight", None)
             layer.register_parameter("bias", None)
@@ -145,33 +147,40 @@ def coarsen(network: Transformer) -> None:
         network.coarse = Int8Linear(network.head.weight)
 
 
-def int8_copy(network: Transformer) -> Transformer:
-    """One in int8, without the adapter and compiled where the network is; the embedding is held once."""
+def worth_rounding(network: Transformer) -> str:
+    """What a copy of this network that drafts for it is best rounded to: `int4` where four bits say what the weights are, as they do of
+    those that came in four, else `int8`; nothing for a network that is small, rounded already, or not on a CPU."""
+    if network.quantized or network.device.type != "cpu" or network.head.weight.numel() < LARGE:
+        return ""
+    weight_OI = cast(Block, network.blocks[0]).mlp.up.weight.detach()[:OUTPUTS].float()
+    error = Int4Linear(weight_OI).written_out()[: len(weight_OI), : weight_OI.shape[1]].float() - weight_OI
+    return "int4" if error.norm() < NEAR * weight_OI.norm() else "int8"
+
+
+def rounded_copy(network: Transformer, bits: int) -> Transformer:
+    """One with `quantize`d weights, without the adapter, compiled where the network is; the embedding is held once."""
     if network.quantized:
-        raise InputError("the weights are int8 already: there is nothing to round for a draft")
+        raise InputError("the weights are rounded already: there is nothing to round for a draft")
     if network.device.type != "cpu":
-        raise InputError("int8 is for the CPU: draft with another model, or with heads or masks")
+        raise InputError("int8 and int4 are for the CPU: draft with another model, or with heads or masks")
     with torch.device("meta"):
         copy = Transformer(network.config)
     copy.load_state_dict(network.state_dict(), assign=True)
-    quantize(copy.eval().requires_grad_(False))
+    quantize(copy.eval().requires_grad_(False), bits)
     return compile(copy) if network.compiled is not None else copy
 
 
 def steady(network: Transformer) -> Transformer:
     """Make the logits of a position the same to the bit, however many positions and rows a call has. It costs time: see the docs.
 
-    Every matrix product has `ROWS` rows, and attention sums keys in one order. Integer products need no help.
+    Every matrix product has `ROWS` rows, and attention sums keys in one order.
     """
     for part, _, _ in _parts(fuse(network)):
         part.rows = ROWS
-    for module in network.modules():
-        if isinstance(module, Product):
-            module.rows = ROWS
     for block in network.blocks:
         cast(Block, block).attention.steady = True
     for module in network.modules():
-        if isinstance(module, RMSNorm):
+        if isinstance(module, Product | RoundedLinear | RMSNorm):
             module.rows = ROWS
     return network
 

@@ -1,41 +1,109 @@
-"""Eight-bit weights for the CPU: a scale for each output, and inputs rounded row by row, so that products are sums of integers.
+"""Weights in eight or four bits for the CPU, by torch's own kernels; what they are multiplied with stays as it is, in bfloat16.
 
-An integer sum is exact in any order, so a row's result does not depend on how many rows a call has. Inputs are rounded as in
-LLM.int8 (Dettmers et al. 2208.07339), without its outliers.
-Shapes: I and O features in and out, N rows.
+Eight bits: a scale for each output. Four: a scale and an offset for every `GROUP` weights of an output, as in GGUF's Q4_1, so that weights
+which came in that form are met again, each one exactly but for the sixteen bits of its scale and offset.
+Shapes: I and O features in and out, G groups, N rows.
 """
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEVELS = 127  # of either sign
+from dlm.models.block import in_pieces
+
+GROUP = 32  # weights that share a scale: the least that the kernel knows
+OUTPUTS = 16  # the kernels want a multiple of these, and of `GROUP` inputs
 
 
-def rounded(x_NI: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 (N, I) and the scale (N, 1) of each row, in x's dtype: x is about their product."""
-    scale_N1 = torch.linalg.vector_norm(x_NI, torch.inf, -1, True).div_(LEVELS).clamp_(min=1e-12)
-    return (x_NI / scale_N1).round_().to(torch.int8), scale_N1
+class RoundedLinear(nn.Module):
+    """y = W x + b with W in a few bits. Only for inference, and only on a CPU. `rows`: of `in_pieces`."""
 
-
-class Int8Linear(nn.Module):
-    """y = W x + b with W as int8 (O, I) and a scale for each output. Only for inference, and only on a CPU."""
+    few: ClassVar[int]  # rows up to which weights are best read as they are; for more they are written out in bfloat16 first
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         super().__init__()
-        weight_OI, scale_O1 = rounded(weight_OI.detach().float())
+        self.rows = 0
         self.out_features, self.in_features = weight_OI.shape
-        self.register_buffer("weight", weight_OI, persistent=False)
-        self.register_buffer("scale", scale_O1.squeeze(1), persistent=False)
         self.register_buffer("bias", None if bias_O is None else bias_O.detach().float(), persistent=False)
+        self.round(F.pad(weight_OI.detach().float(), (0, -self.in_features % GROUP, 0, -self.out_features % OUTPUTS)))
+
+    bias: Tensor | None
+
+    def round(self, weight_OI: Tensor) -> None:
+        """Keep these weights in fewer bits."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_pieces(self._product, x, self.rows)
+
+    def _product(self, x: Tensor) -> Tensor:
+        x_NI = F.pad(x.flatten(0, -2).bfloat16(), (0, -self.in_features % GROUP))
+        y_NO = self.read(x_NI) if len(x_NI) <= self.few else F.linear(x_NI, self.written_out())
+        y_NO = y_NO[:, : self.out_features]
+        y_NO = y_NO.to(x.dtype) if self.bias is None else (y_NO + self.bias).to(x.dtype)
+        return y_NO.view(*x.shape[:-1], -1)
+
+    def read(self, x_NI: Tensor) -> Tensor:
+        """W x, bfloat16 (N, O)."""
+        raise NotImplementedError
+
+    def written_out(self) -> Tensor:
+        """W in bfloat16."""
+        raise NotImplementedError
+
+
+class Int8Linear(RoundedLinear):
+    few = 16
+
+    def round(self, weight_OI: Tensor) -> None:
+        scale_O = (weight_OI.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
+        self.register_buffer("scale", scale_O, persistent=False)
+        self.register_buffer("weight", (weight_OI / scale_O.float()[:, None]).round().clamp(-127, 127).to(torch.int8), persistent=False)
 
     weight: Tensor
     scale: Tensor
-    bias: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        x_NI, scale_N1 = rounded(x.flatten(0, -2).float())
-        y_NO = (torch._int_mm(x_NI, self.weight.t()) * scale_N1).mul_(self.scale)
-        y_NO = y_NO if self.bias is None else y_NO.add_(self.bias)
-        return y_NO.to(x.dtype).view(*x.shape[:-1], -1)
+    def read(self, x_NI: Tensor) -> Tensor:
+        y_NO: Tensor = torch.ops.aten._weight_int8pack_mm(x_NI, self.weight, self.scale)
+        return y_NO
+
+    def written_out(self) -> Tensor:
+        return self.weight.bfloat16() * self.scale[:, None]
+
+
+class Int4Linear(RoundedLinear):
+    few = 64
+
+    def round(self, weight_OI: Tensor) -> None:
+        weight_OGI = torch.unflatten(weight_OI, 1, (-1, GROUP))
+        low_OG1, high_OG1 = weight_OGI.amin(-1, keepdim=True), weight_OGI.amax(-1, keepdim=True)
+        scale_OG1 = ((high_OG1 - low_OG1) / 15).clamp(min=1e-12)
+        offset_OG1 = (low_OG1 + 8 * scale_OG1).bfloat16()  # what code 8 stands for
+        scale_OG1 = scale_OG1.bfloat16()
+        code_OGI = ((weight_OGI - offset_OG1.float()) / scale_OG1.float()).round().add(8).clamp(0, 15)
+        code_OI = code_OGI.flatten(1).to(torch.int32)
+        # the kernel has a layout of its own, which only it can read
+        self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(code_OI, 2), persistent=False)
+        self.register_buffer("scale_GO2", torch.cat([scale_OG1, offset_OG1], -1).transpose(0, 1).contiguous(), persistent=False)
+        self.register_buffer("codes", (code_OI[:, ::2] | code_OI[:, 1::2] << 4).to(torch.uint8), persistent=False)
+
+    packed: Tensor
+    scale_GO2: Tensor
+    codes: Tensor
+
+    def read(self, x_NI: Tensor) -> Tensor:
+        y_NO: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_NI, self.packed, GROUP, self.scale_GO2)
+        return y_NO
+
+    def written_out(self) -> Tensor:
+        code_OI = torch.stack([self.codes & 15, self.codes >> 4], -1).flatten(1)
+        scale_OG1, offset_OG1 = self.scale_GO2.transpose(0, 1)[..., None].unbind(2)
+        weight_OGI = torch.unflatten(code_OI.bfloat16() - 8, 1, (-1, GROUP)) * scale_OG1 + offset_OG1
+        return weight_OGI.flatten(1)
+
+
+LINEAR = {8: Int8Linear, 4: Int4Linear}  # by bits

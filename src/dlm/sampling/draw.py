@@ -17,6 +17,8 @@ from torch import Tensor
 from dlm.errors import InputError
 from dlm.protocols import RNG
 
+PIECE = 2**18  # numbers of a law that are worked on at once: what is made on the way then stays in a cache of the processor
+
 
 def generators(seed: int, rows: int) -> list[torch.Generator]:
     """Row i draws with seed + i: the same numbers alone or in any batch."""
@@ -120,4 +122,6 @@ class Draw:
         """
         if self.temperature == 0:
             return logp_BTV.argmax(-1)
-        return by(self.shape(logp_BTV), uniform(rng, logp_BTV.shape[1]))
+        pieces = max(1, PIECE // logp_BTV[0].numel())
+        parts = zip(*(torch.split(x, pieces) for x in (logp_BTV, uniform(rng, logp_BTV.shape[1]))), strict=True)
+        return torch.cat([by(self.shape(logp_BTV), u_BT) for logp_BTV, u_BT in parts])

@@ -17,13 +17,13 @@ PATIENCE = 16, 64  # calls before another stride is tried again: at first, and a
 
 
 class Pace:
-    """For one model and one kind of proposals; it may serve several runs. most: the greatest stride."""
+    """For one model and one kind of proposals; it may serve several runs. most: the greatest stride, grows: the factor to it."""
 
-    def __init__(self, most: int) -> None:
-        self.strides = sorted({most, *(1 << k for k in range(most.bit_length()))})
+    def __init__(self, most: int, grows: int = 2) -> None:
+        self.strides: list[int] = sorted({most, *(grows**k for k in range(most.bit_length()) if grows**k < most)})
         self._seconds: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
-        self._tested = [4.0] * most  # of the k-th proposal: calls that allowed it, calls in which it held; begun as if half did
-        self._held = [4.0 * 0.5**k for k in range(most)]
+        self._tested = [1.0] * most  # of the k-th proposal: calls that allowed it, calls in which it held; begun as if half did
+        self._held = [0.5**k for k in range(most)]
         self._patience, self._since, self._trying, self._best = PATIENCE[0], 0, 0, 0
 
     def tokens(self, stride: int) -> float:
@@ -32,7 +32,7 @@ class Pace:
 
     def seconds(self, rows: int, stride: int) -> float:
         """What such a call takes, those without proposals among them; counts of rows up to the next power of two are one."""
-        return statistics.fmean(self._seconds[_size(rows), stride])
+        return statistics.median(self._seconds[_size(rows), stride])  # which one call that was compiled, or disturbed, does not change
 
     def choose(self, rows: int) -> int:
         """The stride of the next call of so many rows."""

@@ -210,3 +210,34 @@ class DraftModel:
             token_BK = torch.cat([token_BK, new_B1], 1)
             logq_BKV = logq_B1V if logq_BKV is None else torch.cat([logq_BKV, logq_B1V], 1)
         return Proposals(token_BK, round.most_B, logq_BKV)
+
+
+@dataclass(frozen=True)
+class SelfDraft:
+    """The network itself with its weights rounded, one call a proposal, on the keys and values that it wrote unrounded.
+
+    So nothing is read twice: what the draft writes after them is forgotten, and written anew by the call that verifies. QSpec (Zhao et
+    al. 2410.11305) shares them so, QuantSpec (Tiwari et al. 2502.10424) rounds them too. start: as of the network.
+    """
+
+    reads_states: ClassVar[bool] = False
+    denoiser: Denoiser
+    start: int | None
+
+    groups = staticmethod(no_groups)
+
+    def __call__(self, round: Round) -> Proposals:
+        cache, rows = round.cache, len(round.text_BL)
+        held_B = cache.length_B
+        read_B = held_B == round.known_B - round.begin_B + (self.start is not None) - 1  # a row that enters a window is not
+        most_B = torch.where(read_B, round.most_B, 0)
+        token_B1 = inputs(round.text_BL, round.begin_B, held_B[:, None], self.start)
+        own_BQQ = torch.ones(rows, 1, 1, dtype=torch.bool, device=token_B1.device)
+        token_BK, logq_BKV = [token_B1[:, :0]], []
+        for k in range(int(most_B.max())):
+            logits_B1V = self.denoiser(token_B1, pos_BQ=cache.length_B[:, None], own_BQQ=own_BQQ, cache=cache)
+            logq_BKV.append(round.shape(logits_B1V))
+            token_B1 = race(logq_BKV[-1], round.u_BK[:, k : k + 1])
+            token_BK.append(token_B1)
+        cache.trim(held_B)
+        return Proposals(torch.cat(token_BK, 1), most_B, torch.cat(logq_BKV, 1) if logq_BKV else None)

@@ -196,7 +196,8 @@ class StridedSampler:
         most_B = most_B.clamp(0, run.stride - 1).masked_fill(run.done_B, 0)
         state_BD = None if state_BKD is None else state_BKD[rows_B, place_B]
         known, guess = (run.text_BL, run.begin_B, run.known_B, most_B, u_BK), (guess_BEX, hit_BG.any(-1), self._shape)
-        proposals = self.proposer(Round(*known, *guess, partial(self._grow, run.stride, u_BK), run.capacity, run.memory, state_BD))
+        grow = partial(self._grow, run.stride, u_BK)
+        proposals = self.proposer(Round(*known, *guess, grow, run.capacity, run.cache, run.memory, state_BD))
         most = int(proposals.count_B.max())
         logq_BKV = proposals.logq_BKV
         return Proposals(proposals.token_BK[:, :most], proposals.count_B, None if logq_BKV is None else logq_BKV[:, :most])
