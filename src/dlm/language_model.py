@@ -219,8 +219,7 @@ class LanguageModel:
         return decoding.make(self, **self.chosen(options))
 
     def other(self, name: str) -> LanguageModel:
-        """A model to work beside this one, on its device, loaded once: from the directory of this one or as `load` finds it; `int8` and
-        `int4` are this one with its weights rounded."""
+        """A model to work beside this one, loaded once: from its directory or as `load` finds it; `int8`, `int4`: itself, rounded."""
         if name not in self._others and (bits := fast.BITS.get(name)):
             self._others[name] = LanguageModel(fast.rounded_copy(self.network, bits), self.config, self.tokenizer, f"{self.name} in {name}")
         if name not in self._others:
