@@ -133,7 +133,7 @@ def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, co
         if model.heads is None:
             raise InputError(f"{model.name} has no heads to guess with: give --adapter DIRECTORY of dlm convert {model.name} --heads 3")
         proposer = Heads(model.heads, model.heads.config.count)
-    elif guess.model in fast.BITS:
+    elif guess.model in choice.ROUNDED:
         proposer = SelfDraft(model.other(guess.model).network, start)
     elif guess.name == "draft":
         other = model.other(guess.model)
@@ -180,7 +180,7 @@ def _most(model: LanguageModel, guess: choice.Strided) -> int:
         return int(model.network.adapter.config.stride)
     if guess.name == "heads" and model.heads is not None:
         return int(model.heads.config.count) + 1
-    if guess.model in fast.BITS:
+    if guess.model in choice.ROUNDED:
         return ITSELF
     return LOOKUP if guess.name == "lookup" else STRIDE
 

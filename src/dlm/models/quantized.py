@@ -29,7 +29,9 @@ class RoundedLinear(nn.Module):
         self.rows = 0
         self.out_features, self.in_features = weight_OI.shape
         self.register_buffer("bias", None if bias_O is None else bias_O.detach().float(), persistent=False)
-        self.round(F.pad(weight_OI.detach().float(), (0, -self.in_features % GROUP, 0, -self.out_features % OUTPUTS)))
+        self.pads = -self.in_features % GROUP, -self.out_features % OUTPUTS
+        weight_OI = weight_OI.detach().float()
+        self.round(F.pad(weight_OI, (0, self.pads[0], 0, self.pads[1])) if any(self.pads) else weight_OI)
 
     bias: Tensor | None
 
@@ -41,9 +43,12 @@ class RoundedLinear(nn.Module):
         return in_pieces(self._product, x, self.rows)
 
     def _product(self, x: Tensor) -> Tensor:
-        x_NI = F.pad(x.flatten(0, -2).bfloat16(), (0, -self.in_features % GROUP))
+        x_NI = x.flatten(0, -2).bfloat16()
+        if self.pads[0]:
+            x_NI = F.pad(x_NI, (0, self.pads[0]))
         y_NO = self.read(x_NI) if len(x_NI) <= self.few else F.linear(x_NI, self.written_out())
-        y_NO = y_NO[:, : self.out_features]
+        if self.pads[1]:
+            y_NO = y_NO[:, : self.out_features]
         y_NO = y_NO.to(x.dtype) if self.bias is None else (y_NO + self.bias).to(x.dtype)
         return y_NO.view(*x.shape[:-1], -1)
 
@@ -80,16 +85,17 @@ class Int4Linear(RoundedLinear):
 
     def round(self, weight_OI: Tensor) -> None:
         weight_OGI = torch.unflatten(weight_OI, 1, (-1, GROUP))
-        low_OG1, high_OG1 = weight_OGI.amin(-1, keepdim=True), weight_OGI.amax(-1, keepdim=True)
+        low_OG1, high_OG1 = torch.aminmax(weight_OGI, dim=-1, keepdim=True)
         scale_OG1 = ((high_OG1 - low_OG1) / 15).clamp(min=1e-12)
         offset_OG1 = (low_OG1 + 8 * scale_OG1).bfloat16()  # what code 8 stands for
         scale_OG1 = scale_OG1.bfloat16()
-        code_OGI = ((weight_OGI - offset_OG1.float()) / scale_OG1.float()).round().add(8).clamp(0, 15)
-        code_OI = code_OGI.flatten(1).to(torch.int32)
+        code_OGI = (weight_OGI - offset_OG1).div_(scale_OG1).round_().add_(8).clamp_(0, 15)
+        code_OI = code_OGI.flatten(1).to(torch.uint8)
         # the kernel has a layout of its own, which only it can read
-        self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(code_OI, 2), persistent=False)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(code_OI.int(), 2)
+        self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scale_GO2", torch.cat([scale_OG1, offset_OG1], -1).transpose(0, 1).contiguous(), persistent=False)
-        self.register_buffer("codes", (code_OI[:, ::2] | code_OI[:, 1::2] << 4).to(torch.uint8), persistent=False)
+        self.register_buffer("codes", code_OI[:, ::2] | code_OI[:, 1::2] << 4, persistent=False)
 
     packed: Tensor
     scale_GO2: Tensor

@@ -58,6 +58,7 @@ SETTLING = ("revoke",)  # is done when it neither writes nor takes back
 SPECULATIVE = "speculative"
 STRIDED = ("strided", "lookup", "draft", "heads")  # of autoregressive models
 BRANCHING, MOST_NODES = ("strided", "heads"), 64  # those that know second choices
+ROUNDED = ("int8", "int4")  # what drafts besides models: the network itself with its weights in fewer bits
 LOSSLESS = "lossless"  # the best of these that a model has, which it knows itself
 WORDS = tuple(dict.fromkeys([*UNMASKING, SPECULATIVE, *REPLACING]))
 

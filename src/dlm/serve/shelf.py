@@ -144,9 +144,9 @@ class Shelf:
 
 
 def _drafting(word: str | None) -> list[str]:
-    """The model that a sampler word names."""
+    """The model that a sampler word names, unless it is the one that is asked, rounded."""
     strided = choice.strided(word) if word else None
-    return [strided.model] if strided is not None and strided.model else []
+    return [strided.model] if strided is not None and strided.model and strided.model not in choice.ROUNDED else []
 
 
 def _lossless(lm: LanguageModel, word: str | None) -> str:
