@@ -1,6 +1,6 @@
 """Where the time of a decoding call goes: products, attention, what lies between, and starting it all.
 
-    python benchmarks/decoding_call.py --base smollm2-135m --modes "float32;int8;int8,compile" --positions 1,4,16
+    python benchmarks/decoding_call.py --base smollm2-135m --modes "float32;int8;int4;int4,compile" --positions 1,4,16
 
 A call reads so many positions after a text of 128. Products: time in matrix products, and what they read of the weights in a second;
 rest: all other work and the overhead of every operation. The last line is one JSON object.
@@ -19,8 +19,16 @@ from rich.table import Table
 import dlm
 from dlm.evaluate import card
 from dlm.models import fast
+from dlm.models.quantized import Int4Linear
 
-PRODUCTS = ("aten::_int_mm", "aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise")
+PRODUCTS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "mkldnn::_linear_pointwise",
+    "aten::_weight_int8pack_mm",
+    "aten::_weight_int4pack_mm_for_cpu",
+)
 ATTENTION = ("aten::_scaled_dot_product", "aten::scaled_dot_product")
 
 
@@ -55,22 +63,25 @@ def shares(call: Any, calls: int = 5) -> tuple[float, float, int]:
 
 
 def megabytes(network: Any) -> float:
-    """Of the weights that a call multiplies with."""
-    layers = [m for m in network.modules() if hasattr(m, "out_features") and m.weight is not None]
-    return sum(m.weight.numel() * m.weight.element_size() for m in layers) / 1e6
+    """Of the weights that a call multiplies with, as it reads them for few positions."""
+    layers = [m for m in network.modules() if hasattr(m, "out_features")]
+    read = [
+        tensor for m in layers for tensor in ((m.packed, m.scale_GO2) if isinstance(m, Int4Linear) else (m.weight,)) if tensor is not None
+    ]
+    return sum(tensor.numel() * tensor.element_size() for tensor in read) / 1e6
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--modes", default="float32;int8;int8,compile", help="dtype, or dtype,compile; semicolons between")
+    parser.add_argument("--modes", default="float32;int8;int4;int4,compile", help="dtype, or dtype,compile; semicolons between")
     parser.add_argument("--positions", default="1,4,16")
     parser.add_argument("--held", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="the bundled base: does it run?")
     args = parser.parse_args()
     if args.quick:
-        args.base, args.modes, args.positions, args.repeats = "shakespeare-ar", "float32;int8", "1,4", 3
+        args.base, args.modes, args.positions, args.repeats = "shakespeare-ar", "float32;int8;int4", "1,4", 3
     rows: list[dict[str, Any]] = []
     for mode in args.modes.split(";"):
         dtype, _, how = mode.partition(",")

@@ -49,6 +49,10 @@ def test_the_verb(dlm: Dlm, autoregressive_dir: Path, masked_dir: Path) -> None:
     for row in rows:
         assert row["tokens_per_forward"] == pytest.approx(row["tokens"] / row["batch"] / row["calls"])
     assert next(row for row in rows if row["method"].startswith("draft"))["accepted"] == [1.0, 1.0]
+    told = json.loads(dlm(*base, "--methods", "ar,ngram,draft,isd", "--batch", "1", "--json")[1].splitlines()[-1])["rows"]
+    assert [row["method"] for row in told] == ["autoregressive", "lookup:4", "draft:int4,12", "strided:4"]
+    assert all(row["same"] for row in told)
+    assert "has no heads" in dlm.told(*base, "--methods", "ar,mtp")
     assert "is a diffusion model" in dlm.told("bench", "decode", "--base", str(masked_dir))
     assert "--batch is one or more numbers" in dlm.told(*base, "--batch", "1,x")
     assert "no prompts at nowhere" in dlm.told(*base[:8], "--prompts", "nowhere")

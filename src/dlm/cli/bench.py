@@ -18,6 +18,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 app.add_typer(bench, name="bench")
 
 PLAIN = "autoregressive"
+SHORT = {"ar": PLAIN, "draft": "draft:int4,12", "ngram": "lookup:4", "mtp": "heads:4", "isd": "strided:4"}  # what papers call them
 PROMPTS = (
     "ROMEO:\nBut soft, what light through yonder window breaks? It is the east,",
     "First Citizen:\nWe are accounted poor citizens, the patricians good.",
@@ -34,7 +35,9 @@ def _group() -> None:
 @bench.command()
 def decode(
     base: Annotated[str, typer.Option(help="An autoregressive model.")] = "shakespeare-ar",
-    methods: Annotated[str, typer.Option(help="Samplers with semicolons between; the plain one is always first.")] = "lookup:4;strided:4",
+    methods: Annotated[
+        str, typer.Option(help="Samplers with semicolons between, or ar,draft,ngram,mtp,isd; the plain one comes first.")
+    ] = "lookup:4;strided:4",
     peers: Annotated[str, typer.Option(help="Other engines, with commas: transformers, llama.cpp. They need --temperature 0.")] = "",
     adapter: Annotated[Path | None, typer.Option(help="What `dlm convert` made for this base.")] = None,
     heads: Annotated[Path | None, typer.Option(help="What `dlm convert --heads` made for it, for the method heads:4.")] = None,
@@ -64,7 +67,9 @@ def decode(
     sizes, kinds = _sizes(batch), _kinds(kind)
     if kind and prompts is not None:
         raise InputError("--kind and --prompts both say what to write after: give one")
-    words = list(dict.fromkeys([PLAIN, *(word for word in methods.split(";") if word)]))
+    words = list(dict.fromkeys([PLAIN, *_words(methods)]))
+    if adapter is None and "isd" in methods.split(","):
+        adapter = _bundled(base)
     samplers: dict[str, Any] = {}
     against: dict[str, str] = {}
     models: dict[str, Any] = {}
@@ -98,6 +103,18 @@ def decode(
         facts = {"base": lm.name} | learned | {"new": new, "temperature": temperature, "seed": seed, "dtype": dtype}
         facts |= {"deterministic": deterministic, "compile": compile, "threads": torch.get_num_threads(), "device": device, "peers": peers}
         print(json.dumps(facts | {"rows": [one.record() for one in found]}))
+
+
+def _words(methods: str) -> list[str]:
+    groups = [group.split(",") for group in methods.split(";") if group]
+    return [word for group in groups for word in ([SHORT[name] for name in group] if set(group) <= SHORT.keys() else [",".join(group)])]
+
+
+def _bundled(base: str) -> Path | None:
+    """The adapter that ships for this base."""
+    from dlm.convert import lora
+
+    return next((path for path in lora.bundled().values() if lora.load_config(path).base == base), None)
 
 
 def _sizes(batch: str) -> list[int]:
