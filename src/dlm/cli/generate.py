@@ -19,7 +19,7 @@ SAMPLERS = (
     "masks: ancestral | first-hitting | speculative[:8] | topk | margin | entropy | confidence[:0.9] | factor[:1] | entropy-bound[:0.1] | "
     "klass[:0.6] | remdm-cap[:0.04] | remdm-rescale | remdm-conf | remdm-loop | revoke[:0.6] | planner[:1] | predictor-corrector[:1]; "
     "auto (what `dlm calibrate` found best); replacement noise: ancestral | predictor-corrector | refine | entropy-bound | worst[:2]; "
-    "autoregressive models, the same text in fewer calls: strided[:4] | lookup[:4] | draft:MODEL[,4] (int8: itself, "
+    "autoregressive models, the same text in fewer calls: strided[:4] | lookup[:4] | draft:MODEL[,4] (int4, int8: itself, "
     "rounded), auto for 4: as many as pay; or lossless, the best that there is."
 )
 
@@ -61,7 +61,8 @@ def generate(
     lossless: Annotated[
         bool,
         typer.Option(
-            "--lossless", help="The text of plain decoding in fewer calls: with --adapter, else by looking back (on a GPU: a bundled one)."
+            "--lossless",
+            help="The text of plain decoding in fewer calls: with --adapter, else a rounded copy drafts (on a GPU: a bundled one).",
         ),
     ] = False,
     seed: Seed = 0,
