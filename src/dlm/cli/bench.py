@@ -59,6 +59,7 @@ def decode(
     import torch
 
     from dlm.evaluate import decoding
+    from dlm.sampling import choice
 
     if rounds < 1 or new < 2 or threads < 0:
         raise InputError(f"--rounds counts from 1, --new from 2 and --threads from 0, got {rounds}, {new} and {threads}")
@@ -68,7 +69,7 @@ def decode(
     if kind and prompts is not None:
         raise InputError("--kind and --prompts both say what to write after: give one")
     words = list(dict.fromkeys([PLAIN, *_words(methods)]))
-    if adapter is None and "isd" in methods.split(","):
+    if adapter is None and heads is None and {"isd", "mtp"} & set(methods.split(",")):
         adapter = _bundled(base)
     samplers: dict[str, Any] = {}
     against: dict[str, str] = {}
@@ -78,6 +79,8 @@ def decode(
         if lm.is_diffusion:
             raise InputError(f"{base} is a diffusion model: its samplers are compared by dlm calibrate")
         for word in words:
+            if lm.network.quantized and (guess := choice.strided(word)) is not None and guess.model in choice.ROUNDED:
+                continue  # it is rounded already
             label = f"{word} {name}" if number else word
             samplers[label], against[label] = lm.sampler(sampler=word, temperature=temperature), f"{PLAIN} {name}" if number else PLAIN
     lm = next(iter(models.values()))
@@ -111,7 +114,7 @@ def _words(methods: str) -> list[str]:
 
 
 def _bundled(base: str) -> Path | None:
-    """The adapter that ships for this base."""
+    """The adapter that ships for this base, with heads beside it."""
     from dlm.convert import lora
 
     return next((path for path in lora.bundled().values() if lora.load_config(path).base == base), None)
