@@ -32,7 +32,7 @@ from dlm.sampling.tree import Tree
 if TYPE_CHECKING:
     from dlm.language_model import LanguageModel
 
-STRIDE, LOOKUP, ITSELF = 4, 8, 12  # of `auto` at most; what follows a repeated phrase is often the same for long, and a copy nearly agrees
+STRIDE, LOOKUP, ITSELF = 4, 8, 16  # of `auto` at most; what follows a repeated phrase is often the same for long, and a copy nearly agrees
 BLOCK = 32  # of a bidirectional model with a cache, unless told otherwise (Fast-dLLM)
 
 

@@ -18,7 +18,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 app.add_typer(bench, name="bench")
 
 PLAIN = "autoregressive"
-SHORT = {"ar": PLAIN, "draft": "draft:int4,12", "ngram": "lookup:4", "mtp": "heads:4", "isd": "strided:4"}  # what papers call them
+SHORT = {"ar": PLAIN, "draft": "draft:int4,16", "ngram": "lookup:4", "mtp": "heads:4", "isd": "strided:4"}  # what papers call them
 PROMPTS = (
     "ROMEO:\nBut soft, what light through yonder window breaks? It is the east,",
     "First Citizen:\nWe are accounted poor citizens, the patricians good.",

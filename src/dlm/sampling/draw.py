@@ -45,12 +45,22 @@ def race(logp_BTV: Tensor, u_BT: Tensor) -> Tensor:
     logp normalised. As exact as `categorical`, with this besides: two laws p and q that are given the same u draw the same token with
     chance sum_i 1 / sum_j max(p_j / p_i, q_j / q_i), at least (1 - TV) / (1 + TV) (Daliri et al. 2408.07978).
     """
-    most_BT, token_BT = logp_BTV.max(-1)
-    open_BT = most_BT < 0  # elsewhere one token is certain
-    if bool(open_BT.any()):
-        logp_NV = logp_BTV[open_BT].double()
-        token_BT[open_BT] = (logp_NV - _clocks(u_BT.to(logp_NV.device)[open_BT], logp_NV.shape[-1]).log_()).argmax(-1)
-    return token_BT
+    return scores(logp_BTV, u_BT).argmax(-1)
+
+
+def scores(logp_BTV: Tensor, u_BT: Tensor) -> Tensor:
+    """What a race is decided by, the greatest wins: log p minus the log of the clock; log p alone where one token is certain.
+
+    A law whose log-probabilities all differ from these by less than half the winner's lead draws the same token.
+    """
+    open_BT = logp_BTV.amax(-1) < 0
+    if not bool(open_BT.any()):
+        return logp_BTV
+    if bool(open_BT.all()):
+        return logp_BTV.double() - _clocks(u_BT.to(logp_BTV.device).flatten(), logp_BTV.shape[-1]).log_().view_as(logp_BTV)
+    score_BTV = logp_BTV.to(torch.float64, copy=True)
+    score_BTV[open_BT] -= _clocks(u_BT.to(logp_BTV.device)[open_BT], logp_BTV.shape[-1]).log_()
+    return score_BTV
 
 
 def finishers(logp_BTV: Tensor, u_B: Tensor, count: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.protocols import Denoiser, Proposals, Round, RowCache
-from dlm.sampling.draw import race
+from dlm.sampling.draw import race, scores
 
 LAYOUTS = ("tree", "restart")
 
@@ -217,12 +217,14 @@ class SelfDraft:
     """The network itself with its weights rounded, one call a proposal, on the keys and values that it wrote unrounded.
 
     So nothing is read twice: what the draft writes after them is forgotten, and written anew by the call that verifies. QSpec (Zhao et
-    al. 2410.11305) shares them so, QuantSpec (Tiwari et al. 2502.10424) rounds them too. start: as of the network.
+    al. 2410.11305) shares them so, QuantSpec (Tiwari et al. 2502.10424) rounds them too. start: as of the network. lead: of a proposal
+    over the second choice, in nats; none is made after one whose lead is smaller, which rounding may have turned.
     """
 
     reads_states: ClassVar[bool] = False
     denoiser: Denoiser
     start: int | None
+    lead: float = 0.1
 
     groups = staticmethod(no_groups)
 
@@ -233,11 +235,19 @@ class SelfDraft:
         most_B = torch.where(read_B, round.most_B, 0)
         token_B1 = inputs(round.text_BL, round.begin_B, held_B[:, None], self.start)
         own_BQQ = torch.ones(rows, 1, 1, dtype=torch.bool, device=token_B1.device)
-        token_BK, logq_BKV = [token_B1[:, :0]], []
-        for k in range(int(most_B.max())):
+        token_BK: list[Tensor] = [token_B1[:, :0]]
+        logq_BKV: list[Tensor] = []
+        count_B, going_B = torch.zeros_like(most_B), most_B > 0
+        while bool(going_B.any()):
             logits_B1V = self.denoiser(token_B1, pos_BQ=cache.length_B[:, None], own_BQQ=own_BQQ, cache=cache)
             logq_BKV.append(round.shape(logits_B1V))
-            token_B1 = race(logq_BKV[-1], round.u_BK[:, k : k + 1])
+            score_B1V = scores(logq_BKV[-1], round.u_BK[:, len(logq_BKV) - 1, None])
+            token_B1 = score_B1V.argmax(-1)
             token_BK.append(token_B1)
+            count_B += going_B
+            if bool(logq_BKV[-1].amax() == 0):  # at temperature 0 it is the logits that decide
+                score_B1V = logits_B1V
+            first_B1, second_B1 = score_B1V.topk(2, -1).values.unbind(-1)
+            going_B = going_B & (count_B < most_B) & (first_B1 - second_B1 >= self.lead).squeeze(1)
         cache.trim(held_B)
-        return Proposals(torch.cat(token_BK, 1), most_B, torch.cat(logq_BKV, 1) if logq_BKV else None)
+        return Proposals(torch.cat(token_BK, 1), count_B, torch.cat(logq_BKV, 1) if logq_BKV else None)
