@@ -178,6 +178,11 @@ def test_weights_are_rounded_to_the_nearest_level(kind: type[RoundedLinear], out
         torch.testing.assert_close(layer(x).double(), expected, atol=0.03 * inputs**0.5, rtol=0.01)
 
 
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+def test_no_rows_are_read_too(kind: type[RoundedLinear]) -> None:
+    assert kind(torch.randn(16, 32))(torch.zeros(2, 0, 32)).shape == (2, 0, 16)
+
+
 def test_weights_that_came_in_four_bits_are_met_again() -> None:
     rng = torch.Generator().manual_seed(1)
     code_OGI = torch.randint(16, (32, 3, GROUP), generator=rng)

@@ -50,7 +50,7 @@ class RoundedLinear(nn.Module):
         if self.pads[1]:
             y_NO = y_NO[:, : self.out_features]
         y_NO = y_NO.to(x.dtype) if self.bias is None else (y_NO + self.bias).to(x.dtype)
-        return y_NO.view(*x.shape[:-1], -1)
+        return y_NO.view(*x.shape[:-1], self.out_features)
 
     def read(self, x_NI: Tensor) -> Tensor:
         """W x, bfloat16 (N, O)."""
