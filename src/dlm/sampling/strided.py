@@ -218,7 +218,8 @@ class StridedRun:
         self.done_B = torch.zeros_like(self.free_BL[:, 0])
         self.stop_S = torch.tensor(sorted(sampler.stop), dtype=torch.long, device=self.text_BL.device)
         nodes = stride - 1 if sampler.tree is None else len(sampler.tree)
-        self.capacity = min(window, length) + (sampler.context if length > window else 0) + (nodes + 2) * (stride + 1)
+        groups = sampler.proposer.groups(torch.tensor([nodes])).shape[1]  # no more room than a call may take: compiled ones read it all
+        self.capacity = min(window, length) + (sampler.context if length > window else 0) + nodes + 2 + groups * stride
         self.cache = sampler.make_cache(rows, self.capacity)
         self.proposals = Proposals(canvas.tokens_BT[:, :0], torch.zeros_like(self.known_B))
         self.memory: dict[str, Any] = {}
