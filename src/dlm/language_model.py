@@ -286,7 +286,7 @@ class LanguageModel:
             return "heads:auto"
         if network.adapter is None and network.device.type != "cpu" and (path := lora.bundled_for(network)) is not None:
             lora.with_adapter(self, path)
-        rounded = fast.worth_rounding(network)
+        rounded = "" if network.adapter is not None else fast.worth_rounding(network)
         return "strided:auto" if network.adapter is not None else f"draft:{rounded},auto" if rounded else "lookup:auto"
 
     def calibration(self) -> Calibration:

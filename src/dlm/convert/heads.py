@@ -64,7 +64,7 @@ def foresight(
 ) -> Consistency:
     """The heads at every position of text x whose next tokens are free, against what the base says where it has read them.
 
-    how: `kl` or `ce`, as of `objective.consistency`; slot k - 1 is head k.
+    how: `kl` or `ce`, measure: as of `objective.consistency`; slot k - 1 is head k.
     """
     free_BT = free_BT & (torch.arange(x_BT.shape[1], device=x_BT.device) > 0)
     with torch.no_grad():
@@ -82,8 +82,10 @@ def foresight(
     row_M, slot_M, teacher_M, hidden_MD = row_M[order_M], slot_M[order_M], teacher_M[order_M], hidden_MD[order_M]
     flat_M, of_M = torch.unique_consecutive(row_M * x_BT.shape[1] + teacher_M, return_inverse=True)
     weight_VD = network.head.weight[:mask_id]
-    with torch.set_grad_enabled(torch.is_grad_enabled() and how == "kl"):
-        nats_M, accept_M, agree_M = divergence(hidden_MD, hidden_BTD.flatten(0, 1)[flat_M], of_M, weight_VD, measure=measure)
+    accept_M = agree_M = None
+    if how == "kl" or measure:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and how == "kl"):
+            nats_M, accept_M, agree_M = divergence(hidden_MD, hidden_BTD.flatten(0, 1)[flat_M], of_M, weight_VD, measure=measure)
     if how == "ce":
         nats_M = F.cross_entropy(F.linear(hidden_MD, weight_VD).float(), x_BT[row_M, teacher_M + 1], reduction="none")
     nats_B = sums(nats_M, row_M, len(x_BT)) / torch.bincount(row_M, minlength=len(x_BT)).clamp(min=1)

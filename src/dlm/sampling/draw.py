@@ -132,6 +132,6 @@ class Draw:
         """
         if self.temperature == 0:
             return logp_BTV.argmax(-1)
-        pieces = max(1, PIECE // logp_BTV[0].numel())
+        pieces = len(logp_BTV) if logp_BTV.device.type != "cpu" else max(1, PIECE // max(1, logp_BTV[0].numel()))
         parts = zip(*(torch.split(x, pieces) for x in (logp_BTV, uniform(rng, logp_BTV.shape[1]))), strict=True)
         return torch.cat([by(self.shape(logp_BTV), u_BT) for logp_BTV, u_BT in parts])
