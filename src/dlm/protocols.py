@@ -242,9 +242,10 @@ class Round:
     text_BL: the committed text, known_B columns of it; begin_B: where the window begins that a row is in; most_B: proposals wanted at
     most; u_BK: a uniform for each, to draw it with; guess_BMX: logits of the group of masks after the text, of the rows in guessed_B, or
     their hidden states where `Proposer.reads_states`;
-    shape: logits (B, K, V) to the log-probabilities that the sampler draws from; grow(law, most_B): the proposals that the sampler wants
-    of a law, as of `dlm.sampling.tree.Tree.grow`; what has no law gives the first token for each place. capacity: positions that a
-    cache of this run needs.
+    shape: logits (B, K, V) to the log-probabilities that the sampler draws from; lead(logits, u_BK): the tokens drawn, how far each lies
+    before the second choice in nats, and those log-probabilities, None where the tokens are certain;
+    grow(law, most_B): the proposals that the sampler wants of a law, as of `dlm.sampling.tree.Tree.grow`; what has no law gives the first
+    token for each place. capacity: positions that a cache of this run needs.
     cache: what the network has read of the text, all but its last token. memory: what the proposer keeps for its next round. state_BD: the
     hidden state that the last token was drawn from, where `Proposer.reads_states`.
     """
@@ -257,6 +258,7 @@ class Round:
     guess_BMX: Tensor
     guessed_B: Tensor
     shape: Callable[[Tensor], Tensor]
+    lead: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
     grow: Callable[[Callable[[int, Tensor], Tensor], Tensor], Proposals]
     capacity: int
     cache: RowCache

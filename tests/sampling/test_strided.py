@@ -599,7 +599,9 @@ def looked_up(text: list[int], ngram: int = 3, most: int = 3) -> list[int]:
     known_B, most_B, u_BK = torch.tensor([len(text)]), torch.tensor([most]), torch.rand(1, 3)
     nothing = torch.zeros(1, 0, 0)
     unused: Any = lambda *_: pytest.fail("nothing is drawn")  # noqa: E731
-    found = Lookup(ngram)(Round(text_BL, known_B * 0, known_B, most_B, u_BK, nothing, most_B > 0, unused, unused, 0, cast(Any, None), {}))
+    found = Lookup(ngram)(
+        Round(text_BL, known_B * 0, known_B, most_B, u_BK, nothing, most_B > 0, unused, unused, unused, 0, cast(Any, None), {})
+    )
     assert found.logq_BKV is None
     return found.token_BK[0, : int(found.count_B)].tolist()
 

@@ -66,7 +66,8 @@ def test_the_longest_path_that_holds_is_taken(count_B: list[int]) -> None:
             of = [k for k in range(12) if tree.parent[k] == parent]
             token_BK[:, of] = torch.rand(4, 5, generator=rng).argsort(-1)[:, : len(of)]
         u_BD = torch.rand(4, 4, generator=rng, dtype=torch.float64)
-        place_B, next_B = agree(logp_BPV, Proposals(token_BK, counts), u_BD, tree)
+        token_BP = race(logp_BPV, u_BD[:, tree.tables(u_BD.device).depth_P])
+        place_B, next_B = agree(token_BP, Proposals(token_BK, counts), tree)
         for b in range(4):
             place = 0
             while True:

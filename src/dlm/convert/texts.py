@@ -76,7 +76,7 @@ def from_base(path: Path, start: int | None, length: int, *, val_fraction: float
         raise InputError(f"{path} is missing or damaged ({error}): let the base write again into another --out") from None
     if len(texts) < 2:
         raise InputError(f"{path} holds {len(texts)} texts, two are needed: one to learn from, one to measure on")
-    count = max(1, round(len(texts) * val_fraction))
+    count = max(1, min(held, round(len(texts) * val_fraction)))  # more would be measured by nobody
 
     def rows(chosen: Sequence[tuple[list[int], int]]) -> Batch:
         x_BT, free_BT = torch.zeros(len(chosen), length, dtype=torch.long), torch.zeros(len(chosen), length, dtype=torch.bool)

@@ -115,6 +115,17 @@ def attend_by_products(q_BHQK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Ten
     return torch.unflatten(read_BGNK, 2, (-1, queries)).flatten(1, 2)
 
 
+def attend_alone(q_BH1K: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_B11T: Tensor) -> Tensor:
+    """As `attend` for one query, without products: compiled they are two loops, where the kernel takes as long to begin as to read.
+
+    mask: added to the scores.
+    """
+    q_BGR1K = torch.unflatten(q_BH1K.float() * q_BH1K.shape[-1] ** -0.5, 1, (k_BGTK.shape[1], -1))
+    scores_BGRT = (q_BGR1K * k_BGTK[:, :, None]).sum(-1) + mask_B11T
+    read_BGRK = (scores_BGRT.softmax(-1)[..., None] * v_BGTK[:, :, None]).sum(-2)
+    return read_BGRK.flatten(1, 2)[:, :, None].to(q_BH1K.dtype)
+
+
 def attend_steadily(
     q_BHQK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Any, is_causal: bool, *, queries: int = 16, keys: int = 64
 ) -> Tensor:

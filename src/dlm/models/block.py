@@ -167,6 +167,8 @@ class Block(nn.Module):
         q, *new = self.attention.heads(self.attention_norm(x), cos, sin)
         for kept_BGTK, new_BGQK in zip(kept, new, strict=True):
             kept_BGTK.index_copy_(2, slot_Q, new_BGQK)
+        if x.shape[1] == 1 and x.device.type == "cpu" and not self.attention.steady:
+            return self._after(x, attention.attend_alone(q, *kept, mask_B1QT))
         return self._after(x, self.attention.read(q, *kept, mask_B1QT, False))
 
     def _after(self, x: Tensor, read_BHQK: Tensor) -> Tensor:

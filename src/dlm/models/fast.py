@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dlm.errors import InputError
 from dlm.models.block import Block, RMSNorm, in_pieces, rotary, version
 from dlm.models.cache import Memory
-from dlm.models.quantized import LINEAR, OUTPUTS, Int4Linear, Int8Linear, RoundedLinear
+from dlm.models.quantized import LINEAR, OUTPUTS, Int4Linear, Int8Linear, RoundedLinear, Shortlist
 from dlm.models.transformer import Transformer
 
 BITS = {"int8": 8, "int4": 4}
@@ -32,6 +32,7 @@ LARGE = 2**22  # numbers of a head
 NEAR = 0.02  # of the weights' size: an error of rounding that sixteen bits of a scale explain
 ROWS = 16  # of every product of a deterministic network
 NUMBERS = itertools.count()
+TOGETHER = 5  # blocks that are compiled as one at most: starting a graph takes time, compiling a large one far more
 BEYOND = 256  # positions after the window that proposals may stand at
 
 
@@ -127,7 +128,7 @@ def _product(known: Any, layers: list[nn.Linear]) -> Product:
 
 @torch.no_grad()
 def quantize(network: Transformer, bits: int = 8) -> Transformer:
-    """Round the weights of all blocks to 8 or 4 bits, and of the head to 8; those of the embedding, which are only looked up, stay."""
+    """Round the weights of all blocks to 8 or 4 bits, and the head as `_small_head` does; those of the embedding stay as they are."""
     if network.device.type != "cpu":
         raise ValueError(f"weights of few bits are for the CPU, this network is on {network.device}")
     for part, joined, single in _parts(fuse(network)):
@@ -136,15 +137,22 @@ def quantize(network: Transformer, bits: int = 8) -> Transformer:
         for layer in (*joined, single):  # what they say is part of a product now; an adapter on them is still theirs
             layer.register_parameter("weight", None)
             layer.register_parameter("bias", None)
-    network.head, network.head_product = cast(Any, Int8Linear(network.head.weight)), None
+    network.head, network.head_product = cast(Any, _small_head(network)), None
     network.quantized = True
     return network
 
 
+def _small_head(network: Transformer) -> nn.Module:
+    """The head in four bits, its best tokens exactly, if it is large and the embedding keeps its weights anyway; else in eight bits."""
+    weight_VD, kept_VD = network.head.weight, network.embed.weight
+    tied = weight_VD.data_ptr() == kept_VD.data_ptr() and weight_VD.numel() >= LARGE
+    return Shortlist(weight_VD) if tied else Int8Linear(weight_VD)
+
+
 def coarsen(network: Transformer) -> None:
-    """Give a large head an int8 copy to read guesses out with, where reading it is what they cost."""
+    """Give a large head a copy of few bits to read guesses out with, where reading it is what they cost."""
     if network.coarse is None and network.device.type == "cpu" and not network.quantized and network.head.weight.numel() >= LARGE:
-        network.coarse = Int8Linear(network.head.weight)
+        network.coarse = _small_head(network)
 
 
 def worth_rounding(network: Transformer) -> str:
@@ -180,7 +188,7 @@ def steady(network: Transformer) -> Transformer:
     for block in network.blocks:
         cast(Block, block).attention.steady = True
     for module in network.modules():
-        if isinstance(module, Product | RoundedLinear | RMSNorm):
+        if isinstance(module, Product | RoundedLinear | Shortlist | RMSNorm):
             module.rows = ROWS
     return network
 
@@ -193,19 +201,20 @@ def compile(network: Transformer) -> Transformer:
     """
     if network.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
         raise InputError("a network is compiled with a C++ compiler, and there is none: install g++, or decode without compiling")
-    network.compiled = CompiledBlocks()
+    network.compiled = CompiledBlocks(len(network.blocks))
     return fuse(network)
 
 
 class CompiledBlocks:
     """All blocks of one network over a cache. An adapter that acts has a compilation of its own, for nothing else tells them apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int) -> None:
         self.options: dict[str, Any] = {
             "guard_filter_fn": lambda guards: [g.guard_type == "SHAPE_ENV" or g.name in ("L['x']", "x") for g in guards],
             "size_asserts": False,
         }
         self.made: dict[Any, Any] = {}
+        self.together = next(n for n in range(TOGETHER, 0, -1) if layers % n == 0)  # no graph is made for a rest
 
     def __call__(
         self, network: Transformer, x: Tensor, cos: Tensor, sin: Tensor, memory: Memory, span: tuple[int, int], mask: Tensor | None
@@ -213,7 +222,7 @@ class CompiledBlocks:
         """x after them, new positions in this span of the memory."""
         adapter = network.adapter if network.adapter is not None and network.adapter.masks_M is not None else None
         if adapter not in self.made:
-            self.made[adapter] = torch.compile(_own(Block.over), fullgraph=True, options=self.options)
+            self.made[adapter] = torch.compile(_own(_over), fullgraph=True, options=self.options)
         kept, slot_Q, mask_B1QT = memory.whole(*span, mask)
         cos, sin = (turn.expand(len(x), -1, -1, -1).contiguous() for turn in (cos, sin))  # of one layout, which is not checked either
         torch._dynamo.mark_dynamic(mask_B1QT, 3)  # one compilation for memories of any length
@@ -221,12 +230,22 @@ class CompiledBlocks:
             gates = [] if adapter is None else [(adapter.gate_BQ1, 1)]
             for tensor, axis in [(x, 1), (cos, 2), (sin, 2), (slot_Q, 0), (mask_B1QT, 2), *gates]:
                 torch._dynamo.maybe_mark_dynamic(tensor, axis)
-        for block, own in zip(network.blocks, kept, strict=True):
-            for tensor in own:
-                if not hasattr(tensor, "_dynamo_dynamic_indices"):
-                    torch._dynamo.mark_dynamic(tensor, 2)
-            x = self.made[adapter](block, x, cos, sin, own, slot_Q, mask_B1QT)
+        for tensor in itertools.chain.from_iterable(kept):
+            if not hasattr(tensor, "_dynamo_dynamic_indices"):
+                torch._dynamo.mark_dynamic(tensor, 2)
+        blocks = list(network.blocks)
+        for first in range(0, len(blocks), self.together):
+            some = slice(first, first + self.together)
+            x = self.made[adapter](blocks[some], x, cos, sin, kept[some], slot_Q, mask_B1QT)
         return x
+
+
+def _over(
+    blocks: Sequence[Block], x: Tensor, cos: Tensor, sin: Tensor, kept: Sequence[tuple[Tensor, Tensor]], slot_Q: Tensor, mask_B1QT: Tensor
+) -> Tensor:
+    for block, own in zip(blocks, kept, strict=True):
+        x = block.over(x, cos, sin, own, slot_Q, mask_B1QT)
+    return x
 
 
 def _own(function: Any) -> Any:

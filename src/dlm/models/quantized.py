@@ -112,4 +112,28 @@ class Int4Linear(RoundedLinear):
         return weight_OGI.flatten(1)
 
 
+class Shortlist(nn.Module):
+    """y = W x with W in four bits, but for the greatest outputs of each row, which are computed anew with W as it is.
+
+    For a large head: the likeliest tokens are exactly so likely, to one another, as they should be, and the others nearly.
+    """
+
+    def __init__(self, weight_OI: Tensor, best: int = 256) -> None:
+        super().__init__()
+        self.rows = 0  # of `in_pieces`
+        self.coarse, self.best = Int4Linear(weight_OI), min(best, len(weight_OI))
+        self.out_features, self.in_features = weight_OI.shape
+        self.register_buffer("weight", weight_OI.detach(), persistent=False)
+
+    weight: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_pieces(self._product, x, self.rows)
+
+    def _product(self, x: Tensor) -> Tensor:
+        y: Tensor = self.coarse(x)
+        best = y.topk(self.best, -1, sorted=False).indices
+        return y.scatter_(-1, best, (F.embedding(best, self.weight) @ x[..., None]).squeeze(-1).to(y.dtype))
+
+
 LINEAR = {8: Int8Linear, 4: Int4Linear}  # by bits

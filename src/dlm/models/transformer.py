@@ -35,7 +35,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.turns: tuple[Tensor, Tensor] | None = None  # of dlm.models.fast: cos and sin (T, K) of every position
         self.head_product: nn.Module | None = None  # of dlm.models.fast, as of the layers of a block
-        self.coarse: nn.Module | None = None  # of dlm.models.fast: the head in int8
+        self.coarse: nn.Module | None = None  # of dlm.models.fast: the head in few bits
         self.compiled: Any = None  # of dlm.models.fast: all blocks, compiled
         self.adapter: Any = None  # of dlm.convert.lora: told at every call where the masks stand
         self.chain: nn.Module | None = None  # of dlm.convert.chain: reads what the adapter's masks say

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.protocols import Denoiser, Proposals, Round, RowCache
-from dlm.sampling.draw import race, scores
+from dlm.sampling.draw import race
 
 LAYOUTS = ("tree", "restart")
 
@@ -240,14 +240,10 @@ class SelfDraft:
         count_B, going_B = torch.zeros_like(most_B), most_B > 0
         while bool(going_B.any()):
             logits_B1V = self.denoiser(token_B1, pos_BQ=cache.length_B[:, None], own_BQQ=own_BQQ, cache=cache)
-            logq_BKV.append(round.shape(logits_B1V))
-            score_B1V = scores(logq_BKV[-1], round.u_BK[:, len(logq_BKV) - 1, None])
-            token_B1 = score_B1V.argmax(-1)
+            token_B1, lead_B1, law_B1V = round.lead(logits_B1V, round.u_BK[:, len(token_BK) - 1, None])
             token_BK.append(token_B1)
+            logq_BKV += [] if law_B1V is None else [law_B1V]
             count_B += going_B
-            if bool(logq_BKV[-1].amax() == 0):  # at temperature 0 it is the logits that decide
-                score_B1V = logits_B1V
-            first_B1, second_B1 = score_B1V.topk(2, -1).values.unbind(-1)
-            going_B = going_B & (count_B < most_B) & (first_B1 - second_B1 >= self.lead).squeeze(1)
+            going_B = going_B & (count_B < most_B) & (lead_B1 >= self.lead).squeeze(1)
         cache.trim(held_B)
         return Proposals(torch.cat(token_BK, 1), count_B, torch.cat(logq_BKV, 1) if logq_BKV else None)

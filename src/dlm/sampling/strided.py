@@ -23,7 +23,7 @@ from dlm.errors import InputError
 from dlm.protocols import RNG, Denoiser, Proposals, Proposer, Round, RowCache
 from dlm.sampling import windows
 from dlm.sampling.autoregressive import check_continues, start_token
-from dlm.sampling.draw import Draw, finishers, race
+from dlm.sampling.draw import Draw, finishers, race, scores
 from dlm.sampling.pace import Pace
 from dlm.sampling.proposers import Masks, causal, inputs, put
 from dlm.sampling.running import Law, stacked
@@ -114,9 +114,23 @@ class StridedSampler:
 
     def _shape(self, logits_BKV: Tensor) -> Tensor:
         """What tokens are drawn from, of the target and of what proposes: log-probabilities with temperature and truncation."""
-        logits_BKV = logits_BKV.float().clone()
-        logits_BKV[..., self.mask_id] = -torch.inf
+        logits_BKV = self._open(logits_BKV)
         return self.draw.shape(logits_BKV if self.draw.temperature == 0 else logits_BKV.log_softmax(-1))
+
+    def _open(self, logits_BKV: Tensor) -> Tensor:
+        """float32, and the mask is never drawn."""
+        return logits_BKV.float().index_fill(-1, torch.tensor(self.mask_id, device=logits_BKV.device), -torch.inf)
+
+    def _take(self, logits_BKV: Tensor, u_BK: Tensor) -> Tensor:
+        """The tokens that these numbers draw, int64 (B, K)."""
+        return self._open(logits_BKV).argmax(-1) if self.draw.temperature == 0 else race(self._shape(logits_BKV), u_BK)
+
+    def _lead(self, logits_BKV: Tensor, u_BK: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `_take`, how far each lies before the second choice, in nats, and what they are drawn from: None where they are certain."""
+        logp_BKV = None if self.draw.temperature == 0 else self._shape(logits_BKV)
+        score_BKV = self._open(logits_BKV) if logp_BKV is None else scores(logp_BKV, u_BK)
+        best_BK2, token_BK2 = score_BKV.topk(2, -1)
+        return token_BK2[..., 0], best_BK2[..., 0] - best_BK2[..., 1], logp_BKV
 
     def _grow(self, stride: int, u_BK: Tensor, law: Callable[[int, Tensor], Tensor], most_B: Tensor) -> Proposals:
         """As deep in each row as most_B says; see `Tree.grow`."""
@@ -131,7 +145,7 @@ class StridedSampler:
             return race(logp_BNV, u_B[:, None].expand(logp_BNV.shape[:2]))[..., None], logp_BNV
         if self.draw.temperature > 0:
             return finishers(logp_BNV, u_B, count), logp_BNV
-        return logits_BNV.index_fill(-1, torch.tensor(self.mask_id, device=u_B.device), -torch.inf).topk(count, -1).indices, logp_BNV
+        return self._open(logits_BNV).topk(count, -1).indices, logp_BNV
 
     def _read(self, run: StridedRun, live_B: Tensor, new_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
         """One call: (logits at every place, of the last token and the proposals, logits of the masks, the place of each group, hidden
@@ -195,7 +209,7 @@ class StridedSampler:
             most_B = torch.minimum(most_B, (confidence_B[:, None] ** (masks_M + 1) >= self.floor).sum(-1))
         most_B = most_B.clamp(0, run.stride - 1).masked_fill(run.done_B, 0)
         state_BD = None if state_BKD is None else state_BKD[rows_B, place_B]
-        known, guess = (run.text_BL, run.begin_B, run.known_B, most_B, u_BK), (guess_BEX, hit_BG.any(-1), self._shape)
+        known, guess = (run.text_BL, run.begin_B, run.known_B, most_B, u_BK), (guess_BEX, hit_BG.any(-1), self._shape, self._lead)
         grow = partial(self._grow, run.stride, u_BK)
         proposals = self.proposer(Round(*known, *guess, grow, run.capacity, run.cache, run.memory, state_BD))
         most = int(proposals.count_B.max())
@@ -225,7 +239,7 @@ class StridedRun:
         self.memory: dict[str, Any] = {}
         most = int(self.free_BL.sum(-1).max()) + 2 * stride
         stream = sampler.coupling == "stream"
-        self.numbers: Any = Stream(rng, self.known_B, most) if stream else Fresh(rng, stride)
+        self.numbers: Any = Stream(rng, self.known_B, most, sampler._take) if stream else Fresh(rng, stride, sampler._shape)
         self.forwards, self.stride = 0, stride
         self.law: Law | None = None
         self.tally: Tally | None = None
@@ -261,7 +275,7 @@ class StridedRun:
         new_B = (sampler._inputs(self) - held_B) * live_B
         logits_BKV, guess_BEX, after_BG, state_BKD, positions = sampler._read(self, live_B, new_B)
         self.forwards += 1
-        place_B, token_B = self.numbers.verify(sampler._shape(logits_BKV), proposals, known_B, tree)
+        place_B, token_B = self.numbers.verify(logits_BKV, proposals, known_B, tree)
         tables = tree.tables(place_B.device)
         taken_B, path_BD = tables.depth_P[place_B], tables.path_PD[place_B].clamp(max=proposals.token_BK.shape[1])
         # commit the proposals that hold and the token after them, up to one that ends the text

@@ -5,29 +5,33 @@ Shapes: B rows, K proposals, P places of their tree, D depths, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dlm.protocols import RNG, Proposals
-from dlm.sampling.draw import categorical, pick, race, uniform
+from dlm.sampling.draw import categorical, pick, uniform
 from dlm.sampling.running import stacked
 from dlm.sampling.tree import Tree
 
 COUPLINGS = ("stream", "ratio")
 
 
-def agree(logp_BPV: Tensor, proposals: Proposals, u_BD: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
-    """(the place up to which proposals hold, the token after it), int64 (B,): each depth has one uniform, which decides its token.
+def agree(token_BP: Tensor, proposals: Proposals, tree: Tree) -> tuple[Tensor, Tensor]:
+    """(the place up to which proposals hold, the token after it), int64 (B,).
 
-    A proposal holds where it is that token, and those before it hold. logp_BPV: the target's law at every place of the tree.
+    A proposal holds where it is the token that the target draws there, and those before it hold. token_BP: what the target draws after
+    every place of the tree, with one uniform for each depth.
     """
-    tables, proposed = tree.tables(u_BD.device), proposals.token_BK.shape[1]
-    token_BP = race(logp_BPV, u_BD[:, tables.depth_P[: proposed + 1]])
+    tables, proposed = tree.tables(token_BP.device), proposals.token_BK.shape[1]
     same_BK = proposals.token_BK == token_BP[:, tables.after_K[:proposed]]
-    fails_BK = ~same_BK | (torch.arange(proposed, device=u_BD.device) >= proposals.count_B[:, None])
+    fails_BK = ~same_BK | (torch.arange(proposed, device=token_BP.device) >= proposals.count_B[:, None])
     reached_BP = ~(fails_BK[:, None] & tables.reads_PK[: proposed + 1, :proposed]).any(-1)
-    place_B = (reached_BP * torch.arange(proposed + 1, device=u_BD.device)).amax(-1)  # siblings differ: one of a depth, deeper ones behind
+    place_B = (reached_BP * torch.arange(proposed + 1, device=token_BP.device)).amax(
+        -1
+    )  # siblings differ: one of a depth, deeper ones behind
     return place_B, token_BP.gather(1, place_B[:, None]).squeeze(1)
 
 
@@ -55,9 +59,13 @@ def _leading(holds_BK: Tensor, count_B: Tensor) -> Tensor:
 
 
 class Stream:
-    """The n-th new token of a row is drawn with the n-th number of its generator, whatever call commits it."""
+    """The n-th new token of a row is drawn with the n-th number of its generator, whatever call commits it.
 
-    def __init__(self, rng: RNG, first_B: Tensor, count: int) -> None:
+    take: logits (B, P, V) and numbers (B, P) to tokens.
+    """
+
+    def __init__(self, rng: RNG, first_B: Tensor, count: int, take: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.take = take
         self.first_B, self.u_BN = first_B, uniform(rng, count).to(first_B.device)
 
     def join(self, other: Stream) -> None:
@@ -70,15 +78,16 @@ class Stream:
         """Numbers (B, count) of the tokens after the known ones."""
         return self.u_BN.gather(1, (known_B - self.first_B)[:, None] + torch.arange(count, device=known_B.device))
 
-    def verify(self, logp_BPV: Tensor, proposals: Proposals, known_B: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
-        return agree(logp_BPV, proposals, self.fresh(known_B, max(tree.depth) + 1), tree)
+    def verify(self, logits_BPV: Tensor, proposals: Proposals, known_B: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
+        u_BD = self.fresh(known_B, max(tree.depth) + 1)
+        return agree(self.take(logits_BPV, u_BD[:, tree.tables(u_BD.device).depth_P[: logits_BPV.shape[1]]]), proposals, tree)
 
 
 class Fresh:
-    """New numbers every time, as many for a row alone as in a batch."""
+    """New numbers every time, as many for a row alone as in a batch. shape: logits to the law that is drawn from."""
 
-    def __init__(self, rng: RNG, stride: int) -> None:
-        self.rng, self.stride = list(rng), stride
+    def __init__(self, rng: RNG, stride: int, shape: Callable[[Tensor], Tensor]) -> None:
+        self.rng, self.stride, self.shape = list(rng), stride, shape
 
     def join(self, other: Fresh) -> None:
         self.rng += other.rng
@@ -89,6 +98,6 @@ class Fresh:
     def fresh(self, known_B: Tensor, count: int) -> Tensor:
         return uniform(self.rng, count).to(known_B.device)
 
-    def verify(self, logp_BKV: Tensor, proposals: Proposals, known_B: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
+    def verify(self, logits_BKV: Tensor, proposals: Proposals, known_B: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
         u_BK = self.fresh(known_B, self.stride)
-        return ratio(logp_BKV, proposals, u_BK[:, : logp_BKV.shape[1] - 1], u_BK[:, -1])
+        return ratio(self.shape(logits_BKV), proposals, u_BK[:, : logits_BKV.shape[1] - 1], u_BK[:, -1])
