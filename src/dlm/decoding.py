@@ -32,7 +32,7 @@ from dlm.sampling.tree import Tree
 if TYPE_CHECKING:
     from dlm.language_model import LanguageModel
 
-STRIDE, LOOKUP, ITSELF = 4, 8, 16  # of `auto` at most; what follows a repeated phrase is often the same for long, and a copy nearly agrees
+STRIDE, LOOKUP, ITSELF = 4, 8, 24  # of `auto` at most; what follows a repeated phrase is often the same for long, and a copy nearly agrees
 BLOCK = 32  # of a bidirectional model with a cache, unless told otherwise (Fast-dLLM)
 
 
@@ -118,7 +118,7 @@ def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, co
     most, pace, tree = guess.stride, None, None
     if most is None:
         most = _most(model, guess)
-        grows = 4 if most == ITSELF else 2
+        grows = 5 if most == ITSELF else 2
         pace = model.paces.setdefault((word, model.network.adapter is not None), Pace(most, grows))
     if guess.nodes:
         tree = Tree.likeliest(guess.nodes, most - 1, model.tokenizer.vocab_size)

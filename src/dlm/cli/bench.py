@@ -18,7 +18,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 app.add_typer(bench, name="bench")
 
 PLAIN = "autoregressive"
-SHORT = {"ar": PLAIN, "draft": "draft:int4,16", "ngram": "lookup:4", "mtp": "heads:4", "isd": "strided:4"}  # what papers call them
+SHORT = {"ar": PLAIN, "draft": "draft:int4,24", "ngram": "lookup:4", "mtp": "heads:4", "isd": "strided:4"}  # what papers call them
 PROMPTS = (
     "ROMEO:\nBut soft, what light through yonder window breaks? It is the east,",
     "First Citizen:\nWe are accounted poor citizens, the patricians good.",
@@ -114,10 +114,10 @@ def _words(methods: str) -> list[str]:
 
 
 def _bundled(base: str) -> Path | None:
-    """The adapter that ships for this base, with heads beside it."""
+    """The adapter that ships for this base, with heads beside it, told by its weights before they are rounded."""
     from dlm.convert import lora
 
-    return next((path for path in lora.bundled().values() if lora.load_config(path).base == base), None)
+    return lora.bundled_for(load(base).network)
 
 
 def _sizes(batch: str) -> list[int]:

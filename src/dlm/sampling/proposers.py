@@ -224,7 +224,7 @@ class SelfDraft:
     reads_states: ClassVar[bool] = False
     denoiser: Denoiser
     start: int | None
-    lead: float = 0.1
+    lead: float = 0.05
 
     groups = staticmethod(no_groups)
 
