@@ -18,7 +18,7 @@ from conftest import make_model
 from dlm.convert import lora
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel, load
-from dlm.models import fast
+from dlm.models import fast, layout
 from dlm.models.quantized import GROUP, Int4Linear, Int8Linear, RoundedLinear, Shortlist
 from dlm.models.transformer import Transformer
 from dlm.sampling import choice
@@ -83,29 +83,31 @@ def test_fused_weights_are_the_layers_own(tmp_path: Path) -> None:
     assert half.blocks[0].mlp.joined.weight.data_ptr() == half.blocks[0].mlp.gate.weight.data_ptr()
 
 
-def test_a_second_layout_gives_the_same_products() -> None:
+@pytest.mark.parametrize(("dtype", "close", "least"), [(torch.float32, 1e-5, 3), (torch.bfloat16, 0.05, 1)])
+def test_a_second_layout_gives_the_same_products(dtype: torch.dtype, close: float, least: int) -> None:
     """It is made when it is first needed, and again when the weights change."""
-    layers = [torch.nn.Linear(24, 40), torch.nn.Linear(24, 8)]
+    layers = [torch.nn.Linear(24, 40, dtype=dtype), torch.nn.Linear(24, 8, dtype=dtype)]
     product = fast.Product(layers)
-    product.packs = True
+    product.packs = layout.available(dtype)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for change in (0.0, 1.0):
             layers[1].weight.add_(change)
-            for rows in (1, 2, 3, 17, 64, 65):
-                x_BNI = torch.randn(1, rows, 24, generator=rng)
+            for rows in (1, 2, 3, 17, 256, 257):
+                x_BNI = torch.randn(1, rows, 24, generator=rng).to(dtype)
                 found = product(x_BNI)
-                torch.testing.assert_close(found, torch.cat([layer(x_BNI) for layer in layers], -1), atol=1e-5, rtol=1e-5)
-                assert (product.packed is not None) == (rows > 2 or change > 0) and found.shape == (1, rows, 48)
+                torch.testing.assert_close(found, torch.cat([layer(x_BNI) for layer in layers], -1), atol=close, rtol=close)
+                assert (product.laid_out is not None) == (product.packs and (rows >= least or change > 0))
+                assert found.shape == (1, rows, 48)
 
 
 def test_large_networks_are_not_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = model(), model()
     fast.fuse(small.network)
+    assert fast.fuse(model().network.bfloat16()).head_product.packs == layout.available(torch.bfloat16)  # type: ignore[union-attr]
     monkeypatch.setattr(fast, "MOST", 1000)
     fast.fuse(large.network)
     assert small.network.head_product.packs and not large.network.head_product.packs  # type: ignore[union-attr]
-    assert not fast.fuse(model().network.to(torch.bfloat16)).head_product.packs  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("ready", [fast.fuse, fast.quantize])
@@ -173,8 +175,9 @@ def test_weights_are_rounded_to_the_nearest_level(kind: type[RoundedLinear], out
     step_OI = torch.cat([span[:, None].expand_as(group) for span, group in zip(spans, groups, strict=True)], 1)[:, :inputs]
     slack_OI = 0.01 * weight_OI.abs().amax(1, keepdim=True)  # scales and weights in bfloat16
     assert bool(((written_OI - weight_OI).abs() <= step_OI / 2 + slack_OI).all()) and not written_OI[3].any()
-    for rows in (1, 3, layer.few, layer.few + 1):
-        x = torch.randn(2, rows, inputs, generator=rng)[: 1 + (rows == 3)]
+    cases = [(rows, packs) for packs in (False, layout.available(torch.bfloat16)) for rows in (1, 2, 7, layer.short, layer.short + 1)]
+    for rows, layer.packs in cases:
+        x = torch.randn(2, rows, inputs, generator=rng)[: 1 + (rows == 2)]
         expected = x.bfloat16().double() @ written_OI.double().T + bias_O
         torch.testing.assert_close(layer(x).double(), expected, atol=0.03 * inputs**0.5, rtol=0.01)
 

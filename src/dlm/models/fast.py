@@ -12,7 +12,6 @@ import os
 import shutil
 import time
 import types
-import weakref
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -21,79 +20,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlm.errors import InputError
+from dlm.models import layout
 from dlm.models.block import Block, RMSNorm, in_pieces, rotary, version
 from dlm.models.cache import Memory
+from dlm.models.layout import TwoLayouts
 from dlm.models.quantized import LINEAR, OUTPUTS, Int4Linear, Int8Linear, RoundedLinear, Shortlist
 from dlm.models.transformer import SMALL, Transformer
 
 BITS = {"int8": 8, "int4": 4}
-PACKED = range(3, 65)  # rows of a product in float32 on a CPU for which a second layout of its weights pays: 4 then cost little more than 1
+PACKED = {torch.float32: range(3, 257), torch.bfloat16: range(1, 257)}  # rows of a product for which a second layout of its weights pays
 MOST = 2**31  # bytes of a network whose weights may so be held twice
 LARGE = 2**22  # numbers of a head
 NEAR = 0.02  # of the weights' size: an error of rounding that sixteen bits of a scale explain
 ROWS = 16  # of every product of a deterministic network
-NUMBERS = itertools.count()
 TOGETHER = 5  # blocks that are compiled as one at most: starting a graph takes time, compiling a large one far more
 BEYOND = 256  # positions after the window that proposals may stand at
 
 
-class Product(nn.Module):
+class Product(TwoLayouts):
     """The product of one or more layers that read the same input. Their weights are parts of its own, so that none is held twice."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
         self.rows = 0  # of `in_pieces`
-        self.packs, self.parts = False, tuple(layer.weight for layer in layers)
-        self.packed: tuple[Tensor, int] | None = None  # and the version of the parts that it was made of
+        self.parts = tuple(layer.weight for layer in layers)
         biases = [layer.bias for layer in layers if layer.bias is not None]
         weights = [part.detach() for part in self.parts]
         self.register_buffer("weight", torch.cat(weights) if len(weights) > 1 else weights[0], persistent=False)
         self.register_buffer("bias", torch.cat([bias.detach() for bias in biases]) if biases else None, persistent=False)
         for layer, part in zip(layers, torch.split(self.weight, [layer.out_features for layer in layers]), strict=True):
             layer.weight.data = part
-        self.register_buffer("number", torch.tensor(next(NUMBERS)), persistent=False)  # a graph may hold this, but no `Product`
-        PRODUCTS[int(self.number)] = self
 
-    number: Tensor
     weight: Tensor
-    bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         return in_pieces(self._product, x, self.rows)
 
     def _product(self, x: Tensor) -> Tensor:
-        if not self.packs or not PACKED.start <= x.numel() // x.shape[-1] < PACKED.stop or x.dtype != torch.float32:
+        pays = PACKED.get(x.dtype)
+        if not self.packs or pays is None or not pays.start <= x.numel() // x.shape[-1] < pays.stop:
             return F.linear(x, self.weight, self.bias)
-        if torch.compiler.is_compiling():  # which knows no tensors of this layout
-            y: Tensor = torch.ops.dlm.product(x, self.weight, self.number)
-            return y
-        return self.in_second_layout(x)
+        return self.second(x, len(self.weight), self.bias)
 
-    def in_second_layout(self, x: Tensor) -> Tensor:
-        if self.packed is None or self.packed[1] != version(self.parts):
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS), version(self.parts)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed[0], self.bias, "none", [], "")
-        return y
+    def written_out(self) -> Tensor:
+        return self.weight
 
-
-LIBRARY = torch.library.Library("dlm", "DEF")  # type: ignore[no-untyped-call]
-LIBRARY.define("product(Tensor x, Tensor weight, Tensor number) -> Tensor")  # type: ignore[no-untyped-call]
-PRODUCTS: weakref.WeakValueDictionary[int, Product] = weakref.WeakValueDictionary()  # by number
-
-
-@torch.library.impl(LIBRARY, "product", "CPU")
-def _numbered(x: Tensor, weight: Tensor, number: Tensor) -> Tensor:
-    return PRODUCTS[int(number)].in_second_layout(x)
-
-
-@torch.library.register_fake("dlm::product", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _shape(x: Tensor, weight: Tensor, number: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], len(weight))
-
-
-def second_layout(module: nn.Module) -> list[Tensor]:
-    """The weights that a product holds once more."""
-    return [module.packed[0]] if isinstance(module, Product) and module.packed is not None else []
+    def version(self) -> int:
+        return version(self.parts)
 
 
 def fuse(network: Transformer) -> Transformer:
@@ -111,12 +84,16 @@ def fuse(network: Transformer) -> Transformer:
     for part, joined, single in _parts(network):
         part.joined, part.product = _product(part.joined, joined), _product(part.product, [single])
     network.head_product = _product(network.head_product, [network.head])
-    size = sum(p.numel() * p.element_size() for p in network.parameters())
-    packs = network.device.type == "cpu" and size <= MOST and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     for module in network.modules():
         if isinstance(module, Product):
-            module.packs = packs and module.weight.dtype == torch.float32
+            module.packs = _packs(network, module.weight.dtype)
     return network
+
+
+def _packs(network: Transformer, dtype: torch.dtype) -> bool:
+    """Whether the weights of this network may be held once more, in this type."""
+    size = sum(p.numel() for p in network.parameters()) * dtype.itemsize
+    return network.device.type == "cpu" and size <= MOST and layout.available(dtype)
 
 
 def _product(known: Any, layers: list[nn.Linear]) -> Product:
@@ -132,9 +109,11 @@ def quantize(network: Transformer, bits: int = 8) -> Transformer:
     """Round the weights of all blocks to 8 or 4 bits, and the head as `_small_head` does; those of the embedding stay as they are."""
     if network.device.type != "cpu":
         raise ValueError(f"weights of few bits are for the CPU, this network is on {network.device}")
-    for part, joined, single in _parts(fuse(network)):
+    packs = _packs(fuse(network), torch.bfloat16)
+    for part, joined, single in _parts(network):
         part.joined = LINEAR[bits](part.joined.weight, part.joined.bias)
         part.product = LINEAR[bits](single.weight, single.bias)
+        part.joined.packs = part.product.packs = packs
         for layer in (*joined, single):  # what they say is part of a product now; an adapter on them is still theirs
             layer.register_parameter("weight", None)
             layer.register_parameter("bias", None)

@@ -14,15 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlm.models.block import in_pieces
+from dlm.models.layout import TwoLayouts
 
 GROUP = 32  # weights that share a scale: the least that the kernel knows
 OUTPUTS = 16  # the kernels want a multiple of these, and of `GROUP` inputs
 
 
-class RoundedLinear(nn.Module):
-    """y = W x + b with W in a few bits. Only for inference, and only on a CPU. `rows`: of `in_pieces`."""
+class RoundedLinear(TwoLayouts):
+    """y = W x + b with W in a few bits. Only for inference, and only on a CPU. `rows`: of `in_pieces`.
 
-    few: ClassVar[int]  # rows up to which weights are best read as they are; for more they are written out in bfloat16 first
+    For more rows than a few W is read in bfloat16: from a second layout, or where memory is short written out each time.
+    """
+
+    few: ClassVar[int]  # where there is a second layout
+    short: ClassVar[int]  # where there is none
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         super().__init__()
@@ -32,8 +37,6 @@ class RoundedLinear(nn.Module):
         self.pads = -self.in_features % GROUP, -self.out_features % OUTPUTS
         weight_OI = weight_OI.detach().float()
         self.round(F.pad(weight_OI, (0, self.pads[0], 0, self.pads[1])) if any(self.pads) else weight_OI)
-
-    bias: Tensor | None
 
     def round(self, weight_OI: Tensor) -> None:
         """Keep these weights in fewer bits."""
@@ -46,7 +49,10 @@ class RoundedLinear(nn.Module):
         x_NI = x.flatten(0, -2).bfloat16()
         if self.pads[0]:
             x_NI = F.pad(x_NI, (0, self.pads[0]))
-        y_NO = self.read(x_NI) if len(x_NI) <= self.few else F.linear(x_NI, self.written_out())
+        if len(x_NI) <= (self.few if self.packs else self.short):
+            y_NO = self.read(x_NI)
+        else:
+            y_NO = self.second(x_NI, self.out_features + self.pads[1]) if self.packs else F.linear(x_NI, self.written_out())
         if self.pads[1]:
             y_NO = y_NO[:, : self.out_features]
         y_NO = y_NO.to(x.dtype) if self.bias is None else (y_NO + self.bias).to(x.dtype)
@@ -62,7 +68,7 @@ class RoundedLinear(nn.Module):
 
 
 class Int8Linear(RoundedLinear):
-    few = 16
+    few, short = 1, 16
 
     def round(self, weight_OI: Tensor) -> None:
         scale_O = (weight_OI.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
@@ -81,7 +87,7 @@ class Int8Linear(RoundedLinear):
 
 
 class Int4Linear(RoundedLinear):
-    few = 64
+    few, short = 6, 64
 
     def round(self, weight_OI: Tensor) -> None:
         weight_OGI = torch.unflatten(weight_OI, 1, (-1, GROUP))
