@@ -113,11 +113,13 @@ def quantize(network: Transformer, bits: int = 8) -> Transformer:
     for part, joined, single in _parts(network):
         part.joined = LINEAR[bits](part.joined.weight, part.joined.bias)
         part.product = LINEAR[bits](single.weight, single.bias)
-        part.joined.packs = part.product.packs = packs
         for layer in (*joined, single):  # what they say is part of a product now; an adapter on them is still theirs
             layer.register_parameter("weight", None)
             layer.register_parameter("bias", None)
     network.head, network.head_product = cast(Any, _small_head(network)), None
+    for module in network.modules():
+        if isinstance(module, RoundedLinear):
+            module.packs = packs
     network.quantized = True
     if network.embed.weight.numel() >= LARGE and torch.get_num_threads() > 1:
         use_threads(network, _fastest(network))
