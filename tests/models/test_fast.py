@@ -209,28 +209,6 @@ def test_weights_that_came_in_four_bits_are_met_again() -> None:
     assert torch.equal(met_OI, code_OGI.flatten(1).to(torch.uint8))
 
 
-def test_threads_of_small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as were fastest, within such calls alone, and also after one that fails."""
-    monkeypatch.setattr(fast, "LARGE", 1000)
-    most, seen = torch.get_num_threads(), list[tuple[int, int]]()
-    try:
-        torch.set_num_threads(3)
-        monkeypatch.setattr(fast, "_fastest", lambda network: 2)
-        network = fast.quantize(model().network)
-        network.norm.register_forward_hook(lambda module, inputs, y: seen.append((y.shape[1], torch.get_num_threads())))
-        z_BT = torch.zeros(1, 40, dtype=torch.long)
-        with torch.no_grad():
-            for queries in (1, 40, 4):
-                network(z_BT[:, :queries])
-            with pytest.raises(ValueError, match="holds 1 positions"):
-                network(z_BT[:, :2], cache=network.cache(1, 1))
-        assert seen == [(1, 2), (40, 3), (4, 2)] and torch.get_num_threads() == 3
-        monkeypatch.undo()
-        assert fast._fastest(network) in (1, 2, 3) and torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(most)
-
-
 def test_what_a_copy_is_rounded_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast, "LARGE", 1000)
     made = model()

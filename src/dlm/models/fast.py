@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import time
 import types
 from collections.abc import Sequence
 from typing import Any, cast
@@ -25,7 +24,7 @@ from dlm.models.block import Block, RMSNorm, in_pieces, rotary, version
 from dlm.models.cache import Memory
 from dlm.models.layout import TwoLayouts
 from dlm.models.quantized import LINEAR, OUTPUTS, Int4Linear, Int8Linear, RoundedLinear, Shortlist
-from dlm.models.transformer import SMALL, Transformer
+from dlm.models.transformer import Transformer
 
 BITS = {"int8": 8, "int4": 4}
 PACKED = {torch.float32: range(3, 257), torch.bfloat16: range(1, 257)}  # rows of a product for which a second layout of its weights pays
@@ -121,40 +120,7 @@ def quantize(network: Transformer, bits: int = 8) -> Transformer:
         if isinstance(module, RoundedLinear):
             module.packs = packs
     network.quantized = True
-    if network.embed.weight.numel() >= LARGE and torch.get_num_threads() > 1:
-        use_threads(network, _fastest(network))
     return network
-
-
-def use_threads(network: Transformer, count: int) -> None:
-    """Have calls of few positions use so many threads of the CPU; others, and what is not of this network, use what they did."""
-    before: list[int] = []
-
-    def begin(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        before.append(torch.get_num_threads())
-        if inputs[0].numel() <= SMALL:
-            torch.set_num_threads(count)
-
-    def end(*_: Any) -> None:
-        torch.set_num_threads(before.pop())
-
-    network.register_forward_pre_hook(begin)
-    network.register_forward_hook(end, always_call=True)
-
-
-@torch.no_grad()
-def _fastest(network: Transformer, calls: int = 4) -> int:
-    """Threads that calls of one position take least time with, in turns: the kernels for few bits are slower on two that share a core."""
-    most = torch.get_num_threads()
-    taken: dict[int, list[float]] = {count: [] for count in (*(2**k for k in range(most.bit_length()) if 2**k < most), most)}
-    for _ in range(calls):
-        for count, seconds in taken.items():
-            torch.set_num_threads(count)
-            begin = time.perf_counter()
-            network(torch.zeros(1, 1, dtype=torch.long), cache=network.cache(1, 1))
-            seconds.append(time.perf_counter() - begin)
-    torch.set_num_threads(most)
-    return min(taken, key=lambda count: min(taken[count][1:]))
 
 
 def _small_head(network: Transformer) -> nn.Module:
