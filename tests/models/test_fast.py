@@ -364,16 +364,20 @@ def test_a_full_cache_says_so_when_compiled() -> None:
 
 def test_guesses_are_read_coarsely(monkeypatch: pytest.MonkeyPatch) -> None:
     """From large heads alone, and never what is verified."""
-    small, large = model(), model()
+    small, large, apart = model(), model(), model(tied=False)
     fast.coarsen(small.network)
     monkeypatch.setattr(fast, "LARGE", 1000)
     fast.coarsen(large.network)
+    fast.coarsen(apart.network)
     cast(Shortlist, large.network.coarse).best = 5
     hidden_BQD = torch.randn(1, 3, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exact, coarse, also = (m.network.read_out(hidden_BQD, coarsely=way) for m, way in ((large, False), (large, True), (small, True)))
     assert torch.equal(exact, also) and 0 < (coarse - exact).std() < 0.1 * exact.std()
     torch.testing.assert_close(*(logits.topk(2, -1).values for logits in (exact, coarse)), atol=1e-5, rtol=1e-5)
+    with torch.no_grad():  # the embedding does not hold this head's weights
+        exact, coarse = (apart.network.read_out(hidden_BQD, coarsely=way) for way in (False, True))
+    assert 0 < (coarse - exact).std() < 0.02 * exact.std()
     assert large.network.state_dict().keys() == small.network.state_dict().keys()
     read: list[int] = []
     large.network.coarse.register_forward_hook(lambda *_: read.append(1))  # type: ignore[union-attr]

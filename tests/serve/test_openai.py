@@ -247,7 +247,7 @@ def test_lossless_is_the_law_in_fewer_calls(served: Served, models: list[Languag
     assert plain["choices"] == fast["choices"] and fast["usage"]["forwards"] < plain["usage"]["forwards"] == 20
     assert fast["dlm"]["sampler"] == "lookup:auto"
     rounded = served.post("/v1/completions", asked | {"sampler": "draft:int8,5"}).json()
-    assert plain["choices"] == rounded["choices"] and rounded["usage"]["forwards"] < plain["usage"]["forwards"]
+    assert plain["choices"] == rounded["choices"] and rounded["usage"]["forwards"] < 10
     assert served.post("/v1/completions", {"prompt": "a", "max_tokens": 4, "lossless": True}).json()["dlm"]["sampler"] == "speculative"
     refused = served.post("/v1/completions", {"prompt": "a", "lossless": True, "sampler": "confidence"})
     assert refused.status_code == 400 and "approximates" in refused.json()["error"]["message"]

@@ -51,6 +51,7 @@ class Product(TwoLayouts):
             layer.weight.data = part
 
     weight: Tensor
+    bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         return in_pieces(self._product, x, self.rows)
@@ -83,9 +84,10 @@ def fuse(network: Transformer) -> Transformer:
     for part, joined, single in _parts(network):
         part.joined, part.product = _product(part.joined, joined), _product(part.product, [single])
     network.head_product = _product(network.head_product, [network.head])
+    packs = _packs(network, network.embed.weight.dtype)
     for module in network.modules():
         if isinstance(module, Product):
-            module.packs = _packs(network, module.weight.dtype)
+            module.packs = packs
     return network
 
 

@@ -23,7 +23,6 @@ class TwoLayouts(nn.Module):
         LAYERS[int(self.number)] = self
 
     number: Tensor
-    bias: Tensor | None
 
     def written_out(self) -> Tensor:
         """The weights (O, I)."""

@@ -38,6 +38,8 @@ class RoundedLinear(TwoLayouts):
         weight_OI = weight_OI.detach().float()
         self.round(F.pad(weight_OI, (0, self.pads[0], 0, self.pads[1])) if any(self.pads) else weight_OI)
 
+    bias: Tensor | None
+
     def round(self, weight_OI: Tensor) -> None:
         """Keep these weights in fewer bits."""
         raise NotImplementedError

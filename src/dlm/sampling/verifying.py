@@ -27,11 +27,10 @@ def agree(token_BP: Tensor, proposals: Proposals, tree: Tree) -> tuple[Tensor, T
     """
     tables, proposed = tree.tables(token_BP.device), proposals.token_BK.shape[1]
     same_BK = proposals.token_BK == token_BP[:, tables.after_K[:proposed]]
-    fails_BK = ~same_BK | (torch.arange(proposed, device=token_BP.device) >= proposals.count_B[:, None])
+    index_P = torch.arange(proposed + 1, device=token_BP.device)
+    fails_BK = ~same_BK | (index_P[:-1] >= proposals.count_B[:, None])
     reached_BP = ~(fails_BK[:, None] & tables.reads_PK[: proposed + 1, :proposed]).any(-1)
-    place_B = (reached_BP * torch.arange(proposed + 1, device=token_BP.device)).amax(
-        -1
-    )  # siblings differ: one of a depth, deeper ones behind
+    place_B = (reached_BP * index_P).amax(-1)  # siblings differ: one of a depth, deeper ones behind
     return place_B, token_BP.gather(1, place_B[:, None]).squeeze(1)
 
 
