@@ -25,12 +25,16 @@ from dlm.trajectory import Trajectory
 def test_generate_prints_the_text_and_the_record(dlm: Dlm, masked_dir: Path, sampler: str) -> None:
     words = ("generate", "ROMEO:", "--model", str(masked_dir), "--length", "50", "--steps", "8", "--sampler", sampler, "--seed", "3")
     code, out, _ = dlm(*words)
-    assert code == 0 and out.startswith("ROMEO:") and len(out) == 51
+    assert code == 0
+    assert out.startswith("ROMEO:")
+    assert len(out) == 51
     code, again, _ = dlm(*words, "--json")
     record = json.loads(again.splitlines()[-1])
     assert record["text"] == out[:-1]
     names = {"text", "tokens", "seconds", "forwards", "tokens_per_forward", "steps", "sampler", "seed", "model"}
-    assert set(record) == names and record["tokens"] == 44 and record["sampler"] == sampler
+    assert set(record) == names
+    assert record["tokens"] == 44
+    assert record["sampler"] == sampler
     assert record["tokens_per_forward"] == pytest.approx(44 / record["forwards"])
 
 
@@ -42,15 +46,22 @@ def test_watch_into_a_pipe_prints_the_text_alone(dlm: Dlm, masked_dir: Path) -> 
 
 def test_template_and_suffix_fill_holes(dlm: Dlm, masked_dir: Path) -> None:
     _, out, _ = dlm("generate", "--model", str(masked_dir), "--template", "ROMEO: ____ love", "--steps", "4")
-    assert out.startswith("ROMEO: ") and out.endswith(" love\n") and len(out) == len("ROMEO: ____ love\n") and "_" not in out
+    assert out.startswith("ROMEO: ")
+    assert out.endswith(" love\n")
+    assert len(out) == len("ROMEO: ____ love\n")
+    assert "_" not in out
     _, out, _ = dlm("generate", "What", "--suffix", "breaks!", "--max-new-tokens", "5", "--model", str(masked_dir), "--steps", "4")
-    assert out.startswith("What") and out.endswith("breaks!\n") and len(out) == 17
+    assert out.startswith("What")
+    assert out.endswith("breaks!\n")
+    assert len(out) == 17
 
 
 def test_autoregressive_model_by_the_same_verb(dlm: Dlm, autoregressive_dir: Path) -> None:
     code, out, _ = dlm("generate", "ROMEO:", "--model", str(autoregressive_dir), "--length", "50", "--json")
     record = json.loads(out)
-    assert code == 0 and record["sampler"] == "autoregressive" and record["forwards"] == 44
+    assert code == 0
+    assert record["sampler"] == "autoregressive"
+    assert record["forwards"] == 44
     assert "fill holes" in dlm.told("generate", "--model", str(autoregressive_dir), "--template", "A_B")
     assert "diffusion" in dlm.told("generate", "--model", str(autoregressive_dir), "--sampler", "topk")
 
@@ -59,7 +70,8 @@ def test_save_and_show(dlm: Dlm, masked_dir: Path, tmp_path: Path) -> None:
     _, text, _ = dlm("generate", "--model", str(masked_dir), "--length", "40", "--steps", "8", "--save", "run.traj")
     assert dlm("show", "run.traj")[1] == text
     assert dlm("show", "run.traj", "--html", "run.html", "--gif", "run.gif")[0] == 0
-    assert (tmp_path / "run.html").stat().st_size > 1000 and (tmp_path / "run.gif").read_bytes()[:3] == b"GIF"
+    assert (tmp_path / "run.html").stat().st_size > 1000
+    assert (tmp_path / "run.gif").read_bytes()[:3] == b"GIF"
     (tmp_path / "bad.traj").write_bytes((tmp_path / "run.traj").read_bytes()[:200])
     assert "bad.traj" in dlm.told("show", "bad.traj")
     assert "no file" in dlm.told("show", "none.traj")
@@ -69,8 +81,11 @@ def test_eval_writes_a_card(dlm: Dlm, masked_dir: Path, autoregressive_dir: Path
     words = ("eval", str(masked_dir), "--data", str(text_file), "--split", "all", "--json", "--against", str(autoregressive_dir))
     code, out, _ = dlm(*words)
     record = json.loads(out.splitlines()[-1])
-    assert code == 0 and {"nats_per_token", "bits_per_char", "stderr", "is_bound", "tokens", "model"} <= set(record)
-    assert record["is_bound"] and not record["against"]["is_bound"] and record["against"]["stderr"] == 0
+    assert code == 0
+    assert {"nats_per_token", "bits_per_char", "stderr", "is_bound", "tokens", "model"} <= set(record)
+    assert record["is_bound"]
+    assert not record["against"]["is_bound"]
+    assert record["against"]["stderr"] == 0
     assert record["tokens"] == record["against"]["tokens"] == len(TEXT) // 32 * 32
     card = json.loads((tmp_path / record["card"]).read_text())
     assert card["figures"]["nats_per_token"] == record["nats_per_token"]
@@ -90,16 +105,20 @@ def test_eval_of_a_long_window_by_pieces(dlm: Dlm, autoregressive_dir: Path, mas
         logp_BTV = theirs(x_BT[:, :-1]).logits.log_softmax(-1)
     nats = 3 * math.log(logp_BTV.shape[-1]) - float(logp_BTV.gather(2, x_BT[:, 1:, None]).sum())  # nothing is known of the first
     assert record["nats_per_token"] == pytest.approx(nats / 48, rel=1e-4)
-    assert record["tokens"] == 48 and json.loads(Path(record["card"]).read_text())["settings"]["window"] == 16
+    assert record["tokens"] == 48
+    assert json.loads(Path(record["card"]).read_text())["settings"]["window"] == 16
     words = ("eval", str(autoregressive_dir), "--data", str(text_file), "--window")
-    assert "reads 2 to 32 tokens" in dlm.told(*words, "33") and "reads 2 to 32 tokens" in dlm.told(*words, "1")
+    assert "reads 2 to 32 tokens" in dlm.told(*words, "33")
+    assert "reads 2 to 32 tokens" in dlm.told(*words, "1")
     assert "is a diffusion model" in dlm.told("eval", str(masked_dir), "--data", str(text_file), "--window", "16")
 
 
 def test_list_names_what_is_here_and_what_can_be_had(dlm: Dlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DLM_CACHE", str(tmp_path))
     code, out, _ = dlm("list")
-    assert code == 0 and "shakespeare-ar" in out and "not here yet: dlm pull smollm2-135m" in out
+    assert code == 0
+    assert "shakespeare-ar" in out
+    assert "not here yet: dlm pull smollm2-135m" in out
     (tmp_path / "smollm2-135m.gguf").write_bytes(bytes(3_000_000))
     assert f"3 MB at {tmp_path / 'smollm2-135m.gguf'}" in dlm("list")[1]
     assert {line.split()[1] for line in out.splitlines() if line.startswith("adapter")} == set(lora.bundled())
@@ -108,12 +127,14 @@ def test_list_names_what_is_here_and_what_can_be_had(dlm: Dlm, tmp_path: Path, m
 def test_train_then_generate_then_resume(dlm: Dlm, text_file: Path, tmp_path: Path) -> None:
     small = [w for kv in ("layers=1", "heads=2", "width=16", "window=32", "context=8", "batch=4", "eval_windows=4") for w in ("--set", kv)]
     code, out, _ = dlm("train", "--data", str(text_file), "--out", "mine", "--set", "steps=4", *small, "--json")
-    assert code == 0 and json.loads(out)["step"] == 4
+    assert code == 0
+    assert json.loads(out)["step"] == 4
     assert dlm("generate", "--model", "mine", "--length", "40", "--steps", "4")[0] == 0
     assert "--resume" in dlm.told("train", "--data", str(text_file), "--out", "mine", "--set", "steps=8", *small)
     assert dlm("train", "--data", str(text_file), "--out", "mine", "--set", "steps=8", *small, "--resume")[0] == 0
     steps = [json.loads(line)["step"] for line in (tmp_path / "mine" / "log.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps) and steps[-1] == 8
+    assert steps == sorted(steps)
+    assert steps[-1] == 8
 
 
 def test_bad_input_gets_one_line(dlm: Dlm, masked_dir: Path, text_file: Path, tmp_path: Path) -> None:
@@ -202,12 +223,14 @@ def test_ctrl_c_keeps_the_frames_so_far(masked_dir: Path, tmp_path: Path) -> Non
     environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
     command = [sys.executable, "-c", THREE_FRAMES, *words]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None and process.stderr.readline() == "three frames\n"
+    assert process.stderr is not None
+    assert process.stderr.readline() == "three frames\n"
     process.send_signal(signal.SIGINT)
     try:
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130, err
-    assert "Traceback" not in err and "long.traj" in err
+    assert "Traceback" not in err
+    assert "long.traj" in err
     assert len(Trajectory.load(tmp_path / "long.traj")) >= 3

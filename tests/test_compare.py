@@ -25,30 +25,40 @@ def test_compare_gives_what_each_gives_alone(dlm: Dlm, sisters: Path) -> None:
     entries = [str(sisters / "masked"), f"{sisters / 'uniform'}@worst:3", str(sisters / "hybrid"), str(sisters / "ar")]
     code, out, _ = dlm("generate", "Ab", "--compare", ",".join(entries), "--steps", "5", "--seed", "3", "--json")
     together = json.loads(out.splitlines()[-1])["runs"]
-    assert code == 0 and [record["model"] for record in together] == ["masked", "uniform", "hybrid", "ar"]
+    assert code == 0
+    assert [record["model"] for record in together] == ["masked", "uniform", "hybrid", "ar"]
     for entry, record in zip(entries, together, strict=True):
         name, _, sampler = entry.partition("@")
         steps = () if name.endswith("ar") else ("--steps", "5")
         options = (*steps, *(("--sampler", sampler) if sampler else ()))
         alone = json.loads(dlm("generate", "Ab", "--model", name, "--seed", "3", "--json", *options)[1].splitlines()[-1])
-        assert alone["text"] == record["text"] and alone["forwards"] == record["forwards"]
+        assert alone["text"] == record["text"]
+        assert alone["forwards"] == record["forwards"]
 
 
 def test_compared_runs_are_kept_shown_and_measured(dlm: Dlm, sisters: Path, tmp_path: Path) -> None:
     entries = f"{sisters / 'masked'}@predictor-corrector:2,{sisters / 'uniform'},{sisters / 'semantic'}@refine"
     code, out, err = dlm("generate", "Ab", "-n", "3", "--length", "32", "--compare", entries, "--steps", "6", "--save", "run.traj")
     files = sorted(str(path.name) for path in tmp_path.glob("run-*.traj"))
-    assert code == 0 and len(files) == 3 and out.count("---") == 9 and "see it again with: dlm show" in err
+    assert code == 0
+    assert len(files) == 3
+    assert out.count("---") == 9
+    assert "see it again with: dlm show" in err
     assert all(len(Trajectory.load(tmp_path / name).current_BT) == 3 for name in files)
     code, out, _ = dlm("show", *files)
-    assert code == 0 and out.count("---") == 3
+    assert code == 0
+    assert out.count("---") == 3
     assert dlm("show", *files, "--html", "page.html")[0] == 0
     assert all(label in (tmp_path / "page.html").read_text() for label in ("masked", "uniform", "semantic"))
     code, out, err = dlm("settle", *files, "--judge", str(sisters / "ar"), "--plot", "plot.png", "--json")
     runs = json.loads(out.splitlines()[-1])["runs"]
-    assert code == 0 and [run["texts"] for run in runs] == [3, 3, 3] and (tmp_path / "plot.png").stat().st_size > 10_000
+    assert code == 0
+    assert [run["texts"] for run in runs] == [3, 3, 3]
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
     for run in runs:
-        assert len(run["settled"]["mean"]) == 7 and run["settled"]["mean"][-1] == 1 and run["error"]["mean"][-1] == 0
+        assert len(run["settled"]["mean"]) == 7
+        assert run["settled"]["mean"][-1] == 1
+        assert run["error"]["mean"][-1] == 0
         assert run["edits"] == pytest.approx(sum(run["changed"]["mean"]), abs=1e-3)
     assert {run["label"] for run in runs} == {"masked, predictor-corrector:2", "uniform, ancestral", "semantic, refine"}
 
@@ -71,7 +81,9 @@ def test_until_settled_reports_what_it_saved(dlm: Dlm, sisters: Path) -> None:
     )
     code, out, err = dlm(*words)
     record = json.loads(out.splitlines()[-1])
-    assert code == 0 and record["steps_saved"] > 0 and record["forwards"] == 200 - record["steps_saved"]
+    assert code == 0
+    assert record["steps_saved"] > 0
+    assert record["forwards"] == 200 - record["steps_saved"]
     assert 0 <= record["expected_edits"] <= record["tokens"]
     assert re.search(rf"{record['steps_saved']} steps saved; of {record['tokens']} tokens the model expects", err)
 

@@ -124,7 +124,8 @@ class Fixed(MaskedNoise):
 def assert_own(nats: Callable[[slice, int], Tensor], lengths: list[int]) -> None:
     """nats(rows, width): each row costs alone, at its own length, what it costs in the batch."""
     together = nats(slice(0, len(lengths)), max(lengths))
-    assert together.shape == (len(lengths),) and (together > 1).all()
+    assert together.shape == (len(lengths),)
+    assert (together > 1).all()
     for b, length in enumerate(lengths):
         assert torch.allclose(nats(slice(b, b + 1), length), together[b : b + 1], rtol=1e-5), b
 
@@ -282,7 +283,8 @@ def test_a_prompt_that_looks_like_a_mask_is_text(kind: str, prompt: str) -> None
     assert (canvas.tokens_BT[0, : len(prompt)] != MASK).all()
     assert canvas.free_BT[0].tolist() == [False] * len(prompt) + [True] * 6
     generation = made.generate(prompt, max_new_tokens=6, seed=1)
-    assert generation.text.startswith(prompt) and len(generation.text) == len(prompt) + 6
+    assert generation.text.startswith(prompt)
+    assert len(generation.text) == len(prompt) + 6
     for frame in generation.trajectory.frames():
         assert torch.equal(frame.tokens_BT[0, : len(prompt)], canvas.tokens_BT[0, : len(prompt)])
     assert generation.trajectory.text() == generation.text
@@ -293,7 +295,9 @@ def test_a_mask_character_in_a_template_is_text_and_an_underscore_is_a_hole() ->
     canvas = made.canvas(template="█a_[MASK]\\__")
     assert canvas.free_BT[0].tolist() == [False, False, True, *[False] * 7, True]
     text = made.generate(template="█a_[MASK]\\__", seed=0).text
-    assert text[:2] == "█a" and text[3:10] == "[MASK]_" and len(text) == 11
+    assert text[:2] == "█a"
+    assert text[3:10] == "[MASK]_"
+    assert len(text) == 11
 
 
 def test_generated_text_never_holds_the_mask_id() -> None:
@@ -315,5 +319,6 @@ def test_stream_and_generate_are_the_same_run(kind: str) -> None:
     noise = kind != "masked"  # replacement noise begins with a frame of itself, which is the start of the trajectory
     assert len(frames) - noise == generations[0].steps == len(generations[0].trajectory) - 1
     for frame, kept in zip(frames, list(generations[0].trajectory.frames())[1 - noise :], strict=True):
-        assert torch.equal(frame.tokens_BT, kept.tokens_BT) and torch.equal(frame.settled_BT, kept.settled_BT)
+        assert torch.equal(frame.tokens_BT, kept.tokens_BT)
+        assert torch.equal(frame.settled_BT, kept.settled_BT)
     assert made.decode(frames[-1], 1) == generations[1].text

@@ -34,7 +34,8 @@ def test_same_seed_same_text_other_seed_other_text(masked_dir: Path) -> None:
     model = dlm.load(str(masked_dir))
     first, again, other = (model.generate("ROMEO:", length=60, steps=8, seed=s) for s in (0, 0, 1))
     assert first.text == again.text == str(first) != other.text
-    assert first.text.startswith("ROMEO:") and first.tokens == 54
+    assert first.text.startswith("ROMEO:")
+    assert first.tokens == 54
     assert first.tokens_per_forward == pytest.approx(54 / first.forwards)
 
 
@@ -42,8 +43,10 @@ def test_stream_yields_frames_that_settle(masked_dir: Path) -> None:
     model = dlm.load(str(masked_dir))
     frames = list(model.stream("ROMEO:", length=60, steps=8, seed=0))
     settled = [int(f.settled_BT.sum()) for f in frames]
-    assert settled == sorted(settled) and settled[-1] == 60
-    assert "█" in model.decode(frames[0]) and model.decode(frames[-1]) == model.generate("ROMEO:", length=60, steps=8, seed=0).text
+    assert settled == sorted(settled)
+    assert settled[-1] == 60
+    assert "█" in model.decode(frames[0])
+    assert model.decode(frames[-1]) == model.generate("ROMEO:", length=60, steps=8, seed=0).text
     assert [f.forwards for f in frames] == list(range(1, len(frames) + 1))
 
 
@@ -57,7 +60,8 @@ def test_streamer_and_callback_see_every_step(masked_dir: Path) -> None:
     kinds = [kind for kind, _ in streamer.calls]
     assert kinds == ["put", *["draft"] * result.forwards, "put", "end"]
     prompt, final = streamer.calls[0][1], streamer.calls[-2][1]
-    assert model.tokenizer.decode(prompt) == "ROMEO:" and model.tokenizer.decode(prompt + final) == result.text
+    assert model.tokenizer.decode(prompt) == "ROMEO:"
+    assert model.tokenizer.decode(prompt + final) == result.text
     assert seen == [(k + 1, k) for k in range(1, result.forwards + 1)]
 
 
@@ -82,7 +86,8 @@ def test_save_and_load_round_trip(tmp_path: Path, objective: str) -> None:
     again = dlm.LanguageModel.from_pretrained(str(tmp_path / "copy"))
     assert again.generate("A", length=40).text == model.generate("A", length=40).text
     config = json.loads((tmp_path / "copy" / "config.json").read_text())
-    assert config["model_type"] == "dlm" and config["mask_token_id"] == model.tokenizer.mask_id
+    assert config["model_type"] == "dlm"
+    assert config["mask_token_id"] == model.tokenizer.mask_id
 
 
 def test_push_to_hub_uploads_the_directory(masked_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +113,8 @@ def test_push_to_hub_uploads_the_directory(masked_dir: Path, monkeypatch: pytest
 def test_long_text_window_by_window(masked_dir: Path) -> None:
     model = dlm.load(str(masked_dir))
     result = model.generate("ROMEO:", length=200, steps=4)
-    assert len(result.text) == 200 and "█" not in result.text
+    assert len(result.text) == 200
+    assert "█" not in result.text
     assert result.forwards <= 4 * (200 // 24 + 1)  # windows of 32 that overlap by 8
 
 
@@ -117,7 +123,8 @@ def test_a_prompt_may_be_tokens(options: dict[str, Any]) -> None:
     model = make_model()
     ids = model.tokenizer.encode("I sing")
     said, meant = model.canvas(["I sing", "No"], **options), model.canvas([ids, "No"], **options)
-    assert torch.equal(said.tokens_BT, meant.tokens_BT) and torch.equal(said.free_BT, meant.free_BT)
+    assert torch.equal(said.tokens_BT, meant.tokens_BT)
+    assert torch.equal(said.free_BT, meant.free_BT)
     for strange in (-1, model.tokenizer.mask_id):
         with pytest.raises(dlm.InputError, match=f"the token {strange} is none of the"):
             model.canvas([[*ids, strange]])
@@ -126,7 +133,9 @@ def test_a_prompt_may_be_tokens(options: dict[str, Any]) -> None:
 def test_template_keeps_what_is_given() -> None:
     model = make_model()
     text = model.generate(template="ROMEO: ____ love, __ night", steps=4).text
-    assert text[:7] == "ROMEO: " and text[11:18] == " love, " and text[20:] == " night"
+    assert text[:7] == "ROMEO: "
+    assert text[11:18] == " love, "
+    assert text[20:] == " night"
     with pytest.raises(dlm.InputError, match="stands alone"):
         model.generate("A", template="__")
 

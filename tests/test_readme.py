@@ -53,7 +53,8 @@ def served(commands: list[list[str]], cwd: Path) -> None:
         try:
             until = time.monotonic() + 120
             while subprocess.run(["curl", "-sf", f"http://127.0.0.1:{port}/healthz"], capture_output=True).returncode:
-                assert process.poll() is None and time.monotonic() < until, "the server of the README does not answer"
+                assert process.poll() is None, "the server of the README ended"
+                assert time.monotonic() < until, "the server of the README does not answer"
                 time.sleep(0.5)
             for words in others:
                 assert json.loads(run([*words, "-sf"], cwd))["choices"][0]["text"], words

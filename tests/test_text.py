@@ -37,11 +37,13 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def test_characters_in_code_point_order() -> None:
     tokenizer = Tokenizer.characters("banana\n é█")
-    assert tokenizer.vocab_size == 7 and tokenizer.mask_id == 7
+    assert tokenizer.vocab_size == 7
+    assert tokenizer.mask_id == 7
     assert [tokenizer.piece(i) for i in range(7)] == ["\n", " ", "a", "b", "n", "é", "█"]
     assert tokenizer.encode("nab\n") == [4, 2, 3, 0]
     assert tokenizer.decode([4, 2, 3, 0]) == "nab\n"
-    assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
+    assert tokenizer.encode("") == []
+    assert tokenizer.decode([]) == ""
     assert tokenizer.pieces() == {i: tokenizer.piece(i) for i in range(7)}
 
 
@@ -50,7 +52,8 @@ def test_characters_in_code_point_order() -> None:
 def test_characters_round_trip(text: str) -> None:
     tokenizer = Tokenizer.characters(text)
     ids = tokenizer.encode(text)
-    assert len(ids) == len(text) and tokenizer.vocab_size == len(set(text)) == len(set(ids))
+    assert len(ids) == len(text)
+    assert tokenizer.vocab_size == len(set(text)) == len(set(ids))
     assert tokenizer.decode(ids) == text == "".join(tokenizer.piece(i) for i in ids)
     assert tokenizer.encode_corpus([text, text[::-1]]).tolist() == ids + ids[::-1]
 
@@ -60,7 +63,8 @@ def test_characters_round_trip(text: str) -> None:
 def test_bytes_round_trip(text: str) -> None:
     tokenizer = BYTES
     ids = tokenizer.encode(text)
-    assert len(ids) == len(text.encode()) and all(0 <= i < 256 for i in ids)
+    assert len(ids) == len(text.encode())
+    assert all(0 <= i < 256 for i in ids)
     assert tokenizer.decode(ids) == text
     assert tokenizer.encode_corpus([text]).tolist() == ids
 
@@ -88,9 +92,11 @@ BPE = Tokenizer(train_bpe())
 
 def test_subwords_are_shorter_than_their_text(bpe: Tokenizer) -> None:
     ids = bpe.encode(POEM)
-    assert len(ids) < 0.5 * len(POEM) and bpe.decode(ids) == POEM
+    assert len(ids) < 0.5 * len(POEM)
+    assert bpe.decode(ids) == POEM
     assert bpe.encode_corpus([POEM, "fox"]).tolist() == ids + bpe.encode("fox")
-    assert bpe.vocab_size == bpe.mask_id and bpe.vocab_size <= 400
+    assert bpe.vocab_size == bpe.mask_id
+    assert bpe.vocab_size <= 400
     assert max(ids) < bpe.vocab_size
 
 
@@ -99,7 +105,9 @@ def test_what_looks_like_a_special_token_is_text(bpe: Tokenizer, word: str) -> N
     special = bpe.inner.token_to_id(word)
     text = f"a {word} b{word}"
     ids = bpe.encode(text)
-    assert special not in ids and bpe.mask_id not in ids and len(ids) > 6
+    assert special not in ids
+    assert bpe.mask_id not in ids
+    assert len(ids) > 6
     assert bpe.decode(ids) == text
     assert special not in bpe.encode_corpus([text]).tolist()
     # the same file, read plainly, does take it out of the text: the test above can fail
@@ -111,7 +119,8 @@ def test_what_looks_like_a_special_token_is_text(bpe: Tokenizer, word: str) -> N
 def test_what_looks_like_the_mask_is_text(word: str) -> None:
     for tokenizer in (Tokenizer.characters(word + "ab"), BYTES, BPE):
         ids = tokenizer.encode(f"a{word}b")
-        assert tokenizer.mask_id not in ids and tokenizer.decode(ids) == f"a{word}b"
+        assert tokenizer.mask_id not in ids
+        assert tokenizer.decode(ids) == f"a{word}b"
 
 
 def test_the_mask_has_no_text() -> None:
@@ -150,7 +159,8 @@ def test_a_saved_tokenizer_is_the_same(tmp_path: Path, name: str) -> None:
     tokenizer.save(tmp_path / "tokenizer.json")
     for again in (Tokenizer.load(tmp_path), Tokenizer.load(tmp_path / "tokenizer.json"), Tokenizer.make(str(tmp_path), "")):
         assert again.fingerprint() == tokenizer.fingerprint()
-        assert again.encode(POEM) == tokenizer.encode(POEM) and again.pieces() == tokenizer.pieces()
+        assert again.encode(POEM) == tokenizer.encode(POEM)
+        assert again.pieces() == tokenizer.pieces()
         assert (again.vocab_size, again.mask_id) == (tokenizer.vocab_size, tokenizer.mask_id)
 
 
@@ -184,7 +194,8 @@ def test_a_long_corpus_of_a_small_subword_vocabulary_is_not_cut_inside_a_token()
     inner.train_from_iterator(["aaaa" * 5], trainer)
     inner.decoder = decoders.Fuse()
     tokenizer = Tokenizer(inner)
-    assert tokenizer.vocab_size == 256 and tokenizer.encode("aa") == [tokenizer.encode("aaaa")[0]]
+    assert tokenizer.vocab_size == 256
+    assert tokenizer.encode("aa") == [tokenizer.encode("aaaa")[0]]
     long = letters[0] + "aa" * 40_000  # position 65536, where text that may be cut is cut, lies inside a token
     assert tokenizer.encode_corpus([long]).tolist() == tokenizer.encode(long)
 

@@ -61,8 +61,10 @@ def assert_holds(trajectory: Trajectory, canvas: Canvas, frames: Sequence[Frame]
     start_BT = torch.where(canvas.free_BT, MASK, canvas.tokens_BT)
     got = list(trajectory.frames())
     assert len(got) == len(trajectory) == len(frames) + 1
-    assert torch.equal(got[0].tokens_BT, start_BT) and torch.equal(got[0].settled_BT, ~canvas.free_BT)
-    assert got[0].t_B.tolist() == [1.0] * len(start_BT) and got[0].forwards == 0
+    assert torch.equal(got[0].tokens_BT, start_BT)
+    assert torch.equal(got[0].settled_BT, ~canvas.free_BT)
+    assert got[0].t_B.tolist() == [1.0] * len(start_BT)
+    assert got[0].forwards == 0
     for k, (ours, theirs) in enumerate(zip(frames, got[1:], strict=True), 1):
         assert torch.equal(ours.tokens_BT, theirs.tokens_BT)
         assert torch.equal(ours.settled_BT, theirs.settled_BT)
@@ -91,9 +93,11 @@ def test_frames_come_out_as_they_went_in_from_memory_and_from_a_file(run: tuple[
         assert [p.name for p in Path(directory).iterdir()] == ["run.traj"]
         again = Trajectory.load(Path(directory) / "run.traj")
         assert_holds(again, canvas, frames)
-        assert torch.equal(again.free_BT, canvas.free_BT) and torch.equal(again.valid_BT, canvas.valid_BT)
+        assert torch.equal(again.free_BT, canvas.free_BT)
+        assert torch.equal(again.valid_BT, canvas.valid_BT)
         assert again.seconds == [0.0, *(k / 4 for k in range(len(frames)))]
-        assert again.mask_id == MASK and again.meta == {"seed": 3}
+        assert again.mask_id == MASK
+        assert again.meta == {"seed": 3}
         again.save(Path(directory) / "run.traj")
         assert_holds(Trajectory.load(Path(directory) / "run.traj"), canvas, frames)
 
@@ -151,7 +155,8 @@ def test_a_run_without_proposals_has_the_file_that_it_always_had(tmp_path: Path)
     with safe_open(tmp_path / "run.traj", framework="pt") as file:
         assert set(file.keys()) == {"row", "position", "token", "count", "start", "settled", "free", "valid", "t"}
     again = Trajectory.load(tmp_path / "run.traj")
-    assert not again.proposes and all(frame.proposed_BT is None for frame in again.frames())
+    assert not again.proposes
+    assert all(frame.proposed_BT is None for frame in again.frames())
     assert [len(column) for k in range(3) for column in (*again.proposals(k), *again.refused(k))] == [0] * 18
 
 
@@ -161,8 +166,11 @@ def test_the_file_holds_only_the_pieces_that_are_shown(tmp_path: Path) -> None:
         assert set(json.loads(file.metadata()["header"])["pieces"]) == {"1", "2", "3", "4"}
     again = Trajectory.load(tmp_path / "run.traj")
     assert again.pieces == {token: PIECES[token] for token in (1, 2, 3, 4)}
-    assert again.text(0) == "<1><3><4>" and again.text(1) == "<2><3>"
-    assert again.piece(MASK) == "█" and again.piece(MASK, mask="_") == "_" and again.piece(6) == "\ufffd"
+    assert again.text(0) == "<1><3><4>"
+    assert again.text(1) == "<2><3>"
+    assert again.piece(MASK) == "█"
+    assert again.piece(MASK, mask="_") == "_"
+    assert again.piece(6) == "\ufffd"
 
 
 def test_a_frame_of_another_shape_is_refused() -> None:
@@ -207,7 +215,8 @@ def test_a_save_that_fails_leaves_the_former_file(tmp_path: Path, monkeypatch: p
 def told(path: Path) -> str:
     with pytest.raises(InputError) as error:
         Trajectory.load(path)
-    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
     return str(error.value)
 
 
@@ -231,7 +240,8 @@ def test_a_file_with_a_wrong_byte_is_told_or_still_a_trajectory(data: st.DataObj
         path.write_bytes(raw)
         with contextlib.suppress(InputError):
             again = Trajectory.load(path)
-            assert len(list(again.frames())) == len(again) and isinstance(again.text(1), str)
+            assert len(list(again.frames())) == len(again)
+            assert isinstance(again.text(1), str)
 
 
 def test_another_safetensors_file_is_told(tmp_path: Path) -> None:
@@ -256,7 +266,8 @@ def test_rows_become_a_canvas_padded_on_the_right(rows: list[list[int | None]]) 
         assert canvas.free_BT[b].tolist() == [x is None for x in row] + [False] * padding
         assert canvas.valid_BT[b].tolist() == [True] * len(row) + [False] * padding
     moved = canvas.to("cpu")
-    assert torch.equal(moved.tokens_BT, canvas.tokens_BT) and torch.equal(moved.free_BT, canvas.free_BT)
+    assert torch.equal(moved.tokens_BT, canvas.tokens_BT)
+    assert torch.equal(moved.free_BT, canvas.free_BT)
 
 
 @pytest.mark.parametrize("rows", [[], [[]], [[], []]])

@@ -76,17 +76,21 @@ def test_total_correlation_is_the_enumerated_one(chosen: Where, known: Where) ->
     before_BT = z_BT.clone()
     bayes = BayesDenoiser(TINY)
     nats_B, count_B = total_correlation(NOISE, bayes, z_BT, chosen_BT, torch.Generator().manual_seed(1), draws=2, batch=800)
-    assert torch.equal(z_BT, before_BT) and (count_B == len(chosen)).all() and (nats_B >= 0).all()
+    assert torch.equal(z_BT, before_BT)
+    assert (count_B == len(chosen)).all()
+    assert (nats_B >= 0).all()
     assert bayes.calls == (len(chosen) if len(chosen) > 1 else 0)
     error = float(nats_B.std()) / math.sqrt(len(nats_B))
-    assert error < 0.025 and float(nats_B.mean()) == pytest.approx(loss(chosen, known), abs=4 * error + 1e-12)
+    assert error < 0.025
+    assert float(nats_B.mean()) == pytest.approx(loss(chosen, known), abs=4 * error + 1e-12)
 
 
 def test_rows_with_smaller_sets_drop_out_and_do_not_disturb() -> None:
     z_BT = torch.full((300, 4), 3)
     chosen_BT = torch.tensor([[True, True, True, True], [True, True, False, False], [False, False, False, False]]).repeat(100, 1)
     nats_B, count_B = total_correlation(NOISE, BayesDenoiser(TINY), z_BT, chosen_BT, torch.Generator().manual_seed(0), draws=4)
-    assert count_B[:3].tolist() == [4, 2, 0] and (nats_B[2::3] == 0).all()
+    assert count_B[:3].tolist() == [4, 2, 0]
+    assert (nats_B[2::3] == 0).all()
     for row, exact in ((0, loss(range(4))), (1, loss((0, 1)))):
         each = nats_B[row::3]
         assert float(each.mean()) == pytest.approx(exact, abs=4 * float(each.std()) / 10)
@@ -98,7 +102,9 @@ def test_a_random_subset_of_the_chosen_is_the_mean_over_subsets() -> None:
     nats_B, count_B = total_correlation(NOISE, BayesDenoiser(TINY), z_BT, chosen_BT, rng, count_B=two_B)
     exact = sum(loss(pair) for pair in itertools.combinations((0, 1, 3), 2)) / 3
     error = float(nats_B.std()) / math.sqrt(600)
-    assert (count_B == 2).all() and error < 0.025 and float(nats_B.mean()) == pytest.approx(exact, abs=4 * error)
+    assert (count_B == 2).all()
+    assert error < 0.025
+    assert float(nats_B.mean()) == pytest.approx(exact, abs=4 * error)
 
 
 def test_a_visible_position_is_told() -> None:
@@ -135,10 +141,12 @@ def test_the_curve_prices_random_sets_exactly(steps: Where) -> None:
 def test_the_measured_curve_is_the_enumerated_one() -> None:
     told: list[int] = []
     curve = entropy_curve(NOISE, BayesDenoiser(TINY), texts(1000), batch=400, progress=told.append)
-    assert curve.known_K.tolist() == [0, 1, 2, 3] and sum(told) == curve_rows(1000, 4)
+    assert curve.known_K.tolist() == [0, 1, 2, 3]
+    assert sum(told) == curve_rows(1000, 4)
     for values_WK in (curve.entropy_WK, curve.text_WK):
         error_K = values_WK.std(0) / math.sqrt(1000)
-        assert (error_K < 0.03).all() and ((values_WK.mean(0) - h_exact()).abs() <= 4 * error_K + 1e-9).all()
+        assert (error_K < 0.03).all()
+        assert ((values_WK.mean(0) - h_exact()).abs() <= 4 * error_K + 1e-9).all()
         assert torch.allclose(curve.every(values_WK), values_WK)
     assert float(curve.text_WK.std()) > float(curve.entropy_WK.std())  # two different things
 
@@ -148,7 +156,8 @@ def test_between_measured_counts_lies_a_line() -> None:
     assert curve.known_K.tolist() == [0, 4, 8]
     h_WT = curve.every(curve.text_WK)
     assert torch.allclose(h_WT[:, [0, 4, 8]], curve.text_WK)
-    assert torch.allclose(h_WT[:, 1], 0.75 * h_WT[:, 0] + 0.25 * h_WT[:, 4]) and torch.allclose(h_WT[:, 6], (h_WT[:, 4] + h_WT[:, 8]) / 2)
+    assert torch.allclose(h_WT[:, 1], 0.75 * h_WT[:, 0] + 0.25 * h_WT[:, 4])
+    assert torch.allclose(h_WT[:, 6], (h_WT[:, 4] + h_WT[:, 8]) / 2)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -158,7 +167,8 @@ def test_the_best_steps_are_those_of_brute_force(seed: int) -> None:
         cuts = ((0, *inner, 8) for inner in itertools.combinations(range(1, 8), count - 1))
         least = min(float(price(h_T, [b - a for a, b in itertools.pairwise(cut)])) for cut in cuts)
         found = best_steps(h_T, count)
-        assert len(found) == count and float(price(h_T, found)) == pytest.approx(least, abs=1e-12)
+        assert len(found) == count
+        assert float(price(h_T, found)) == pytest.approx(least, abs=1e-12)
         assert float(price(h_T, found)) <= float(price(h_T, equal_steps(8, count))) + 1e-12
 
 
@@ -173,13 +183,16 @@ def test_the_best_price_is_paid_on_other_windows() -> None:
 def test_a_smooth_curve_keeps_what_is_smooth() -> None:
     x_T = torch.linspace(0, 2, 30, dtype=torch.float64)
     h_T = 3 - x_T + 0.3 * x_T**2 - 0.1 * x_T**4
-    assert torch.allclose(smooth(h_T), h_T) and torch.allclose(smooth(h_T[:3]), h_T[:3])
+    assert torch.allclose(smooth(h_T), h_T)
+    assert torch.allclose(smooth(h_T[:3]), h_T[:3])
     zigzag_T = 0.5 * (-1.0) ** torch.arange(30)
     assert float((smooth(h_T + zigzag_T) - h_T).abs().max()) < 0.2
 
 
 def test_equal_steps_share_evenly() -> None:
-    assert equal_steps(10, 3) == [4, 3, 3] and equal_steps(8, 8) == [1] * 8 and equal_steps(7, 1) == [7]
+    assert equal_steps(10, 3) == [4, 3, 3]
+    assert equal_steps(8, 8) == [1] * 8
+    assert equal_steps(7, 1) == [7]
     for bad in (0, 11):
         with pytest.raises(InputError, match="1 to 10 steps"):
             equal_steps(10, bad)
@@ -205,15 +218,19 @@ class FromTheEnds:
 def test_a_run_loses_what_enumeration_says(rule: Ancestral | FromTheEnds, calls: int) -> None:
     exact = expected((2, 2)) if isinstance(rule, Ancestral) else loss((0, 3)) + loss((1, 2), (0, 3))
     found = curse(NOISE, BayesDenoiser(TINY), texts(1000), rule, 2, calls=calls, batch=500)
-    assert found.steps == 2 and found.length == 4 and len(found.nats_W) == 1000
-    assert 0 < found.band < 0.06 and found.nats_per_text == pytest.approx(exact, abs=2 * found.band)
+    assert found.steps == 2
+    assert found.length == 4
+    assert len(found.nats_W) == 1000
+    assert 0 < found.band < 0.06
+    assert found.nats_per_text == pytest.approx(exact, abs=2 * found.band)
     assert found.nats_per_token == found.nats_per_text / 4
     assert found.bits_per_char(2.0) == pytest.approx((found.nats_per_text / 8 / math.log(2), found.band / 8 / math.log(2)))
 
 
 def test_a_run_in_uneven_steps_counts_every_step_once() -> None:
     found = curse(NOISE, BayesDenoiser(TINY), texts(1000), Ancestral(), 3, calls=8, batch=500)
-    assert found.steps == 2 and found.nats_per_text == pytest.approx(expected((2, 2)), abs=2 * found.band)
+    assert found.steps == 2
+    assert found.nats_per_text == pytest.approx(expected((2, 2)), abs=2 * found.band)
 
 
 def test_one_token_a_step_loses_nothing_unless_the_rule_takes_more() -> None:
@@ -242,24 +259,35 @@ def test_the_verb_prints_a_table_a_picture_and_json(dlm: Dlm, masked_dir: Path, 
     words += ("--tokens-per-step", "8,1,32", "--sampler", "ancestral,topk,factor:2")
     code, out, _ = dlm(*words, "--json", "--plot", "curse.png")
     record = json.loads(out.splitlines()[-1])
-    assert code == 0 and (tmp_path / "curse.png").stat().st_size > 10_000
+    assert code == 0
+    assert (tmp_path / "curse.png").stat().st_size > 10_000
     assert [(row["tokens_per_step"], row["steps"]) for row in record["rows"]] == [(1, 32), (2, 16), (4, 8), (8, 4), (16, 2), (32, 1)]
     one, two, _, eight, _, whole = record["rows"]
-    assert two["measured"] == {} and two["equal"] != eight["equal"]
-    assert abs(one["equal"]["mean"]) < 1e-9 and one["measured"]["ancestral"] == one["measured"]["topk"] == {"mean": 0, "band95": 0}
+    assert two["measured"] == {}
+    assert two["equal"] != eight["equal"]
+    assert abs(one["equal"]["mean"]) < 1e-9
+    assert one["measured"]["ancestral"] == one["measured"]["topk"] == {"mean": 0, "band95": 0}
     h_K = record["curve"]["entropy"]["mean"]
-    assert len(h_K) == 32 and whole["equal"]["mean"] == pytest.approx(h_K[0] - sum(h_K) / 32)
+    assert len(h_K) == 32
+    assert whole["equal"]["mean"] == pytest.approx(h_K[0] - sum(h_K) / 32)
     assert all(eight["measured"][word]["mean"] > 0 for word in ("ancestral", "topk", "factor:2"))
-    assert record["characters_per_token"] == 1 and sum(record["best_steps"]) == 32 and record["windows"] == 3
+    assert record["characters_per_token"] == 1
+    assert sum(record["best_steps"]) == 32
+    assert record["windows"] == 3
     code, out, _ = dlm(*words[:-4], "--tokens-per-step", "16", "--sampler", "ancestral")
-    assert code == 0 and re.search(r"^\s*16\s+2\s", out, re.M) and "best sizes of 2 steps: " in out
+    assert code == 0
+    assert re.search(r"^\s*16\s+2\s", out, re.M)
+    assert "best sizes of 2 steps: " in out
 
 
 def test_the_verb_reads_the_bundled_model(dlm: Dlm, text_file: Path) -> None:
     words = ("--data", str(text_file), "--split", "all", "--max-windows", "2", "--tokens-per-step", "1", "--sampler", "ancestral")
     code, out, _ = dlm("curse", "shakespeare-mask", *words, "--json")
     record = json.loads(out.splitlines()[-1])
-    assert code == 0 and record["window"] == 256 and 1 < record["bound"]["mean"] < 4 and len(record["best_steps"]) == 256
+    assert code == 0
+    assert record["window"] == 256
+    assert 1 < record["bound"]["mean"] < 4
+    assert len(record["best_steps"]) == 256
     assert record["curve"]["entropy"]["mean"][0] > record["curve"]["entropy"]["mean"][-1] + 0.5  # neighbours tell something
 
 

@@ -73,7 +73,8 @@ def test_templates_come_from_three_places(tmp_path: Path) -> None:
     def found() -> ChatTemplate:
         return ChatTemplate.load(tmp_path)
 
-    assert found() == ChatTemplate() and found().files() == {}
+    assert found() == ChatTemplate()
+    assert found().files() == {}
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"chat_template": "one", "eos_token": {"content": "<e>"}, "add_bos_token": False}))
     assert found() == ChatTemplate("one", {"eos_token": "<e>"})
@@ -109,7 +110,9 @@ def test_the_verb(dlm: Dlm, base: Path, masked_dir: Path, monkeypatch: pytest.Mo
     lines = ["But soft", "", "\u00e9", "O Romeo"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     code, out, err = dlm("chat", "--base", str(base), "--max-new-tokens", "6", "--system", "light")
-    assert code == 0 and "no token for" in err and "U+00E9" in err
+    assert code == 0
+    assert "no token for" in err
+    assert "U+00E9" in err
     model, messages, expected = load(str(base)), [{"role": "system", "content": "light"}], ""
     for line in (lines[0], lines[3]):
         messages.append({"role": "user", "content": line})
@@ -144,7 +147,9 @@ def test_it_ends_cleanly(base: Path, key: bytes) -> None:
                     seen += os.read(control, 1000)
             os.write(control, key)
             _, said = process.communicate(timeout=60)
-            assert process.returncode == 0 and b"> " in seen and b"Traceback" not in said
+            assert process.returncode == 0
+            assert b"> " in seen
+            assert b"Traceback" not in said
         finally:
             process.kill()
             os.close(control)

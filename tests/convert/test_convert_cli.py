@@ -75,9 +75,12 @@ def test_acceptance_rises_and_the_base_stays(dlm: Dlm, base_dir: Path, text: Pat
     code, printed, err = dlm("convert", str(base_dir), *words)
     assert code == 0, err
     figures = json.loads(printed.splitlines()[-1])
-    assert figures["base"] == "tiny-base" and figures["stride"] == 3 and len(figures["accept"]) == 2
+    assert figures["base"] == "tiny-base"
+    assert figures["stride"] == 3
+    assert len(figures["accept"]) == 2
     assert all(after > before + 0.2 for before, after in zip(figures["accept_before"], figures["accept"], strict=True)), figures
-    assert 1 < figures["tokens_per_forward"] <= 3 and "acceptance by slot" in err
+    assert 1 < figures["tokens_per_forward"] <= 3
+    assert "acceptance by slot" in err
     assert sorted(p.name for p in Path("out").iterdir()) == ["adapter.json", "adapter.safetensors", "log.jsonl", "training.safetensors"]
 
     base, lm = load(str(base_dir)), lora.with_adapter(load(str(base_dir)), "out")
@@ -94,10 +97,12 @@ def test_full_training_gives_a_checkpoint(dlm: Dlm, base_dir: Path, text: Path) 
     words = ("--data", str(text), *SMALL, "--steps", "100", "--lr", "0.003", "--out", "out")
     code, printed, err = dlm("convert", str(base_dir), *words, "--full", "--loss", "ce", "--clean-weight", "0")
     assert code == 0, err
-    assert printed.splitlines()[0].startswith("before  acceptance by slot 0.") and printed.splitlines()[1].startswith("after   acceptance")
+    assert printed.splitlines()[0].startswith("before  acceptance by slot 0.")
+    assert printed.splitlines()[1].startswith("after   acceptance")
     lm, base = load("out"), load(str(base_dir))
     made = lm.config.training
-    assert made["stride"] == 3 and made["settings"]["full"]
+    assert made["stride"] == 3
+    assert made["settings"]["full"]
     assert all(after > before + 0.2 for before, after in zip(made["accept_before"], made["accept"], strict=True)), made
     assert lora.fingerprint(lm.network) != lora.fingerprint(base.network)
     assert len(lm.generate("I sing", max_new_tokens=9, temperature=0.0).text) == 15
@@ -112,7 +117,8 @@ def test_stop_and_resume(base_dir: Path, text: Path, tmp_path: Path, changes: di
     parts = run(base_dir, text, tmp_path / "parts", config, resume=True)
     for name in ("training.safetensors", "model.safetensors" if config.full else "adapter.safetensors"):
         first, second = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
-        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
     assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
     assert [line["step"] for line in curve(tmp_path / "whole")] == [0, 5, 6, 10, 12, 12]
     assert {k: v for k, v in parts.items() if k != "tokens_per_second"} == {k: v for k, v in whole.items() if k != "tokens_per_second"}
@@ -185,20 +191,25 @@ def test_a_base_that_writes_its_own_text(dlm: Dlm, base_dir: Path) -> None:
     file = Path("out") / texts.FILE
     head, *lines = [json.loads(line) for line in file.read_text().splitlines()]
     lm = load(str(base_dir))
-    assert head["base"] == "tiny-base" and len(lines) == 40
+    assert head["base"] == "tiny-base"
+    assert len(lines) == 40
     assert [lines[20]["text"]] == [lm.generate("", length=15, seed=20).text]  # row i is drawn with seed + i
     before, whole = file.stat().st_mtime_ns, file.read_text()
-    assert dlm(*words, "--steps", "101", "--resume")[0] == 0 and file.stat().st_mtime_ns == before
+    assert dlm(*words, "--steps", "101", "--resume")[0] == 0
+    assert file.stat().st_mtime_ns == before
     more = ["50" if word == "40" else word for word in words]
-    assert dlm(*more, "--steps", "102", "--resume")[0] == 0 and len(file.read_text().splitlines()) == 51  # it goes on with more texts
+    assert dlm(*more, "--steps", "102", "--resume")[0] == 0
+    assert len(file.read_text().splitlines()) == 51
     assert "begun with another text" in dlm.told(*words, "--steps", "103", "--resume", "--seed", "1")
 
     told: list[int] = []
     file.write_text("".join(line for line in whole.splitlines(keepends=True)[:17]))  # it was stopped after 16
     texts.write(lm, file, 40, 16, batch=64, tell=told.append)
-    assert told == [16, 40] and file.read_text() == whole
+    assert told == [16, 40]
+    assert file.read_text() == whole
     texts.write(lm, file, 30, 16, batch=64, tell=told.append)
-    assert told[2:] == [30] and file.read_text() == whole
+    assert told[2:] == [30]
+    assert file.read_text() == whole
 
 
 def test_temperatures_take_turns(base_dir: Path, tmp_path: Path) -> None:
@@ -226,7 +237,8 @@ def test_prompts(dlm: Dlm, tmp_path: Path) -> None:
     assert x_BT[0, : len(lines[3]["ids"])].tolist() == lines[3]["ids"]
     assert free_BT[0].nonzero().squeeze(-1).tolist() == list(range(lines[3]["given"], len(lines[3]["ids"])))
     drawn = {tuple(row) for row in found.draw(50, torch.Generator().manual_seed(0))[0].tolist()}
-    assert len(drawn) == 3 and tuple(x_BT[0].tolist()) not in drawn
+    assert len(drawn) == 3
+    assert tuple(x_BT[0].tolist()) not in drawn
 
     (Path("out") / texts.FILE).write_text("{}\n{]")
     with pytest.raises(InputError, match=r"texts.jsonl is missing or damaged"):
@@ -249,7 +261,8 @@ def test_a_chat_model_asks_itself(dlm: Dlm, tmp_path: Path) -> None:
     lm, asked = load(str(base)), []
     for line in lines:
         given = lm.tokenizer.decode(line["ids"][: line["given"]])
-        assert given.startswith("<|im_start|>user\n") and given.endswith("<|im_end|>\n<|im_start|>assistant\n")
+        assert given.startswith("<|im_start|>user\n")
+        assert given.endswith("<|im_end|>\n<|im_start|>assistant\n")
         asked.append(given.removeprefix("<|im_start|>user\n").removesuffix("<|im_end|>\n<|im_start|>assistant\n"))
         canvas = Canvas.from_rows(
             [[*line["ids"][: line["given"]], *[None] * (len(line["ids"]) - line["given"])]], fill=lm.tokenizer.mask_id

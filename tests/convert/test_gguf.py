@@ -110,12 +110,17 @@ def test_logits_are_those_of_the_model(tmp_path: Path, family: str, changes: dic
     with torch.no_grad():
         expected = model(z_BT).logits
     torch.testing.assert_close(lm.network(z_BT)[..., :-1], expected, atol=1e-5, rtol=1e-5)
-    assert lm.name == "tiny" and lm.config.family == family.lower() and lm.window == model.config.max_position_embeddings
-    assert lm.stops == {tokenizer().token_to_id(SPECIAL[1])} and lm.chat.tokens == {"eos_token": SPECIAL[1]}
+    assert lm.name == "tiny"
+    assert lm.config.family == family.lower()
+    assert lm.window == model.config.max_position_embeddings
+    assert lm.stops == {tokenizer().token_to_id(SPECIAL[1])}
+    assert lm.chat.tokens == {"eos_token": SPECIAL[1]}
     assert lm.config.network.rope_scaling == ((8.0, 1.0, 4.0, 8192.0) if "rope_parameters" in changes else ())
     lm.save_pretrained(tmp_path / "ours")
     again = load(str(tmp_path / "ours"))
-    assert again.config == lm.config and again.chat == lm.chat and torch.equal(again.network(z_BT), lm.network(z_BT))
+    assert again.config == lm.config
+    assert again.chat == lm.chat
+    assert torch.equal(again.network(z_BT), lm.network(z_BT))
     assert again.tokenizer.fingerprint() == lm.tokenizer.fingerprint()
 
 
@@ -138,7 +143,8 @@ def test_a_vocabulary_reads_as_it_was_written(tmp_path: Path, pre: str) -> None:
             assert lm.tokenizer.encode(text) == inner.encode(text).ids
     digits = lm.tokenizer.inner.pre_tokenizer.pre_tokenize_str("x1234")
     assert [piece for piece, _ in digits][1:] == {"llama-bpe": ["123", "4"], "gpt-2": ["1234"]}.get(pre, ["1", "2", "3", "4"])
-    assert SPECIAL[1] in lm.tokenizer.control and lm.tokenizer.control[SPECIAL[1]] not in lm.tokenizer.encode(SPECIAL[1])
+    assert SPECIAL[1] in lm.tokenizer.control
+    assert lm.tokenizer.control[SPECIAL[1]] not in lm.tokenizer.encode(SPECIAL[1])
 
 
 def told(path: Path) -> str:
@@ -192,7 +198,8 @@ def test_what_is_not_read_is_told(tmp_path: Path) -> None:
 def test_the_scaling_of_llama_3_is_monotone_and_leaves_what_turns_fast() -> None:
     plain, scaled = (rotary_frequencies(64, 500_000.0, s) for s in ((), (8.0, 1.0, 4.0, 8192.0)))
     ratio = plain / scaled
-    assert torch.allclose(ratio[:8], torch.ones(8), atol=1e-5) and ratio[-1].item() == pytest.approx(8.0, rel=1e-4)
+    assert torch.allclose(ratio[:8], torch.ones(8), atol=1e-5)
+    assert ratio[-1].item() == pytest.approx(8.0, rel=1e-4)
     assert bool((ratio.diff() > -1e-4).all())
     with pytest.raises(ValueError, match="rope_scaling"):
         TransformerConfig(vocab_size=4, rope_scaling=(1.0,))

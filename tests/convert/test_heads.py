@@ -58,13 +58,16 @@ def test_the_loss_is_its_definition(how: str) -> None:
                 agreed[k - 1] += int(logp.argmax() == logq.argmax())
         rows.append(torch.stack(nats).mean())
     torch.testing.assert_close(found.nats_B, torch.stack(rows), atol=1e-5, rtol=1e-5)
-    assert found.count_S.tolist() == count and found.accepted_S is not None and found.agreed_S is not None
+    assert found.count_S.tolist() == count
+    assert found.accepted_S is not None
+    assert found.agreed_S is not None
     torch.testing.assert_close(found.accepted_S, torch.tensor(accepted), atol=1e-4, rtol=1e-5)
     assert found.agreed_S.tolist() == agreed
     torch.stack(rows).sum().backward()
     for gradient, parameter in zip(got, made.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, atol=1e-5, rtol=1e-4)
-    assert len(got) == 2 and all(p.grad is None for p in lm.network.parameters())
+    assert len(got) == 2
+    assert all(p.grad is None for p in lm.network.parameters())
 
 
 def test_convert_and_generate(dlm: Dlm, base_dir: Path, text: Path) -> None:  # noqa: F811
@@ -104,15 +107,18 @@ def saved(tmp_path: Path) -> Path:
 
 def test_save_and_load(saved: Path) -> None:
     lm, made = make_model("autoregressive"), guessing(make_model("autoregressive"))
-    assert lora.with_adapter(lm, saved).heads.config == made.config and lm.network.adapter is None
+    assert lora.with_adapter(lm, saved).heads.config == made.config
+    assert lm.network.adapter is None
     for name, parameter in lm.heads.named_parameters():
-        assert not parameter.requires_grad and torch.equal(parameter, dict(made.named_parameters())[name].bfloat16().float())
+        assert not parameter.requires_grad
+        assert torch.equal(parameter, dict(made.named_parameters())[name].bfloat16().float())
     assert sorted(p.name for p in saved.iterdir()) == ["heads.json", "heads.safetensors"]
     config = lora.AdapterConfig(4, 8.0, fingerprint=made.config.fingerprint)
     lora.attach(lm.network, config, lm.tokenizer.mask_id)
     lora.save_adapter(saved, lm.network, config)  # a directory may hold both
     both = lora.with_adapter(make_model("autoregressive"), saved)
-    assert both.heads.config == made.config and both.network.adapter.config == config
+    assert both.heads.config == made.config
+    assert both.network.adapter.config == config
     low = load_in_bfloat16(saved)
     assert low.heads(low.network(batch(low)[0], logits=False)[:, -1], 2).dtype == torch.bfloat16
 

@@ -37,7 +37,8 @@ def test_a_layer_is_its_formula() -> None:
     torch.testing.assert_close(layer.fuse()(x), everywhere)
     adapter.begin(z.fill_(9), pos + 1)
     torch.testing.assert_close(layer(x), everywhere)
-    assert layer.weight is base.weight and layer.to_base().weight is base.weight
+    assert layer.weight is base.weight
+    assert layer.to_base().weight is base.weight
 
 
 @pytest.mark.parametrize("network", [{}, {"mlp": "swiglu", "kv_heads": 1, "tied": True, "qkv_bias": True}], ids=["own", "llama-like"])
@@ -84,7 +85,8 @@ def test_a_fresh_adapter_changes_nothing_and_detaching_leaves_nothing() -> None:
     lora.attach(lm.network, lora.AdapterConfig(targets=("q", "v")), lm.tokenizer.mask_id)
     assert len(lora.adapter_state(lm.network)) == 2 * 2 * 2 + 1
     lora.detach(lm.network)
-    assert str(lm.network) == str(before) and lm.network.adapter is None
+    assert str(lm.network) == str(before)
+    assert lm.network.adapter is None
 
 
 def test_the_mask_s_row_learns_and_the_embedding_does_not() -> None:
@@ -95,7 +97,8 @@ def test_the_mask_s_row_learns_and_the_embedding_does_not() -> None:
     lm.network(z_BT).square().sum().backward()
     row = lm.network.embed.mask_row.clone()
     optimizer.step()
-    assert torch.equal(lm.network.embed.weight, before) and not torch.equal(lm.network.embed.mask_row, row)
+    assert torch.equal(lm.network.embed.weight, before)
+    assert not torch.equal(lm.network.embed.mask_row, row)
 
 
 def test_fingerprints(tmp_path: Path) -> None:
@@ -126,7 +129,8 @@ def test_save_and_load(saved: Path) -> None:
     lm, made = fresh(), adapted()
     config = lora.load_adapter(saved, lm.network, lm.tokenizer.mask_id)
     assert (config.rank, config.alpha, config.targets, config.stride, config.made) == (4, 8.0, lora.TARGETS, 3, {"steps": 7})
-    assert lm.network.adapter.config == config and not any(p.requires_grad for p in lm.network.parameters())
+    assert lm.network.adapter.config == config
+    assert not any(p.requires_grad for p in lm.network.parameters())
     z_BT = torch.full((2, 6), lm.tokenizer.mask_id)
     assert torch.equal(lm.network(z_BT), made.network(z_BT))
     assert torch.equal(lora.with_adapter(fresh(), saved).network(z_BT), lm.network(z_BT))
@@ -139,7 +143,8 @@ def test_a_chain_goes_with_its_adapter(tmp_path: Path) -> None:
     assert about["fingerprint"] == lora.fingerprint(fresh().network)  # it is no part of the base
     lora.save_adapter(tmp_path, made.network, lora.AdapterConfig(4, 8.0, stride=8, chain=6, **about))
     lm = lora.with_adapter(fresh(), tmp_path)
-    assert made.network.chain is not None and lm.network.chain is not None
+    assert made.network.chain is not None
+    assert lm.network.chain is not None
     hidden_ND, before_NSD = torch.randn(2, lm.network.config.width), torch.randn(2, 3, lm.network.config.width)
     assert torch.equal(lm.network.chain(2, hidden_ND, before_NSD), made.network.chain(2, hidden_ND, before_NSD))
     assert not torch.equal(lm.network.chain(2, hidden_ND, before_NSD), hidden_ND)
@@ -170,15 +175,18 @@ def test_files_of_half_the_size(saved: Path, tmp_path: Path) -> None:
     assert sizes[1] < 0.7 * sizes[0]
     lm = lora.with_adapter(fresh(), tmp_path / "small")
     for name, tensor in lora.adapter_state(lm.network).items():
-        assert tensor.dtype == torch.float32 and torch.equal(tensor, lora.adapter_state(made.network)[name].bfloat16().float())
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, lora.adapter_state(made.network)[name].bfloat16().float())
 
 
 def test_bundled_adapters(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = fresh()
     monkeypatch.setattr(checkpoint, "BUNDLED", saved.parent / "nowhere")
-    assert lora.bundled() == {} and lora.bundled_for(lm.network) is None
+    assert lora.bundled() == {}
+    assert lora.bundled_for(lm.network) is None
     monkeypatch.setattr(checkpoint, "BUNDLED", saved.parent)
-    assert lora.bundled() == {"adapter": saved} and lora.bundled_for(lm.network) == saved
+    assert lora.bundled() == {"adapter": saved}
+    assert lora.bundled_for(lm.network) == saved
     z_BT = torch.full((2, 6), lm.tokenizer.mask_id)
     for name in ("adapter", "auto", Path("adapter")):
         assert torch.equal(lora.with_adapter(fresh(), name).network(z_BT), adapted().network(z_BT))
@@ -229,7 +237,8 @@ def test_what_cannot_be_loaded(saved: Path, damage: str) -> None:
     lm = fresh()
     with pytest.raises(InputError, match=message):
         lora.load_adapter(saved, lm.network, lm.tokenizer.mask_id)
-    assert lm.network.adapter is None and not lora.adapter_state(lm.network)
+    assert lm.network.adapter is None
+    assert not lora.adapter_state(lm.network)
 
 
 def test_settings_that_cannot_be() -> None:

@@ -109,7 +109,9 @@ def test_the_loss_is_what_blocks_give_alone(stride: int, clean: float | None, ch
         accepted[slot] += float(torch.minimum(p.exp(), q.exp()).sum())
         agreed[slot] += int(p.argmax() == q.argmax())
     for outcome in got.values():
-        assert outcome.count_S.tolist() == count and outcome.accepted_S is not None and outcome.agreed_S is not None
+        assert outcome.count_S.tolist() == count
+        assert outcome.accepted_S is not None
+        assert outcome.agreed_S is not None
         torch.testing.assert_close(outcome.accepted_S, torch.tensor(accepted), atol=1e-4, rtol=1e-5)
         assert outcome.agreed_S.tolist() == agreed
 
@@ -221,14 +223,16 @@ def test_the_clean_half_of_full_training() -> None:
     torch.testing.assert_close(nats(0.2), nats(None) + 0.2 * torch.tensor(own))
     torch.testing.assert_close(nats(0.0).mean(), 2 * nats(None).mean())  # the ratio changes the gradient alone
     nats(0.2).mean().backward()
-    assert lm.network.embed.weight.grad is not None and bool(lm.network.embed.weight.grad[lm.tokenizer.mask_id].any())
+    assert lm.network.embed.weight.grad is not None
+    assert bool(lm.network.embed.weight.grad[lm.tokenizer.mask_id].any())
 
 
 def test_acceptance_does_not_depend_on_the_batch() -> None:
     lm = adapted()
     x_BT, free_BT = batch(lm)
     alone, together = (acceptance(lm.network, x_BT, free_BT, stride=4, mask_id=lm.tokenizer.mask_id, batch=size) for size in (1, 3))
-    assert alone.sampled == pytest.approx(together.sampled, abs=1e-5) and all(0 < a < 1 for a in alone.sampled)
+    assert alone.sampled == pytest.approx(together.sampled, abs=1e-5)
+    assert all(0 < a < 1 for a in alone.sampled)
     assert alone.greedy == together.greedy
 
 
@@ -238,5 +242,6 @@ def test_tokens_per_forward() -> None:
             closed = (2 + sum(p**k for k in range(1, n - 1))) / (2 - p ** (n - 1))
             assert tokens_per_forward([p] * (n - 1)) == pytest.approx(closed)
     assert (round(tokens_per_forward([0.9] * 3), 2), round(tokens_per_forward([0.9] * 3, restart=False), 2)) == (2.92, 3.44)
-    assert tokens_per_forward([0.0] * 3) == 1.0 and tokens_per_forward([1.0] * 3) == 4.0
+    assert tokens_per_forward([0.0] * 3) == 1.0
+    assert tokens_per_forward([1.0] * 3) == 4.0
     assert math.isclose(tokens_per_forward([1.0, 0.0]), (2 + 1) / 2)  # two tokens, then one and new drafts

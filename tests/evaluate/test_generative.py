@@ -13,7 +13,8 @@ from dlm.noise.masked import MaskedNoise
 
 def test_judge_bits_of_a_uniform_judge() -> None:
     bits = generative.judge_bits(MaskedNoise(5, 4), lambda z, t: torch.zeros(*z.shape, 5), torch.randint(4, (7, 9)))
-    assert bits.value == pytest.approx(2.0) and bits.stderr == pytest.approx(0.0, abs=1e-6)
+    assert bits.value == pytest.approx(2.0)
+    assert bits.stderr == pytest.approx(0.0, abs=1e-6)
 
 
 def test_entropy_and_distinct() -> None:
@@ -32,4 +33,5 @@ def test_known_words_ignores_the_cut_ends() -> None:
 
 def test_mean_states_its_error() -> None:
     mean = generative.Mean.of(torch.tensor([1.0, 3.0]))
-    assert mean.value == 2.0 and mean.stderr == pytest.approx(math.sqrt(2) / math.sqrt(2))
+    assert mean.value == 2.0
+    assert mean.stderr == pytest.approx(math.sqrt(2) / math.sqrt(2))

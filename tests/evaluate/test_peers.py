@@ -39,7 +39,8 @@ def test_transformers_writes_our_text(llama_dir: Path, tmp_path: Path) -> None:
     peer = peers.Transformers(tmp_path, [], None, device="cpu", dtype=torch.float32)
     written, first = peer.write(prompts[:1], 12)
     expected = [one.trajectory.current_BT[0].tolist()[len(ids) :] for one, ids in zip(ours, prompts, strict=True)]
-    assert written == expected[:1] and first > 0
+    assert written == expected[:1]
+    assert first > 0
     assert peer.write(prompts, 12)[0] == expected
     stop = expected[0][4]
     ended = peers.Transformers(tmp_path, [stop], None, device="cpu", dtype=torch.float32).write(prompts[:1], 12)[0]
@@ -56,7 +57,9 @@ def test_llama_cpp_writes_our_text(tmp_path: Path) -> None:
     expected = run.trajectory.current_BT[0].tolist()[len(ids) :]
     peer = peers.LlamaCpp(file, sorted(lm.stops), lm.config.start_token_id, positions=64, threads=1)
     written, first = peer.write([peer.start + ids], 12)
-    assert written == [expected] and first > 0 and peer.weights() == file.stat().st_size
+    assert written == [expected]
+    assert first > 0
+    assert peer.weights() == file.stat().st_size
     stop = expected[4]
     assert peers.LlamaCpp(file, [stop], None, positions=64, threads=1).write([ids], 12)[0] == [expected[: expected.index(stop) + 1]]
 
@@ -68,7 +71,8 @@ def test_the_verb_with_kinds_dtypes_and_peers(dlm: Dlm, llama_dir: Path) -> None
     assert code == 0, err
     facts = json.loads(out.splitlines()[-1])
     rows = facts["rows"]
-    assert facts["threads"] == 1 and facts["peers"] == "transformers"
+    assert facts["threads"] == 1
+    assert facts["peers"] == "transformers"
     names = ["autoregressive", "lookup:3", "autoregressive int8", "lookup:3 int8", "transformers"]
     assert [row["method"] for row in rows] == names * 4
     assert [row["kind"] for row in rows] == ["question"] * 10 + ["code"] * 10
@@ -77,7 +81,8 @@ def test_the_verb_with_kinds_dtypes_and_peers(dlm: Dlm, llama_dir: Path) -> None
     by = {(row["method"], row["batch"]): row for row in rows}
     assert by["autoregressive", 1]["memory"] < by["autoregressive", 4]["memory"]
     assert by["autoregressive int8", 1]["memory"] < by["autoregressive", 1]["memory"]
-    assert by["transformers", 1]["calls"] == 0 and by["transformers", 1]["tokens_per_forward"] is None
+    assert by["transformers", 1]["calls"] == 0
+    assert by["transformers", 1]["tokens_per_forward"] is None
     assert "unknown kind of prompt 'song'" in dlm.told(*base, "--kind", "song")
     assert "unknown peer 'vllm'" in dlm.told(*base, "--kind", "code", "--peers", "vllm")
     assert "with --temperature 0" in dlm.told(*base[:8], "--kind", "code", "--peers", "transformers")

@@ -92,7 +92,8 @@ def test_a_clone_goes_its_own_way() -> None:
 def test_a_cache_that_overflows_is_told_and_stays_usable() -> None:
     made, z_BT = network(), tokens()
     cache = made.cache(2, capacity=6)
-    assert cache.capacity == 6 and made.cache(2).capacity == WINDOW
+    assert cache.capacity == 6
+    assert made.cache(2).capacity == WINDOW
     made(z_BT[:, :5], cache=cache)
     with pytest.raises(ValueError, match="holds 6 positions, 8 were asked for"):
         made(z_BT[:, 5:8], cache=cache)

@@ -62,11 +62,15 @@ def test_float32_round_trip_is_bit_for_bit(tmp_path: Path, changes: dict[str, An
     model.defaults = {"steps": 3, "sampler": "topk"}
     model.save_pretrained(tmp_path / "m")
     again = LanguageModel.from_pretrained(str(tmp_path / "m"))
-    assert same(model.network, again.network) and again.config == model.config and again.defaults == model.defaults
-    assert again.tokenizer.fingerprint() == TOKENIZER.fingerprint() and again.name == "m"
+    assert same(model.network, again.network)
+    assert again.config == model.config
+    assert again.defaults == model.defaults
+    assert again.tokenizer.fingerprint() == TOKENIZER.fingerprint()
+    assert again.name == "m"
     z_BT = torch.arange(8)[None]
     assert torch.equal(model.network(z_BT), again.network(z_BT))
-    assert not again.network.training and not any(p.requires_grad for p in again.network.parameters())
+    assert not again.network.training
+    assert not any(p.requires_grad for p in again.network.parameters())
     assert {p.name for p in (tmp_path / "m").iterdir()} == {
         "model.safetensors",
         "config.json",
@@ -102,7 +106,8 @@ def test_shards_load_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(checkpoint, "SHARD", "8KB")
     made().save_pretrained(tmp_path)
     shards = sorted(tmp_path.glob("*.safetensors"))
-    assert len(shards) > 2 and not (tmp_path / "model.safetensors").exists()
+    assert len(shards) > 2
+    assert not (tmp_path / "model.safetensors").exists()
     assert all(p.stat().st_size < 10_000 for p in shards)
     assert same(made().network, checkpoint.load(tmp_path)[0])
     shards[1].unlink()

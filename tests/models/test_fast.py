@@ -107,7 +107,8 @@ def test_large_networks_are_not_held_twice(monkeypatch: pytest.MonkeyPatch) -> N
     assert fast.fuse(model().network.bfloat16()).head_product.packs == layout.available(torch.bfloat16)  # type: ignore[union-attr]
     monkeypatch.setattr(fast, "MOST", 1000)
     fast.fuse(large.network)
-    assert small.network.head_product.packs and not large.network.head_product.packs  # type: ignore[union-attr]
+    assert small.network.head_product.packs
+    assert not large.network.head_product.packs
 
 
 @pytest.mark.parametrize("ready", [fast.fuse, fast.quantize])
@@ -174,7 +175,8 @@ def test_weights_are_rounded_to_the_nearest_level(kind: type[RoundedLinear], out
     spans = [2 * group.abs().amax(1) / 254 if kind is Int8Linear else (group.amax(1) - group.amin(1)) / 15 for group in groups]
     step_OI = torch.cat([span[:, None].expand_as(group) for span, group in zip(spans, groups, strict=True)], 1)[:, :inputs]
     slack_OI = 0.01 * weight_OI.abs().amax(1, keepdim=True)  # scales and weights in bfloat16
-    assert bool(((written_OI - weight_OI).abs() <= step_OI / 2 + slack_OI).all()) and not written_OI[3].any()
+    assert bool(((written_OI - weight_OI).abs() <= step_OI / 2 + slack_OI).all())
+    assert not written_OI[3].any()
     cases = [(rows, packs) for packs in (False, layout.available(torch.bfloat16)) for rows in (1, 2, 7, layer.short, layer.short + 1)]
     for rows, layer.packs in cases:
         x = torch.randn(2, rows, inputs, generator=rng)[: 1 + (rows == 2)]
@@ -189,7 +191,8 @@ def test_the_best_outputs_are_those_of_the_weights() -> None:
     found, coarse, exact = layer(x), layer.coarse(x), x @ weight_OI.T
     best = torch.zeros_like(coarse, dtype=torch.bool).scatter_(-1, coarse.topk(20, -1).indices, True)
     torch.testing.assert_close(found[best], exact[best], atol=1e-4, rtol=1e-5)
-    assert torch.equal(found[~best], coarse[~best]) and not torch.equal(coarse[best], exact[best])
+    assert torch.equal(found[~best], coarse[~best])
+    assert not torch.equal(coarse[best], exact[best])
     assert torch.equal(found.argmax(-1), exact.argmax(-1))
     assert layer(torch.zeros(2, 0, 64)).shape == (2, 0, 400)
 
@@ -213,11 +216,13 @@ def test_what_a_copy_is_rounded_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast, "LARGE", 1000)
     made = model()
     assert tuple(fast.BITS) == choice.ROUNDED
-    assert fast.worth_rounding(made.network) == "int8" and made.chosen({"sampler": "lossless"})["sampler"] == "draft:int8,auto"
+    assert fast.worth_rounding(made.network) == "int8"
+    assert made.chosen({"sampler": "lossless"})["sampler"] == "draft:int8,auto"
     up = made.network.blocks[0].mlp.up
     up.weight.data = Int4Linear(up.weight).written_out()[: up.out_features, : up.in_features].float()
     assert fast.worth_rounding(made.network) == "int4"
-    assert fast.worth_rounding(fast.quantize(made.network)) == "" and made.chosen({"sampler": "lossless"})["sampler"] == "lookup:auto"
+    assert fast.worth_rounding(fast.quantize(made.network)) == ""
+    assert made.chosen({"sampler": "lossless"})["sampler"] == "lookup:auto"
 
 
 @pytest.mark.parametrize(("bits", "error"), [("int8", 0.05), ("int4", 0.3)])
@@ -272,7 +277,8 @@ def test_near_ties_fall_alike(tmp_path: Path) -> None:
     unsteady, steady = (load(str(tmp_path), dtype="bfloat16", deterministic=choice) for choice in (False, True))
     z_BT = torch.randint(unsteady.tokenizer.vocab_size, (24, LENGTH), generator=torch.Generator().manual_seed(1))
     flips = [int((in_calls(m.network, z_BT, 1).argmax(-1) != in_calls(m.network, z_BT, 15).argmax(-1)).sum()) for m in (unsteady, steady)]
-    assert flips[0] > 0 and flips[1] == 0
+    assert flips[0] > 0
+    assert flips[1] == 0
     options = {"temperature": 0.0, "max_new_tokens": 24}
     for word in ("lookup:4", "strided:3"):
         assert steady.generate("ROMEO", sampler=word, **options).text == steady.generate("ROMEO", **options).text
@@ -373,7 +379,8 @@ def test_guesses_are_read_coarsely(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden_BQD = torch.randn(1, 3, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exact, coarse, also = (m.network.read_out(hidden_BQD, coarsely=way) for m, way in ((large, False), (large, True), (small, True)))
-    assert torch.equal(exact, also) and 0 < (coarse - exact).std() < 0.1 * exact.std()
+    assert torch.equal(exact, also)
+    assert 0 < (coarse - exact).std() < 0.1 * exact.std()
     torch.testing.assert_close(*(logits.topk(2, -1).values for logits in (exact, coarse)), atol=1e-5, rtol=1e-5)
     with torch.no_grad():  # the embedding does not hold this head's weights
         exact, coarse = (apart.network.read_out(hidden_BQD, coarsely=way) for way in (False, True))
@@ -388,7 +395,8 @@ def test_guesses_are_read_coarsely(monkeypatch: pytest.MonkeyPatch) -> None:
         made.generate("ROMEO", **options, sampler=word).text
         for made, word in ((small, "lookup:1"), (small, "strided:3"), (large, "strided:3"))
     )
-    assert guessed == [plain] * 2 and len(read) > 10
+    assert guessed == [plain] * 2
+    assert len(read) > 10
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
@@ -397,9 +405,12 @@ def test_a_model_drafts_for_itself(bits: str, tmp_path: Path) -> None:
     lora.attach(made.network, lora.AdapterConfig(2), made.tokenizer.mask_id)  # has no part in it
     plain = made.generate("ROMEO", length=60, seed=3)
     drafted = made.generate("ROMEO", length=60, seed=3, sampler=f"draft:{bits},4")
-    assert drafted.text == plain.text and plain.forwards / drafted.forwards > 2
+    assert drafted.text == plain.text
+    assert plain.forwards / drafted.forwards > 2
     copy = made.other(bits).network
-    assert copy.quantized and not made.network.quantized and copy.embed.weight.data_ptr() == made.network.embed.weight.data_ptr()
+    assert copy.quantized
+    assert not made.network.quantized
+    assert copy.embed.weight.data_ptr() == made.network.embed.weight.data_ptr()
     made.save_pretrained(tmp_path)
     rounded = load(str(tmp_path), dtype=bits)
     assert torch.equal(in_calls(rounded.network, text(made), 1), in_calls(copy, text(made), 1))

@@ -145,7 +145,8 @@ def test_variants_run_and_count_their_parameters(changes: dict[str, Any]) -> Non
     expected = c.layers * (attend + mlp + 2 * c.width) + c.width + VOCAB * c.width * (1 if c.tied else 2) + time
     assert made.parameters_count() == expected
     logits = made(tokens(), torch.tensor([0.2, 0.9]))
-    assert logits.shape == (2, WINDOW, VOCAB) and logits.isfinite().all()
+    assert logits.shape == (2, WINDOW, VOCAB)
+    assert logits.isfinite().all()
     # every switch has an effect on the output, and every weight on the loss
     made.requires_grad_(True)
     made(tokens(), torch.tensor([0.2, 0.9])).square().mean().backward()
@@ -164,7 +165,8 @@ def test_time_conditioning_reads_the_time_of_each_row() -> None:
     made, z_BT = network(time_conditioning=True), tokens()
     logits = made(z_BT, torch.tensor([0.1, 0.9]))
     moved = made(z_BT, torch.tensor([0.1, 0.5], dtype=torch.float64))
-    assert torch.equal(logits[0], moved[0]) and not torch.allclose(logits[1], moved[1], atol=1e-2)
+    assert torch.equal(logits[0], moved[0])
+    assert not torch.allclose(logits[1], moved[1], atol=1e-2)
     with pytest.raises(ValueError, match="t_B"):
         made(z_BT)
     plain = network()
@@ -173,7 +175,8 @@ def test_time_conditioning_reads_the_time_of_each_row() -> None:
 
 def test_dropout_acts_in_training_alone() -> None:
     made, without, z_BT = network(dropout=0.5), network(), tokens()
-    assert torch.equal(made(z_BT), made(z_BT)) and torch.equal(made(z_BT), without(z_BT))
+    assert torch.equal(made(z_BT), made(z_BT))
+    assert torch.equal(made(z_BT), without(z_BT))
     made.train()
     assert not torch.equal(made(z_BT), made(z_BT))
     without.train()
@@ -227,7 +230,8 @@ def test_products_attend_as_the_kernel_does(kind: str) -> None:
     attention.attend(*whole, mask, False).square().sum().backward()  # type: ignore[no-untyped-call]
     learned.float().square().sum().backward()
     for one, other in zip(half, whole, strict=True):
-        assert one.grad is not None and other.grad is not None
+        assert one.grad is not None
+        assert other.grad is not None
         torch.testing.assert_close(one.grad.float(), other.grad, atol=0.1, rtol=0.1)
 
 
@@ -270,7 +274,8 @@ def test_config_errors_are_told(changes: dict[str, Any], told: str) -> None:
 def test_a_config_survives_its_dict_and_derives_its_widths() -> None:
     c = config(mlp="swiglu", kv_heads=2)
     assert TransformerConfig(**c.to_dict()) == c
-    assert (c.head_dim, c.mlp_width) == (8, 88) and config().mlp_width == 128
+    assert (c.head_dim, c.mlp_width) == (8, 88)
+    assert config().mlp_width == 128
     wider = c.with_(width=64)
     assert (wider.head_dim, wider.mlp_width, wider.kv_heads) == (16, 176, 4)
     assert c.with_(window=24) == config(mlp="swiglu", kv_heads=2, window=24)
@@ -278,4 +283,5 @@ def test_a_config_survives_its_dict_and_derives_its_widths() -> None:
 
 def test_bfloat16_runs() -> None:
     logits = network().to(torch.bfloat16)(tokens())
-    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()

@@ -32,7 +32,8 @@ def test_k_means_is_deterministic_and_takes_any_count() -> None:
     for count in (1, 3, 29, 30):
         found = clusters.k_means(embedding_VD, count)
         assert found == clusters.k_means(embedding_VD.clone(), count)
-        assert found == clusters.renumber(found) and max(found) < count
+        assert found == clusters.renumber(found)
+        assert max(found) < count
     assert sorted(clusters.k_means(embedding_VD, 30)) == list(range(30))
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -47,7 +48,8 @@ def test_more_restarts_are_never_worse() -> None:
         return sum(float((x_VD[label_V == c] - x_VD[label_V == c].mean(0)).square().sum()) for c in set(found))
 
     costs = [cost(clusters.k_means(embedding_VD, 6, restarts=restarts)) for restarts in (1, 5, 20)]
-    assert costs[0] >= costs[1] >= costs[2] and costs[0] > costs[2]
+    assert costs[0] >= costs[1] >= costs[2]
+    assert costs[0] > costs[2]
     random = [cost(torch.randint(6, (40,), generator=torch.Generator().manual_seed(seed)).tolist()) for seed in range(20)]
     assert costs[2] < 0.5 * min(random)
 

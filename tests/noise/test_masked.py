@@ -98,7 +98,8 @@ def test_discrete_bound_decreases_to_the_continuous_one() -> None:
         for steps in (1, 2, 4, 8, 16, 64, 256):
             bounds.append(sum(expected_integrand(tiny, noise, (i + 1) / steps, i / steps) for i in range(steps)))
         assert all(a > b for a, b in itertools.pairwise(bounds)), (word, bounds)
-        assert bounds[-1] > tiny.entropy() and bounds[-1] - tiny.entropy() < 0.01 * (bounds[0] - tiny.entropy())
+        assert bounds[-1] > tiny.entropy()
+        assert bounds[-1] - tiny.entropy() < 0.01 * (bounds[0] - tiny.entropy())
 
 
 def test_posterior_is_bayes_rule_and_composes() -> None:
@@ -127,7 +128,8 @@ def test_log_probs_never_gives_a_mask_and_carries_visible_tokens_over() -> None:
     noise = MaskedNoise(5, 4)
     z_BT = torch.tensor([[4, 2]])
     logp = noise.log_probs(torch.randn(1, 2, 5), z_BT)
-    assert logp[0, 0, 4] == -torch.inf and torch.allclose(logp[0, 0].exp().sum(), torch.tensor(1.0))
+    assert logp[0, 0, 4] == -torch.inf
+    assert torch.allclose(logp[0, 0].exp().sum(), torch.tensor(1.0))
     assert logp[0, 1].exp().tolist() == [0, 0, 1, 0, 0]
 
 
@@ -140,7 +142,8 @@ def test_corrupt_masks_the_right_share_and_nothing_else() -> None:
     count_B, free_BT = torch.tensor([1, 7]), torch.ones(2, 20, dtype=torch.bool)
     free_BT[:, :10] = False
     z_BT = noise.corrupt_count(x_BT[:, :20], count_B, free_BT, rng)
-    assert (z_BT == 4).sum(-1).tolist() == [1, 7] and not (z_BT == 4)[:, :10].any()
+    assert (z_BT == 4).sum(-1).tolist() == [1, 7]
+    assert not (z_BT == 4)[:, :10].any()
 
 
 def _estimates(tiny: Tiny, estimator: str, passes: int) -> Tensor:
@@ -192,7 +195,8 @@ def test_a_row_with_nothing_to_predict_costs_nothing() -> None:
     tiny = Tiny(3, 3)
     free_BT = torch.tensor([[True] * 3, [False] * 3])
     nats = loss.any_order(noise_of(tiny, "linear"), BayesDenoiser(tiny), tiny.x_ST[:2], free_BT, torch.Generator().manual_seed(0))
-    assert nats[0] > 0 and nats[1] == 0
+    assert nats[0] > 0
+    assert nats[1] == 0
 
 
 def test_nll_at_masks_alone_is_the_cross_entropy_and_has_its_gradient() -> None:
@@ -202,7 +206,8 @@ def test_nll_at_masks_alone_is_the_cross_entropy_and_has_its_gradient() -> None:
     z_BT = torch.where(torch.rand(4, 7, generator=rng) < 0.5, 2, x_BT)
     slow_BT = noise.cross_entropy(noise.log_probs(logits_BTV, z_BT), x_BT, z_BT)
     quick_BT = noise.nll(logits_BTV, x_BT, z_BT)
-    assert torch.allclose(quick_BT, slow_BT, atol=1e-12) and bool((quick_BT[z_BT != 2] == 0).all())
+    assert torch.allclose(quick_BT, slow_BT, atol=1e-12)
+    assert bool((quick_BT[z_BT != 2] == 0).all())
     slow, quick = (torch.autograd.grad(nll_BT.sum(), logits_BTV)[0] for nll_BT in (slow_BT, quick_BT))
     assert torch.allclose(quick, slow, atol=1e-12)
     assert bool((noise.nll(logits_BTV, x_BT, x_BT) == 0).all())

@@ -63,7 +63,8 @@ def test_moves_compose_and_rates_drive_them(name: str) -> None:
     jumps = jumps - torch.diag(jumps.sum(-1))
     slope = (dense(noise, t + h) - dense(noise, t - h)) / (2 * h)
     assert torch.allclose((dense(noise, t) @ jumps)[:VOCAB], slope[:VOCAB], atol=1e-7)
-    assert (rate.prior_BV >= 0).all() and (rate.local_B >= 0).all()
+    assert (rate.prior_BV >= 0).all()
+    assert (rate.local_B >= 0).all()
 
 
 def dense_bound(noise: Any, mu_V: Tensor, x: int, z: int, t: float) -> float:
@@ -184,7 +185,8 @@ def test_the_discrete_bound_decreases_to_the_continuous_one(name: str) -> None:
     grids = [torch.linspace(0, 1, n + 1, dtype=torch.float64) for n in (1, 2, 4, 8, 32)]
     bounds = [float(expected(noise, tiny, grid[1:], grid[:-1]).sum()) for grid in grids]
     assert all(a > b for a, b in itertools.pairwise(bounds)), bounds
-    assert bounds[-1] > tiny.entropy() and bounds[-1] - tiny.entropy() < 0.15 * (bounds[0] - tiny.entropy())
+    assert bounds[-1] > tiny.entropy()
+    assert bounds[-1] - tiny.entropy() < 0.15 * (bounds[0] - tiny.entropy())
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -282,12 +284,15 @@ def test_a_count_is_of_free_positions_and_its_level_is_the_likely_one(name: str)
     count_B = (torch.rand(rows, generator=rng) * (n_B + 1)).long()
     z_BT, t_B, weight_B = noise.corrupt_count(x_BT, count_B, free_BT, rng)
     changed_BT = z_BT != x_BT
-    assert not changed_BT[~free_BT].any() and (changed_BT.sum(-1) <= count_B).all() and not changed_BT[count_B == 0].any()
+    assert not changed_BT[~free_BT].any()
+    assert (changed_BT.sum(-1) <= count_B).all()
+    assert not changed_BT[count_B == 0].any()
     share_B, some_B = 1 - noise.kernel(t_B).keep_B, count_B > 0
     mean_B = count_B / (n_B + 1)
     spread_B = (mean_B * (1 - mean_B) / (n_B + 2)).sqrt()
     z_B = ((share_B - mean_B) / spread_B)[some_B]
-    assert abs(float(z_B.mean())) < 4 / len(z_B) ** 0.5 and float(z_B.std()) == pytest.approx(1.0, abs=0.06)
+    assert abs(float(z_B.mean())) < 4 / len(z_B) ** 0.5
+    assert float(z_B.std()) == pytest.approx(1.0, abs=0.06)
     assert float(weight_B.mean()) == pytest.approx(1.0, abs=4 * float(weight_B.std()) / rows**0.5)  # the integral of 1
 
 

@@ -32,7 +32,9 @@ class CausalOracle:
     def __call__(self, z_BQ: Tensor, t_B: Tensor | None = None, *, cache: object = None, **_: object) -> Tensor:
         self.calls += 1
         tiny, read = self.tiny, z_BQ.shape[1] - 1
-        assert (z_BQ[:, 0] == tiny.mask_id).all() and (z_BQ[:, 1:] < tiny.vocab).all() and cache is None
+        assert (z_BQ[:, 0] == tiny.mask_id).all()
+        assert (z_BQ[:, 1:] < tiny.vocab).all()
+        assert cache is None
         text_BT = torch.full((len(z_BQ), tiny.length), tiny.mask_id)
         text_BT[:, :read] = z_BQ[:, 1:]
         logits_BTV = self.bayes(text_BT)
@@ -51,7 +53,8 @@ def test_it_draws_the_exact_distribution(seed: int) -> None:
     sampler = AutoregressiveSampler(oracle, tiny.mask_id, tiny.length)
     hole_BT = torch.ones(rows, 3, dtype=torch.bool)
     frames = list(sampler.steps(Canvas(torch.zeros(rows, 3, dtype=torch.long), hole_BT, hole_BT), rng=generators(0, rows)))
-    assert len(frames) == oracle.calls == 3 and frames[-1].settled_BT.all()
+    assert len(frames) == oracle.calls == 3
+    assert frames[-1].settled_BT.all()
     assert chi_square_p(frames[-1].tokens_BT, tiny.p_S, tiny) > 1e-3
     assert total_variation(frames[-1].tokens_BT, tiny) < 0.04
     assert chi_square_p(frames[-1].tokens_BT, Tiny(3, 3, seed=seed + 1).p_S, tiny) < 1e-6
@@ -90,9 +93,13 @@ def test_cached_equals_uncached(prompt: list[int], new: int) -> None:
     cached, plain = (run(canvas, cache=cache) for cache in (True, False))
     assert len(cached) == len(plain) == new
     for a, b in zip(cached, plain, strict=True):
-        assert torch.equal(a.tokens_BT, b.tokens_BT) and torch.equal(a.settled_BT, b.settled_BT) and a.forwards == b.forwards
+        assert torch.equal(a.tokens_BT, b.tokens_BT)
+        assert torch.equal(a.settled_BT, b.settled_BT)
+        assert a.forwards == b.forwards
     last = cached[-1].tokens_BT
-    assert last.shape == (2, len(prompt) + new) and (last < MASK).all() and last[0, : len(prompt)].tolist() == prompt
+    assert last.shape == (2, len(prompt) + new)
+    assert (last < MASK).all()
+    assert last[0, : len(prompt)].tolist() == prompt
 
 
 class Reads:
@@ -118,7 +125,8 @@ def test_windows_tile_a_long_text_and_carry_their_context(context: int) -> None:
     for column, z_1Q in enumerate(listener.inputs, 3):
         read = z_1Q[0].tolist()
         begin = column - len(read) + 1
-        assert len(read) <= WINDOW and begin % stride == 0
+        assert len(read) <= WINDOW
+        assert begin % stride == 0
         assert read == [MASK, *text[begin:column]]
         assert begin == 0 or len(read) - 1 >= context
 
@@ -166,14 +174,17 @@ def test_rows_of_one_length_with_different_prompts() -> None:
 
 def test_frames_settle_from_left_to_right() -> None:
     frames = run(canvas_of([[1, 2, 3], [1]], 6), cache=True)
-    assert len(frames) == 8 and [frame.forwards for frame in frames] == list(range(1, 9))
+    assert len(frames) == 8
+    assert [frame.forwards for frame in frames] == list(range(1, 9))
     assert all(frame.model == "ar" for frame in frames)
     for column, frame in enumerate(frames, 1):
         assert frame.settled_BT[0].tolist() == [j <= max(column, 2) for j in range(9)]
         assert frame.settled_BT[1].tolist() == [j <= column or j >= 7 for j in range(9)]
         assert torch.equal(frame.tokens_BT == MASK, ~frame.settled_BT | ~canvas_of([[1, 2, 3], [1]], 6).valid_BT)
     levels = torch.stack([frame.t_B for frame in frames])
-    assert (levels[1:] <= levels[:-1]).all() and levels[-1].tolist() == [0, 0] and (levels <= 1).all()
+    assert (levels[1:] <= levels[:-1]).all()
+    assert levels[-1].tolist() == [0, 0]
+    assert (levels <= 1).all()
 
 
 @pytest.mark.parametrize("row", [[1, None, 2], [None, 1], [None, None, 3, None], [None, 1, None]])

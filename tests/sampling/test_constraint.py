@@ -71,7 +71,8 @@ def expected(found: list[tuple[int, ...]], row: Row, width: int) -> Tensor:
 def check(constraint: Constraint, rows: list[Row], found: list[list[tuple[int, ...]]]) -> None:
     z_BL, hole_BL, valid_BL = canvas(rows)
     allowed_BLV = constraint.allowed(z_BL, hole_BL, valid_BL)
-    assert allowed_BLV.shape == (*z_BL.shape, V) and allowed_BLV.dtype == torch.bool
+    assert allowed_BLV.shape == (*z_BL.shape, V)
+    assert allowed_BLV.dtype == torch.bool
     for b, row in enumerate(rows):
         assert torch.equal(allowed_BLV[b], expected(found[b], row, z_BL.shape[1])), row
     assert not allowed_BLV[hole_BL][:, MASK].any()
@@ -94,7 +95,8 @@ def test_a_pattern_allows_what_some_filling_holds(regex: str) -> None:
             z_BL, hole_BL, _ = canvas([row])
             with pytest.raises(InputError, match="no match of"):
                 pattern.allowed(z_BL, hole_BL)
-    assert len(rows) > 3 and any(len(row) < 4 for row in rows)
+    assert len(rows) > 3
+    assert any(len(row) < 4 for row in rows)
     check(pattern, rows, found)
 
 
@@ -207,7 +209,8 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 def test_allowed_tokens() -> None:
     some, flags_V = AllowedTokens([2, 0, 2, MASK], V), torch.tensor([True, False, True, False, False, True])
-    assert some.ids == (0, 2) and some == AllowedTokens(flags_V, V) == AllowedTokens(torch.tensor([0, 2]), V)
+    assert some.ids == (0, 2)
+    assert some == AllowedTokens(flags_V, V) == AllowedTokens(torch.tensor([0, 2]), V)
     rows: list[Row] = [[HOLE, 1, HOLE], [3, HOLE]]
     check(some, rows, [[(0, 1, 0), (2, 1, 2)], [(3, 0), (3, 2)]])
     z_BL, hole_BL, _ = canvas(rows)
@@ -215,7 +218,8 @@ def test_allowed_tokens() -> None:
     assert some.agree(z_BL, hole_BL, next_BL).tolist() == [[True, False, False], [False, False, False]]
     assert AllowedTokens([0, 5], 6, mask_id=0).ids == (5,)
     joined = both(some, AllowedTokens([1, 2], V))
-    assert isinstance(joined, AllowedTokens) and joined.ids == (2,)
+    assert isinstance(joined, AllowedTokens)
+    assert joined.ids == (2,)
     for wrong in ([], [MASK], [6], [-1], torch.ones(5, dtype=torch.bool)):
         with pytest.raises(InputError, match="allowed"):
             AllowedTokens(wrong, V)
@@ -267,7 +271,8 @@ UNUSABLE = [
 def test_an_expression_that_cannot_be_used_is_told_in_one_line(regex: str) -> None:
     with pytest.raises(InputError) as caught:
         Pattern.compile(regex, PIECES, V)
-    assert repr(regex) in str(caught.value) and "\n" not in str(caught.value)
+    assert repr(regex) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,9 @@ def test_impossible_tokens_are_never_drawn() -> None:
         logp_V = torch.full((6,), -torch.inf)
         logp_V[possible] = torch.randn(len(possible), generator=torch.Generator().manual_seed(0))
         drawn = categorical(logp_V.expand(1, 5, -1), edge_BT)[0].tolist()
-        assert set(drawn) <= set(possible) and drawn[0] == possible[0] and drawn[-1] == possible[-1]
+        assert set(drawn) <= set(possible)
+        assert drawn[0] == possible[0]
+        assert drawn[-1] == possible[-1]
 
 
 def test_a_token_of_probability_1e_9_can_be_drawn_wherever_it_stands() -> None:
@@ -71,7 +73,9 @@ def test_a_token_of_probability_1e_9_can_be_drawn_wherever_it_stands() -> None:
 
 def test_uniforms_resolve_such_a_token() -> None:
     u_BT = uniform(generators(0, 2), 50_000)
-    assert u_BT.dtype == torch.float64 and u_BT.min() >= 0 and u_BT.max() < 1
+    assert u_BT.dtype == torch.float64
+    assert u_BT.min() >= 0
+    assert u_BT.max() < 1
     fine = (u_BT * 2.0**30).frac() != 0
     assert fine.double().mean() > 0.99  # more than the 24 bits of a float32
 
@@ -113,7 +117,8 @@ def test_float32_gumbel_noise_loses_the_tail_that_the_inverse_cdf_keeps() -> Non
     u = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
     assert not (u.double() * 2.0**24).frac().any()  # the grid that the law above stands on
     bound = -math.log(-math.log(1 - 2.0**-24))
-    assert bound == pytest.approx(16.64, abs=0.01) and float(-torch.log(-torch.log(u)).max()) < bound + 1e-3
+    assert bound == pytest.approx(16.64, abs=0.01)
+    assert float(-torch.log(-torch.log(u)).max()) < bound + 1e-3
     count, probs_V = 4_000_000, tailed(5000, 1e-4)
     expected, rng = count * 1e-4, torch.Generator().manual_seed(0)
     gumbel = gumbel_float32_tail(probs_V, count, rng)
@@ -131,7 +136,8 @@ def test_the_model_of_the_float32_gumbel_is_right_where_it_can_be_counted() -> N
     modelled = gumbel_float32_tail(probs_V, 40_000, rng) / 40_000
     noise = -torch.log(-torch.log(torch.rand(40_000, 101, generator=rng)))
     plain = float(((probs_V.log().float() + noise).argmax(-1) > 0).double().mean())
-    assert modelled == pytest.approx(0.3, abs=0.01) and plain == pytest.approx(0.3, abs=0.01)
+    assert modelled == pytest.approx(0.3, abs=0.01)
+    assert plain == pytest.approx(0.3, abs=0.01)
 
 
 def test_temperature_is_a_power_of_the_probabilities() -> None:

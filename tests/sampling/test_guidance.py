@@ -45,7 +45,9 @@ def test_no_prompt_guidance_is_the_conditional_and_none_the_unconditional() -> N
     for scale, expected_BTV, seen_BT in ((1.0, cond_BTV, z_BT), (0.0, uncond_BTV, without_BT)):
         read = Noted(V - 1, T)
         assert torch.equal(ClassifierFree(scale, MASK)(read, z_BT, t_B, given_BT), expected_BTV)
-        assert len(read.seen) == 1 and torch.equal(read.seen[0][0], seen_BT) and torch.equal(read.seen[0][1], t_B)
+        assert len(read.seen) == 1
+        assert torch.equal(read.seen[0][0], seen_BT)
+        assert torch.equal(read.seen[0][1], t_B)
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.5, 4.0])
@@ -54,7 +56,9 @@ def test_classifier_free_guidance_is_its_formula(scale: float) -> None:
     z_BT, t_B, given_BT = some()
     read = Noted(V - 1, T)
     got_BTV = ClassifierFree(scale, MASK)(read, z_BT, t_B, given_BT)
-    assert len(read.seen) == 1 and read.seen[0][0].shape == (2 * len(z_BT), T) and torch.equal(read.seen[0][1], torch.cat([t_B, t_B]))
+    assert len(read.seen) == 1
+    assert read.seen[0][0].shape == (2 * len(z_BT), T)
+    assert torch.equal(read.seen[0][1], torch.cat([t_B, t_B]))
     cond_BTV = bare(Noted(V - 1, T)(z_BT, t_B))
     uncond_BTV = bare(Noted(V - 1, T)(torch.where(given_BT, MASK, z_BT), t_B))
     weight_BTV = cond_BTV.exp() ** scale * uncond_BTV.exp() ** (1 - scale)
@@ -62,7 +66,8 @@ def test_classifier_free_guidance_is_its_formula(scale: float) -> None:
     probs_BTV = weight_BTV / weight_BTV.sum(-1, keepdim=True)
     assert torch.allclose(bare(got_BTV)[:-1].exp(), probs_BTV[:-1], atol=1e-6)
     assert torch.equal(got_BTV[-1], Noted(V - 1, T)(z_BT, t_B)[-1])
-    assert (got_BTV[:-1, :, MASK] == -torch.inf).all() and not got_BTV.isnan().any()
+    assert (got_BTV[:-1, :, MASK] == -torch.inf).all()
+    assert not got_BTV.isnan().any()
     assert not torch.allclose(probs_BTV[:-1], cond_BTV[:-1].exp(), atol=1e-2)
 
 
@@ -72,14 +77,16 @@ def test_a_token_that_the_network_excludes_stays_excluded() -> None:
     table_BTV[:, :, 0], table_BTV[len(z_BT) :, :, 1], table_BTV[: len(z_BT), :, 2] = -torch.inf, -torch.inf, -torch.inf
     for scale in (0.5, 2.0):
         got_BTV = ClassifierFree(scale, MASK)(lambda z_BT, t_B: table_BTV[: len(z_BT)], z_BT, t_B, given_BT)[:-1]
-        assert (got_BTV[..., [0, 1, 2, MASK]] == -torch.inf).all() and got_BTV[..., [3, 4]].isfinite().all()
+        assert (got_BTV[..., [0, 1, 2, MASK]] == -torch.inf).all()
+        assert got_BTV[..., [3, 4]].isfinite().all()
 
 
 def test_without_any_prompt_there_is_one_undoubled_call() -> None:
     z_BT, t_B, given_BT = some()
     read = Noted(V - 1, T)
     got_BTV = ClassifierFree(3.0, MASK)(read, z_BT, t_B, torch.zeros_like(given_BT))
-    assert len(read.seen) == 1 and torch.equal(got_BTV, Noted(V - 1, T)(z_BT, t_B))
+    assert len(read.seen) == 1
+    assert torch.equal(got_BTV, Noted(V - 1, T)(z_BT, t_B))
 
 
 def label(hot_BTV: Tensor) -> Tensor:
@@ -131,14 +138,16 @@ def test_a_linear_classifier_adds_its_weights(exact: bool) -> None:
     read = Noted(V - 1, T)
     with torch.no_grad():
         got_BTV = Classifier(linear, 2.5, MASK, exact)(read, z_BT, t_B, given_BT)
-    assert len(read.seen) == 1 and not got_BTV.requires_grad
+    assert len(read.seen) == 1
+    assert not got_BTV.requires_grad
     logits_BTV = Noted(V - 1, T)(z_BT, t_B)
     expected_BTV = bare(logits_BTV) + 2.5 * (WEIGHT_TV - WEIGHT_TV[:, MASK:])
     masked_BT = z_BT == MASK
     assert int(masked_BT.sum()) * (V - 1) > 1024  # more than one chunk
     assert torch.allclose(bare(got_BTV)[masked_BT], bare(expected_BTV)[masked_BT], atol=1e-4)
     assert torch.equal(got_BTV[~masked_BT], logits_BTV[~masked_BT])
-    assert (got_BTV[masked_BT][:, MASK] == -torch.inf).all() and not got_BTV.isnan().any()
+    assert (got_BTV[masked_BT][:, MASK] == -torch.inf).all()
+    assert not got_BTV.isnan().any()
     assert torch.equal(Classifier(linear, 0.0, MASK, exact)(Noted(V - 1, T), z_BT, t_B, given_BT), logits_BTV)
 
 
@@ -154,7 +163,8 @@ def test_the_exact_classifier_is_shown_every_replacement_once() -> None:
     Classifier(note, 1.0, MASK, exact=True)(Noted(V - 1, T), z_1T, torch.ones(1), z_1T != MASK)
     shown = {tuple(row) for part in seen for row in part.tolist()}
     one = [(0, v, 2, MASK, 4, 4, 4) for v in range(V - 1)] + [(0, MASK, 2, v, 4, 4, 4) for v in range(V - 1)]
-    assert shown == set(one) and sum(map(len, seen)) == len(one)
+    assert shown == set(one)
+    assert sum(map(len, seen)) == len(one)
 
 
 def test_nothing_is_tried_where_nothing_is_masked_or_the_network_says_no() -> None:
@@ -168,7 +178,8 @@ def test_nothing_is_tried_where_nothing_is_masked_or_the_network_says_no() -> No
     for z_1T, count in ((torch.ones(1, T, dtype=torch.long), 0), (torch.full((1, T), MASK), T)):
         seen.clear()
         Classifier(note, 1.0, MASK, exact=True)(lambda z_BT, t_B: only_one_BTV, z_1T, torch.ones(1), z_1T != MASK)
-        assert sum(map(len, seen)) == count and len(seen) == (count > 0)
+        assert sum(map(len, seen)) == count
+        assert len(seen) == (count > 0)
 
 
 def test_a_token_without_a_chance_is_never_bent_to_nan() -> None:
@@ -177,7 +188,8 @@ def test_a_token_without_a_chance_is_never_bent_to_nan() -> None:
 
     z_BT, t_B, given_BT = torch.full((2, T), MASK), torch.ones(2), torch.zeros(2, T, dtype=torch.bool)
     got_BTV = Classifier(no_zero, 3.0, MASK, exact=True)(Noted(V - 1, T), z_BT, t_B, given_BT)
-    assert (got_BTV[..., [0, MASK]] == -torch.inf).all() and got_BTV[..., 1:MASK].isfinite().all()
+    assert (got_BTV[..., [0, MASK]] == -torch.inf).all()
+    assert got_BTV[..., 1:MASK].isfinite().all()
     with pytest.raises(InputError, match="excludes every token"):
         Classifier(lambda hot: torch.full((len(hot),), -torch.inf), 1.0, MASK, exact=True)(Noted(V - 1, T), z_BT, t_B, given_BT)
 

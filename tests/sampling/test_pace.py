@@ -35,7 +35,8 @@ def paced(pace: Pace, seconds: dict[int, float], chance: float, calls: int, seed
 def test_a_pace_takes_what_pays(seconds: dict[int, float], chance: float, best: int, tried: set[int] | None, rows: int) -> None:
     """From plain decoding up, and no further than it can pay."""
     chosen = paced(Pace(4), seconds, chance, 600, rows=rows)
-    assert chosen[:6] == [1] * 3 + [2] * 3 and tried in (None, set(chosen[:9]))
+    assert chosen[:6] == [1] * 3 + [2] * 3
+    assert tried in (None, set(chosen[:9]))
     late = chosen[300:]
     assert late.count(best) >= 0.8 * len(late)
 
@@ -52,5 +53,6 @@ def test_rows_are_learned_of_by_their_number() -> None:
     paced(pace, {1: 1.0, 2: 1.1}, 0.9, 50)
     assert pace.choose(1) == 2
     paced(pace, {1: 1.0, 2: 2.5}, 0.9, 50, rows=16)
-    assert pace.choose(16) == 1 and pace.choose(1) == 2
+    assert pace.choose(16) == 1
+    assert pace.choose(1) == 2
     assert [pace.choose(9) for _ in range(3)] == [1, 1, 1]  # as 16

@@ -176,8 +176,10 @@ def test_total_variation_to_the_data(word: str) -> None:
     chains = [distance(ancestral_law(tiny, steps), tiny) for steps in (1, 2, tiny.length)]
     print(f"total variation {word:18} 1 step {once:.4f}  2 steps {two:.4f}  {tiny.length} steps {each:.4f}; ancestral", end=" ")
     print("  ".join(f"{x:.4f}" for x in chains))
-    assert once == pytest.approx(chains[0]) and once > 0.25
-    assert 0 < two < once and 0 < each < once
+    assert once == pytest.approx(chains[0])
+    assert once > 0.25
+    assert 0 < two < once
+    assert 0 < each < once
 
 
 @pytest.mark.parametrize("word", ["linear", "cosine"])
@@ -194,7 +196,8 @@ def masks_of(rule: Rule, steps: int, noise: MaskedNoise, rows: int = 800) -> Ten
     """bool (steps + 1, rows, 12): what is masked before and after each step of one window."""
     sampler = DiffusionSampler(Noted(5, 12), noise, 12, rule, steps)
     frames = list(sampler.steps(copies([None] * 12, 5, rows), rng=generators(0, rows)))
-    assert len(frames) == steps and not (frames[-1].tokens_BT == 5).any()
+    assert len(frames) == steps
+    assert not (frames[-1].tokens_BT == 5).any()
     return torch.stack([torch.full((rows, 12), 5), *(frame.tokens_BT for frame in frames)]) == 5
 
 
@@ -211,7 +214,8 @@ def test_the_number_of_masks_follows_alpha(rule: Remask, word: str) -> None:
         alpha = levels(rule.kind, rule.eta, noise, 1 - (k - 1) / steps, 1 - k / steps)[1]
         assert chi_square_of_counts(torch.bincount(masked_NBT[k].sum(-1), minlength=13), binomial(12, 1 - alpha)) > 1e-3, k
     back_N = (masked_NBT[1:] & ~masked_NBT[:-1]).sum((1, 2))
-    assert back_N[-1] == 0 and back_N[1:-1].sum() > 100
+    assert back_N[-1] == 0
+    assert back_N[1:-1].sum() > 100
 
 
 @pytest.mark.parametrize("steps", [3, 6, 9])
@@ -249,7 +253,9 @@ def test_conf_takes_back_what_was_written_with_doubt() -> None:
     weight_T = (-sure_T).exp().nan_to_num(0.0)
     chance_T = sigma * weight_T / weight_T.sum()
     back_BT = (after_BT == 5) & (z_BT != 5)
-    assert not back_BT[:, 0].any() and float(chance_T.sum()) == pytest.approx(sigma) and sigma == pytest.approx(0.64)
+    assert not back_BT[:, 0].any()
+    assert float(chance_T.sum()) == pytest.approx(sigma)
+    assert sigma == pytest.approx(0.64)
     assert float(back_BT.sum(-1).double().mean()) == pytest.approx(sigma, abs=0.02)
     for i in (1, 2, 4, 5):
         assert chi_square_of_counts(torch.bincount(back_BT[:, i].long()), torch.stack([1 - chance_T[i], chance_T[i]])) > 1e-3
@@ -258,7 +264,8 @@ def test_conf_takes_back_what_was_written_with_doubt() -> None:
     assert float(written_B.double().mean()) == pytest.approx(((1 - s) - (1 - t)) / t, abs=0.02)
     noted_BT = step.memory["sure"]
     logp_B = step.logp_BTV[:, 3].gather(-1, after_BT[:, 3:4].clamp(max=4)).squeeze(-1)
-    assert torch.equal(noted_BT[written_B, 3], logp_B[written_B]) and noted_BT[~written_B, 3].isnan().all()
+    assert torch.equal(noted_BT[written_B, 3], logp_B[written_B])
+    assert noted_BT[~written_B, 3].isnan().all()
     assert torch.equal(noted_BT[:, [1, 2, 4, 5]], before_BT[:, [1, 2, 4, 5]])
 
 
@@ -280,7 +287,8 @@ def test_a_shadow_changes_nothing_and_is_the_guess_at_a_mask(layers: int) -> Non
     model, z_BT = network(layers), torch.randint(7, (8, 10), generator=torch.Generator().manual_seed(1))
     text_BTV, shadow_BTV = shadows(model, z_BT)
     plain_BTV, masked_BT = model(z_BT), z_BT == 6
-    assert torch.allclose(text_BTV, plain_BTV, atol=1e-9) and 0 < int(masked_BT.sum()) < masked_BT.numel()
+    assert torch.allclose(text_BTV, plain_BTV, atol=1e-9)
+    assert 0 < int(masked_BT.sum()) < masked_BT.numel()
     assert torch.allclose(shadow_BTV[masked_BT], plain_BTV[masked_BT], atol=1e-9)
     assert (shadow_BTV - plain_BTV)[~masked_BT].abs().amax(-1).min() > 1e-3
 
@@ -351,13 +359,18 @@ def test_revoke_goes_on_in_every_step_and_ends_before_its_budget(threshold: floa
     assert ((left_NB[1:] < left_NB[:-1]) | (left_NB[:-1] == 0)).all()
     back_NBT = masked_NBT[1:] & ~masked_NBT[:-1]
     kept_NBT = ~masked_NBT[1:] & ~masked_NBT[:-1]
-    assert int(back_NBT.sum()) > 40 and torch.equal(text_NBT[1:][kept_NBT], text_NBT[:-1][kept_NBT])  # taken back, never swapped
+    assert int(back_NBT.sum()) > 40
+    assert torch.equal(text_NBT[1:][kept_NBT], text_NBT[:-1][kept_NBT])
     last = frames[-1]
-    assert last.saved_B is not None and int(last.saved_B.min()) > 10 and len(frames) == 40 - int(last.saved_B.min())
+    assert last.saved_B is not None
+    assert int(last.saved_B.min()) > 10
+    assert len(frames) == 40 - int(last.saved_B.min())
     whole_NB = left_NB == 0
     assert (whole_NB.int().argmax(0) + 1 == 40 - last.saved_B).all()  # one call more, to see that nothing moves
     tight, text_NBT = changes(Revoke(threshold), 4)
-    assert len(tight) == 4 and not ((text_NBT[-1] == 5) & (text_NBT[-2] != 5)).any() and (text_NBT[-1] != 5).all()
+    assert len(tight) == 4
+    assert not ((text_NBT[-1] == 5) & (text_NBT[-2] != 5)).any()
+    assert (text_NBT[-1] != 5).all()
     assert ((text_NBT[1:-1] == 5) & (text_NBT[:-2] != 5)).any()
 
 
@@ -409,7 +422,8 @@ def test_planned_without_weight_takes_nothing_back(eta: float) -> None:
     """Then it is TopScore where the grid gives every step the same share."""
     _, text_NBT = changes(Planned(eta), 8)
     back_N = ((text_NBT[1:] == 5) & (text_NBT[:-1] != 5)).sum((1, 2))
-    assert (int(back_N.sum()) > 0) == (eta > 0) and back_N[-1] == 0
+    assert (int(back_N.sum()) > 0) == (eta > 0)
+    assert back_N[-1] == 0
     assert (text_NBT != 5).sum(-1).tolist() == [[3 * k] * 40 for k in range(9)]
     plain = changes(TopScore(), 8)[1]
     assert torch.equal(text_NBT, plain) == (eta == 0)
@@ -437,7 +451,8 @@ WORDS: list[tuple[str, Rule]] = [
 
 @pytest.mark.parametrize(("word", "rule"), WORDS)
 def test_words(word: str, rule: Rule) -> None:
-    assert choice.make(word, Draw(0.5), masked_noise(TINY)) == rule and rule.revises
+    assert choice.make(word, Draw(0.5), masked_noise(TINY)) == rule
+    assert rule.revises
 
 
 @pytest.mark.parametrize(

@@ -73,15 +73,20 @@ def test_until_settled_is_the_full_run_cut_short(name: str, rule: Rule, quiet: i
             assert bool(frame.settled_BT[b].all()) == (k >= stop[b])
     last = early[-1]
     assert len(early) - 1 == max(stop) == last.forwards
-    assert last.saved_B is not None and last.doubt_B is not None
-    assert last.saved_B.tolist() == [steps - k for k in stop] and int(last.saved_B.max()) > 2 and len(set(stop)) > 3
+    assert last.saved_B is not None
+    assert last.doubt_B is not None
+    assert last.saved_B.tolist() == [steps - k for k in stop]
+    assert int(last.saved_B.max()) > 2
+    assert len(set(stop)) > 3
     assert (last.tokens_BT != TINY.mask_id).all()
     times_B = 1 - (torch.tensor(stop, dtype=torch.float64) - 1) / steps
     law_BTV = bayes(noise, "posterior")(last.tokens_BT, times_B).exp()
     doubt_B = (1 - law_BTV.gather(-1, last.tokens_BT[..., None]).squeeze(-1)).sum(-1)
     expected_B = torch.where(last.saved_B > 0, doubt_B, 0.0)
-    assert torch.allclose(last.doubt_B, expected_B, atol=1e-9) and float(expected_B.max()) > 0.1
-    assert full[-1].saved_B is None and full[-1].doubt_B is None
+    assert torch.allclose(last.doubt_B, expected_B, atol=1e-9)
+    assert float(expected_B.max()) > 0.1
+    assert full[-1].saved_B is None
+    assert full[-1].doubt_B is None
 
 
 def test_expected_edits_are_of_the_free_positions() -> None:
@@ -89,7 +94,8 @@ def test_expected_edits_are_of_the_free_positions() -> None:
     given = (None, 1, None)
     noise = noise_of("hybrid")
     last = sample(noise, Refine(), 25, given, rows=200, until_settled=1)[-1]
-    assert last.saved_B is not None and last.doubt_B is not None
+    assert last.saved_B is not None
+    assert last.doubt_B is not None
     law_BTV = bayes(noise, "posterior")(last.tokens_BT, (last.saved_B + 1) / 25).exp()
     doubt_BT = 1 - law_BTV.gather(-1, last.tokens_BT[..., None]).squeeze(-1)
     assert torch.allclose(last.doubt_B, torch.where(last.saved_B > 0, doubt_BT[:, 0] + doubt_BT[:, 2], 0.0), atol=1e-9)
@@ -103,7 +109,9 @@ def test_every_window_settles_by_itself() -> None:
     noise, steps = noise_of("uniform", vocab=5), 12
     sampler = DiffusionSampler(sure, noise, 8, Refine(), steps, 2, until_settled=2)
     *_, last = sampler.steps(Canvas.from_rows([[None] * 20], fill=5), rng=generators(0, 1))
-    assert last.saved_B is not None and last.saved_B.tolist() == [3 * (steps - 3)] and last.forwards == 3 * 3
+    assert last.saved_B is not None
+    assert last.saved_B.tolist() == [3 * (steps - 3)]
+    assert last.forwards == 3 * 3
     assert last.tokens_BT[0].tolist() == [i % 5 for i in [*range(8), *range(2, 8), *range(2, 8)]]
 
 
@@ -127,11 +135,14 @@ def test_on_any_canvas_given_tokens_stay_and_settled_is_a_promise(name: str, rul
         for frame, after in zip(frames, [*frames[1:], frames[-1]], strict=True):
             assert torch.equal(frame.tokens_BT[~canvas.free_BT], canvas.tokens_BT[~canvas.free_BT])
             assert torch.equal(frame.tokens_BT[frame.settled_BT], after.tokens_BT[frame.settled_BT])
-            assert (frame.settled_BT <= after.settled_BT).all() and frame.settled_BT[~canvas.free_BT].all()
-        assert frames[-1].settled_BT.all() and (frames[-1].tokens_BT[canvas.valid_BT] < 5).all()
+            assert (frame.settled_BT <= after.settled_BT).all()
+            assert frame.settled_BT[~canvas.free_BT].all()
+        assert frames[-1].settled_BT.all()
+        assert (frames[-1].tokens_BT[canvas.valid_BT] < 5).all()
         assert frames[-1].t_B.tolist() == [0, 0, 0, 0]
         changes_BT = sum((a.tokens_BT != b.tokens_BT).int() for a, b in itertools.pairwise(frames))
-        assert isinstance(changes_BT, Tensor) and int(changes_BT.max()) > 1  # they do revise
+        assert isinstance(changes_BT, Tensor)
+        assert int(changes_BT.max()) > 1
 
 
 def test_what_lies_past_the_text_is_denoised_with_it_and_masks_there_stay() -> None:
@@ -139,7 +150,8 @@ def test_what_lies_past_the_text_is_denoised_with_it_and_masks_there_stay() -> N
         denoiser, frames = run(noise_of(name, vocab=5), rule, [[None] * 3], budget=8)
         past = torch.stack([z_1T[0, 3:] for z_1T, _ in denoiser.seen])
         changed = (past[1:] != past[:-1]).any(-1)
-        assert bool(changed.any()) == (name != "masked") and ((past == 5).all() or name != "masked")
+        assert bool(changed.any()) == (name != "masked")
+        assert (past == 5).all() or name != "masked"
         assert frames[-1].tokens_BT.shape == (1, 3)
 
 
@@ -163,16 +175,20 @@ def test_a_run_starts_from_the_prior_which_a_trajectory_takes_as_its_start(name:
     noise, given = noise_of(name, schedule), (None, 1, None)
     frames, canvas = sample(noise, Reverse(), 2, given), copies(given, TINY.mask_id, ROWS)
     first = frames[0]
-    assert first.forwards == 0 and (first.t_B == 1).all() and torch.equal(first.settled_BT, ~canvas.free_BT)
+    assert first.forwards == 0
+    assert (first.t_B == 1).all()
+    assert torch.equal(first.settled_BT, ~canvas.free_BT)
     counts_V = torch.bincount(first.tokens_BT[canvas.free_BT], minlength=4).double()
     assert torch.allclose(counts_V / counts_V.sum(), prior_of(noise), atol=0.03)
     assert not counts_V[prior_of(noise) == 0].any()
     trajectory = Trajectory(torch.where(canvas.free_BT, TINY.mask_id, canvas.tokens_BT), canvas, pieces={}, mask_id=TINY.mask_id)
     for frame in frames:
         trajectory.append(frame)
-    assert len(trajectory) == 3 and trajectory.forwards == [0, 1, 2]
+    assert len(trajectory) == 3
+    assert trajectory.forwards == [0, 1, 2]
     for kept, frame in zip(trajectory.frames(), frames, strict=True):
-        assert torch.equal(kept.tokens_BT, frame.tokens_BT) and torch.equal(kept.settled_BT, frame.settled_BT)
+        assert torch.equal(kept.tokens_BT, frame.tokens_BT)
+        assert torch.equal(kept.settled_BT, frame.settled_BT)
 
 
 def test_words_become_rules() -> None:

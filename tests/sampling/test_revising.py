@@ -60,7 +60,8 @@ def test_the_test_of_the_law_can_fail() -> None:
 def test_the_distance_to_the_data_falls_with_the_steps(name: str) -> None:
     distances = [distance(law(noise_of(name), steps, back), TINY) for steps in (1, 2, 4, 8, 16, 64)]
     assert all(a > b for a, b in itertools.pairwise(distances)), distances
-    assert distances[0] > 0.1 and distances[-1] < 0.05 * distances[0]
+    assert distances[0] > 0.1
+    assert distances[-1] < 0.05 * distances[0]
     measured = [distance(histogram(sample(noise_of(name), Reverse(), steps)), TINY) for steps in (1, 8)]
     assert measured[0] > measured[1]
 
@@ -130,7 +131,8 @@ def test_no_corrector_is_the_reverse_chain_token_for_token(name: str) -> None:
     for t, s in ((1.0, 0.75), (0.7, 0.5), (0.25, 0.0)):
         step = step_of(noise_of(name, vocab=5), t=t, s=s)
         plain, none, some = (rule(step, generators(0, 300)) for rule in (Reverse(), PredictorCorrector(0.0), PredictorCorrector(0.9)))
-        assert torch.equal(plain, none) and not torch.equal(plain, step.z_BT)
+        assert torch.equal(plain, none)
+        assert not torch.equal(plain, step.z_BT)
         assert torch.equal(plain, some) == (s == 0)
 
 
@@ -228,7 +230,8 @@ def test_change_worst_changes_only_what_gains_and_no_more_than_it_may(name: str,
         drawn_BT = categorical(step.logp_BTV, uniform(generators(0, 300), 6))
         assert torch.equal(after_BT, torch.where(worst_BT, drawn_BT, step.z_BT))
         changed_BT, best_BT = after_BT != step.z_BT, mu_BTV.argmax(-1)
-        assert changed_BT.any() and not (changed_BT & (best_BT == step.z_BT)).any()
+        assert changed_BT.any()
+        assert not (changed_BT & (best_BT == step.z_BT)).any()
         if left > 1:
             assert (changed_BT.sum(-1) <= math.ceil(edits * 5 / 5)).all()
         else:

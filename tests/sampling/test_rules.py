@@ -83,7 +83,8 @@ def test_the_distance_to_the_data_falls_with_the_steps() -> None:
     for word in ("linear", "cosine"):
         distances = [distance(ancestral_law(TINY, steps, word), TINY) for steps in (1, 2, 4, 8, 16, 64, 256)]
         assert all(a > b for a, b in itertools.pairwise(distances)), (word, distances)
-        assert distances[0] > 0.1 and distances[-1] < 0.01 * distances[0] + 1e-3
+        assert distances[0] > 0.1
+        assert distances[-1] < 0.01 * distances[0] + 1e-3
     measured = [total_variation(sample(TINY, Ancestral(), steps), TINY) for steps in (1, 4, 64)]
     assert measured[0] > measured[1] > measured[2]
 
@@ -150,14 +151,18 @@ def test_every_rule_fills_the_canvas_within_its_steps(name: str, steps: int) -> 
     for frame, (seen_AT, t_A) in zip(frames, denoiser.seen, strict=True):
         busy_B = (before_BT == 5).any(-1)
         assert torch.equal(seen_AT, before_BT[busy_B])  # the network sees the state itself, of the rows that still move
-        assert (t_A <= level_B[busy_B]).all() and (t_A > frame.t_B[busy_B]).all()
+        assert (t_A <= level_B[busy_B]).all()
+        assert (t_A > frame.t_B[busy_B]).all()
         new_BT = frame.tokens_BT != before_BT
         assert (before_BT[new_BT] == 5).all()  # a token once written stays
         assert torch.equal(new_BT.any(-1), busy_B)  # at least one token a call
-        assert torch.equal(frame.settled_BT, frame.tokens_BT != 5) and frame.model == "noted"
+        assert torch.equal(frame.settled_BT, frame.tokens_BT != 5)
+        assert frame.model == "noted"
         moves_B += busy_B
         before_BT, level_B = frame.tokens_BT, frame.t_B
-    assert frames[-1].settled_BT.all() and (before_BT < 5).all() and frames[-1].t_B.tolist() == [0, 0, 0]
+    assert frames[-1].settled_BT.all()
+    assert (before_BT < 5).all()
+    assert frames[-1].t_B.tolist() == [0, 0, 0]
     assert all(int(moves) <= min(steps, n) for moves, n in zip(moves_B, free, strict=True))
 
 
@@ -228,4 +233,5 @@ def test_words_become_rules_and_errors_are_told() -> None:
 
 def test_a_canvas_without_holes_needs_no_call() -> None:
     denoiser, frames = run(Ancestral(), 4, [[1, 2, 3]])
-    assert frames == [] and denoiser.seen == []
+    assert frames == []
+    assert denoiser.seen == []

@@ -107,9 +107,11 @@ def test_a_row_is_as_alone_at_each_of_its_steps(name: str, options: dict[str, An
         alone = [frame for frame in alone if frame.forwards]
         assert len(seen[row]) == len(alone) > 1, row
         for mine, other in zip(seen[row], alone, strict=True):
-            assert torch.equal(mine.tokens_BT, other.tokens_BT) and torch.equal(mine.settled_BT, other.settled_BT), row
+            assert torch.equal(mine.tokens_BT, other.tokens_BT), row
+            assert torch.equal(mine.settled_BT, other.settled_BT), row
             if other.proposed_BT is not None:
-                assert mine.proposed_BT is not None and torch.equal(mine.proposed_BT, other.proposed_BT), row
+                assert mine.proposed_BT is not None, row
+                assert torch.equal(mine.proposed_BT, other.proposed_BT), row
     assert len({tuple(seen[row][-1].tokens_BT[0].tolist()) for row in range(4)}) == 4
 
 

@@ -160,7 +160,8 @@ def test_a_text_ends_at_its_end_token(name: str) -> None:
     for row, prompt in enumerate(PROMPTS):
         new = frame.tokens_BT[row, len(prompt) : len(prompt) + 30].tolist()
         ends = [j for j, token in enumerate(new) if token in stop]
-        assert len(ends) <= 1 and all(token == MASK for token in new[ends[0] + 1 :] if ends)
+        assert len(ends) <= 1
+        assert all(token == MASK for token in new[ends[0] + 1 :] if ends)
         ended += bool(ends and ends[0] < 29)
     assert ended >= 3
 
@@ -179,10 +180,14 @@ def test_frames_show_committed_text_and_tallies_add_up(name: str) -> None:
     canvas, committed_B = canvas_of(PROMPTS, 20), torch.zeros(5, dtype=torch.long)
     before = None
     for forwards, (frame, tally) in enumerate(strided(PROPOSERS[name]).rounds(canvas, rng=generators(3, 5)), 1):
-        assert frame.forwards == forwards and frame.model == "ar" and tally.positions >= 1
+        assert frame.forwards == forwards
+        assert frame.model == "ar"
+        assert tally.positions >= 1
         assert torch.equal((frame.tokens_BT == MASK) & canvas.valid_BT, ~frame.settled_BT)
-        assert (tally.accepted_B <= tally.proposed_B).all() and (tally.proposed_B <= 3).all()
-        assert frame.proposed_BT is not None and frame.settled_BT[frame.proposed_BT == MASK].all()
+        assert (tally.accepted_B <= tally.proposed_B).all()
+        assert (tally.proposed_B <= 3).all()
+        assert frame.proposed_BT is not None
+        assert frame.settled_BT[frame.proposed_BT == MASK].all()
         if before is not None:  # what a call verifies is what the frame before it showed
             assert torch.equal((before.proposed_BT >= 0).sum(1), tally.proposed_B)
             shown_B = (before.proposed_BT == frame.tokens_BT).sum(1)  # of a tree, the first choices
@@ -192,7 +197,9 @@ def test_frames_show_committed_text_and_tallies_add_up(name: str) -> None:
             assert torch.equal(frame.tokens_BT[before.settled_BT], before.tokens_BT[before.settled_BT])
             assert (frame.t_B <= before.t_B).all()
         committed_B, before = committed_B + tally.committed_B, frame
-    assert committed_B.tolist() == [20] * 5 and before is not None and before.settled_BT.all()
+    assert committed_B.tolist() == [20] * 5
+    assert before is not None
+    assert before.settled_BT.all()
 
 
 # --- the same law ------------------------------------------------------------------------------------------------
@@ -292,7 +299,8 @@ def test_a_draft_may_be_padded_otherwise(base: int, draft: int, tmp_path: Path) 
     model = load(str(publish(transformer("Llama", spare=base), tmp_path / "base")))
     small = publish(transformer("Llama", spare=draft, seed=1, num_hidden_layers=1), tmp_path / "draft")
     plain_, same = (model.generate("ROMEO:", length=50, seed=2, sampler=word) for word in ("autoregressive", f"draft:{small}"))
-    assert same.text == plain_.text and same.proposed
+    assert same.text == plain_.text
+    assert same.proposed
 
 
 def test_stream_has_it_too() -> None:
@@ -370,7 +378,8 @@ def test_a_mask_reads_its_prefix_and_the_masks_before_it_in_its_group(layout: st
     list(strided(Masks(layout), 4, listener).steps(canvas_of([[1]], 7), rng=generators(0, 1)))
     call = next(i for i, (z_BQ, _) in enumerate(listener.calls) if z_BQ.shape[1] == 4 + 3 * len(groups) and i)
     z_BQ, how = listener.calls[call]
-    assert (z_BQ[0, :4] < MASK).all() and (z_BQ[0, 4:] == MASK).all()
+    assert (z_BQ[0, :4] < MASK).all()
+    assert (z_BQ[0, 4:] == MASK).all()
     last = int(how["pos_BQ"][0, 0])
     assert how["pos_BQ"][0].tolist() == [*range(last, last + 4), *(last + 1 + after + depth for after in groups for depth in range(3))]
     expected = torch.zeros(z_BQ.shape[1], z_BQ.shape[1], dtype=torch.bool)  # [query, key]
@@ -411,7 +420,8 @@ def test_keys_and_values_are_those_of_the_plain_run(name: str) -> None:
             BASE(torch.cat([torch.full((1, 1), MASK), frame.tokens_BT[row : row + 1]], 1)[:, :held], cache=cache)
             torch.testing.assert_close(caches[0].kv[:, :, row, :, :held], cache.kv[:, :, 0, :, :held], atol=1e-5, rtol=1e-4)
             checked += held
-    assert checked > 60 and len(caches) == 1
+    assert checked > 60
+    assert len(caches) == 1
 
 
 @pytest.mark.parametrize("layout", ["tree", "restart"])
@@ -483,7 +493,8 @@ def test_rows_of_a_cache_grow_at_their_own_pace() -> None:
         done = done + count_B
         cache.trim(done)
         assert torch.equal(cache.length_B, done)
-    assert done.tolist() == [10, 10, 10] and cache.capacity == 16
+    assert done.tolist() == [10, 10, 10]
+    assert cache.capacity == 16
 
 
 def test_a_cache_says_what_it_cannot_do() -> None:
@@ -547,9 +558,11 @@ def test_the_layout_follows_the_cost() -> None:
     def chosen(fixed: float, each: float, chance: float) -> str:
         return Masks.cheapest(lambda sizes: [fixed + each * positions for positions in sizes], 4, chance).layout
 
-    assert chosen(1.0, 0.0, 0.8) == "tree" and chosen(0.0, 1.0, 0.8) == "restart"
+    assert chosen(1.0, 0.0, 0.8) == "tree"
+    assert chosen(0.0, 1.0, 0.8) == "restart"
     # where little is refused a tree gains less than a tenth, which it costs
-    assert chosen(40.0, 0.5, 0.4) == "tree" and chosen(40.0, 0.5, 0.99) == "restart"
+    assert chosen(40.0, 0.5, 0.4) == "tree"
+    assert chosen(40.0, 0.5, 0.99) == "restart"
 
 
 def test_an_unsure_network_proposes_less() -> None:
@@ -559,7 +572,8 @@ def test_an_unsure_network_proposes_less() -> None:
         rounds = list(strided(PROPOSERS["itself"], floor=floor).rounds(canvas_of([[1, 2], [3]], 30), rng=generators(7, 2)))
         assert_plain(rounds[-1][0], [[1, 2], [3]], 30, 7, Draw())
         proposed.append(sum(int(tally.proposed_B.sum()) for _, tally in rounds) / len(rounds))
-    assert proposed == sorted(proposed, reverse=True) and proposed[0] > proposed[2] > proposed[3] == 0
+    assert proposed == sorted(proposed, reverse=True)
+    assert proposed[0] > proposed[2] > proposed[3] == 0
 
 
 # --- as many as pay ----------------------------------------------------------------------------------------------
@@ -579,7 +593,8 @@ def test_the_stride_may_change_with_every_call(name: str, draw: Draw) -> None:
     pace = Wandering(5)
     frames = list(strided(PROPOSERS[name], 5, draw=draw, pace=pace).steps(canvas_of(PROMPTS, 25), rng=generators(3, len(PROMPTS))))
     assert_plain(frames[-1], PROMPTS, 25, 3, draw)
-    assert pace._since == len(frames) and pace._seconds
+    assert pace._since == len(frames)
+    assert pace._seconds
 
 
 def test_the_greatest_stride_is_the_adapters(autoregressive_dir: Path) -> None:
@@ -588,7 +603,8 @@ def test_the_greatest_stride_is_the_adapters(autoregressive_dir: Path) -> None:
     assert cast(StridedSampler, model.sampler(sampler="lookup:auto")).stride == 8
     lora.attach(model.network, lora.AdapterConfig(2, 4.0, stride=3), model.tokenizer.mask_id)
     one, two = (cast(StridedSampler, model.sampler(sampler="strided:auto")) for _ in range(2))
-    assert one.stride == 3 and one.pace is two.pace  # what it learned stays with the model
+    assert one.stride == 3
+    assert one.pace is two.pace
 
 
 # --- prompt lookup -----------------------------------------------------------------------------------------------
@@ -692,14 +708,16 @@ def test_words_of_a_language_model(word: str, autoregressive_dir: Path) -> None:
     for options in ({"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 20}):
         base, same = (model.generate(["ROMEO:", "But", "A"], length=45, seed=5, sampler=sampler, **options) for sampler in (None, word))
         assert [row.text for row in same] == [row.text for row in base]
-        assert same[0].sampler == word and same[0].forwards <= base[0].forwards
+        assert same[0].sampler == word
+        assert same[0].forwards <= base[0].forwards
 
 
 @pytest.mark.parametrize("temperature", ["0", "1"])
 def test_the_command_writes_the_same_bytes(dlm: Dlm, temperature: str) -> None:
     words = ("generate", "ROMEO:", "--model", "shakespeare-ar", "--max-new-tokens", "30", "--temperature", temperature, "--seed", "2")
     code, base, _ = dlm(*words)
-    assert code == 0 and len(base) > 30
+    assert code == 0
+    assert len(base) > 30
     for sampler in ("lookup:4", "draft:shakespeare-ar", "strided:3", "lookup:auto"):
         assert dlm(*words, "--sampler", sampler)[:2] == (0, base), sampler
 
@@ -719,7 +737,8 @@ def test_lossless_takes_the_best_that_there_is(dlm: Dlm, autoregressive_dir: Pat
         assert f"{chosen}, seed 0: 40 tokens in {run.forwards[-1]} calls, {40 / run.forwards[-1]:.1f} a call" in err
         assert f"{int(run.accepted_B) / int(run.proposed_B):.0%} of {int(run.proposed_B)} proposals accepted" in err
         record = json.loads(dlm(*words, *options, "--lossless", "--json")[1])
-        assert record["sampler"] == chosen and record["forwards"] == 40 - record["accepted"]
+        assert record["sampler"] == chosen
+        assert record["forwards"] == 40 - record["accepted"]
         assert dlm("show", "run.traj")[:2] == (0, base)
     assert "is for autoregressive" in dlm.told("generate", "--model", str(masked_dir), "--lossless")
     assert "leave --sampler" in dlm.told(*words, "--lossless", "--sampler", "lookup")

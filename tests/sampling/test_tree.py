@@ -34,7 +34,8 @@ def paths_of(tree: Tree) -> list[tuple[int, ...]]:
 def test_shapes(nodes: int, depth: int) -> None:
     tree = Tree.likeliest(nodes, depth)
     paths, tables = paths_of(tree), tree.tables(torch.device("cpu"))
-    assert len(tree) == len(set(paths)) == nodes and max(tree.depth) == depth
+    assert len(tree) == len(set(paths)) == nodes
+    assert max(tree.depth) == depth
     assert tree.depth == (0, *map(len, paths)) == tuple(sorted(tree.depth))
     assert [paths[k] for k in tree.firsts] == [(0,) * (d + 1) for d in range(depth)]
     for path in paths:  # an earlier choice, and what it follows, are there too
@@ -44,7 +45,8 @@ def test_shapes(nodes: int, depth: int) -> None:
         way = [paths.index(path[: d + 1]) for d in range(len(path))]
         assert tables.path_PD[place, : len(path)].tolist() == way == tables.reads_PK[place].nonzero().flatten().tolist()
     assert tables.count_D.tolist() == [sum(len(path) <= d for path in paths) for d in range(depth + 1)]
-    assert tree.is_chain == (nodes == depth) and (nodes > depth or tree == Tree.chain(depth))
+    assert tree.is_chain == (nodes == depth)
+    assert nodes > depth or tree == Tree.chain(depth)
 
 
 def test_a_tree_has_the_likeliest_nodes() -> None:

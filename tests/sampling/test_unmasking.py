@@ -68,8 +68,10 @@ def test_first_hitting_gives_the_network_the_time_at_which_a_position_is_reached
         frames = list(sampler.steps(copies([None, 1, None, None, 2, None], 5, rows), rng=generators(0, rows)))
         runs.append((torch.stack([t_B for _, t_B in denoiser.seen]), torch.stack([frame.tokens_BT for frame in frames])))
     (t_NB, tokens_NBT), again = runs
-    assert torch.equal(t_NB, again[0]) and torch.equal(tokens_NBT, again[1])  # the budget does not matter
-    assert len(t_NB) == masks and (t_NB[1:] < t_NB[:-1]).all()
+    assert torch.equal(t_NB, again[0])
+    assert torch.equal(tokens_NBT, again[1])
+    assert len(t_NB) == masks
+    assert (t_NB[1:] < t_NB[:-1]).all()
     last = noise.schedule.alpha(torch.ones((), dtype=torch.float64))
     u_NB = (noise.schedule.alpha(t_NB) - last) / (1 - last)
     for n, u_B in enumerate(u_NB, 1):
@@ -172,8 +174,10 @@ def test_total_variation_to_the_data(name: str) -> None:
     """All at once is the product of the marginals for every rule. One token a call is exact where the order heeds no drawn token."""
     once, two, each = (distance(law_of(name, steps), TINY) for steps in (1, 2, TINY.length))
     print(f"total variation {name:16} 1 step {once:.4f}  2 steps {two:.4f}  {TINY.length} steps {each:.4f}")
-    assert once == pytest.approx(distance(ancestral_law(TINY, 1), TINY)) and once > 0.5
-    assert once > two > 0.2 and once > each
+    assert once == pytest.approx(distance(ancestral_law(TINY, 1), TINY))
+    assert once > 0.5
+    assert once > two > 0.2
+    assert once > each
     assert (each < 1e-9) == (name in EXACT)
     if name == "topk":  # its choice of the likely drawn token bends the law, the more the more often it chooses
         assert each > two
@@ -249,7 +253,8 @@ def test_what_is_written_at_once_says_little_of_each_other(bound: float) -> None
             places, entropies = chosen_T.nonzero().squeeze(-1).tolist(), [nats(p) for p in p_TV]
             inside = [entropies[i] for i in places]
             rest = sorted(entropies[i] for i, token in enumerate(z) if token == tiny.mask_id and i not in places)
-            assert places and sum(inside) - max(inside) <= bound + 1e-9
+            assert places
+            assert sum(inside) - max(inside) <= bound + 1e-9
             assert not rest or (rest[0] >= max(inside) and sum(inside) > bound)
             correlation = sum(inside) - nats(list(joint(tiny, z, places).values()))
             assert correlation <= sum(inside) - max(inside) + 1e-9
@@ -286,12 +291,15 @@ def test_a_row_alone_is_the_row_in_a_batch(word: str, options: dict[str, int]) -
         alone = run(word, [row], seed=7 + i, **options)
         texts = [frame.tokens_BT[0].tolist() for frame in alone]
         together = [frame.tokens_BT[i, : len(row)].tolist() for frame in frames[: len(texts)]]
-        assert together == texts and len(frames) >= len(texts)
-        assert all(given in (None, token) for given, token in zip(row, texts[-1], strict=True)) and 5 not in texts[-1]
+        assert together == texts
+        assert len(frames) >= len(texts)
+        assert all(given in (None, token) for given, token in zip(row, texts[-1], strict=True))
+        assert 5 not in texts[-1]
         assert frames[-1].tokens_BT[i, : len(row)].tolist() == texts[-1]
     settled_BT = torch.zeros_like(last_BT, dtype=torch.bool)
     for frame in frames:
-        assert torch.equal(frame.tokens_BT[settled_BT], last_BT[settled_BT]) and (frame.settled_BT | ~settled_BT).all()
+        assert torch.equal(frame.tokens_BT[settled_BT], last_BT[settled_BT])
+        assert (frame.settled_BT | ~settled_BT).all()
         last_BT, settled_BT = frame.tokens_BT, frame.settled_BT
     assert settled_BT.all()
 

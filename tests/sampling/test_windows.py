@@ -81,7 +81,8 @@ def test_every_position_is_written_exactly_once_window_after_window(window: int,
             written = new_BL[row].nonzero().flatten().tolist()
             if written:  # windows come in order: nothing is left open behind them
                 hole = int((state_BL[row] == VOCAB).nonzero().min())
-                assert max(written) < hole + window and max(written) > end_B[row] - window
+                assert max(written) < hole + window
+                assert max(written) > end_B[row] - window
                 end_B[row] = max(end_B[row], max(written))
         state_BL = frame.tokens_BT
     assert torch.equal(writes_BL, free_BL.long())
@@ -95,7 +96,8 @@ def test_tiles_start_where_the_first_hole_has_its_context() -> None:
             open_BL = torch.zeros(1, 41, dtype=torch.bool)
             open_BL[0, first] = True
             start = int(windows.start(open_BL, window, context))
-            assert start % stride == 0 and start <= first < start + window
+            assert start % stride == 0
+            assert start <= first < start + window
             assert start == 0 or first - start >= context
             assert start + stride > first - context  # and the next tile would be too late
 
@@ -115,9 +117,11 @@ def test_context_is_seen_and_the_prompt_may_be_longer_than_the_window(rule: Rule
 def test_a_canvas_shorter_than_the_window_is_followed_by_masks_for_ever(rule: Rule) -> None:
     counter, frames = run([[0, None, None, None, 4], [0, None]], 8, 2, rule)
     assert frames[-1].tokens_BT.shape == (2, 5)
-    assert frames[-1].tokens_BT[0].tolist() == [0, 1, 2, 3, 4] and frames[-1].tokens_BT[1, :2].tolist() == [0, 1]
+    assert frames[-1].tokens_BT[0].tolist() == [0, 1, 2, 3, 4]
+    assert frames[-1].tokens_BT[1, :2].tolist() == [0, 1]
     for z_AT in counter.seen:
-        assert z_AT.shape[1] == 8 and (z_AT[:, 5:] == VOCAB).all()
+        assert z_AT.shape[1] == 8
+        assert (z_AT[:, 5:] == VOCAB).all()
 
 
 @pytest.mark.parametrize("fill", [VOCAB, 0, 7])
@@ -165,4 +169,5 @@ def test_take_and_put_are_inverse() -> None:
     where = torch.zeros(2, 8, dtype=torch.bool)
     where[0, 3] = where[1, 0] = where[1, 4] = True
     windows.put(copy, torch.tensor([0, 1]), start_B, taken + 100, where)
-    assert (copy != x_BL).nonzero().tolist() == [[0, 3], [1, 4], [1, 8]] and copy[1, 8] == 120
+    assert (copy != x_BL).nonzero().tolist() == [[0, 3], [1, 4], [1, 8]]
+    assert copy[1, 8] == 120

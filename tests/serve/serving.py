@@ -115,5 +115,7 @@ def curl(url: str, *words: str, body: bytes | None = None) -> tuple[int, str]:
 def shape(text: str) -> dict[str, Any]:
     """The one shape of all errors."""
     error = json.loads(text)["error"]
-    assert set(error) == {"message", "type", "param", "code"} and error["message"] and "\n" not in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert "\n" not in error["message"]
     return dict(error)

@@ -28,12 +28,14 @@ def test_a_full_queue_says_when_to_come_again(served: Served, watch: Watch) -> N
         waiting.start()
         wait(lambda: served.engine.running + served.engine.waiting == 12)
         refused = served.post("/v1/completions", asked | {"n": 1})
-        assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
+        assert refused.status_code == 429
+        assert int(refused.headers["Retry-After"]) >= 1
         assert shape(refused.text)["code"] == "queue_full"
     finally:
         watch.gate.set()
         waiting.join(30)
-    assert answers[0].status_code == 200 and len(answers[0].json()["choices"]) == 12
+    assert answers[0].status_code == 200
+    assert len(answers[0].json()["choices"]) == 12
 
 
 def test_a_deadline_ends_a_request() -> None:
@@ -42,9 +44,12 @@ def test_a_deadline_ends_a_request() -> None:
     with serving([slow], Limits(deadline=0.3)) as made:
         asked = {"max_tokens": 30, "steps": 30, "sampler": "first-hitting"}
         answer = made.post("/v1/completions", asked)
-        assert answer.status_code == 504 and shape(answer.text)["code"] == "deadline_exceeded"
+        assert answer.status_code == 504
+        assert shape(answer.text)["code"] == "deadline_exceeded"
         told = made.native(asked)
-        assert told[0][0] == "begin" and told[-1][0] == "error" and told[-1][1]["error"]["code"] == "deadline_exceeded"
+        assert told[0][0] == "begin"
+        assert told[-1][0] == "error"
+        assert told[-1][1]["error"]["code"] == "deadline_exceeded"
         wait(lambda: not made.engine.running)
 
 
@@ -66,7 +71,8 @@ def test_a_client_that_leaves_frees_its_row(served: Served, watch: Watch, stream
     calls = watch.calls
     watch.gate.set()
     wait(lambda: served.engine.running == 0)
-    assert watch.calls - calls <= 2 and served.engine.counts.cancelled == cancelled + 1
+    assert watch.calls - calls <= 2
+    assert served.engine.counts.cancelled == cancelled + 1
 
 
 def test_one_broken_request_harms_no_other(served: Served, watch: Watch, models: list[LanguageModel]) -> None:
@@ -91,7 +97,8 @@ def test_one_broken_request_harms_no_other(served: Served, watch: Watch, models:
     for thread in threads:
         thread.join(30)
     watch.poison = None
-    assert answers[2].status_code == 500 and shape(answers[2].text)["code"] == "internal_error"
+    assert answers[2].status_code == 500
+    assert shape(answers[2].text)["code"] == "internal_error"
     assert len(guilty) < 4
     for k in set(range(4)) - set(guilty):
         assert answers[k].json()["choices"] == alone[k]

@@ -53,7 +53,8 @@ def test_a_trace_becomes_its_run() -> None:
     shown = ["".join(run.piece(token, "█") for token in frame.tokens_BT[0].tolist()) for frame in run.frames()]
     assert shown == ["ab███", "ab█c█", "abxc█", "ab<c█"]
     assert run.settled_BT[0].tolist() == [0, 0, 3, 1, -1]
-    assert run.forwards == [0, 1, 2, 4] and run.seconds == [0.0, 0.1, 0.2, 0.4]
+    assert run.forwards == [0, 1, 2, 4]
+    assert run.seconds == [0.0, 0.1, 0.2, 0.4]
 
 
 def test_proposals_stand_beside_the_text() -> None:
@@ -72,7 +73,9 @@ def test_proposals_stand_beside_the_text() -> None:
         (4, "z"),
     ]
     assert [run.piece(token) for token in run.refused(2)[2].tolist()] == ["z"]
-    assert len(run) == 3 and run.forwards == [0, 1, 2] and run.settled_BT[0].tolist() == [0, 0, 1, 2, 2]
+    assert len(run) == 3
+    assert run.forwards == [0, 1, 2]
+    assert run.settled_BT[0].tolist() == [0, 0, 1, 2, 2]
     assert (run.proposed_B.tolist(), run.accepted_B.tolist()) == ([2], [1])
 
 
@@ -87,12 +90,16 @@ def test_files() -> None:
     from PIL import Image
 
     page = export({"format": "html", "trace": trace()})
-    assert page.name == "run.html" and page.media_type.startswith("text/html")
+    assert page.name == "run.html"
+    assert page.media_type.startswith("text/html")
     text = page.content.decode()
-    assert text.startswith("<!doctype html>") and "\\u003c" in text  # the text holds a <
-    assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
+    assert text.startswith("<!doctype html>")
+    assert "\\u003c" in text
+    assert "http://" not in text.replace("http://www.w3.org", "")
+    assert "https://" not in text
     picture = Image.open(BytesIO(export({"format": "gif", "traces": [trace("a"), trace("b")]}).content))
-    assert picture.format == "GIF" and getattr(picture, "n_frames", 1) > 3
+    assert picture.format == "GIF"
+    assert getattr(picture, "n_frames", 1) > 3
     kept = json.loads(export({"format": "json", "traces": [trace("a"), trace("b")]}).content)
     assert kept == {"format": "dlm-trace-1", "traces": [trace("a"), trace("b")]}
 
@@ -140,7 +147,8 @@ BAD: dict[str, Any] = {
 def test_bad_traces(body: Any) -> None:
     with pytest.raises(InputError) as told:
         export(body)
-    assert "\n" not in str(told.value) and len(str(told.value)) < 300
+    assert "\n" not in str(told.value)
+    assert len(str(told.value)) < 300
 
 
 @pytest.mark.parametrize("bound", ["MOST_POSITIONS", "MOST_STEPS", "MOST_CHANGES", "MOST_CELLS"])

@@ -72,9 +72,15 @@ def test_the_four_states(visit: Callable[..., User]) -> None:
         }"""
     )
     text = user.generate("ROMEO:", length=48, steps=8, seed=3)
-    assert text.startswith("ROMEO:") and len(text) == 48 and "█" not in text
-    assert "100% settled" in user.facts() and "tokens a call" in user.facts() and "seed 3" in user.facts()
-    assert user.sent[0]["steps"] == 8 and user.sent[0]["length"] == 48 and user.sent[0]["model"] == "shakespeare-mask"
+    assert text.startswith("ROMEO:")
+    assert len(text) == 48
+    assert "█" not in text
+    assert "100% settled" in user.facts()
+    assert "tokens a call" in user.facts()
+    assert "seed 3" in user.facts()
+    assert user.sent[0]["steps"] == 8
+    assert user.sent[0]["length"] == 48
+    assert user.sent[0]["model"] == "shakespeare-mask"
     assert user.states() == "g" * 6 + "c" * 42
     user.generate(noise="uniform", length=48, steps=6)
     assert user.sent[1]["model"] == "shakespeare-uniform"
@@ -91,9 +97,11 @@ def test_the_scrubber(visit: Callable[..., User]) -> None:
     user = visit()
     end = user.generate("ROMEO:", length=40, steps=6, seed=1)
     calls = user.calls()
-    assert calls > 2 and user.tab.text_content("#clock") == f"{calls} / {calls}"
+    assert calls > 2
+    assert user.tab.text_content("#clock") == f"{calls} / {calls}"
     user.tab.locator("body").press("Home")
-    assert user.text() == "ROMEO:" + "█" * 34 and user.calls() == 0
+    assert user.text() == "ROMEO:" + "█" * 34
+    assert user.calls() == 0
     shown = [user.text()]
     for k in range(1, calls + 1):
         user.tab.locator("body").press("ArrowRight")
@@ -102,7 +110,8 @@ def test_the_scrubber(visit: Callable[..., User]) -> None:
         fresh = [i for i, state in enumerate(user.states()) if state == "f"]
         assert all(shown[k - 1][i] == "█" != shown[k][i] for i in fresh)
         assert fresh or k == calls  # what has come to rest is no longer fresh
-    assert shown[-1] == end and len({text.count("█") for text in shown}) == calls + 1
+    assert shown[-1] == end
+    assert len({text.count("█") for text in shown}) == calls + 1
     user.tab.locator("body").press("ArrowLeft")
     assert user.text() == shown[-2]
     user.tab.locator("#at").fill("2")
@@ -124,14 +133,18 @@ def test_hover_and_heat(visit: Callable[..., User]) -> None:
     user.generate("ROMEO:", length=40, steps=5, seed=1)
     user.token(20).hover()
     card = str(user.tab.text_content("#card"))
-    assert re.search(r"committed · at call \d", card) and re.search(r"confidence\d+%", card)
+    assert re.search(r"committed · at call \d", card)
+    assert re.search(r"confidence\d+%", card)
     assert user.tab.locator("#card .odds").count() == 4  # its own, and three alternatives
     user.tab.mouse.move(2, 2)
     assert user.tab.is_hidden("#card")
     user.tab.click("#heat")
     heats = user.tab.locator(".pane .heat").evaluate_all("all => all.map(s => +/ h(\\d+)/.exec(s.className)[1])")
-    assert len(heats) == 34 and min(heats) == 0 and max(heats) > 5
-    assert user.tab.is_visible("#ramp") and user.tab.is_hidden("#legend")
+    assert len(heats) == 34
+    assert min(heats) == 0
+    assert max(heats) > 5
+    assert user.tab.is_visible("#ramp")
+    assert user.tab.is_hidden("#legend")
     user.tab.locator("body").press("h")
     assert user.tab.locator(".pane .heat").count() == 0
 
@@ -149,7 +162,9 @@ def test_locked_tokens_stay(visit: Callable[..., User]) -> None:
     row = user.sent[1]["canvas"]
     assert [i for i, token in enumerate(row) if token is not None] == [1, 2, 3, 4, 5, 10, 11, 30]
     assert all(isinstance(token, int) for token in row if token is not None)
-    assert len(after) == 48 and all(before[i] == after[i] for i in (1, 5, 10, 11, 30)) and before != after
+    assert len(after) == 48
+    assert all(before[i] == after[i] for i in (1, 5, 10, 11, 30))
+    assert before != after
     assert user.states()[10] == "g"
     user.tab.click("text=Regenerate the rest")  # what was kept is still kept
     assert all(before[i] == user.done()[i] for i in (10, 11, 30))
@@ -170,8 +185,10 @@ def test_rewriting(visit: Callable[..., User]) -> None:
     user.tab.locator("body").press("Escape")
     user.tab.click("text=Regenerate the rest")
     after = user.done()
-    assert user.sent[1]["canvas"][12] == "Tybalt" and user.sent[1]["canvas"][20] is None
-    assert after[12:18] == "Tybalt" and len(after) == len(before) + 5
+    assert user.sent[1]["canvas"][12] == "Tybalt"
+    assert user.sent[1]["canvas"][20] is None
+    assert after[12:18] == "Tybalt"
+    assert len(after) == len(before) + 5
     assert user.tab.locator(".pane .locked").count() == 12  # ROMEO: and Tybalt
     user.token(12).hover()
     assert "given" in str(user.tab.text_content("#card"))
@@ -209,11 +226,14 @@ def test_side_by_side(visit: Callable[..., User]) -> None:
         user.tab.locator("body").press("ArrowRight")
         assert (user.calls(0), user.calls(1)) == (min(k, least), k)
     left, right = (user.tab.locator(".pane").nth(side).bounding_box() for side in (0, 1))
-    assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
+    assert left["y"] == right["y"]
+    assert left["x"] + left["width"] <= right["x"]
     mine = user.text(0)
     user.tab.locator(".pane").nth(1).get_by_text("Regenerate the rest").click()
     user.done()
-    assert len(user.sent) == 3 and user.sent[2]["model"] == "shakespeare-ar" and user.text(0) == mine
+    assert len(user.sent) == 3
+    assert user.sent[2]["model"] == "shakespeare-ar"
+    assert user.text(0) == mine
 
 
 @browses
@@ -226,7 +246,9 @@ def test_proposals(visit: Callable[..., User]) -> None:
     for _ in range(user.tab.evaluate("+document.getElementById('at').max")):
         user.tab.locator("body").press("ArrowRight")
         states += user.states() + "s" * user.tab.locator("[data-struck]").count()
-    assert "d" in states and ("x" in states or "s" in states) and "f" in states
+    assert "d" in states
+    assert "x" in states or "s" in states
+    assert "f" in states
 
 
 @browses
@@ -244,7 +266,8 @@ def test_exports(visit: Callable[..., User], tmp_path: Path) -> None:
         files[format] = tmp_path / f"run.{format}"
         download.value.save_as(files[format])
     trace = json.loads(files["json"].read_text())["traces"][0]
-    assert trace["begin"]["seed"] == 1 and trace["end"]["text"] == text
+    assert trace["begin"]["seed"] == 1
+    assert trace["end"]["text"] == text
     with Image.open(files["gif"]) as picture:
         assert getattr(picture, "n_frames", 1) > 4
     replay, complaints = user.context.new_page(), []  # type: Any, list[str]
@@ -252,7 +275,8 @@ def test_exports(visit: Callable[..., User], tmp_path: Path) -> None:
     replay.goto(files["html"].as_uri() + "#at=1")
     replay.wait_for_selector(".text .line")
     lines = [str(line.text_content()) for line in replay.locator(".line").all()]
-    assert "".join(lines) == text.replace("\n", "") and not complaints
+    assert "".join(lines) == text.replace("\n", "")
+    assert not complaints
 
 
 @browses
@@ -280,10 +304,12 @@ def test_keys_alone(visit: Callable[..., User]) -> None:
     press("End")
     press("ArrowLeft")
     here = int(user.tab.evaluate("document.activeElement.dataset.i"))
-    assert here == 38 and user.tab.is_visible("#card")
+    assert here == 38
+    assert user.tab.is_visible("#card")
     press("Space")
     assert "locked" in user.token(38).get_attribute("class")
-    assert "confidence" in user.token(38).get_attribute("aria-label") and user.token(38).get_attribute("aria-pressed") == "true"
+    assert "confidence" in user.token(38).get_attribute("aria-label")
+    assert user.token(38).get_attribute("aria-pressed") == "true"
     press("ArrowUp")
     up = int(user.tab.evaluate("document.activeElement.dataset.i"))
     assert up < 38
@@ -300,7 +326,9 @@ def test_keys_alone(visit: Callable[..., User]) -> None:
     press("r")
     user.tab.wait_for_selector("body.running", state="attached")
     after = user.done()
-    assert after[10] == "Q" and after[38] == before[38] and (after[11] == chosen or chosen in " ↵")
+    assert after[10] == "Q"
+    assert after[38] == before[38]
+    assert after[11] == chosen or chosen in " ↵"
     press("?")
     assert user.tab.is_visible("#help")
     press("Escape")
@@ -346,14 +374,17 @@ def test_errors_and_stop(visit: Callable[..., User]) -> None:
     assert user.done() == before  # the last text stands
     user.set("ROMEO:", length=0)
     user.tab.click("#generate")
-    assert str(user.tab.text_content("#error")).startswith("Length: ") and len(user.sent) == 2
+    assert str(user.tab.text_content("#error")).startswith("Length: ")
+    assert len(user.sent) == 2
     user.set(length="", steps=256)
     user.tab.click("#generate")
     user.tab.locator(".facts", has_text=re.compile(r"call\s[1-9]\d*\sof\s256")).first.wait_for()
     assert user.tab.is_hidden("#error")
     user.tab.click("#stop")
     user.done()
-    assert user.tab.is_visible("#generate") and 0 < user.calls() < 256 and "█" in user.text()
+    assert user.tab.is_visible("#generate")
+    assert 0 < user.calls() < 256
+    assert "█" in user.text()
     refused = [text for text in user.complaints if "status of 400" in text]
     assert len(refused) == 1  # which the browser says of every refused request
     user.complaints.remove(refused[0])
@@ -372,7 +403,8 @@ def test_a_link_reproduces_the_run(visit: Callable[..., User]) -> None:
     third = visit("#" + user.tab.url.partition("/#")[2])
     assert third.done() == again
     lost = visit("#prompt=A&model=elsewhere")
-    assert "elsewhere, is not served here" in str(lost.tab.text_content("#error")) and not lost.sent
+    assert "elsewhere, is not served here" in str(lost.tab.text_content("#error"))
+    assert not lost.sent
 
 
 @browses
@@ -386,10 +418,12 @@ def test_a_key(visit: Callable[..., User], models: list[LanguageModel]) -> None:
         user.tab.fill("#token", "sesame")
         user.tab.click("#unlock")
         user.tab.wait_for_selector("#try button")
-        assert user.tab.is_hidden("#key") and user.tab.is_hidden("#error")
+        assert user.tab.is_hidden("#key")
+        assert user.tab.is_hidden("#error")
         assert len(user.generate("ROMEO:", length=20, steps=2)) == 20
         assert user.tab.evaluate("sessionStorage.getItem('dlm-api-key')") == "sesame"
-        assert user.tab.evaluate("localStorage.length") == 0 and "sesame" not in user.tab.url
+        assert user.tab.evaluate("localStorage.length") == 0
+        assert "sesame" not in user.tab.url
         refused = [text for text in user.complaints if "status of 401" in text]
         assert len(refused) == 1
         user.complaints.remove(refused[0])

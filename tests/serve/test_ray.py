@@ -45,7 +45,8 @@ def cluster(masked_dir: Path, autoregressive_dir: Path) -> Iterator[tuple[httpx.
     command = [sys.executable, str(Path(__file__).with_name("cluster.py")), str(port), json.dumps(arguments)]
     env = os.environ | {"PYTHONPATH": str(SOURCE), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
             assert any(line == "ready\n" for line in process.stdout)
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
@@ -81,13 +82,15 @@ def test_two_replicas_answer_as_one_server(alone: Served, cluster: tuple[httpx.C
         for _, data in told[:-1]:
             for choice in json.loads(data)["choices"]:
                 texts[choice["index"]] += choice["text"]
-        assert told[-1][1] == "[DONE]" and texts == [choice["text"] for choice in expected["choices"]]
+        assert told[-1][1] == "[DONE]"
+        assert texts == [choice["text"] for choice in expected["choices"]]
     native = {"model": "tiny-masked", "prompt": "a", "max_tokens": 12, "steps": 6, "seed": 1}
     assert events(client.post("/v1/dlm/generate", json=native).text)[1:-1] != []
     assert events(client.post("/v1/dlm/generate", json=native).text)[-1][1]["text"] == alone.native(native)[-1][1]["text"]
 
     refused = client.post("/v1/completions", json={"model": "nobody"})
-    assert refused.status_code == 404 and refused.json()["error"]["code"] == "model_not_found"
+    assert refused.status_code == 404
+    assert refused.json()["error"]["code"] == "model_not_found"
     assert client.get("/v1/models", headers={"Host": "elsewhere"}).status_code == 400
     assert "<title>" in client.get("/").text
 
@@ -103,4 +106,5 @@ def test_two_replicas_answer_as_one_server(alone: Served, cluster: tuple[httpx.C
     assert process.stdin is not None
     print(file=process.stdin, flush=True)  # the deployment is deleted, which waits for what runs
     last.join(60)
-    assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 600
+    assert answers[0].status_code == 200
+    assert answers[0].json()["usage"]["completion_tokens"] == 600

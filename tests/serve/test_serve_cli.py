@@ -22,14 +22,17 @@ def test_it_serves_until_ctrl_c(masked_dir: Path) -> None:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCE), "DLM_API_KEYS": "one, two"}
     command = [sys.executable, "-m", "dlm", "serve", str(masked_dir), "--port", "0", "--threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         lines = [process.stdout.readline() for _ in range(3)]
         url = lines[0].split()[0]
-        assert masked_dir.name in lines[1] and lines[2].startswith(f"curl {url}/v1/completions")
+        assert masked_dir.name in lines[1]
+        assert lines[2].startswith(f"curl {url}/v1/completions")
         body = json.dumps({"prompt": "a", "max_tokens": 5}).encode()
         retry = "--retry-connrefused", "--retry", "20", "--retry-delay", "1"
         status, text = curl(f"{url}/v1/completions", *retry, "-H", "Authorization: Bearer two", body=body)
-        assert status == 200 and len(json.loads(text)["choices"][0]["text"]) == 5
+        assert status == 200
+        assert len(json.loads(text)["choices"][0]["text"]) == 5
         assert curl(f"{url}/v1/completions", body=body)[0] == 401
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0, process.stderr.read()
@@ -49,10 +52,12 @@ def test_it_serves_until_ctrl_c(masked_dir: Path) -> None:
 )
 def test_it_does_not_begin(dlm: Dlm, words: list[str], why: str) -> None:
     code, _, err = dlm("serve", *words)
-    assert code == 2 and why in err
+    assert code == 2
+    assert why in err
 
 
 def test_a_port_that_is_taken(dlm: Dlm, masked_dir: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, _, err = dlm("serve", str(masked_dir), "--port", str(taken.getsockname()[1]))
-    assert code == 2 and "use another --port" in err
+    assert code == 2
+    assert "use another --port" in err

@@ -21,7 +21,8 @@ def shown(writer: Writer, ids: list[int], at_once: int) -> list[str]:
 def test_half_a_character_is_never_shown(at_once: int) -> None:
     text = "naïve 漢字 🙂 e\u0301"
     parts = shown(Writer(BYTES, BYTES.encode("é漢")), BYTES.encode(text), at_once)
-    assert "".join(parts) == text and "\ufffd" not in "".join(parts)
+    assert "".join(parts) == text
+    assert "\ufffd" not in "".join(parts)
 
 
 def test_pieces_add_up_and_say_where_they_begin() -> None:
@@ -59,7 +60,8 @@ def test_a_stop_string_is_cut_before_it_begins() -> None:
 
 def test_an_end_token_is_no_text() -> None:
     writer = Writer(BYTES, [], frozenset(BYTES.encode("!")))
-    assert shown(writer, BYTES.encode("ab!cd"), 2) == ["ab", "", "", ""] and writer.finished == "stop"
+    assert shown(writer, BYTES.encode("ab!cd"), 2) == ["ab", "", "", ""]
+    assert writer.finished == "stop"
 
 
 def test_a_stop_string_that_is_not_completed_is_shown() -> None:

@@ -56,7 +56,8 @@ def test_a_run_resumes_to_the_bit_and_its_noise_loads_again(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     figures = tiny.run(text, tmp_path / "whole", *settings)
-    assert figures["step"] == 12 and figures["val_stderr"] > 0
+    assert figures["step"] == 12
+    assert figures["val_stderr"] > 0
     tiny.run(text, tmp_path / "parts", *settings, stop_after=4)
     groups.write_text("[]")  # what the run began with is in its config.json
     tiny.run(text, tmp_path / "parts", *settings, resume=True)
@@ -109,7 +110,8 @@ def test_clusters_of_an_embedding(text: Path, masked: Path, tmp_path: Path) -> N
     tiny.run(text, tmp_path / "run", "noise=semantic", f"clusters={masked}:4", "steps=2")
     found = json.loads((tmp_path / "run" / "config.json").read_text())["noise"]["clusters"]
     head = load_file(masked / "model.safetensors")["head.weight"]
-    assert found == [*clusters.k_means(head[:-1], 4), 4] and set(found) == set(range(5))
+    assert found == [*clusters.k_means(head[:-1], 4), 4]
+    assert set(found) == set(range(5))
 
 
 def test_a_run_begins_with_the_weights_it_is_told_to(text: Path, masked: Path, tmp_path: Path) -> None:
@@ -159,7 +161,8 @@ def test_a_file_of_groups_that_cannot_be_is_told(text: Path, tmp_path: Path, con
     (tmp_path / "groups.json").write_text(content)
     with pytest.raises(InputError, match=message) as error:
         tiny.run(text, tmp_path / "run", "noise=semantic", f"clusters={tmp_path / 'groups.json'}")
-    assert "\n" not in str(error.value) and "groups.json" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "groups.json" in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
@@ -167,4 +170,5 @@ def test_the_mask_is_always_alone(text: Path, groups: Path) -> None:
     tokenizer = loop.Tokenizer.make("chars", "\n".join(read(str(text))))
     for source in ("classes", str(groups)):
         found = noising.cluster_of(source, tokenizer)
-        assert len(found) == tokenizer.vocab_size + 1 and found.count(found[-1]) == 1
+        assert len(found) == tokenizer.vocab_size + 1
+        assert found.count(found[-1]) == 1

@@ -34,12 +34,14 @@ def test_one_picture_a_step(tmp_path: Path) -> None:
             durations.append(image.info["duration"])
             glowing |= colours(image)
         last = colours(image)
-    assert rgb(DARK.mask) in first and rgb(DARK.mask) not in last
+    assert rgb(DARK.mask) in first
+    assert rgb(DARK.mask) not in last
     assert {rgb(DARK.page), rgb(DARK.text), rgb(DARK.given), rgb(DARK.accent)} <= last
     assert {paint(Look("text", k))[1] for k in range(COLD)} <= glowing
     assert not {paint(Look("text", k))[1] for k in range(COLD)} & last
     assert len(glowing) < 128
-    assert durations[0] == 400 and durations[-1] == 1550
+    assert durations[0] == 400
+    assert durations[-1] == 1550
     assert 4000 < sum(durations) < 7000
 
 
@@ -55,7 +57,8 @@ def test_panes_side_by_side_and_a_tall_text(tmp_path: Path) -> None:
     write_gif([("one", run()), ("two", run(steps=3, revise=True))], tmp_path / "two.gif", theme=LIGHT, **SMALL)
     write_gif([("tall", run("line\n" * 100, steps=4))], tmp_path / "tall.gif", rows=5, **SMALL)
     with Image.open(tmp_path / "one.gif") as one, Image.open(tmp_path / "two.gif") as two:
-        assert two.width > 1.8 * one.width and two.height == one.height
+        assert two.width > 1.8 * one.width
+        assert two.height == one.height
         assert rgb(LIGHT.page) in colours(two)
     with Image.open(tmp_path / "tall.gif") as tall:
         assert tall.height < 200

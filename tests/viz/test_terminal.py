@@ -72,7 +72,8 @@ def test_stays_inside_the_terminal(panes: int, width: int, until: int) -> None:
 
 def test_only_a_line_break_breaks_a_line() -> None:
     lines = drawn(Panes([("", run("ab\ncd", given=0, steps=5, until=1))]), terminal())
-    assert len(lines) == 2 and len(lines[0]) == 5
+    assert len(lines) == 2
+    assert len(lines[0]) == 5
     lines = drawn(Panes([("", run("ab\ncd", given=0))]), terminal())
     assert lines[:2] == ["ab", "cd"]
 
@@ -88,7 +89,8 @@ def test_a_tall_text_shows_where_work_is_done() -> None:
     tall = "".join(f"{i:02}\n" for i in range(90))
     made = run(tall, given=len(tall) - 6, steps=2, until=1)
     lines = drawn(Panes([("", made)]), terminal())
-    assert "87" in lines and "00" not in lines
+    assert "87" in lines
+    assert "00" not in lines
     assert layout.follow(0, [], 10, 90) == 0
     assert layout.follow(30, [35], 10, 90) == 30
     assert layout.follow(30, [80], 10, 90) == 75
@@ -129,7 +131,8 @@ def test_several_runs_one_after_another_in_the_scrollback() -> None:
     console = terminal()
     replay([("one", run()), ("two", run(steps=3))], console, seconds=0.1)
     end = ESCAPES.sub("", output(console)).replace("\r", "").split("one\n")[-1]
-    assert end.startswith(TEXT + "\n10 steps") and f"\n\ntwo\n{TEXT}\n3 steps" in end
+    assert end.startswith(TEXT + "\n10 steps")
+    assert f"\n\ntwo\n{TEXT}\n3 steps" in end
 
 
 @pytest.mark.parametrize("no_color", [False, True])

@@ -122,7 +122,8 @@ class Transformer(nn.Module):
         logits: False gives what the head would read instead, (B, Q, D); states: a list that gets it beside the logits.
         """
         if own_BQQ is not None:
-            assert pos_BQ is not None and isinstance(cache, RaggedCache | TextCache)
+            assert pos_BQ is not None
+            assert isinstance(cache, RaggedCache | TextCache)
             mask, is_causal = cache.begin(own_BQQ), False
             if mask is not None:  # added to the scores: made once, not in every layer
                 scores_BQT = torch.zeros(mask.shape, dtype=self.embed.weight.dtype, device=mask.device)
