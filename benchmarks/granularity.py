@@ -25,7 +25,7 @@ from dlm.analysis import parallel_error, price
 from dlm.evaluate import card, generative, likelihood
 from dlm.language_model import LanguageModel
 from dlm.sampling.rules import Ancestral, TopScore
-from dlm.text import Tokenizer
+from dlm.text.tokenizer import Tokenizer
 from dlm.train import data as reading
 from dlm.train.config import TrainConfig
 from dlm.train.log import finished

@@ -14,7 +14,7 @@ from dlm.language_model import LanguageModel
 from dlm.models.checkpoint import ModelConfig
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
-from dlm.text import Tokenizer
+from dlm.text.tokenizer import Tokenizer
 
 torch.set_num_threads(1)
 

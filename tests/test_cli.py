@@ -180,7 +180,7 @@ def test_broken_checkpoints_are_told(dlm: Dlm, masked_dir: Path, tmp_path: Path)
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:1000])
     assert "truncated" in dlm.told("generate", "--model", str(cut))
     other = damaged("other")
-    from dlm.text import Tokenizer
+    from dlm.text.tokenizer import Tokenizer
 
     Tokenizer.characters("abc").save(other / "tokenizer.json")
     assert "different checkpoints" in dlm.told("generate", "--model", str(other))

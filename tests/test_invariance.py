@@ -21,7 +21,7 @@ from dlm.noise import loss
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.uniform import UniformNoise
 from dlm.sampling import choice
-from dlm.text import Tokenizer
+from dlm.text.tokenizer import Tokenizer
 
 WINDOW = 16
 ALPHABET = "\n !abcdefghijklmnopqrstuvwxyz[]MASK█_"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dlm.errors import InputError
-from dlm.text import Tokenizer
+from dlm.text.tokenizer import Tokenizer
 
 POEM = "The quick brown fox jumps over the lazy dog.\nHow razorback-jumping frogs can level six piqued gymnasts!\n" * 20
 SPECIAL = ["[MASK]", "<|endoftext|>"]

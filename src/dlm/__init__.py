@@ -33,7 +33,7 @@ _WHERE = {
     "Threshold": "dlm.sampling.rules",
     "DiffusionSampler": "dlm.sampling.diffusion",
     "AutoregressiveSampler": "dlm.sampling.autoregressive",
-    "Tokenizer": "dlm.text",
+    "Tokenizer": "dlm.text.tokenizer",
     "TrainConfig": "dlm.train.loop",
     "train": "dlm.train.loop",
 }

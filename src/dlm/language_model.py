@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dlm import decoding
-from dlm.chat import ChatTemplate, Messages
 from dlm.errors import InputError
 from dlm.generation import Generation, Run
 from dlm.model_scheduling import plan
@@ -29,7 +28,8 @@ from dlm.sampling import choice
 from dlm.sampling.calibration import Calibration
 from dlm.sampling.draw import generators
 from dlm.sampling.pace import Pace
-from dlm.text import Tokenizer
+from dlm.text.chat import ChatTemplate, Messages
+from dlm.text.tokenizer import Tokenizer
 from dlm.trajectory import Canvas, Frame, Trajectory
 
 NEW = 256  # tokens that a converted model adds unless told otherwise, or until it ends its text

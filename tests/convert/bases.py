@@ -11,7 +11,7 @@ import torch
 from tokenizers import AddedToken
 
 from conftest import TEXT
-from dlm.text import Tokenizer
+from dlm.text.tokenizer import Tokenizer
 
 WORDS = TEXT[:150] + "0123456789<|>_"
 SPECIAL = ["<|im_start|>", "<|im_end|>"]

@@ -20,10 +20,10 @@ import pytest
 
 from conftest import Dlm
 from convert.bases import SPECIAL, TEMPLATE, publish, tokenizer, transformer
-from dlm.chat import GUARD, ChatTemplate
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel, load
-from dlm.text import Tokenizer
+from dlm.text.chat import GUARD, ChatTemplate
+from dlm.text.tokenizer import Tokenizer
 
 MESSAGES = [{"role": "ROMEO", "content": "But soft, what"}, {"role": "JULIET", "content": "light"}, {"role": "ROMEO", "content": "O Romeo"}]
 QWEN3_LIKE = """

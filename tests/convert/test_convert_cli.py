@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from conftest import Dlm, make_model
 from convert import bases
-from dlm.chat import ChatTemplate
 from dlm.convert import lora, texts
 from dlm.convert.train import ConvertConfig, convert
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel, load
 from dlm.models.transformer import predict_next
+from dlm.text.chat import ChatTemplate
 from dlm.trajectory import Canvas
 
 SONG = "I sing of arms and the man\n" * 60

@@ -16,7 +16,7 @@ from dlm.convert import weights
 from dlm.evaluate import peers
 from dlm.evaluate.prompts import KINDS
 from dlm.language_model import load
-from dlm.text import Tokenizer
+from dlm.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

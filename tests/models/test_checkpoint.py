@@ -18,7 +18,7 @@ from dlm.models import checkpoint
 from dlm.models.checkpoint import ModelConfig
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
-from dlm.text import Tokenizer
+from dlm.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.characters("abcdefgh ")
 

@@ -9,8 +9,8 @@ import pytest
 
 import dlm
 from conftest import make_model
-from dlm.chat import ChatTemplate
 from dlm.language_model import LanguageModel
+from dlm.text.chat import ChatTemplate
 
 if TYPE_CHECKING:
     from serve.serving import Served, Watch

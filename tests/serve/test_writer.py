@@ -7,7 +7,7 @@ import random
 import pytest
 
 from dlm.serve.writer import Writer
-from dlm.text import Tokenizer
+from dlm.text.tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes()
 

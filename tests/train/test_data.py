@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dlm.errors import InputError
-from dlm.text import Tokenizer
+from dlm.text.tokenizer import Tokenizer
 from dlm.train import data
 from dlm.train.data import Stream
 from train import tiny

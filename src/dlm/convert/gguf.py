@@ -19,10 +19,10 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import models as bpe
 from torch import Tensor
 
-from dlm.chat import ChatTemplate
 from dlm.errors import InputError
 from dlm.models.checkpoint import CONVERTIBLE
-from dlm.text import Tokenizer
+from dlm.text.chat import ChatTemplate
+from dlm.text.tokenizer import Tokenizer
 
 OUTSIDE = {"token_embd": "embed", "output_norm": "norm", "output": "head"}
 INSIDE = {

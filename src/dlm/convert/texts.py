@@ -19,7 +19,7 @@ from torch import Tensor
 from dlm.convert import lora
 from dlm.errors import InputError
 from dlm.files import write_text
-from dlm.text import Tokenizer
+from dlm.text.tokenizer import Tokenizer
 from dlm.train import data as reading
 from dlm.trajectory import Canvas
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlm.chat import ChatTemplate
 from dlm.errors import InputError
 from dlm.models import checkpoint
 from dlm.models.checkpoint import CONVERTIBLE, ModelConfig
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
-from dlm.text import Tokenizer
+from dlm.text.chat import ChatTemplate
+from dlm.text.tokenizer import Tokenizer
 
 OUTSIDE = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}
 INSIDE = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dlm.text import Tokenizer
+from dlm.text.tokenizer import Tokenizer
 
 BEFORE = 4
 """Tokens of the prompt that are decoded along, because some tokenizers write the first token of a text in another way."""

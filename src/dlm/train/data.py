@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.text import Tokenizer
+from dlm.text.tokenizer import Tokenizer
 
 
 def read(source: str) -> list[str]:

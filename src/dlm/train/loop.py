@@ -32,7 +32,7 @@ from dlm.models import checkpoint
 from dlm.models.checkpoint import ModelConfig
 from dlm.models.transformer import Transformer
 from dlm.noise import process
-from dlm.text import Tokenizer
+from dlm.text.tokenizer import Tokenizer
 from dlm.train import data as reading
 from dlm.train import state
 from dlm.train.config import TrainConfig

@@ -9,7 +9,7 @@ from typing import Any
 from dlm.errors import InputError
 from dlm.models import checkpoint
 from dlm.noise import clusters, process
-from dlm.text import Tokenizer
+from dlm.text.tokenizer import Tokenizer
 from dlm.train.config import TrainConfig
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm.errors import InputError
-from dlm.text import Tokenizer
+from dlm.text.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
 GUARD = "\ufdd0"  # a noncharacter, which no text has: stands inside a control token that somebody typed
