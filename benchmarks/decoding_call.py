@@ -18,8 +18,8 @@ from rich.table import Table
 
 import dlm
 from dlm.evaluate import card
-from dlm.models import fast
-from dlm.models.quantized import Int4Linear
+from dlm.inference import fused
+from dlm.inference.quantized_linear import Int4Linear
 
 PRODUCTS = (
     "aten::mm",
@@ -86,7 +86,7 @@ def main() -> None:
     for mode in args.modes.split(";"):
         dtype, _, how = mode.partition(",")
         lm = dlm.load(args.base, dtype=dtype, compile=how == "compile")
-        network = fast.fuse(lm.network)
+        network = fused.fuse(lm.network)
         held = min(args.held, lm.window // 2)
         for positions in map(int, args.positions.split(",")):
             call, taken = one_call(network, positions, held), []

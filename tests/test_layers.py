@@ -18,10 +18,10 @@ ALLOWED = {
     "trajectory": set(),
     "protocols": {"trajectory"},
     "text": set(),
-    "chat": {"text"},
     "noise": LEVEL0,
     "models": LEVEL0,
-    "convert": LEVEL0 | {"chat", "models", "text", "train", "language_model"},  # the model by its name alone
+    "inference": LEVEL0 | {"models"},
+    "convert": LEVEL0 | {"models", "text", "train", "language_model"},  # the model by its name alone
     "sampling": LEVEL0 | {"noise"},
     "model_scheduling": LEVEL0 | {"noise", "sampling"},
     "evaluate": LEVEL0 | {"noise", "sampling"},
@@ -30,8 +30,8 @@ ALLOWED = {
     "viz": {"trajectory"},
     "recipes": {"train", "models", "noise"},
     "generation": LEVEL0 | {"sampling", "language_model"},  # the model by its name alone
-    "decoding": LEVEL0 | {"model_scheduling", "models", "noise", "sampling", "language_model"},  # the model by its name alone
-    "language_model": LEVEL0 | {"chat", "convert", "decoding", "model_scheduling", "models", "noise", "sampling", "text", "generation"},
+    "decoding": LEVEL0 | {"inference", "model_scheduling", "models", "noise", "sampling", "language_model"},  # the model by its name alone
+    "language_model": LEVEL0 | {"inference", "convert", "decoding", "model_scheduling", "models", "noise", "sampling", "text", "generation"},
     "serve": LEVEL0 | {"sampling", "text", "language_model", "viz"},
 }
 TOP = {"__init__", "__main__", "cli"}

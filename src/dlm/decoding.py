@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlm.errors import InputError
+from dlm.inference import fused, quantize
 from dlm.model_scheduling import routing
-from dlm.models import fast
 from dlm.models.transformer import Transformer
 from dlm.noise.masked import MaskedNoise
 from dlm.protocols import CachePolicy, Constraint, Denoiser, Proposer, Sampler
@@ -108,7 +108,7 @@ def make(
 
 
 def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, context: int) -> Sampler:
-    network, mask_id, start = fast.fuse(model.network), model.tokenizer.mask_id, model.config.start_token_id
+    network, mask_id, start = fused.fuse(model.network), model.tokenizer.mask_id, model.config.start_token_id
     guess = choice.strided(word)
     if guess is None:
         make = network.cache if cache else None
@@ -124,7 +124,7 @@ def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, co
         tree = Tree.likeliest(guess.nodes, most - 1, model.tokenizer.vocab_size)
     proposer: Proposer = Lookup()
     if guess.name in ("strided", "heads"):
-        fast.coarsen(network)
+        quantize.coarsen(network)
     if guess.name == "strided":
         chain = None if network.chain is None else partial(_chained, network)
         seconds = partial(_seconds, network, model.seconds)

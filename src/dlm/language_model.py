@@ -16,9 +16,10 @@ from torch import Tensor
 from dlm import decoding
 from dlm.errors import InputError
 from dlm.generation import Generation, Run
+from dlm.inference import compiled, quantize
 from dlm.model_scheduling import plan
 from dlm.model_scheduling.saved import SavedSchedule
-from dlm.models import checkpoint, fast
+from dlm.models import checkpoint
 from dlm.models.checkpoint import ModelConfig
 from dlm.models.transformer import Transformer, predict_beside, predict_next
 from dlm.noise import process
@@ -220,8 +221,10 @@ class LanguageModel:
 
     def other(self, name: str) -> LanguageModel:
         """A model to work beside this one, loaded once: from its directory or as `load` finds it; `int8`, `int4`: itself, rounded."""
-        if name not in self._others and (bits := fast.BITS.get(name)):
-            self._others[name] = LanguageModel(fast.rounded_copy(self.network, bits), self.config, self.tokenizer, f"{self.name} in {name}")
+        if name not in self._others and (bits := quantize.BITS.get(name)):
+            self._others[name] = LanguageModel(
+                quantize.rounded_copy(self.network, bits), self.config, self.tokenizer, f"{self.name} in {name}"
+            )
         if name not in self._others:
             at = self.path / name if self.path is not None and (self.path / name).is_dir() else name
             self._others[name] = load(str(at), device=str(self.network.device), dtype=self.network.embed.weight.dtype)
@@ -286,7 +289,7 @@ class LanguageModel:
             return "heads:auto"
         if network.adapter is None and network.device.type != "cpu" and (path := lora.bundled_for(network)) is not None:
             lora.with_adapter(self, path)
-        rounded = "" if network.adapter is not None else fast.worth_rounding(network)
+        rounded = "" if network.adapter is not None else quantize.worth_rounding(network)
         return "strided:auto" if network.adapter is not None else f"draft:{rounded},auto" if rounded else "lookup:auto"
 
     def calibration(self) -> Calibration:
@@ -375,7 +378,7 @@ def load(
     are the same to the bit however many positions and rows a call has, at a cost in speed. compile: calls of few positions by
     torch.compile, the first of which take seconds. InputError for the adapter of another base, and for what cannot be.
     """
-    words = {"float32": torch.float32, "bfloat16": torch.bfloat16} | dict.fromkeys(fast.BITS, torch.float32)
+    words = {"float32": torch.float32, "bfloat16": torch.bfloat16} | dict.fromkeys(quantize.BITS, torch.float32)
     if isinstance(dtype, str) and dtype not in words:
         raise InputError(f"unknown dtype {dtype!r}; known: {', '.join(words)}")
     model = LanguageModel.from_pretrained(name, device=device, dtype=words[dtype] if isinstance(dtype, str) else dtype)
@@ -384,7 +387,7 @@ def load(
 
         for path in [adapter] if isinstance(adapter, str | Path) else adapter:
             with_adapter(model, path)
-    bits = fast.BITS.get(str(dtype))
+    bits = quantize.BITS.get(str(dtype))
     if (bits or deterministic or compile) and model.is_diffusion:
         raise InputError(f"{name} is a diffusion model: int8, int4, deterministic and compiled decoding are for autoregressive models")
     if deterministic and compile:
@@ -392,9 +395,9 @@ def load(
     if bits:
         if model.network.device.type != "cpu":
             raise InputError(f"{dtype} is for the CPU: use --dtype bfloat16 on other devices")
-        fast.quantize(model.network, bits)
+        quantize.quantize(model.network, bits)
     if deterministic:
-        fast.steady(model.network)
+        deterministic.steady(model.network)
     if compile:
-        fast.compile(model.network)
+        compiled.compile(model.network)
     return model

@@ -24,8 +24,8 @@ from convert.bases import publish, transformer
 from dlm.convert import heads, lora
 from dlm.convert.chain import Chain
 from dlm.errors import InputError
+from dlm.inference import quantize
 from dlm.language_model import load
-from dlm.models import fast
 from dlm.models.cache import RaggedCache
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
@@ -79,7 +79,7 @@ PROPOSERS: dict[str, Any] = {
     "draft": DraftModel(SMALL, SMALL.ragged_cache, MASK),
     "heads": guessing(BASE),
     "itself": DraftModel(BASE, BASE.ragged_cache, MASK),  # nearly everything holds
-    "rounded": SelfDraft(fast.rounded_copy(BASE, 4), MASK),
+    "rounded": SelfDraft(quantize.rounded_copy(BASE, 4), MASK),
 }
 BRANCHES = {"tree": 9, "chain": 14, "heads": 7}  # nodes of a tree of candidates
 PROPOSERS |= {f"{name}, {nodes} nodes": (PROPOSERS[name], nodes) for name, nodes in BRANCHES.items()}
@@ -138,7 +138,7 @@ def test_many_seeds(name: str) -> None:
 @pytest.mark.parametrize("draw", DRAWS[:2], ids=str)
 @pytest.mark.parametrize("name", ["tree", "restart", "lookup", "itself", "rounded"])
 def test_a_base_without_start_token(name: str, draw: Draw) -> None:
-    own = {"itself": DraftModel(BASE, BASE.ragged_cache, None), "rounded": SelfDraft(fast.rounded_copy(BASE, 8), None)}
+    own = {"itself": DraftModel(BASE, BASE.ragged_cache, None), "rounded": SelfDraft(quantize.rounded_copy(BASE, 8), None)}
     proposer = own.get(name, PROPOSERS[name])
     prompts = [[1, 2, 3], [4], [5] * 14]
     *_, frame = strided(proposer, draw=draw, start=None).steps(canvas_of(prompts, 20), rng=generators(3, 3))
@@ -247,7 +247,7 @@ def test_ratio_has_the_law_of_the_plain_chain(name: str, draw: Draw) -> None:
     """Temperature and truncation on both sides; a random network proposes badly, so that most proposals are tested and many fall."""
     small = tiny_network(1)
     own = {"draft": DraftModel(small, small.ragged_cache, TINY.mask_id), "heads": guessing(tiny_network(0)), "certain": Sometimes()}
-    own |= {"chain": Masks(chain=chained(tiny_network(0))), "rounded": SelfDraft(fast.rounded_copy(tiny_network(0), 4), TINY.mask_id)}
+    own |= {"chain": Masks(chain=chained(tiny_network(0))), "rounded": SelfDraft(quantize.rounded_copy(tiny_network(0), 4), TINY.mask_id)}
     law_S, samples = tiny_law(draw), tiny_samples((PROPOSERS | own)[name], draw, 3)
     assert float(law_S.sum()) == pytest.approx(1)
     assert chi_square_p(samples, law_S, TINY) > 1e-3

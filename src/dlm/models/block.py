@@ -60,7 +60,7 @@ def version(tensors: Sequence[Tensor]) -> int:
 
 
 def project(product: Callable[[Tensor], Tensor] | None, layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
-    """What each layer says of x; `product`, of `dlm.models.fast`, is all of them at once. An adapter acts on its layer's part.
+    """What each layer says of x; `product`, of `dlm.inference.fused`, is all of them at once. An adapter acts on its layer's part.
 
     A product knows no gradients: where those are recorded, the layers are asked one by one, if they still have weights.
     """
@@ -91,7 +91,7 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.joined: nn.Module | None = None  # of `dlm.models.fast`: q, k and v as one product
+        self.joined: nn.Module | None = None  # of `dlm.inference.fused`: q, k and v as one product
         self.product: nn.Module | None = None  # and that of `out`
         inner, kv_inner = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q = nn.Linear(config.width, inner, bias=config.qkv_bias)
@@ -163,7 +163,7 @@ class Block(nn.Module):
 
     def over(self, x: Tensor, cos: Tensor, sin: Tensor, kept: tuple[Tensor, Tensor], slot_Q: Tensor, mask_B1QT: Tensor) -> Tensor:
         """As `forward` over the whole memory of a cache, keys and values (B, G, T, K), of which the new ones take these slots; what
-        `dlm.models.fast` compiles. mask: added to the scores."""
+        `dlm.inference.fused` compiles. mask: added to the scores."""
         q, *new = self.attention.heads(self.attention_norm(x), cos, sin)
         for kept_BGTK, new_BGQK in zip(kept, new, strict=True):
             kept_BGTK.index_copy_(2, slot_Q, new_BGQK)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Memory:
-    """What the calls of `dlm.models.fast.compile` read: all there is room for, so that shapes stay what they are from token to token."""
+    """Keys and values as compiled blocks read them: the whole capacity, so that shapes stay the same from token to token."""
 
     kv: Tensor  # (layers, 2, B, G, T, K)
     _kept: tuple[Tensor, list[tuple[Tensor, ...]]] | None = None  # parts of a kv

@@ -22,7 +22,7 @@ SMALL = 16  # positions of a call that compiled blocks are for
 class Transformer(nn.Module):
     """A `Denoiser`: token ids in, logits out; bidirectional, block-causal or causal by its config."""
 
-    quantized = False  # of `dlm.models.fast`: the weights are gone, and a network that is saved needs them
+    quantized = False  # of `dlm.inference.fused`: the weights are gone, and a network that is saved needs them
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -33,10 +33,10 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.turns: tuple[Tensor, Tensor] | None = None  # of dlm.models.fast: cos and sin (T, K) of every position
-        self.head_product: nn.Module | None = None  # of dlm.models.fast, as of the layers of a block
-        self.coarse: nn.Module | None = None  # of dlm.models.fast: the head in few bits
-        self.compiled: Any = None  # of dlm.models.fast: all blocks, compiled
+        self.turns: tuple[Tensor, Tensor] | None = None  # of dlm.inference.fused: cos and sin (T, K) of every position
+        self.head_product: nn.Module | None = None  # of dlm.inference.fused, as of the layers of a block
+        self.coarse: nn.Module | None = None  # of dlm.inference.fused: the head in few bits
+        self.compiled: Any = None  # of dlm.inference.fused: all blocks, compiled
         self.adapter: Any = None  # of dlm.convert.lora: told at every call where the masks stand
         self.chain: nn.Module | None = None  # of dlm.convert.chain: reads what the adapter's masks say
         self.reset()

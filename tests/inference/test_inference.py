@@ -17,9 +17,10 @@ from torch import Tensor
 from conftest import make_model
 from dlm.convert import lora
 from dlm.errors import InputError
+from dlm.inference import compiled, packed, quantize
+from dlm.inference import fused as fast
+from dlm.inference.quantized_linear import GROUP, Int4Linear, Int8Linear, RoundedLinear, Shortlist
 from dlm.language_model import LanguageModel, load
-from dlm.models import fast, layout
-from dlm.models.quantized import GROUP, Int4Linear, Int8Linear, RoundedLinear, Shortlist
 from dlm.models.transformer import Transformer
 from dlm.sampling import choice
 
@@ -88,7 +89,7 @@ def test_a_second_layout_gives_the_same_products(dtype: torch.dtype, close: floa
     """It is made when it is first needed, and again when the weights change."""
     layers = [torch.nn.Linear(24, 40, dtype=dtype), torch.nn.Linear(24, 8, dtype=dtype)]
     product = fast.Product(layers)
-    product.packs = layout.available(dtype)
+    product.packs = packed.available(dtype)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for change in (0.0, 1.0):
@@ -104,14 +105,14 @@ def test_a_second_layout_gives_the_same_products(dtype: torch.dtype, close: floa
 def test_large_networks_are_not_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = model(), model()
     fast.fuse(small.network)
-    assert fast.fuse(model().network.bfloat16()).head_product.packs == layout.available(torch.bfloat16)  # type: ignore[union-attr]
+    assert fast.fuse(model().network.bfloat16()).head_product.packs == packed.available(torch.bfloat16)  # type: ignore[union-attr]
     monkeypatch.setattr(fast, "MOST", 1000)
     fast.fuse(large.network)
     assert small.network.head_product.packs
     assert not large.network.head_product.packs
 
 
-@pytest.mark.parametrize("ready", [fast.fuse, fast.quantize])
+@pytest.mark.parametrize("ready", [fast.fuse, quantize.quantize])
 @pytest.mark.parametrize("first", ["adapter", "network"])
 def test_adapters_before_and_after(ready: Any, first: str) -> None:
     made, without = model(), model()
@@ -177,7 +178,7 @@ def test_weights_are_rounded_to_the_nearest_level(kind: type[RoundedLinear], out
     slack_OI = 0.01 * weight_OI.abs().amax(1, keepdim=True)  # scales and weights in bfloat16
     assert bool(((written_OI - weight_OI).abs() <= step_OI / 2 + slack_OI).all())
     assert not written_OI[3].any()
-    cases = [(rows, packs) for packs in (False, layout.available(torch.bfloat16)) for rows in (1, 2, 7, layer.short, layer.short + 1)]
+    cases = [(rows, packs) for packs in (False, packed.available(torch.bfloat16)) for rows in (1, 2, 7, layer.short, layer.short + 1)]
     for rows, layer.packs in cases:
         x = torch.randn(2, rows, inputs, generator=rng)[: 1 + (rows == 2)]
         expected = x.bfloat16().double() @ written_OI.double().T + bias_O
@@ -215,13 +216,13 @@ def test_weights_that_came_in_four_bits_are_met_again() -> None:
 def test_what_a_copy_is_rounded_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast, "LARGE", 1000)
     made = model()
-    assert tuple(fast.BITS) == choice.ROUNDED
-    assert fast.worth_rounding(made.network) == "int8"
+    assert tuple(quantize.BITS) == choice.ROUNDED
+    assert quantize.worth_rounding(made.network) == "int8"
     assert made.chosen({"sampler": "lossless"})["sampler"] == "draft:int8,auto"
     up = made.network.blocks[0].mlp.up
     up.weight.data = Int4Linear(up.weight).written_out()[: up.out_features, : up.in_features].float()
-    assert fast.worth_rounding(made.network) == "int4"
-    assert fast.worth_rounding(fast.quantize(made.network)) == ""
+    assert quantize.worth_rounding(made.network) == "int4"
+    assert quantize.worth_rounding(quantize.quantize(made.network)) == ""
     assert made.chosen({"sampler": "lossless"})["sampler"] == "lookup:auto"
 
 
@@ -285,7 +286,7 @@ def test_near_ties_fall_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
-@pytest.mark.parametrize(("ready", "close", "ranks"), [(fast.fuse, 1e-4, (2, 5)), (fast.quantize, 0.02, (2,))])
+@pytest.mark.parametrize(("ready", "close", "ranks"), [(fast.fuse, 1e-4, (2, 5)), (quantize.quantize, 0.02, (2,))])
 def test_compiled_calls_say_what_they_said(ready: Any, close: float, ranks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows, positions, masks, adapters and the cache's room change from call to call; another network has compilations of its own."""
     monkeypatch.setattr(fast, "TOGETHER", 3 if ready is fast.fuse else 1)  # both blocks in a graph, or each in its own
@@ -305,7 +306,7 @@ def test_compiled_calls_say_what_they_said(ready: Any, close: float, ranks: tupl
         made.network.compiled = compiled
 
     for made in (one, other):
-        fast.compile(ready(made.network))
+        compiled.compile(ready(made.network))
     compare(one, calls)
     if ready is fast.fuse:
         compare(other, calls[:1])
@@ -335,7 +336,7 @@ def test_rows_that_end_apart_are_not_compiled() -> None:
     made = model(layers=2)
     z_B1, apart_B = text(made)[:, :1], torch.tensor([5, 9, 9])
     found = []
-    for ready in (fast.fuse, fast.compile):
+    for ready in (fast.fuse, compiled.compile):
         ready(made.network)
         cache = made.network.ragged_cache(3, LENGTH)
         in_calls(made.network, text(made)[:, :10], 10, cache=cache)
@@ -352,7 +353,7 @@ def test_both_caches_use_what_was_compiled_for_one() -> None:
     made = model(layers=1)
     z_BT = text(made)
     before = in_calls(made.network, z_BT, 4)
-    fast.compile(made.network)
+    compiled.compile(made.network)
     for _ in range(2):
         torch.testing.assert_close(in_calls(made.network, z_BT, 4), before, atol=1e-4, rtol=1e-4)
         cache = made.network.cache(3)
@@ -362,7 +363,7 @@ def test_both_caches_use_what_was_compiled_for_one() -> None:
 
 @torch.no_grad()
 def test_a_full_cache_says_so_when_compiled() -> None:
-    made = fast.compile(model(layers=1).network)
+    made = compiled.compile(model(layers=1).network)
     cache = made.cache(1, 4)
     with pytest.raises(ValueError, match="holds 4 positions, 5 were asked for"):
         made(torch.zeros(1, 5, dtype=torch.long), cache=cache)
@@ -371,10 +372,10 @@ def test_a_full_cache_says_so_when_compiled() -> None:
 def test_guesses_are_read_coarsely(monkeypatch: pytest.MonkeyPatch) -> None:
     """From large heads alone, and never what is verified."""
     small, large, apart = model(), model(), model(tied=False)
-    fast.coarsen(small.network)
+    quantize.coarsen(small.network)
     monkeypatch.setattr(fast, "LARGE", 1000)
-    fast.coarsen(large.network)
-    fast.coarsen(apart.network)
+    quantize.coarsen(large.network)
+    quantize.coarsen(apart.network)
     cast(Shortlist, large.network.coarse).best = 5
     hidden_BQD = torch.randn(1, 3, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

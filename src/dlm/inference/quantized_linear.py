@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlm.inference.packed import TwoLayouts
 from dlm.models.block import in_pieces
-from dlm.models.layout import TwoLayouts
 
 GROUP = 32  # weights that share a scale: the least that the kernel knows
 OUTPUTS = 16  # the kernels want a multiple of these, and of `GROUP` inputs
