@@ -27,12 +27,12 @@ import dlm
 from dlm.analysis import price
 from dlm.cli.app import bar, judging, named_models
 from dlm.evaluate import card, generative
+from dlm.formats import native
 from dlm.model_scheduling import search
 from dlm.model_scheduling.cost import call_costs, cost, expected_calls
 from dlm.model_scheduling.plan import ModelSchedule
 from dlm.model_scheduling.sensitivity import on_text, predictors
 from dlm.model_scheduling.trial import Outcome, Trial
-from dlm.models import checkpoint
 from dlm.train import data as reading
 
 PAPER = "L0.125 H0.75 L0.125"
@@ -54,7 +54,7 @@ class Bench:
         self.windows_WT = reading.Stream.encode(text, self.lm.tokenizer, self.lm.window).windows(max(args.samples, args.windows))
         self.prompts = [row[: args.prompted].tolist() for row in self.windows_WT]
         self.figures = judging(args.judge, self.lm, args.prompted)
-        self.judge_weights = checkpoint.digest(checkpoint.find(args.judge))
+        self.judge_weights = native.digest(native.find(args.judge))
         self.trials: dict[int, Trial] = {}
 
     def __call__(self, word: str, steps: int | None = None) -> Outcome:

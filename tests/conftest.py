@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dlm import cli
+from dlm.formats.native import ModelConfig
 from dlm.language_model import LanguageModel
-from dlm.models.checkpoint import ModelConfig
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 from dlm.text.tokenizer import Tokenizer

@@ -31,7 +31,8 @@ ALLOWED = {
     "recipes": {"train", "models", "noise"},
     "generation": LEVEL0 | {"sampling", "language_model"},  # the model by its name alone
     "decoding": LEVEL0 | {"inference", "model_scheduling", "models", "noise", "sampling", "language_model"},  # the model by its name alone
-    "language_model": LEVEL0 | {"inference", "convert", "decoding", "model_scheduling", "models", "noise", "sampling", "text", "generation"},
+    "language_model": LEVEL0
+    | {"inference", "convert", "decoding", "model_scheduling", "models", "noise", "sampling", "text", "generation"},
     "serve": LEVEL0 | {"sampling", "text", "language_model", "viz"},
 }
 TOP = {"__init__", "__main__", "cli"}

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from dlm import decoding
 from dlm.errors import InputError
+from dlm.formats import native
+from dlm.formats.native import ModelConfig
 from dlm.generation import Generation, Run
 from dlm.inference import compiled, quantize
+from dlm.inference.deterministic import steady
 from dlm.model_scheduling import plan
 from dlm.model_scheduling.saved import SavedSchedule
-from dlm.models import checkpoint
-from dlm.models.checkpoint import ModelConfig
 from dlm.models.transformer import Transformer, predict_beside, predict_next
 from dlm.noise import process
 from dlm.noise.masked import MaskedNoise
@@ -63,25 +64,25 @@ class LanguageModel:
     @classmethod
     def from_pretrained(cls, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:
         """Load a directory, a GGUF file, a bundled or pulled checkpoint or a hub id. InputError says what is missing or wrong."""
-        path = checkpoint.find(str(name))
-        if checkpoint.is_foreign(path):
-            from dlm.convert import weights
+        path = native.find(str(name))
+        if native.is_foreign(path):
+            from dlm.formats import huggingface
 
-            base = weights.load(path, device=device, dtype=dtype)
+            base = huggingface.load(path, device=device, dtype=dtype)
             model = cls(base.network, base.config, base.tokenizer, name=path.stem if path.is_file() else Path(name).name)
             model.defaults, model.chat = base.defaults, base.chat
             return model
-        network, config = checkpoint.load(path, device=device, dtype=dtype)
+        network, config = native.load(path, device=device, dtype=dtype)
         model = cls(network, config, Tokenizer.load(path, config.mask_token_id if config.family != "dlm" else 0), name=Path(name).name)
         model.path, model.chat = path, ChatTemplate.load(path)
-        model.defaults = checkpoint.read_defaults(path)
+        model.defaults = native.read_defaults(path)
         return model
 
     def save_pretrained(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a checkpoint directory; `dtype=torch.bfloat16` halves it. InputError for int8 and int4."""
         if self.network.quantized:
             raise InputError(f"{self.name} was loaded with its weights rounded: save it from float32 or bfloat16")
-        checkpoint.save(directory, self.network.state_dict(), self.config, files=self.files() | {"README.md": self.card()}, dtype=dtype)
+        native.save(directory, self.network.state_dict(), self.config, files=self.files() | {"README.md": self.card()}, dtype=dtype)
 
     def files(self) -> dict[str, str]:
         """Tokenizer, generation defaults and chat template as files of a checkpoint, ours or Hugging Face's."""
@@ -103,7 +104,7 @@ class LanguageModel:
 
     def card(self) -> str:
         """The model card, Markdown with the hub's header."""
-        return checkpoint.card(self.config, self.name, self.network.parameters_count())
+        return native.card(self.config, self.name, self.network.parameters_count())
 
     @property
     def is_diffusion(self) -> bool:
@@ -397,7 +398,7 @@ def load(
             raise InputError(f"{dtype} is for the CPU: use --dtype bfloat16 on other devices")
         quantize.quantize(model.network, bits)
     if deterministic:
-        deterministic.steady(model.network)
+        steady(model.network)
     if compile:
         compiled.compile(model.network)
     return model

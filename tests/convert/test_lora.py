@@ -16,8 +16,8 @@ from conftest import make_model
 from convert.test_objective import adapted, batch
 from dlm.convert import lora
 from dlm.errors import InputError
+from dlm.formats import native
 from dlm.language_model import LanguageModel, load
-from dlm.models import checkpoint
 
 CONFIG = lora.AdapterConfig(rank=4, alpha=8.0)
 
@@ -181,10 +181,10 @@ def test_files_of_half_the_size(saved: Path, tmp_path: Path) -> None:
 
 def test_bundled_adapters(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = fresh()
-    monkeypatch.setattr(checkpoint, "BUNDLED", saved.parent / "nowhere")
+    monkeypatch.setattr(native, "BUNDLED", saved.parent / "nowhere")
     assert lora.bundled() == {}
     assert lora.bundled_for(lm.network) is None
-    monkeypatch.setattr(checkpoint, "BUNDLED", saved.parent)
+    monkeypatch.setattr(native, "BUNDLED", saved.parent)
     assert lora.bundled() == {"adapter": saved}
     assert lora.bundled_for(lm.network) == saved
     z_BT = torch.full((2, 6), lm.tokenizer.mask_id)

@@ -12,9 +12,9 @@ from tokenizers import AddedToken
 from conftest import Dlm
 from convert.bases import SPECIAL, WORDS, publish, tokenizer, transformer
 from convert.test_gguf import write
-from dlm.convert import weights
 from dlm.evaluate import peers
 from dlm.evaluate.prompts import KINDS
+from dlm.formats import huggingface
 from dlm.language_model import load
 from dlm.text.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_transformers_writes_our_text(llama_dir: Path, tmp_path: Path) -> None:
     lm = load(str(llama_dir))
-    weights.to_hugging_face(lm.network, lm.config, tmp_path, files=lm.files())
+    huggingface.to_hugging_face(lm.network, lm.config, tmp_path, files=lm.files())
     ours = [lm.generate(text, temperature=0.0, max_new_tokens=12) for text in ("ROMEO", "What light")]
     prompts = [lm.tokenizer.encode(text) for text in ("ROMEO", "What light")]
     peer = peers.Transformers(tmp_path, [], None, device="cpu", dtype=torch.float32)

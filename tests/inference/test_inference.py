@@ -17,8 +17,7 @@ from torch import Tensor
 from conftest import make_model
 from dlm.convert import lora
 from dlm.errors import InputError
-from dlm.inference import compiled, packed, quantize
-from dlm.inference import fused as fast
+from dlm.inference import compiled, fused, packed, quantize
 from dlm.inference.quantized_linear import GROUP, Int4Linear, Int8Linear, RoundedLinear, Shortlist
 from dlm.language_model import LanguageModel, load
 from dlm.models.transformer import Transformer
@@ -56,7 +55,7 @@ def test_fused_logits_are_those_before(sizes: dict[str, Any]) -> None:
     z_BT = text(made)
     with torch.no_grad():
         before = made.network(z_BT)
-        fast.fuse(made.network)
+        fused.fuse(made.network)
         assert made.network.blocks[0].attention.joined is not None
         torch.testing.assert_close(made.network(z_BT), before, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(in_calls(made.network, z_BT, 1), before, atol=1e-4, rtol=1e-4)
@@ -64,7 +63,7 @@ def test_fused_logits_are_those_before(sizes: dict[str, Any]) -> None:
 
 def test_fused_weights_are_the_layers_own(tmp_path: Path) -> None:
     plain, made = model(), model()
-    fast.fuse(made.network)
+    fused.fuse(made.network)
     assert made.network.parameters_count() == plain.network.parameters_count()
     assert lora.fingerprint(made.network) == lora.fingerprint(plain.network)
     made.save_pretrained(tmp_path)
@@ -77,10 +76,10 @@ def test_fused_weights_are_the_layers_own(tmp_path: Path) -> None:
     assert made.network.blocks[1].attention.k.weight.grad is not None
     optimizer.step()
     with torch.no_grad():
-        fused = made.network(z_BT)
-    torch.testing.assert_close(fused, made.network(z_BT), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(fused, plain.network(z_BT), atol=1e-3)
-    half = fast.fuse(made.network.to(torch.bfloat16))  # moved apart by the cast, and joined again
+        joined = made.network(z_BT)
+    torch.testing.assert_close(joined, made.network(z_BT), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(joined, plain.network(z_BT), atol=1e-3)
+    half = fused.fuse(made.network.to(torch.bfloat16))  # moved apart by the cast, and joined again
     assert half.blocks[0].mlp.joined.weight.data_ptr() == half.blocks[0].mlp.gate.weight.data_ptr()
 
 
@@ -88,7 +87,7 @@ def test_fused_weights_are_the_layers_own(tmp_path: Path) -> None:
 def test_a_second_layout_gives_the_same_products(dtype: torch.dtype, close: float, least: int) -> None:
     """It is made when it is first needed, and again when the weights change."""
     layers = [torch.nn.Linear(24, 40, dtype=dtype), torch.nn.Linear(24, 8, dtype=dtype)]
-    product = fast.Product(layers)
+    product = fused.Product(layers)
     product.packs = packed.available(dtype)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -104,15 +103,15 @@ def test_a_second_layout_gives_the_same_products(dtype: torch.dtype, close: floa
 
 def test_large_networks_are_not_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = model(), model()
-    fast.fuse(small.network)
-    assert fast.fuse(model().network.bfloat16()).head_product.packs == packed.available(torch.bfloat16)  # type: ignore[union-attr]
-    monkeypatch.setattr(fast, "MOST", 1000)
-    fast.fuse(large.network)
+    fused.fuse(small.network)
+    assert fused.fuse(model().network.bfloat16()).head_product.packs == packed.available(torch.bfloat16)  # type: ignore[union-attr]
+    monkeypatch.setattr(fused, "MOST", 1000)
+    fused.fuse(large.network)
     assert small.network.head_product.packs
     assert not large.network.head_product.packs
 
 
-@pytest.mark.parametrize("ready", [fast.fuse, quantize.quantize])
+@pytest.mark.parametrize("ready", [fused.fuse, quantize.quantize])
 @pytest.mark.parametrize("first", ["adapter", "network"])
 def test_adapters_before_and_after(ready: Any, first: str) -> None:
     made, without = model(), model()
@@ -132,7 +131,7 @@ def test_adapters_before_and_after(ready: Any, first: str) -> None:
         adapted, base = made.network(z_BT), reference(z_BT)
         assert torch.equal(adapted[:, :40], base[:, :40])
         assert not torch.isclose(adapted[:, 40:], base[:, 40:]).all(-1).any()
-        if ready is fast.fuse:
+        if ready is fused.fuse:
             with torch.enable_grad():
                 separate = made.network(z_BT)
             torch.testing.assert_close(adapted, separate, atol=1e-5, rtol=1e-5)
@@ -148,7 +147,7 @@ def test_low_ranks_that_read_the_same_act_together(targets: tuple[str, ...]) -> 
     z_BT = text(made)
     some_BT, all_BT = z_BT.clone(), torch.full_like(z_BT, mask_id)
     some_BT[:, ::3] = mask_id
-    fast.fuse(made.network)
+    fused.fuse(made.network)
     with torch.no_grad():
         for rank in (2, 2, 3):
             lora.attach(made.network, lora.AdapterConfig(rank, 4.0, targets), mask_id)
@@ -214,7 +213,7 @@ def test_weights_that_came_in_four_bits_are_met_again() -> None:
 
 
 def test_what_a_copy_is_rounded_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "LARGE", 1000)
+    monkeypatch.setattr(quantize, "LARGE", 1000)
     made = model()
     assert tuple(quantize.BITS) == choice.ROUNDED
     assert quantize.worth_rounding(made.network) == "int8"
@@ -255,7 +254,7 @@ def test_a_rounded_network_is_nearly_the_base(bits: str, error: float, tmp_path:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_a_steady_network_does_not_see_how_it_is_called(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "LARGE", 1000)  # in few bits a shortlist, too
+    monkeypatch.setattr(quantize, "LARGE", 1000)  # in few bits a shortlist, too
     model().save_pretrained(tmp_path)
     made = load(str(tmp_path), dtype=dtype, deterministic=True)
     z_BT = text(made)
@@ -286,10 +285,10 @@ def test_near_ties_fall_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
-@pytest.mark.parametrize(("ready", "close", "ranks"), [(fast.fuse, 1e-4, (2, 5)), (quantize.quantize, 0.02, (2,))])
+@pytest.mark.parametrize(("ready", "close", "ranks"), [(fused.fuse, 1e-4, (2, 5)), (quantize.quantize, 0.02, (2,))])
 def test_compiled_calls_say_what_they_said(ready: Any, close: float, ranks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows, positions, masks, adapters and the cache's room change from call to call; another network has compilations of its own."""
-    monkeypatch.setattr(fast, "TOGETHER", 3 if ready is fast.fuse else 1)  # both blocks in a graph, or each in its own
+    monkeypatch.setattr(compiled, "TOGETHER", 3 if ready is fused.fuse else 1)  # both blocks in a graph, or each in its own
     one, other = model(layers=2), model(layers=2, norm_eps=1e-2)  # the same shapes
     z_BT = text(one)
     masked_BT = z_BT.clone()
@@ -308,7 +307,7 @@ def test_compiled_calls_say_what_they_said(ready: Any, close: float, ranks: tupl
     for made in (one, other):
         compiled.compile(ready(made.network))
     compare(one, calls)
-    if ready is fast.fuse:
+    if ready is fused.fuse:
         compare(other, calls[:1])
     for rank in ranks:
         lora.attach(one.network, lora.AdapterConfig(rank, 4.0, stride=3), one.tokenizer.mask_id)
@@ -336,7 +335,7 @@ def test_rows_that_end_apart_are_not_compiled() -> None:
     made = model(layers=2)
     z_B1, apart_B = text(made)[:, :1], torch.tensor([5, 9, 9])
     found = []
-    for ready in (fast.fuse, compiled.compile):
+    for ready in (fused.fuse, compiled.compile):
         ready(made.network)
         cache = made.network.ragged_cache(3, LENGTH)
         in_calls(made.network, text(made)[:, :10], 10, cache=cache)
@@ -373,7 +372,7 @@ def test_guesses_are_read_coarsely(monkeypatch: pytest.MonkeyPatch) -> None:
     """From large heads alone, and never what is verified."""
     small, large, apart = model(), model(), model(tied=False)
     quantize.coarsen(small.network)
-    monkeypatch.setattr(fast, "LARGE", 1000)
+    monkeypatch.setattr(quantize, "LARGE", 1000)
     quantize.coarsen(large.network)
     quantize.coarsen(apart.network)
     cast(Shortlist, large.network.coarse).best = 5

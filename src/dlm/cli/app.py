@@ -76,11 +76,11 @@ def judging(name: str, lm: Any, given: int = 0) -> Any:
     given: tokens at the beginning that are not counted. InputError for a diffusion model, or one that cannot read the texts.
     """
     from dlm.evaluate import generative, judge
-    from dlm.models import checkpoint
+    from dlm.formats import native
 
     device = str(lm.network.device)
     try:
-        ours = name in checkpoint.bundled() or checkpoint.is_ours(checkpoint.find(name))
+        ours = name in native.bundled() or native.is_ours(native.find(name))
     except InputError:
         ours = True  # the message of `load_judge` is better
     twin = load_judge(name, device) if ours else None

@@ -94,10 +94,10 @@ def decode(
         for (name, rows), group in canvases.items():
             settings = {"kind": name, "seed": seed, "rounds": rounds, "progress": progress.forward}
             made = decoding.compare(samplers, group, against=against, **settings)
-            weights = {label: _weights(*_networks(models, label)) for label in ours}
-            weights |= {label: samplers[label].weights() for label in samplers if label not in ours}
+            huggingface = {label: _weights(*_networks(models, label)) for label in ours}
+            huggingface |= {label: samplers[label].weights() for label in samplers if label not in ours}
             cache = {label: _cache(lm, label, rows, max(len(canvas.tokens_BT[0]) for canvas in group)) for label in samplers}
-            found += [replace(one, memory=weights[one.method] + cache[one.method]) for one in made]
+            found += [replace(one, memory=huggingface[one.method] + cache[one.method]) for one in made]
     out = console(as_json)
     for name in kinds:
         out.print(_table([one for one in found if one.kind == name], list(samplers), sizes, name))
@@ -156,9 +156,8 @@ def _peers(words: str, base: str, lm: Any, device: str, dtype: str, positions: i
     """Engines by name, on the weights of the base before any rounding."""
     import torch
 
-    from dlm.convert import weights
     from dlm.evaluate import peers
-    from dlm.models import checkpoint
+    from dlm.formats import huggingface, native
 
     names = [word for word in words.split(",") if word]
     if unknown := set(names) - set(peers.NAMES):
@@ -168,13 +167,13 @@ def _peers(words: str, base: str, lm: Any, device: str, dtype: str, positions: i
     made: dict[str, Any] = {}
     start = lm.config.start_token_id
     if "llama.cpp" in names:
-        if (file := checkpoint.find(base)).suffix != ".gguf":
+        if (file := native.find(base)).suffix != ".gguf":
             raise InputError(f"llama.cpp reads GGUF files, and {base} is none: take smollm2-135m, or the path of one")
         made["llama.cpp"] = peers.LlamaCpp(file, lm.stops, start, positions=positions, threads=torch.get_num_threads())
     if "transformers" in names:
         plain = load(base) if lm.network.quantized else lm
         with tempfile.TemporaryDirectory() as directory:
-            weights.to_hugging_face(plain.network, plain.config, directory, files=plain.files())
+            huggingface.to_hugging_face(plain.network, plain.config, directory, files=plain.files())
             kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
             made["transformers"] = peers.Transformers(
                 Path(directory), lm.stops, start, device=device, dtype=kind, compiled=torch.device(device).type == "cuda"

@@ -35,7 +35,7 @@ def calibrate(
     """Measure calls, seconds, bits under a judge and diversity of every sampler, and keep the table beside the checkpoint."""
     from dlm.evaluate import samplers
     from dlm.evaluate.card import device_name
-    from dlm.models.checkpoint import find
+    from dlm.formats.native import find
     from dlm.noise.masked import MaskedNoise
     from dlm.sampling.calibration import Calibration
 

@@ -12,17 +12,17 @@ def list_() -> None:
     """Checkpoints and adapters that come with dlm, bases that can be pulled or are here, and recipes that train more."""
     from dlm import recipes
     from dlm.convert import lora
-    from dlm.models import checkpoint
+    from dlm.formats import native
 
-    for name, path in checkpoint.bundled().items():
-        config = checkpoint.load_config(path)
+    for name, path in native.bundled().items():
+        config = native.load_config(path)
         kind, size = _kind(config.objective, config.noise["process"], config.network.attention), config.training.get("parameters", 0)
         print(f"model   {name:24} {kind}, {size:,} parameters, window {config.network.window}, context {config.context}")
     for name, path in lora.bundled().items():
         about = lora.load_config(path)
         print(f"adapter {name:24} for {about.base}, {about.stride} tokens a call at most; dlm generate --base {about.base} --lossless")
-    for name in checkpoint.PULLED:
-        path = checkpoint.cache_directory() / f"{name}.gguf"
+    for name in native.PULLED:
+        path = native.cache_directory() / f"{name}.gguf"
         here = f"autoregressive, {path.stat().st_size / 1e6:.0f} MB at {path}" if path.is_file() else f"not here yet: dlm pull {name}"
         print(f"base    {name:24} {here}")
     for name, make in recipes.RECIPES.items():

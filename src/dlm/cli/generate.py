@@ -120,7 +120,7 @@ def _entries(compare: str | None, model: str, sampler: str | None) -> list[tuple
     """(label, model, sampler) of every run. `mask` means the bundled sister of `model` of that name."""
     if compare is None:
         return [("", model, sampler)]
-    from dlm.models.checkpoint import bundled
+    from dlm.formats.native import bundled
 
     entries = []
     for label in (part.strip() for part in compare.split(",") if part.strip()):

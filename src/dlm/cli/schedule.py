@@ -256,11 +256,11 @@ def _models(heavy: str, light: str, device: str = "cpu") -> tuple[Any, dict[str,
 
 def _trials(lm: Any, light: str, judge: str, **settings: Any) -> Callable[[int], Trial]:
     """By number of steps, each made once; the judge is read once for all."""
+    from dlm.formats import native
     from dlm.model_scheduling.trial import Trial
-    from dlm.models import checkpoint
 
     figures = judging(judge, lm)
-    weights = checkpoint.digest(checkpoint.find(judge))
+    weights = native.digest(native.find(judge))
 
     @cache
     def trial(steps: int) -> Trial:

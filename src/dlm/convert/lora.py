@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dlm.convert import parts
 from dlm.convert.chain import Chain
 from dlm.errors import InputError
-from dlm.models import checkpoint
+from dlm.formats import native
 from dlm.models.block import version
 from dlm.models.transformer import Transformer
 
@@ -243,7 +243,7 @@ def save_adapter(directory: str | Path, network: Transformer, config: AdapterCon
 
 def bundled() -> dict[str, Path]:
     """Adapters that ship with the package, by name."""
-    return {file.parent.name: file.parent for file in sorted(checkpoint.BUNDLED.glob(f"*/{CONFIG}"))}
+    return {file.parent.name: file.parent for file in sorted(native.BUNDLED.glob(f"*/{CONFIG}"))}
 
 
 def bundled_for(network: Transformer) -> Path | None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.models import checkpoint
+from dlm.formats import native
 
 Config = TypeVar("Config")
 
@@ -35,7 +35,7 @@ def save(weights: Path, state: Mapping[str, Tensor], about: Path, config: Any, *
 
 def read_config(about: Path, kind: type[Config], what: str) -> Config:
     """The fields of this kind. InputError where they do not describe `what`."""
-    data = checkpoint.read_json(about)
+    data = native.read_json(about)
     try:
         return kind(**{f.name: data[f.name] for f in fields(kind)})  # type: ignore[arg-type]
     except (KeyError, TypeError, AttributeError, InputError) as error:

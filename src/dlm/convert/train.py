@@ -28,7 +28,7 @@ from dlm.convert import lora
 from dlm.convert.objective import LOSSES, Acceptance, acceptance, consistency, tokens_per_forward
 from dlm.convert.texts import Rows
 from dlm.errors import InputError
-from dlm.models import checkpoint
+from dlm.formats import native
 from dlm.models.transformer import Transformer
 from dlm.train import state
 from dlm.train.learner import step_generator
@@ -154,7 +154,7 @@ def convert(
         made = {"settings": asdict(config)} | facts | figures
         if config.full:  # the export first: whatever can be resumed can also be loaded
             trained = replace(lm.config, training=made | {"stride": config.stride})
-            checkpoint.save(out, network.state_dict(), trained, files=lm.files() | {"README.md": lm.card()})
+            native.save(out, network.state_dict(), trained, files=lm.files() | {"README.md": lm.card()})
         elif heads is not None:
             extra.save_heads(out, heads, replace(heads.config, made=made))
         else:

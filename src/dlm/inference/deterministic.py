@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from dlm.inference.fused import Product, linear_parts, fuse
+from dlm.inference.fused import Product, fuse, linear_parts
 from dlm.inference.quantized_linear import RoundedLinear, Shortlist
 from dlm.models.block import Block, RMSNorm
 from dlm.models.transformer import Transformer

@@ -12,7 +12,7 @@ from torch import nn
 
 from dlm.errors import InputError
 from dlm.inference.compiled import compile
-from dlm.inference.fused import may_pack, linear_parts, fuse
+from dlm.inference.fused import fuse, linear_parts, may_pack
 from dlm.inference.quantized_linear import LINEAR, OUTPUTS, Int4Linear, Int8Linear, RoundedLinear, Shortlist
 from dlm.models.block import Block
 from dlm.models.transformer import Transformer

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dlm.errors import InputError
-from dlm.models import checkpoint
+from dlm.formats import native
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 from dlm.noise import loss
@@ -30,7 +30,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 def begin_with(name: str, network: Transformer) -> None:
     """Take the weights of a checkpoint, of a deeper one those of blocks spread evenly. InputError where they do not fit."""
-    found = checkpoint.load(checkpoint.find(name))[0]
+    found = native.load(native.find(name))[0]
     deep, own = len(found.blocks), len(network.blocks)
     if deep > own:
         found.blocks = nn.ModuleList(found.blocks[i * deep // own] for i in range(own))
@@ -42,7 +42,7 @@ def begin_with(name: str, network: Transformer) -> None:
 
 def teacher_of(config: TrainConfig, network: TransformerConfig, mask_id: int, device: torch.device) -> loss.Predict:
     """The guess of the network to learn from. InputError where it is no masked model of the same vocabulary and window."""
-    teacher, about = checkpoint.load(checkpoint.find(config.teacher), device=str(device))
+    teacher, about = native.load(native.find(config.teacher), device=str(device))
     same = (about.network.vocab_size, about.network.window, about.mask_token_id) == (network.vocab_size, network.window, mask_id)
     if not same or about.objective != "diffusion" or about.noise["process"] != "masked" or about.network.attention != "full":
         raise InputError(f"teacher={config.teacher} is no masked diffusion model with the vocabulary and window of this run")

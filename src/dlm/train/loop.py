@@ -28,8 +28,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.models import checkpoint
-from dlm.models.checkpoint import ModelConfig
+from dlm.formats import native
+from dlm.formats.native import ModelConfig
 from dlm.models.transformer import Transformer
 from dlm.noise import process
 from dlm.text.tokenizer import Tokenizer
@@ -92,7 +92,7 @@ def train(
     window_tokens = config.batch * network_config.window
     epochs = window_tokens / len(train_stream.tokens_N)
 
-    settings = checkpoint.load_config(out).noise if resume else noise_settings(config, tokenizer)
+    settings = native.load_config(out).noise if resume else noise_settings(config, tokenizer)
     noise = process.make(settings, network_config.vocab_size, tokenizer.mask_id)
     learner = Learner(config, network_config, noise, train_stream, accelerator, resume=resume)
     bare, network, optimizer, ema = learner.bare, learner.network, learner.optimizer, learner.ema
@@ -111,8 +111,8 @@ def train(
     )
     texts = {
         "tokenizer.json": tokenizer.inner.to_str(),
-        "generation_config.json": json.dumps(checkpoint.generation_defaults(model_config), indent=2) + "\n",
-        "README.md": checkpoint.card(model_config, out.resolve().name, facts["parameters"]),
+        "generation_config.json": json.dumps(native.generation_defaults(model_config), indent=2) + "\n",
+        "README.md": native.card(model_config, out.resolve().name, facts["parameters"]),
     }
     if main:
         out.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def train(
     def save(step: int, recent_N: Tensor) -> None:
         average = state.averaged(network, ema)
         if main:  # the export first: whatever can be resumed can also be loaded
-            checkpoint.save(out, average, model_config, files=texts)
+            native.save(out, average, model_config, files=texts)
         meta = {"step": step, "best": best, "recent": recent_N.tolist(), "config": config.to_dict()}
         state.save(saved, network, optimizer, average, meta, main=main)
         accelerator.wait_for_everyone()

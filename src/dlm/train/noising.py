@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm.errors import InputError
-from dlm.models import checkpoint
+from dlm.formats import native
 from dlm.noise import clusters, process
 from dlm.text.tokenizer import Tokenizer
 from dlm.train.config import TrainConfig
@@ -40,11 +40,11 @@ def cluster_of(source: str, tokenizer: Tokenizer) -> list[int]:
     elif Path(source).is_file():
         found = _from_file(Path(source), pieces)
     elif colon and count.isdigit():
-        path = checkpoint.find(name)
+        path = native.find(name)
         if Tokenizer.load(path).fingerprint() != tokenizer.fingerprint():
             raise InputError(f"clusters={source}: the embedding of {name} is of another vocabulary")
         try:
-            found = clusters.k_means(checkpoint.load(path)[0].head.weight[: tokenizer.vocab_size], int(count))
+            found = clusters.k_means(native.load(path)[0].head.weight[: tokenizer.vocab_size], int(count))
         except ValueError as error:
             raise InputError(f"clusters={source}: {error}") from None
     else:

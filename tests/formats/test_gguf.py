@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from convert.bases import LLAMA3, SPECIAL, TEMPLATE, tokenizer, transformer
-from dlm.convert import gguf as reader
 from dlm.errors import InputError
+from dlm.formats import gguf as reader
 from dlm.language_model import LanguageModel, load
 from dlm.models.block import rotary
 from dlm.models.config import TransformerConfig
@@ -32,7 +32,7 @@ def write(model: Any, path: Path, quantisation: str = "F32", pre: str = "gpt-2",
     """What convert_hf_to_gguf.py makes of the model."""
     import gguf
 
-    from dlm.convert.weights import ours
+    from dlm.formats.huggingface import ours
 
     config, kind = model.config, KINDS[type(model).__name__.removesuffix("ForCausalLM")]
     writer = gguf.GGUFWriter(path, kind)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from dlm.convert import weights
-from dlm.convert.pull import pull
 from dlm.errors import InputError
+from dlm.formats import huggingface
+from dlm.formats.pull import pull
 from dlm.language_model import LanguageModel, load
 
 CORPUS = "It's  a test -- of words,\n\n\tnaïve café; 東京 😀 don't WE'LL (x_1) = {y}!  \nlast line"
@@ -47,7 +47,7 @@ def theirs(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from transformers import AutoModelForCausalLM
 
     directory: Path = tmp_path_factory.mktemp("smollm2")
-    weights.to_hugging_face(lm.network, lm.config, directory, files=lm.files())
+    huggingface.to_hugging_face(lm.network, lm.config, directory, files=lm.files())
     return AutoModelForCausalLM.from_pretrained(directory).eval()
 
 

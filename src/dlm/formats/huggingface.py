@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.models import checkpoint
-from dlm.models.checkpoint import CONVERTIBLE, ModelConfig
+from dlm.formats import native
+from dlm.formats.native import CONVERTIBLE, ModelConfig
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 from dlm.text.chat import ChatTemplate
@@ -180,26 +180,26 @@ def assemble(
     # a long text carries half a window into the next
     settings = {"objective": "autoregressive", "context": shape.window // 2, "family": data["model_type"]}
     config = ModelConfig(shape, shape.vocab_size - 1, start_token_id=start_token_id, **settings)
-    return checkpoint.assemble(config, with_mask(state), path, device=device, dtype=dtype), config
+    return native.assemble(config, with_mask(state), path, device=device, dtype=dtype), config
 
 
 def load(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
     """Read a directory with config.json, safetensors and tokenizer.json, or a GGUF file. InputError for what it cannot be."""
     if path.suffix == ".gguf":
-        from dlm.convert import gguf
+        from dlm.formats import gguf
 
         data, state, tokenizer, defaults, chat = gguf.read(path)
         start = defaults.pop("start_token_id")
     else:
-        data = checkpoint.read_json(path / "config.json")
+        data = native.read_json(path / "config.json")
         read_config(data, str(path))  # before gigabytes of weights are
         tokenizer = Tokenizer.load(path, data["vocab_size"])
-        defaults = checkpoint.read_defaults(path)
+        defaults = native.read_defaults(path)
         chat = ChatTemplate.load(path)
         defaults["eos_token_id"] = _stops(defaults.get("eos_token_id"), data.get("eos_token_id"), chat, tokenizer)
         begins = tokenizer.inner.encode("", add_special_tokens=True).ids
         start = begins[0] if begins else None
-        state = {name: tensor for key, tensor in checkpoint.load_weights(path).items() if (name := ours(key)) is not None}
+        state = {name: tensor for key, tensor in native.load_weights(path).items() if (name := ours(key)) is not None}
     network, config = assemble(data, state, path, start, device=device, dtype=dtype)
     return Base(network, config, tokenizer, defaults, chat)
 
@@ -225,4 +225,4 @@ def to_hugging_face(
     state = {theirs(name): tensor for name, tensor in network.state_dict().items() if not (config.network.tied and name == "head.weight")}
     for name in {"model.embed_tokens.weight", "lm_head.weight"} & state.keys():
         state[name] = state[name][:-1].clone()  # safetensors refuses a part of a storage
-    checkpoint.write(directory, state, data, files=files or {}, dtype=dtype)
+    native.write(directory, state, data, files=files or {}, dtype=dtype)

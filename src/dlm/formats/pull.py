@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dlm.errors import InputError
-from dlm.models import checkpoint
+from dlm.formats import native
 
 CHUNK = 1 << 20
 
@@ -44,8 +44,8 @@ def pull(name: str, tell: Callable[[str], None] = lambda line: None) -> Path:
     tell: gets a line about what goes on. InputError where it cannot be had whole; the cache is then as it was.
     """
     if name not in BASES:
-        return checkpoint.find(name)
-    base, cache = BASES[name], checkpoint.cache_directory()
+        return native.find(name)
+    base, cache = BASES[name], native.cache_directory()
     place = cache / f"{name}.gguf"
     if place.is_file() and _digest(place) == base.sha256:
         tell(f"{name} is here already")

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from dlm.errors import InputError
+from dlm.formats import native
+from dlm.formats.native import ModelConfig
 from dlm.language_model import LanguageModel
-from dlm.models import checkpoint
-from dlm.models.checkpoint import ModelConfig
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 from dlm.text.tokenizer import Tokenizer
@@ -83,8 +83,8 @@ def test_float32_round_trip_is_bit_for_bit(tmp_path: Path, changes: dict[str, An
 
 def test_a_tied_head_stays_tied_and_is_stored_once(tmp_path: Path) -> None:
     made(tied=True).save_pretrained(tmp_path)
-    assert "head.weight" not in checkpoint.load_weights(tmp_path)
-    network, _ = checkpoint.load(tmp_path)
+    assert "head.weight" not in native.load_weights(tmp_path)
+    network, _ = native.load(tmp_path)
     assert network.head.weight is network.embed.weight
     assert network.parameters_count() == made(tied=True).network.parameters_count()
 
@@ -94,7 +94,7 @@ def test_bfloat16_round_trip(saved: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
     rounded = {name: tensor.bfloat16() for name, tensor in model.network.state_dict().items()}
     for dtype in (torch.float32, torch.bfloat16):
-        network, _ = checkpoint.load(tmp_path / "half", dtype=dtype)
+        network, _ = native.load(tmp_path / "half", dtype=dtype)
         assert all(p.dtype == dtype for p in network.parameters())
         assert all(torch.equal(tensor, rounded[name].to(dtype)) for name, tensor in network.state_dict().items())
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -103,13 +103,13 @@ def test_bfloat16_round_trip(saved: Path, tmp_path: Path) -> None:
 
 
 def test_shards_load_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "SHARD", "8KB")
+    monkeypatch.setattr(native, "SHARD", "8KB")
     made().save_pretrained(tmp_path)
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 2
     assert not (tmp_path / "model.safetensors").exists()
     assert all(p.stat().st_size < 10_000 for p in shards)
-    assert same(made().network, checkpoint.load(tmp_path)[0])
+    assert same(made().network, native.load(tmp_path)[0])
     shards[1].unlink()
     assert shards[1].name in told(tmp_path)
 
@@ -120,9 +120,9 @@ def test_saving_over_a_checkpoint_with_other_shards_leaves_the_new_one_alone(
 ) -> None:
     """A stale index would make the old weights the ones that are read."""
     for shard, seed in ((first, 0), ("14MB" if first == "8KB" else "8KB", 1), ("20KB", 2)):
-        monkeypatch.setattr(checkpoint, "SHARD", shard)
+        monkeypatch.setattr(native, "SHARD", shard)
         made(seed).save_pretrained(tmp_path)
-        assert same(made(seed).network, checkpoint.load(tmp_path)[0])
+        assert same(made(seed).network, native.load(tmp_path)[0])
         index = tmp_path / "model.safetensors.index.json"
         files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
         assert {p.name for p in tmp_path.glob("*.safetensors")} == files
@@ -151,7 +151,7 @@ def test_a_save_without_space_leaves_the_former_checkpoint(saved: Path, monkeypa
     before = files_of(saved)
     with monkeypatch.context() as patch:
         if where == "weights":
-            patch.setattr(checkpoint, "save_torch_state_dict", failing(1, checkpoint.save_torch_state_dict))
+            patch.setattr(native, "save_torch_state_dict", failing(1, native.save_torch_state_dict))
         elif where == "move":
             patch.setattr(os, "replace", failing(1, os.replace))
         else:
@@ -159,7 +159,7 @@ def test_a_save_without_space_leaves_the_former_checkpoint(saved: Path, monkeypa
         with pytest.raises(OSError, match="No space left"):
             made(1).save_pretrained(saved)
     assert files_of(saved) == before
-    assert same(made(0).network, checkpoint.load(saved)[0])
+    assert same(made(0).network, native.load(saved)[0])
 
 
 @pytest.mark.parametrize("call", [2, 3, 4, 5])
@@ -174,7 +174,7 @@ def test_a_save_that_stops_between_files_leaves_a_whole_checkpoint(saved: Path, 
 
 
 def test_a_first_save_that_fails_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "save_torch_state_dict", failing(1, checkpoint.save_torch_state_dict))
+    monkeypatch.setattr(native, "save_torch_state_dict", failing(1, native.save_torch_state_dict))
     with pytest.raises(OSError, match="No space left"):
         made().save_pretrained(tmp_path / "new")
     assert not list((tmp_path / "new").iterdir())
@@ -200,7 +200,7 @@ def test_missing_files_are_told(saved: Path, tmp_path: Path) -> None:
 
 def test_pickled_weights_are_refused(saved: Path) -> None:
     weights = saved / "model.safetensors"
-    state = checkpoint.load_weights(saved)
+    state = native.load_weights(saved)
     weights.unlink()
     torch.save(state, saved / "pytorch_model.bin")
     assert "model.safetensors" in told(saved)
@@ -268,7 +268,7 @@ def test_an_unknown_noise_is_told(saved: Path, noise: Any) -> None:
 def test_other_damaged_json_is_told(saved: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     (saved / "generation_config.json").write_text(text)
     assert "generation_config.json" in told(saved)
-    monkeypatch.setattr(checkpoint, "SHARD", "8KB")
+    monkeypatch.setattr(native, "SHARD", "8KB")
     made().save_pretrained(saved)
     index = saved / "model.safetensors.index.json"
     for bad in (text, '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}', '{"weight_map": {"a": "../b.safetensors"}}'):
@@ -283,8 +283,8 @@ def test_a_damaged_tokenizer_is_told(saved: Path, text: str) -> None:
 
 
 def test_an_unknown_name_gets_a_near_match(monkeypatch: pytest.MonkeyPatch, saved: Path) -> None:
-    monkeypatch.setattr(checkpoint, "bundled", lambda: {"shakespeare-mask": saved})
-    assert checkpoint.find("shakespeare-mask") == saved
+    monkeypatch.setattr(native, "bundled", lambda: {"shakespeare-mask": saved})
+    assert native.find("shakespeare-mask") == saved
     assert "did you mean shakespeare-mask?" in told(Path("shakespear-mask"))
     assert "bundled: shakespeare-mask" in told(Path("zzzz"))
     assert LanguageModel.from_pretrained("shakespeare-mask").name == "shakespeare-mask"
@@ -297,6 +297,6 @@ def test_a_hub_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         asked.append(allow_patterns)
         raise OSError("no route to host\nand a long explanation")
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", offline)
+    monkeypatch.setattr(native, "snapshot_download", offline)
     assert "no route to host" in told(Path("someone/something"))
     assert asked == [["*.json", "*.safetensors"]]  # nothing that could be unpickled or run is even fetched

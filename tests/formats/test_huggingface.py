@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from convert.bases import LLAMA3, SPECIAL, publish, tokenizer, transformer
-from dlm.convert import weights
 from dlm.errors import InputError
+from dlm.formats import huggingface
 from dlm.language_model import LanguageModel, load
 from dlm.noise import loss
 
@@ -68,7 +68,7 @@ def test_there_and_back(variant: str, tmp_path: Path) -> None:
     assert again.tokenizer.vocab_size == lm.tokenizer.vocab_size
     assert torch.equal(again.network(ids(model)), lm.network(ids(model)))
 
-    weights.to_hugging_face(lm.network, lm.config, tmp_path / "back", files=lm.files())
+    huggingface.to_hugging_face(lm.network, lm.config, tmp_path / "back", files=lm.files())
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     old, new = model.state_dict(), back.state_dict()
     assert type(back) is type(model)
@@ -226,13 +226,13 @@ def test_a_tensor_of_another_architecture_is_told(llama: Path) -> None:
 
 
 def test_our_own_training_does_not_begin_with_a_foreign_directory(llama: Path) -> None:
-    from dlm.models import checkpoint
+    from dlm.formats import native
 
     with pytest.raises(InputError, match="convert it first"):
-        checkpoint.load(llama)
+        native.load(llama)
 
 
 def test_only_what_has_a_form_is_exported(masked_dir: Path) -> None:
     lm = load(str(masked_dir))
     with pytest.raises(InputError, match="Hugging Face form"):
-        weights.to_hugging_face(lm.network, lm.config, masked_dir / "out")
+        huggingface.to_hugging_face(lm.network, lm.config, masked_dir / "out")

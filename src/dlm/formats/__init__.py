@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: our own directories, Hugging Face directories, GGUF files, and fetching them."""
