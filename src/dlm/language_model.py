@@ -56,7 +56,7 @@ class LanguageModel:
         self.defaults: dict[str, Any] = {}
         self.path: Path | None = None
         self.chat = ChatTemplate()
-        self.heads: Any = None  # of dlm.convert.heads, which propose with `heads:4`
+        self.heads: Any = None  # of dlm.adapters.medusa, which propose with `heads:4`
         self.paces: dict[tuple[str, bool], Pace] = {}  # what `auto` strides have learned, by word, with and without adapter
         self.seconds: dict[tuple[int, bool], float] = {}  # of calls by positions
         self._others: dict[str, LanguageModel] = {}
@@ -250,7 +250,7 @@ class LanguageModel:
 
     def fingerprints(self, light: str | Mapping[str, str]) -> dict[str, str]:
         """Of the weights of this model as H and of others by key, 16 hex digits. InputError as `denoisers`."""
-        from dlm.convert.lora import fingerprint
+        from dlm.adapters.lora import fingerprint
 
         return {key: fingerprint(network)[:16] for key, network in self.denoisers(light).items()}
 
@@ -283,13 +283,13 @@ class LanguageModel:
         network, or from the text itself; elsewhere with the adapter bundled for it."""
         if self.is_diffusion:
             raise InputError(f"{self.name} is a diffusion model: lossless decoding is for autoregressive ones")
-        from dlm.convert import lora
+        from dlm.adapters import attach
 
         network = self.network
         if network.adapter is None and self.heads is not None:
             return "heads:auto"
-        if network.adapter is None and network.device.type != "cpu" and (path := lora.bundled_for(network)) is not None:
-            lora.with_adapter(self, path)
+        if network.adapter is None and network.device.type != "cpu" and (path := attach.bundled_for(network)) is not None:
+            attach.with_adapter(self, path)
         rounded = "" if network.adapter is not None else quantize.worth_rounding(network)
         return "strided:auto" if network.adapter is not None else f"draft:{rounded},auto" if rounded else "lookup:auto"
 
@@ -384,7 +384,7 @@ def load(
         raise InputError(f"unknown dtype {dtype!r}; known: {', '.join(words)}")
     model = LanguageModel.from_pretrained(name, device=device, dtype=words[dtype] if isinstance(dtype, str) else dtype)
     if adapter is not None:
-        from dlm.convert.lora import with_adapter
+        from dlm.adapters.attach import with_adapter
 
         for path in [adapter] if isinstance(adapter, str | Path) else adapter:
             with_adapter(model, path)

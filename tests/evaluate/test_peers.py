@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from convert.test_gguf import write
 from tokenizers import AddedToken
 
+from bases import SPECIAL, WORDS, publish, tokenizer, transformer
 from conftest import Dlm
-from convert.bases import SPECIAL, WORDS, publish, tokenizer, transformer
-from convert.test_gguf import write
 from dlm.evaluate import peers
 from dlm.evaluate.prompts import KINDS
 from dlm.formats import huggingface

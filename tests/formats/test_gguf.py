@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from convert.bases import LLAMA3, SPECIAL, TEMPLATE, tokenizer, transformer
+from bases import LLAMA3, SPECIAL, TEMPLATE, tokenizer, transformer
 from dlm.errors import InputError
 from dlm.formats import gguf as reader
 from dlm.language_model import LanguageModel, load

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from convert.bases import LLAMA3, SPECIAL, publish, tokenizer, transformer
+from bases import LLAMA3, SPECIAL, publish, tokenizer, transformer
 from dlm.errors import InputError
 from dlm.formats import huggingface
 from dlm.language_model import LanguageModel, load

@@ -11,10 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
-from conftest import Dlm
-from convert.bases import transformer
 from convert.test_gguf import write
+
+from bases import transformer
+from conftest import Dlm
 from dlm.errors import InputError
 from dlm.formats import native
 from dlm.formats import pull as pulling

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conftest import make_model
-from dlm.convert import lora
+from dlm.adapters import lora
 from dlm.errors import InputError
 from dlm.inference import compiled, fused, packed, quantize
 from dlm.inference.quantized_linear import GROUP, Int4Linear, Int8Linear, RoundedLinear, Shortlist

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dlm
+from bases import publish, transformer
 from conftest import Dlm, make_model
-from convert.bases import publish, transformer
-from dlm.convert import heads, lora
-from dlm.convert.chain import Chain
+from dlm.adapters import lora, medusa
+from dlm.adapters.chain import Chain
 from dlm.errors import InputError
 from dlm.inference import quantize
 from dlm.language_model import load
@@ -56,7 +56,7 @@ def network(seed: int = 0, **changes: object) -> Transformer:
 
 def guessing(made: Transformer, count: int = 3) -> Heads:
     """Heads that say something of their own."""
-    found = heads.Heads(made, heads.HeadsConfig(count)).requires_grad_(False)
+    found = medusa.Heads(made, medusa.HeadsConfig(count)).requires_grad_(False)
     for parameter in found.parameters():
         parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(2))
     return Heads(found, count)

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
+from bases import SPECIAL, TEMPLATE, publish, tokenizer, transformer
 from conftest import Dlm
-from convert.bases import SPECIAL, TEMPLATE, publish, tokenizer, transformer
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel, load
 from dlm.text.chat import GUARD, ChatTemplate

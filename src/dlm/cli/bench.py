@@ -115,9 +115,9 @@ def _words(methods: str) -> list[str]:
 
 def _bundled(base: str) -> Path | None:
     """The adapter that ships for this base, with heads beside it, told by its weights before they are rounded."""
-    from dlm.convert import lora
+    from dlm.adapters import attach
 
-    return lora.bundled_for(load(base).network)
+    return attach.bundled_for(load(base).network)
 
 
 def _sizes(batch: str) -> list[int]:

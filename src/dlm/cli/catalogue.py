@@ -11,14 +11,14 @@ from dlm.cli.app import app
 def list_() -> None:
     """Checkpoints and adapters that come with dlm, bases that can be pulled or are here, and recipes that train more."""
     from dlm import recipes
-    from dlm.convert import lora
+    from dlm.adapters import attach, lora
     from dlm.formats import native
 
     for name, path in native.bundled().items():
         config = native.load_config(path)
         kind, size = _kind(config.objective, config.noise["process"], config.network.attention), config.training.get("parameters", 0)
         print(f"model   {name:24} {kind}, {size:,} parameters, window {config.network.window}, context {config.context}")
-    for name, path in lora.bundled().items():
+    for name, path in attach.bundled().items():
         about = lora.load_config(path)
         print(f"adapter {name:24} for {about.base}, {about.stride} tokens a call at most; dlm generate --base {about.base} --lossless")
     for name in native.PULLED:

@@ -43,9 +43,9 @@ def convert(
     dtype: Annotated[str, typer.Option(help="Of the base: float32 | bfloat16.")] = "float32",
 ) -> None:
     """Teach an autoregressive model to draft several tokens a call at masks. Ctrl-C saves and stops; --resume goes on."""
-    from dlm.convert import texts
-    from dlm.convert.train import ConvertConfig, describe
-    from dlm.convert.train import convert as run
+    from dlm.adapters import distillation_data
+    from dlm.adapters.train import ConvertConfig, describe
+    from dlm.adapters.train import convert as run
 
     if (data is None) == (self_distill == 0):
         raise InputError("give --data FILE or --self-distill N, one of them")
@@ -65,13 +65,15 @@ def convert(
     out = out or Path("runs") / "convert" / lm.name
     start = lm.config.start_token_id
     if data is not None:
-        rows = texts.from_text(data, lm.tokenizer, start, length)
+        rows = distillation_data.from_text(data, lm.tokenizer, start, length)
     else:
         with bar(f"{lm.name} writes", self_distill) as progress:
             given = prompt_lines(prompts) if prompts else []
             tell = lambda done: progress.update(progress.task_ids[0], completed=done)  # noqa: E731
-            texts.write(lm, out / texts.FILE, self_distill, length, prompts=given, temperatures=warmth, seed=seed, tell=tell)
-        rows = texts.from_base(out / texts.FILE, start, length)
+            distillation_data.write(
+                lm, out / distillation_data.FILE, self_distill, length, prompts=given, temperatures=warmth, seed=seed, tell=tell
+            )
+        rows = distillation_data.from_base(out / distillation_data.FILE, start, length)
     try:
         figures = run(lm, config, rows, out, resume=resume, console=err)
     except KeyboardInterrupt as stopped:

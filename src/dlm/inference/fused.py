@@ -1,7 +1,7 @@
 """A network made ready for decoding, in place: fewer and larger matrix products, weights of few bits, results that no batch changes.
 
 All of it acts where no gradients are recorded; a fused network can still be trained, its weights are where they were. Adapters of
-`dlm.convert.lora` may be attached before or after, but for their files: those name the weights that they were made for, and are loaded
+`dlm.adapters.lora` may be attached before or after, but for their files: those name the weights that they were made for, and are loaded
 before `quantize`.
 """
 

@@ -37,8 +37,8 @@ class Transformer(nn.Module):
         self.head_product: nn.Module | None = None  # of dlm.inference.fused, as of the layers of a block
         self.coarse: nn.Module | None = None  # of dlm.inference.fused: the head in few bits
         self.compiled: Any = None  # of dlm.inference.fused: all blocks, compiled
-        self.adapter: Any = None  # of dlm.convert.lora: told at every call where the masks stand
-        self.chain: nn.Module | None = None  # of dlm.convert.chain: reads what the adapter's masks say
+        self.adapter: Any = None  # of dlm.adapters.lora: told at every call where the masks stand
+        self.chain: nn.Module | None = None  # of dlm.adapters.chain: reads what the adapter's masks say
         self.reset()
 
     def reset(self) -> None:

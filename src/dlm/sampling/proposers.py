@@ -59,7 +59,7 @@ class Masks:
     prefix and the masks before it in its group. `restart`, as published: one group, after all proposals, so that a rejection leaves no
     guess and the next call proposes anew; 2N - 1 positions a call. `tree`: a group after every prefix, so that there is always one; N^2.
     chain(slot, state_BD, before_BS): logits (B, V) of the masks of a slot once the tokens of the places up to theirs are drawn
-    (`dlm.convert.chain`). Without, each mask is drawn from as if the others were unknown.
+    (`dlm.adapters.chain`). Without, each mask is drawn from as if the others were unknown.
     """
 
     layout: str = "tree"

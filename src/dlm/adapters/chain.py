@@ -38,4 +38,4 @@ class Chain(nn.Module):
         return hidden_ND + F.linear(inner_NH, self.down[slot]).to(hidden_ND.dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """A network's state is its base's, as with `dlm.convert.lora`."""
+        """A network's state is its base's, as with `dlm.adapters.lora`."""

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlm.convert import parts
-from dlm.convert.divergence import divergence
-from dlm.convert.lora import HEADS, fingerprint
-from dlm.convert.objective import Acceptance, Consistency, mean_acceptance, sums
+from dlm.adapters import files
+from dlm.adapters.divergence import divergence
+from dlm.adapters.lora import fingerprint
+from dlm.adapters.objective import Acceptance, Consistency, mean_acceptance, sums
 from dlm.errors import InputError
 from dlm.models.transformer import Transformer
 
-WEIGHTS, CONFIG = "heads.safetensors", HEADS
+WEIGHTS, CONFIG = "heads.safetensors", "heads.json"
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def acceptance(network: Transformer, heads: Heads, x_BT: Tensor, free_BT: Tensor
 def save_heads(directory: str | Path, heads: Heads, config: HeadsConfig) -> None:
     """Write heads.safetensors (bfloat16), then heads.json, each whole or not at all."""
     weights, about = Path(directory) / WEIGHTS, Path(directory) / CONFIG
-    parts.save(weights, dict(heads.named_parameters()), about, config, dtype=torch.bfloat16)
+    files.save(weights, dict(heads.named_parameters()), about, config, dtype=torch.bfloat16)
 
 
 def load_heads(path: str | Path, network: Transformer) -> Heads:
@@ -112,8 +112,8 @@ def load_heads(path: str | Path, network: Transformer) -> Heads:
     weights, about = Path(path) / WEIGHTS, Path(path) / CONFIG
     if not about.is_file():
         raise InputError(f"no heads in {path}: it has no {CONFIG} (dlm convert --heads 3 writes one)")
-    config = parts.read_config(about, HeadsConfig, "heads")
-    parts.check_base(config, fingerprint(network), f"the heads in {path} were")
+    config = files.read_config(about, HeadsConfig, "heads")
+    files.check_base(config, fingerprint(network), f"the heads in {path} were")
     heads = Heads(network, config)
-    parts.fill(dict(heads.named_parameters()), parts.read_weights(weights), weights, about)
+    files.fill(dict(heads.named_parameters()), files.read_weights(weights), weights, about)
     return heads.requires_grad_(False)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from conftest import make_model
-from dlm.convert import divergence, lora
-from dlm.convert.objective import acceptance, consistency, slots, tokens_per_forward
+from dlm.adapters import divergence, lora
+from dlm.adapters.objective import acceptance, consistency, slots, tokens_per_forward
 from dlm.language_model import LanguageModel
 from dlm.models import attention
 from dlm.models.transformer import Transformer

@@ -19,22 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlm.convert import parts
-from dlm.convert.chain import Chain
+from dlm.adapters import files
+from dlm.adapters.chain import Chain
 from dlm.errors import InputError
-from dlm.formats import native
 from dlm.models.block import version
 from dlm.models.transformer import Transformer
 
 TARGETS = ("q", "k", "v", "out", "up", "down", "gate")  # linear layers of a block; not every network has a gate
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
-HEADS = "heads.json"  # of `dlm.convert.heads`
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
     """What adapter.json says. alpha: the adapter's output counts alpha / rank times; stride: tokens that a call may commit at most; chain:
-    the inner width of its `dlm.convert.chain`, 0 for none."""
+    the inner width of its `dlm.adapters.chain`, 0 for none."""
 
     rank: int = 16
     alpha: float = 32.0
@@ -238,19 +236,7 @@ def fingerprint(network: Transformer) -> str:
 def save_adapter(directory: str | Path, network: Transformer, config: AdapterConfig, *, dtype: torch.dtype = torch.float32) -> None:
     """Write adapter.safetensors, then adapter.json, each whole or not at all. dtype: bfloat16 halves it; loaded it is float32 again."""
     weights, about = Path(directory) / WEIGHTS, Path(directory) / CONFIG
-    parts.save(weights, adapter_state(network), about, config, dtype=dtype)
-
-
-def bundled() -> dict[str, Path]:
-    """Adapters that ship with the package, by name."""
-    return {file.parent.name: file.parent for file in sorted(native.BUNDLED.glob(f"*/{CONFIG}"))}
-
-
-def bundled_for(network: Transformer) -> Path | None:
-    """The first of them that was made for this base; None without one, and for weights rounded to int8, which are nobody's."""
-    found = {} if network.quantized else bundled()
-    own = fingerprint(network) if found else ""
-    return next((path for path in found.values() if load_config(path).fingerprint == own), None)
+    files.save(weights, adapter_state(network), about, config, dtype=dtype)
 
 
 def load_config(path: str | Path) -> AdapterConfig:
@@ -258,7 +244,7 @@ def load_config(path: str | Path) -> AdapterConfig:
     file = Path(path) / CONFIG
     if not file.is_file():
         raise InputError(f"no adapter in {path}: it has no {CONFIG} (dlm convert writes one)")
-    return parts.read_config(file, AdapterConfig, "an adapter")
+    return files.read_config(file, AdapterConfig, "an adapter")
 
 
 def load_adapter(path: str | Path, network: Transformer, mask_id: int) -> AdapterConfig:
@@ -267,50 +253,13 @@ def load_adapter(path: str | Path, network: Transformer, mask_id: int) -> Adapte
     InputError for another base, and for files that are missing or damaged; the network then has no adapter.
     """
     config, weights = load_config(path), Path(path) / WEIGHTS
-    parts.check_base(config, fingerprint(network), f"the adapter in {path} was")
-    state = parts.read_weights(weights)
+    files.check_base(config, fingerprint(network), f"the adapter in {path} was")
+    state = files.read_weights(weights)
     attach(network, config, mask_id)
     try:
-        parts.fill(adapter_state(network), state, weights, Path(path) / CONFIG)
+        files.fill(adapter_state(network), state, weights, Path(path) / CONFIG)
     except InputError:
         detach(network)
         raise
     network.requires_grad_(False)
     return config
-
-
-def begin_with(network: Transformer, path: str | Path) -> None:
-    """Copy the adapter of a directory or a bundled name into the one that is attached; a chain that it lacks stays as it is.
-
-    InputError as `load_adapter`, and for one of other sizes.
-    """
-    found = find(network, path)
-    parts.check_base(load_config(found), fingerprint(network), f"the adapter in {found} was")
-    state = parts.read_weights(found / WEIGHTS)
-    own = {name: tensor for name, tensor in adapter_state(network).items() if name in state or not name.startswith("chain.")}
-    parts.fill(own, state, found / WEIGHTS, found / CONFIG)
-
-
-def find(network: Transformer, path: str | Path) -> Path:
-    """A directory, or that of a bundled name, or of what is bundled for this base, `auto`. InputError for none."""
-    found: Path | None = Path(path)
-    if not Path(path).is_dir():
-        found = bundled_for(network) if str(path) == "auto" else bundled().get(str(path))
-    if found is None:
-        names = ", ".join(bundled()) or "none"
-        raise InputError(f"no adapter {str(path)!r} for this base; bundled: {names}. A directory works too (dlm convert makes one).")
-    return found
-
-
-def with_adapter(lm: Any, path: str | Path) -> Any:
-    """A `LanguageModel` with an adapter attached to its network, or heads: of a directory, a bundled name, or `auto` for what is
-    bundled for this base. InputError as `load_adapter`."""
-    found = find(lm.network, path)
-    has_heads = (found / HEADS).is_file()
-    if has_heads:
-        from dlm.convert.heads import load_heads  # which needs this file
-
-        lm.heads = load_heads(found, lm.network)
-    if not has_heads or (found / CONFIG).is_file():
-        load_adapter(found, lm.network, lm.tokenizer.mask_id)
-    return lm

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from conftest import Dlm, make_model
 from convert.test_convert_cli import SMALL, base_dir, curve, text  # noqa: F401 (fixtures)
 from convert.test_objective import batch
-from dlm.convert import heads, lora
+
+from conftest import Dlm, make_model
+from dlm.adapters import attach, lora, medusa
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel
 
 
-def guessing(lm: LanguageModel, count: int = 2) -> heads.Heads:
+def guessing(lm: LanguageModel, count: int = 2) -> medusa.Heads:
     """Heads that are far from saying what the base says."""
-    made, rng = heads.Heads(lm.network, heads.HeadsConfig(count, lm.name, lora.fingerprint(lm.network))), torch.Generator().manual_seed(0)
+    made, rng = medusa.Heads(lm.network, medusa.HeadsConfig(count, lm.name, lora.fingerprint(lm.network))), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(0.0, 0.2, generator=rng)
@@ -28,7 +28,7 @@ def guessing(lm: LanguageModel, count: int = 2) -> heads.Heads:
 
 def test_fresh_heads_say_what_the_base_says() -> None:
     lm = make_model("autoregressive")
-    made, x_BT = heads.Heads(lm.network, heads.HeadsConfig(3)), batch(lm)[0]
+    made, x_BT = medusa.Heads(lm.network, medusa.HeadsConfig(3)), batch(lm)[0]
     logits_BKV = made(lm.network(x_BT, logits=False)[:, -1], 2)
     assert torch.equal(logits_BKV, lm.network(x_BT)[:, -1:].expand(-1, 2, -1))
 
@@ -38,7 +38,7 @@ def test_the_loss_is_its_definition(how: str) -> None:
     lm = make_model("autoregressive")
     lm.network.requires_grad_(False)
     made, (x_BT, free_BT), mask_id = guessing(lm), batch(lm), lm.tokenizer.mask_id
-    found = heads.foresight(lm.network, made, x_BT, free_BT, mask_id=mask_id, how=how)
+    found = medusa.foresight(lm.network, made, x_BT, free_BT, mask_id=mask_id, how=how)
     found.nats_B.sum().backward()  # type: ignore[no-untyped-call]
     got = [p.grad.clone() for p in made.parameters() if p.grad is not None]
     made.zero_grad()
@@ -101,13 +101,13 @@ def test_convert_and_generate(dlm: Dlm, base_dir: Path, text: Path) -> None:  # 
 def saved(tmp_path: Path) -> Path:
     lm = make_model("autoregressive")
     made = guessing(lm)
-    heads.save_heads(tmp_path / "heads", made, made.config)
+    medusa.save_heads(tmp_path / "heads", made, made.config)
     return tmp_path / "heads"
 
 
 def test_save_and_load(saved: Path) -> None:
     lm, made = make_model("autoregressive"), guessing(make_model("autoregressive"))
-    assert lora.with_adapter(lm, saved).heads.config == made.config
+    assert attach.with_adapter(lm, saved).heads.config == made.config
     assert lm.network.adapter is None
     for name, parameter in lm.heads.named_parameters():
         assert not parameter.requires_grad
@@ -116,7 +116,7 @@ def test_save_and_load(saved: Path) -> None:
     config = lora.AdapterConfig(4, 8.0, fingerprint=made.config.fingerprint)
     lora.attach(lm.network, config, lm.tokenizer.mask_id)
     lora.save_adapter(saved, lm.network, config)  # a directory may hold both
-    both = lora.with_adapter(make_model("autoregressive"), saved)
+    both = attach.with_adapter(make_model("autoregressive"), saved)
     assert both.heads.config == made.config
     assert both.network.adapter.config == config
     low = load_in_bfloat16(saved)
@@ -126,7 +126,7 @@ def test_save_and_load(saved: Path) -> None:
 def load_in_bfloat16(path: Path) -> LanguageModel:
     lm = make_model("autoregressive")
     lm.network.to(torch.bfloat16)
-    lora.with_adapter(lm, path)
+    attach.with_adapter(lm, path)
     return lm
 
 
@@ -150,10 +150,10 @@ def test_what_cannot_be_loaded(saved: Path, damage: str) -> None:
     harm(saved)
     lm = make_model("autoregressive")
     with pytest.raises(InputError, match=message):
-        lora.with_adapter(lm, saved)
+        attach.with_adapter(lm, saved)
     assert lm.heads is None
 
 
 def test_a_directory_without_heads(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no heads in .*: it has no heads\.json"):
-        heads.load_heads(tmp_path, make_model("autoregressive").network)
+        medusa.load_heads(tmp_path, make_model("autoregressive").network)

@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+import bases
 from conftest import Dlm, make_model
-from convert import bases
-from dlm.convert import lora, texts
-from dlm.convert.train import ConvertConfig, convert
+from dlm.adapters import attach, distillation_data, lora
+from dlm.adapters.train import ConvertConfig, convert
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel, load
 from dlm.models.transformer import predict_next
@@ -56,8 +56,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def rows(lm: LanguageModel, text: Path, length: int = 16) -> texts.Rows:
-    return texts.from_text(str(text), lm.tokenizer, lm.config.start_token_id, length, held=16)
+def rows(lm: LanguageModel, text: Path, length: int = 16) -> distillation_data.Rows:
+    return distillation_data.from_text(str(text), lm.tokenizer, lm.config.start_token_id, length, held=16)
 
 
 def run(base: Path, text: Path, out: Path, config: ConvertConfig = CONFIG, **options: Any) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def test_acceptance_rises_and_the_base_stays(dlm: Dlm, base_dir: Path, text: Pat
     assert "acceptance by slot" in err
     assert sorted(p.name for p in Path("out").iterdir()) == ["adapter.json", "adapter.safetensors", "log.jsonl", "training.safetensors"]
 
-    base, lm = load(str(base_dir)), lora.with_adapter(load(str(base_dir)), "out")
+    base, lm = load(str(base_dir)), attach.with_adapter(load(str(base_dir)), "out")
     config = lm.network.adapter.config
     assert (config.stride, config.base, config.made["settings"]["steps"]) == (3, "tiny-base", 120)
     assert config.made["accept"] == figures["accept"]
@@ -142,7 +142,7 @@ def test_ctrl_c_saves(base_dir: Path, text: Path, tmp_path: Path) -> None:
     plain = rows(lm, text)
     calls = []
 
-    def draw(batch: int, rng: torch.Generator) -> texts.Batch:
+    def draw(batch: int, rng: torch.Generator) -> distillation_data.Batch:
         calls.append(batch)
         if len(calls) == 6:
             signal.raise_signal(signal.SIGINT)
@@ -188,7 +188,7 @@ def test_a_base_that_writes_its_own_text(dlm: Dlm, base_dir: Path) -> None:
     assert code == 0, err
     figures = json.loads(printed.splitlines()[-1])
     assert figures["accept"][0] > figures["accept_before"][0] + 0.15
-    file = Path("out") / texts.FILE
+    file = Path("out") / distillation_data.FILE
     head, *lines = [json.loads(line) for line in file.read_text().splitlines()]
     lm = load(str(base_dir))
     assert head["base"] == "tiny-base"
@@ -204,17 +204,17 @@ def test_a_base_that_writes_its_own_text(dlm: Dlm, base_dir: Path) -> None:
 
     told: list[int] = []
     file.write_text("".join(line for line in whole.splitlines(keepends=True)[:17]))  # it was stopped after 16
-    texts.write(lm, file, 40, 16, batch=64, tell=told.append)
+    distillation_data.write(lm, file, 40, 16, batch=64, tell=told.append)
     assert told == [16, 40]
     assert file.read_text() == whole
-    texts.write(lm, file, 30, 16, batch=64, tell=told.append)
+    distillation_data.write(lm, file, 30, 16, batch=64, tell=told.append)
     assert told[2:] == [30]
     assert file.read_text() == whole
 
 
 def test_temperatures_take_turns(base_dir: Path, tmp_path: Path) -> None:
-    lm, file = load(str(base_dir)), tmp_path / texts.FILE
-    texts.write(lm, file, 12, 16, temperatures=(0.0, 1.0), batch=4)
+    lm, file = load(str(base_dir)), tmp_path / distillation_data.FILE
+    distillation_data.write(lm, file, 12, 16, temperatures=(0.0, 1.0), batch=4)
     found = [json.loads(line)["text"] for line in file.read_text().splitlines()[1:]]
     assert set(found[:4]) == set(found[8:]) == {lm.generate("", length=15, temperature=0.0).text}
     assert found[4:8] == [lm.generate("", length=15, seed=seed).text for seed in range(4, 8)]
@@ -227,12 +227,12 @@ def test_prompts(dlm: Dlm, tmp_path: Path) -> None:
     words = ("--self-distill", "4", "--prompts", "prompts.txt", "--stride", "2", "--length", "60", "--steps", "2", "--out", "out")
     code, _, err = dlm("convert", str(base), *words)
     assert code == 0, err
-    lines = [json.loads(line) for line in (Path("out") / texts.FILE).read_text().splitlines()][1:]
+    lines = [json.loads(line) for line in (Path("out") / distillation_data.FILE).read_text().splitlines()][1:]
     assert len(lines) == 4
     for line, prompt in zip(lines, ["But soft", "O Romeo"] * 2, strict=True):
         assert line["text"].startswith(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n")
         assert line["given"] < len(line["ids"])
-    found = texts.from_base(Path("out") / texts.FILE, None, 60)
+    found = distillation_data.from_base(Path("out") / distillation_data.FILE, None, 60)
     x_BT, free_BT = found.held
     assert x_BT[0, : len(lines[3]["ids"])].tolist() == lines[3]["ids"]
     assert free_BT[0].nonzero().squeeze(-1).tolist() == list(range(lines[3]["given"], len(lines[3]["ids"])))
@@ -240,13 +240,13 @@ def test_prompts(dlm: Dlm, tmp_path: Path) -> None:
     assert len(drawn) == 3
     assert tuple(x_BT[0].tolist()) not in drawn
 
-    (Path("out") / texts.FILE).write_text("{}\n{]")
+    (Path("out") / distillation_data.FILE).write_text("{}\n{]")
     with pytest.raises(InputError, match=r"texts.jsonl is missing or damaged"):
-        texts.from_base(Path("out") / texts.FILE, None, 60)
+        distillation_data.from_base(Path("out") / distillation_data.FILE, None, 60)
     plain = load(str(base))
     plain.chat = ChatTemplate()
     with pytest.raises(InputError, match="reads no start token: give --prompts FILE"):
-        texts.write(plain, tmp_path / "no.jsonl", 4, 60)
+        distillation_data.write(plain, tmp_path / "no.jsonl", 4, 60)
     Path("long.txt").write_text("But soft, " * 20)
     told = dlm.told("convert", str(base), "--self-distill", "4", "--prompts", "long.txt", "--length", "30")
     assert "shorter prompts or a greater --length" in told or "begin a new one" in told
@@ -257,7 +257,7 @@ def test_a_chat_model_asks_itself(dlm: Dlm, tmp_path: Path) -> None:
     words = ("--self-distill", "6", "--stride", "2", "--length", "60", "--steps", "2", "--temperatures", "0", "--out", "out")
     code, _, err = dlm("convert", str(base), *words)
     assert code == 0, err
-    lines = [json.loads(line) for line in (Path("out") / texts.FILE).read_text().splitlines()][1:]
+    lines = [json.loads(line) for line in (Path("out") / distillation_data.FILE).read_text().splitlines()][1:]
     lm, asked = load(str(base)), []
     for line in lines:
         given = lm.tokenizer.decode(line["ids"][: line["given"]])

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from convert.test_objective import adapted, batch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import make_model
-from convert.test_objective import adapted, batch
-from dlm.convert import lora
+from dlm.adapters import attach, lora
 from dlm.errors import InputError
 from dlm.formats import native
 from dlm.language_model import LanguageModel, load
@@ -133,7 +133,7 @@ def test_save_and_load(saved: Path) -> None:
     assert not any(p.requires_grad for p in lm.network.parameters())
     z_BT = torch.full((2, 6), lm.tokenizer.mask_id)
     assert torch.equal(lm.network(z_BT), made.network(z_BT))
-    assert torch.equal(lora.with_adapter(fresh(), saved).network(z_BT), lm.network(z_BT))
+    assert torch.equal(attach.with_adapter(fresh(), saved).network(z_BT), lm.network(z_BT))
     assert sorted(p.name for p in saved.iterdir()) == ["adapter.json", "adapter.safetensors"]
 
 
@@ -142,7 +142,7 @@ def test_a_chain_goes_with_its_adapter(tmp_path: Path) -> None:
     about = {"base": made.name, "fingerprint": lora.fingerprint(made.network)}
     assert about["fingerprint"] == lora.fingerprint(fresh().network)  # it is no part of the base
     lora.save_adapter(tmp_path, made.network, lora.AdapterConfig(4, 8.0, stride=8, chain=6, **about))
-    lm = lora.with_adapter(fresh(), tmp_path)
+    lm = attach.with_adapter(fresh(), tmp_path)
     assert made.network.chain is not None
     assert lm.network.chain is not None
     hidden_ND, before_NSD = torch.randn(2, lm.network.config.width), torch.randn(2, 3, lm.network.config.width)
@@ -150,7 +150,7 @@ def test_a_chain_goes_with_its_adapter(tmp_path: Path) -> None:
     assert not torch.equal(lm.network.chain(2, hidden_ND, before_NSD), hidden_ND)
     lora.attach(lm.network, lora.AdapterConfig(4, 8.0, stride=8, chain=6), lm.tokenizer.mask_id)
     assert torch.equal(lm.network.chain(2, hidden_ND, before_NSD), hidden_ND)  # fresh, it changes nothing
-    lora.begin_with(lm.network, tmp_path)
+    attach.begin_with(lm.network, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(*(lora.adapter_state(one.network).values() for one in (lm, made)), strict=True))
     lora.detach(lm.network)
     assert lm.network.chain is None
@@ -173,7 +173,7 @@ def test_files_of_half_the_size(saved: Path, tmp_path: Path) -> None:
     lora.save_adapter(tmp_path / "small", made.network, config, dtype=torch.bfloat16)
     sizes = [(path / "adapter.safetensors").stat().st_size for path in (saved, tmp_path / "small")]
     assert sizes[1] < 0.7 * sizes[0]
-    lm = lora.with_adapter(fresh(), tmp_path / "small")
+    lm = attach.with_adapter(fresh(), tmp_path / "small")
     for name, tensor in lora.adapter_state(lm.network).items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, lora.adapter_state(made.network)[name].bfloat16().float())
@@ -182,22 +182,22 @@ def test_files_of_half_the_size(saved: Path, tmp_path: Path) -> None:
 def test_bundled_adapters(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = fresh()
     monkeypatch.setattr(native, "BUNDLED", saved.parent / "nowhere")
-    assert lora.bundled() == {}
-    assert lora.bundled_for(lm.network) is None
+    assert attach.bundled() == {}
+    assert attach.bundled_for(lm.network) is None
     monkeypatch.setattr(native, "BUNDLED", saved.parent)
-    assert lora.bundled() == {"adapter": saved}
-    assert lora.bundled_for(lm.network) == saved
+    assert attach.bundled() == {"adapter": saved}
+    assert attach.bundled_for(lm.network) == saved
     z_BT = torch.full((2, 6), lm.tokenizer.mask_id)
     for name in ("adapter", "auto", Path("adapter")):
-        assert torch.equal(lora.with_adapter(fresh(), name).network(z_BT), adapted().network(z_BT))
+        assert torch.equal(attach.with_adapter(fresh(), name).network(z_BT), adapted().network(z_BT))
     with torch.no_grad():
         lm.network.head.weight[0] += 1.0
-    assert lora.bundled_for(lm.network) is None
+    assert attach.bundled_for(lm.network) is None
     for name, reason in (("auto", "no adapter 'auto' for this base; bundled: adapter"), ("other", "no adapter 'other'")):
         with pytest.raises(InputError, match=reason):
-            lora.with_adapter(lm, name)
+            attach.with_adapter(lm, name)
     with pytest.raises(InputError, match="made for another base"):
-        lora.with_adapter(lm, "adapter")
+        attach.with_adapter(lm, "adapter")
 
 
 def truncate(path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dlm.convert import lora
+from dlm.adapters import lora
 from dlm.errors import InputError
 from dlm.files import write_text
 from dlm.text.tokenizer import Tokenizer

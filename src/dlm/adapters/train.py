@@ -23,10 +23,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dlm.convert import heads as extra
-from dlm.convert import lora
-from dlm.convert.objective import LOSSES, Acceptance, acceptance, consistency, tokens_per_forward
-from dlm.convert.texts import Rows
+from dlm.adapters import attach, lora
+from dlm.adapters import medusa as extra
+from dlm.adapters.distillation_data import Rows
+from dlm.adapters.objective import LOSSES, Acceptance, acceptance, consistency, tokens_per_forward
 from dlm.errors import InputError
 from dlm.formats import native
 from dlm.models.transformer import Transformer
@@ -52,7 +52,7 @@ class ConvertConfig:
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = lora.TARGETS
-    chain: int = 384  # inner width of the adapter's `dlm.convert.chain`, 0: none
+    chain: int = 384  # inner width of the adapter's `dlm.adapters.chain`, 0: none
     init: str = ""  # an adapter to begin with, directory or bundled name; one without a chain gets a fresh one
     loss: str = "kl"  # kl: what the clean half says | ce: the text
     clean_weight: float = 0.2  # of the clean half's cross entropy with `full`; 0: the ratio of the two losses
@@ -128,7 +128,7 @@ def convert(
     else:
         lora.attach(network, adapter, mask_id, seed=config.seed)
         if config.init and not resume:
-            lora.begin_with(network, config.init)
+            attach.begin_with(network, config.init)
     if config.heads:
         heads = extra.Heads(network, extra.HeadsConfig(config.heads, lm.name, base))
     learner = heads or network

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlm.convert.divergence import divergence
+from dlm.adapters.divergence import divergence
 from dlm.models.cache import TextCache
 from dlm.models.transformer import Transformer
 

@@ -1,1 +1,0 @@
-"""Autoregressive checkpoints of other libraries, and what makes diffusers of them."""
