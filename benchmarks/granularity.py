@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 import dlm
-from dlm import recipes
 from dlm.analysis import parallel_error, price
 from dlm.evaluate import card, generative, likelihood
 from dlm.language_model import LanguageModel
 from dlm.sampling.rules import Ancestral, TopScore
 from dlm.text.tokenizer import Tokenizer
 from dlm.train import data as reading
+from dlm.train import recipes
 from dlm.train.config import TrainConfig
 from dlm.train.log import finished
 from dlm.train.loop import train

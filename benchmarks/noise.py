@@ -22,9 +22,9 @@ from rich.table import Table
 from torch import Tensor
 
 import dlm
-from dlm import recipes
 from dlm.evaluate import card, generative
 from dlm.train import data as reading
+from dlm.train import recipes
 
 SISTERS = ("mask", "uniform", "semantic", "hybrid")
 MASKED = ("ancestral", "topk", "confidence:0.7", "predictor-corrector:1", "predictor-corrector:4")

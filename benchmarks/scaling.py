@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 import dlm
-from dlm import recipes
 from dlm.evaluate import card, likelihood
 from dlm.train import data as reading
+from dlm.train import recipes
 from dlm.train.log import finished
 from dlm.train.loop import train
 

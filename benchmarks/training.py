@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from dlm import recipes
 from dlm.models.config import TransformerConfig
 from dlm.noise.masked import MaskedNoise
+from dlm.train import recipes
 from dlm.train.config import TrainConfig
 from dlm.train.data import Stream
 from dlm.train.learner import Learner

@@ -34,7 +34,7 @@ from dlm.train import state
 from dlm.train.learner import step_generator
 from dlm.train.log import Log
 from dlm.train.loop import QUIET, Stop
-from dlm.train.optim import adamw, learning_rate
+from dlm.train.optimisers import adamw, learning_rate
 
 if TYPE_CHECKING:
     from dlm.language_model import LanguageModel

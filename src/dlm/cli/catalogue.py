@@ -10,9 +10,9 @@ from dlm.cli.app import app
 @app.command(name="list")
 def list_() -> None:
     """Checkpoints and adapters that come with dlm, bases that can be pulled or are here, and recipes that train more."""
-    from dlm import recipes
     from dlm.adapters import attach, lora
     from dlm.formats import native
+    from dlm.train import recipes
 
     for name, path in native.bundled().items():
         config = native.load_config(path)

@@ -27,7 +27,7 @@ def train(
     """Train a recipe, or the default model on your own text. Ctrl-C saves and stops; --resume goes on."""
     from dataclasses import replace
 
-    from dlm import recipes
+    from dlm.train import recipes
     from dlm.train.loop import TrainConfig
     from dlm.train.loop import train as run
 

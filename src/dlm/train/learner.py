@@ -20,7 +20,7 @@ from dlm.noise.process import Process
 from dlm.train.config import TrainConfig
 from dlm.train.data import Stream
 from dlm.train.objective import Objective, RowsOf, levels_on
-from dlm.train.optim import EMA, adamw, learning_rate
+from dlm.train.optimisers import EMA, adamw, learning_rate
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

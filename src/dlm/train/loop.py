@@ -38,8 +38,8 @@ from dlm.train import state
 from dlm.train.config import TrainConfig
 from dlm.train.learner import Learner
 from dlm.train.log import Log
-from dlm.train.noising import noise_settings
 from dlm.train.objective import Objective, validate
+from dlm.train.setup import noise_settings
 
 __all__ = ["TrainConfig", "train"]
 

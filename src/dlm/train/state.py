@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from dlm.errors import InputError
-from dlm.train.optim import EMA
+from dlm.train.optimisers import EMA
 
 FILE = "training.safetensors"
 MOMENT = "optimizer.state."

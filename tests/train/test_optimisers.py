@@ -10,7 +10,7 @@ from torch import nn
 
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
-from dlm.train.optim import EMA, adamw, learning_rate
+from dlm.train.optimisers import EMA, adamw, learning_rate
 
 
 def rates(steps: int, warmup: int = 10, decay_share: float = 0.25) -> list[float]:

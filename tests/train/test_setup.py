@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import dlm
 from dlm.errors import InputError
 from dlm.noise import clusters, process
-from dlm.train import loop, noising
+from dlm.train import loop, setup
 from dlm.train.data import read
 from train import tiny
 
@@ -169,6 +169,6 @@ def test_a_file_of_groups_that_cannot_be_is_told(text: Path, tmp_path: Path, con
 def test_the_mask_is_always_alone(text: Path, groups: Path) -> None:
     tokenizer = loop.Tokenizer.make("chars", "\n".join(read(str(text))))
     for source in ("classes", str(groups)):
-        found = noising.cluster_of(source, tokenizer)
+        found = setup.cluster_of(source, tokenizer)
         assert len(found) == tokenizer.vocab_size + 1
         assert found.count(found[-1]) == 1
