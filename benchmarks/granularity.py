@@ -23,7 +23,7 @@ import dlm
 from dlm.analysis import parallel_error, price
 from dlm.evaluate import card, generative, likelihood
 from dlm.language_model import LanguageModel
-from dlm.sampling.rules import Ancestral, TopScore
+from dlm.sampling.diffusion.unmasking import Ancestral, TopScore
 from dlm.text.tokenizer import Tokenizer
 from dlm.train import data as reading
 from dlm.train import recipes

@@ -26,8 +26,8 @@ from torch import Tensor
 import dlm
 from dlm.cli.app import bar, load
 from dlm.evaluate import card
+from dlm.sampling.autoregressive.speculative import StridedSampler
 from dlm.sampling.draw import generators
-from dlm.sampling.strided import StridedSampler
 from dlm.trajectory import Canvas
 
 TASKS = (

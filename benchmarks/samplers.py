@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 import dlm
-from dlm.evaluate import card, samplers
-from dlm.sampling.calibration import Calibration, Row
+from dlm.calibration import measure
+from dlm.calibration.table import Calibration, Row
+from dlm.evaluate import card
 
 BUDGETS = ("calls:16", "calls:32", "calls:64", "seconds:1", "bits:0.1")
 USUAL: dict[str, dict[str, Any]] = {
@@ -86,8 +87,8 @@ def main() -> None:
 
 
 def _measured(model: Any, twin: Any, options: dict[str, Any], args: argparse.Namespace) -> Row:
-    generate, judge = samplers.writing(model, args.samples, temperature=1.0), samplers.judged(twin)
-    return next(iter(samplers.measure(generate, judge, [options], seed=args.seed)))
+    generate, judge = measure.writing(model, args.samples, temperature=1.0), measure.judged(twin)
+    return next(iter(measure.measure(generate, judge, [options], seed=args.seed)))
 
 
 def _points(found: Calibration) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dlm.noise import process, schedule
 from dlm.noise.masked import MaskedNoise
-from dlm.protocols import Rule
-from dlm.sampling.diffusion import DiffusionSampler
+from dlm.sampling.diffusion.loop import DiffusionSampler
+from dlm.sampling.diffusion.protocols import Rule
 from dlm.sampling.draw import Draw, generators
 from dlm.trajectory import Canvas, Frame
 from oracle import BayesDenoiser, ReplacementBayes, Tiny, dense

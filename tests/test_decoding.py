@@ -12,11 +12,11 @@ import torch
 from conftest import Dlm, make_model
 from dlm.errors import InputError
 from dlm.language_model import load
-from dlm.sampling.choice import SPECULATIVE, UNMASKING
-from dlm.sampling.constraint import AllowedTokens
-from dlm.sampling.diffusion import DiffusionSampler
+from dlm.sampling.diffusion.constraints import AllowedTokens
+from dlm.sampling.diffusion.guidance import Classifier
+from dlm.sampling.diffusion.loop import DiffusionSampler
 from dlm.sampling.draw import generators
-from dlm.sampling.guidance import Classifier
+from dlm.sampling.registry import SPECULATIVE, UNMASKING
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from dlm.models.transformer import Transformer
 from dlm.noise import loss
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.uniform import UniformNoise
-from dlm.sampling import choice
+from dlm.sampling import registry
 from dlm.text.tokenizer import Tokenizer
 
 WINDOW = 16
@@ -305,7 +305,7 @@ def test_generated_text_never_holds_the_mask_id() -> None:
     for kind in (*NOISES, "autoregressive"):
         made = model(kind)
         made.network.head.weight[MASK] = 10 * made.network.head.weight.abs().max()
-        words = (None,) if kind == "autoregressive" else choice.UNMASKING if kind == "masked" else choice.REPLACING
+        words = (None,) if kind == "autoregressive" else registry.UNMASKING if kind == "masked" else registry.REPLACING
         for sampler in words:
             generation = made.generate(["", "abc"], max_new_tokens=30, seed=0, sampler=sampler)
             assert all((g.trajectory.current_BT[g.row] != MASK)[g.trajectory.valid_BT[g.row]].all() for g in generation)

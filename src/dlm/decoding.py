@@ -16,18 +16,21 @@ from dlm.inference import fused, quantize
 from dlm.model_scheduling import routing
 from dlm.models.transformer import Transformer
 from dlm.noise.masked import MaskedNoise
-from dlm.protocols import CachePolicy, Constraint, Denoiser, Proposer, Sampler
-from dlm.sampling import caching, choice, windows
-from dlm.sampling.autoregressive import AutoregressiveSampler
-from dlm.sampling.constraint import AllowedTokens, Pattern, both
-from dlm.sampling.diffusion import DiffusionSampler
+from dlm.protocols import Denoiser, Sampler
+from dlm.sampling import registry, windows
+from dlm.sampling.autoregressive.draft_length import Pace
+from dlm.sampling.autoregressive.draft_tree import Tree
+from dlm.sampling.autoregressive.drafters import DraftModel, Fitted, Heads, Lookup, Masks, SelfDraft
+from dlm.sampling.autoregressive.plain import AutoregressiveSampler
+from dlm.sampling.autoregressive.protocols import Proposer
+from dlm.sampling.autoregressive.speculative import StridedSampler
+from dlm.sampling.diffusion import cache_policies
+from dlm.sampling.diffusion.any_order_speculative import SpeculativeSampler
+from dlm.sampling.diffusion.constraints import AllowedTokens, Pattern, both
+from dlm.sampling.diffusion.guidance import ClassifierFree
+from dlm.sampling.diffusion.loop import DiffusionSampler
+from dlm.sampling.diffusion.protocols import CachePolicy, Constraint
 from dlm.sampling.draw import Draw
-from dlm.sampling.guidance import ClassifierFree
-from dlm.sampling.pace import Pace
-from dlm.sampling.proposers import DraftModel, Fitted, Heads, Lookup, Masks, SelfDraft
-from dlm.sampling.speculative import SpeculativeSampler
-from dlm.sampling.strided import StridedSampler
-from dlm.sampling.tree import Tree
 
 if TYPE_CHECKING:
     from dlm.language_model import LanguageModel
@@ -68,13 +71,13 @@ def make(
     context = model.context if context is None else context
     windows.check(model.window, context)
     if not model.is_diffusion:
-        if not choice.continues(word) or greedy_tail or until_settled or special:
+        if not registry.continues(word) or greedy_tail or until_settled or special:
             what = f"the sampler {sampler!r}" if sampler else "revising, guided or constrained text, blocks or an approximate cache"
-            usable = "" if choice.continues(word) else f"; it can use: autoregressive, {', '.join(choice.STRIDED)}"
+            usable = "" if registry.continues(word) else f"; it can use: autoregressive, {', '.join(registry.STRIDED)}"
             raise InputError(f"{model.name} is autoregressive: {what} needs a diffusion model{usable}")
         return _autoregressive(model, word, draw, bool(cache), context)
     denoiser = _denoiser(model, schedule, light, steps)
-    guess = choice.speculative(word)
+    guess = registry.speculative(word)
     if guess is not None:
         if greedy_tail or until_settled or special or model.is_causal or not isinstance(model.noise, MaskedNoise):
             raise InputError("speculative decoding is for bidirectional masked models, with no blocks, cache, guidance or constraint")
@@ -83,21 +86,21 @@ def make(
         raise InputError(f"{model.name} never saw a text without its beginning: guidance needs a bidirectional masked model")
     if model.is_causal and isinstance(cache, str):
         raise InputError(f"{model.name} has an exact cache already: --cache is for bidirectional models")
-    policy: CachePolicy | None = caching.make(cache) if isinstance(cache, str) else None
+    policy: CachePolicy | None = cache_policies.make(cache) if isinstance(cache, str) else None
     if model.is_causal:
         block_length = block_length or model.config.network.block_length
-        policy = caching.Exact(block_length) if cache else None
+        policy = cache_policies.Exact(block_length) if cache else None
     elif policy is not None:
         block_length = block_length or windows.longest_block(model.window, BLOCK)
     return DiffusionSampler(
         partial(model.network, block_length=block_length) if model.is_causal else denoiser,
         model.noise,
         model.window,
-        choice.make(word, draw, model.noise, greedy_tail),
+        registry.make(word, draw, model.noise, greedy_tail),
         steps,
         context // block_length * block_length if model.is_causal and block_length else context,
         model.name,
-        until_settled or int(word.partition(":")[0] in choice.SETTLING),
+        until_settled or int(word.partition(":")[0] in registry.SETTLING),
         block_length or 0,
         policy,
         model.network.window_cache,
@@ -109,7 +112,7 @@ def make(
 
 def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, context: int) -> Sampler:
     network, mask_id, start = fused.fuse(model.network), model.tokenizer.mask_id, model.config.start_token_id
-    guess = choice.strided(word)
+    guess = registry.strided(word)
     if guess is None:
         make = network.cache if cache else None
         return AutoregressiveSampler(network, mask_id, model.window, make, draw, context, model.name, start, model.stops)
@@ -133,7 +136,7 @@ def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, co
         if model.heads is None:
             raise InputError(f"{model.name} has no heads to guess with: give --adapter DIRECTORY of dlm convert {model.name} --heads 3")
         proposer = Heads(model.heads, model.heads.config.count)
-    elif guess.model in choice.ROUNDED:
+    elif guess.model in registry.ROUNDED:
         proposer = SelfDraft(model.other(guess.model).network, start)
     elif guess.name == "draft":
         other = model.other(guess.model)
@@ -174,13 +177,13 @@ def _acceptance(network: Transformer) -> float:
     return sum(found) / len(found) if found else 0.8
 
 
-def _most(model: LanguageModel, guess: choice.Strided) -> int:
+def _most(model: LanguageModel, guess: registry.Strided) -> int:
     """The greatest stride that is worth a try."""
     if guess.name == "strided" and model.network.adapter is not None:
         return int(model.network.adapter.config.stride)
     if guess.name == "heads" and model.heads is not None:
         return int(model.heads.config.count) + 1
-    if guess.model in choice.ROUNDED:
+    if guess.model in registry.ROUNDED:
         return ITSELF
     return LOOKUP if guess.name == "lookup" else STRIDE
 

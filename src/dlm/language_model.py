@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dlm import decoding
+from dlm.calibration.table import Calibration
 from dlm.errors import InputError
 from dlm.formats import native
 from dlm.formats.native import ModelConfig
@@ -26,10 +27,9 @@ from dlm.models.transformer import Transformer, predict_beside, predict_next
 from dlm.noise import process
 from dlm.noise.masked import MaskedNoise
 from dlm.protocols import Sampler
-from dlm.sampling import choice
-from dlm.sampling.calibration import Calibration
+from dlm.sampling import registry
+from dlm.sampling.autoregressive.draft_length import Pace
 from dlm.sampling.draw import generators
-from dlm.sampling.pace import Pace
 from dlm.text.chat import ChatTemplate, Messages
 from dlm.text.tokenizer import Tokenizer
 from dlm.trajectory import Canvas, Frame, Trajectory
@@ -205,14 +205,15 @@ class LanguageModel:
         """The sampler that these options mean for this model; unset ones come from generation_config.json.
 
         steps: for each window. temperature, top_p, top_k: of every draw.
-        sampler: a word of `dlm.sampling.choice`, with its setting after a colon, as in `confidence:0.7`; `auto` takes what `dlm
+        sampler: a word of `dlm.sampling.registry`, with its setting after a colon, as in `confidence:0.7`; `auto` takes what `dlm
         calibrate` found best within `budget` (`calls:32`, `seconds:2`, `bits:0.1`). An autoregressive model writes the same text in
         fewer calls with `strided:4` (its own proposals, at masks), `strided:4x16` (16 candidates for those 3 places), `lookup:4` or
         `draft:MODEL,4`, or `auto` instead of 4: as many as pay, by measurement; `lossless` takes the best that it has.
         greedy_tail: that many last steps put the likeliest token everywhere. until_settled: stop a window once no token has changed for
-        so many steps. block_length: fill a window block by block; a model of block diffusion has its own. cache: a word of
-        `dlm.sampling.caching` for a bidirectional model; True is the exact cache of an autoregressive one or of block diffusion, False
-        none. guidance: how much more than its due the prompt counts. context: tokens of a window that a long text carries into the next;
+        so many steps. block_length: fill a window block by block; a model of block diffusion has its own. cache: a policy
+        of `dlm.sampling.diffusion.cache_policies` for a bidirectional model; True is the exact KV cache of an autoregressive
+        one or of block diffusion, False none. guidance: how much more than its due the prompt counts.
+        context: tokens of a window that a long text carries into the next;
         a cache makes a long one cheap.
         allow: the characters that may be written; pattern: a regular expression that the whole text must match.
         schedule: which model takes which step, as in `L0.5 H0.5`, `sandwich:0.25`, or `auto` for what `dlm schedule
@@ -261,7 +262,7 @@ class LanguageModel:
                 raise InputError("--schedule auto has found the light models itself, beside a checkpoint on disk: leave --light away")
             saved = SavedSchedule.load(self.path)
             options = options | {"schedule": str(saved.schedule), "light": saved.light, "steps": options.get("steps") or saved.steps}
-        if options.get("sampler") == choice.LOSSLESS:
+        if options.get("sampler") == registry.LOSSLESS:
             return options | {"sampler": self._lossless()}
         if (options.get("sampler") or self.default_sampler) != "auto":
             return options
@@ -272,7 +273,7 @@ class LanguageModel:
         plain = options.get("guidance", 1.0) == 1 and options.get("allow") is None and options.get("pattern") is None
 
         def usable(found: dict[str, Any]) -> bool:
-            speculates = choice.speculative(found["sampler"]) is not None
+            speculates = registry.speculative(found["sampler"]) is not None
             return (plain or not speculates) and (options.get("guidance", 1.0) == 1 or "cache" not in found)
 
         found = self.calibration().choose(options.get("budget") or "bits:0.1", usable)

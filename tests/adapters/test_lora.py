@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert.test_objective import adapted, batch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from adapters.test_objective import adapted, batch
 from conftest import make_model
 from dlm.adapters import attach, lora
 from dlm.errors import InputError

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert.test_convert_cli import SMALL, base_dir, curve, text  # noqa: F401 (fixtures)
-from convert.test_objective import batch
 
+from adapters.test_convert_cli import SMALL, base_dir, curve, text  # noqa: F401 (fixtures)
+from adapters.test_objective import batch
 from conftest import Dlm, make_model
 from dlm.adapters import attach, lora, medusa
 from dlm.errors import InputError

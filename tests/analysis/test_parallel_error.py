@@ -21,9 +21,10 @@ from dlm.analysis.price import ancestral_price, best_price, best_steps, curve_ro
 from dlm.errors import InputError
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.uniform import UniformNoise
-from dlm.protocols import RNG, Step
-from dlm.sampling.revising import PredictorCorrector
-from dlm.sampling.rules import Ancestral, FirstHitting, Threshold, TopScore
+from dlm.protocols import RNG
+from dlm.sampling.diffusion.protocols import Step
+from dlm.sampling.diffusion.revising import PredictorCorrector
+from dlm.sampling.diffusion.unmasking import Ancestral, FirstHitting, Threshold, TopScore
 from oracle import BayesDenoiser, Tiny
 
 TINY = Tiny(3, 4, seed=3, concentration=0.3)

@@ -10,8 +10,8 @@ import torch
 
 from conftest import Dlm, make_model
 from dlm.evaluate import decoding
-from dlm.sampling.proposers import DraftModel
-from dlm.sampling.strided import StridedSampler
+from dlm.sampling.autoregressive.drafters import DraftModel
+from dlm.sampling.autoregressive.speculative import StridedSampler
 
 
 def test_a_draft_of_itself_is_always_accepted() -> None:

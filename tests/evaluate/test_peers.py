@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert.test_gguf import write
+from adapters.test_gguf import write
 from tokenizers import AddedToken
 
 from bases import SPECIAL, WORDS, publish, tokenizer, transformer

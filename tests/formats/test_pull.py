@@ -11,7 +11,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from convert.test_gguf import write
 
 from bases import transformer
 from conftest import Dlm
@@ -20,6 +19,7 @@ from dlm.formats import native
 from dlm.formats import pull as pulling
 from dlm.formats.pull import BASES, Wheel, pull
 from dlm.language_model import load
+from formats.test_gguf import write
 
 NAME = "smollm2-135m"
 BASE = BASES[NAME]

@@ -21,7 +21,7 @@ from dlm.inference import compiled, fused, packed, quantize
 from dlm.inference.quantized_linear import GROUP, Int4Linear, Int8Linear, RoundedLinear, Shortlist
 from dlm.language_model import LanguageModel, load
 from dlm.models.transformer import Transformer
-from dlm.sampling import choice
+from dlm.sampling import registry
 
 LLAMA = {"mlp": "swiglu", "heads": 6, "kv_heads": 2, "width": 48, "mlp_width": 96, "qk_norm": False, "tied": True}
 OURS = {"mlp": "relu2", "qkv_bias": True}
@@ -215,7 +215,7 @@ def test_weights_that_came_in_four_bits_are_met_again() -> None:
 def test_what_a_copy_is_rounded_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "LARGE", 1000)
     made = model()
-    assert tuple(quantize.BITS) == choice.ROUNDED
+    assert tuple(quantize.BITS) == registry.ROUNDED
     assert quantize.worth_rounding(made.network) == "int8"
     assert made.chosen({"sampler": "lossless"})["sampler"] == "draft:int8,auto"
     up = made.network.blocks[0].mlp.up
@@ -274,7 +274,7 @@ def test_a_steady_network_does_not_see_how_it_is_called(dtype: str, tmp_path: Pa
 def test_near_ties_fall_alike(tmp_path: Path) -> None:
     """In bfloat16 what is likeliest depends on how many positions a call has, but not when the network is steady."""
     model(layers=4).save_pretrained(tmp_path)
-    unsteady, steady = (load(str(tmp_path), dtype="bfloat16", deterministic=choice) for choice in (False, True))
+    unsteady, steady = (load(str(tmp_path), dtype="bfloat16", deterministic=registry) for registry in (False, True))
     z_BT = torch.randint(unsteady.tokenizer.vocab_size, (24, LENGTH), generator=torch.Generator().manual_seed(1))
     flips = [int((in_calls(m.network, z_BT, 1).argmax(-1) != in_calls(m.network, z_BT, 15).argmax(-1)).sum()) for m in (unsteady, steady)]
     assert flips[0] > 0

@@ -15,9 +15,9 @@ from dlm.model_scheduling.exact import Enumerated, MarkovPosterior
 from dlm.model_scheduling.plan import ModelSchedule
 from dlm.model_scheduling.routing import Scheduled
 from dlm.noise.masked import MaskedNoise
-from dlm.sampling.diffusion import DiffusionSampler
+from dlm.sampling.diffusion.loop import DiffusionSampler
+from dlm.sampling.diffusion.unmasking import Ancestral, FirstHitting
 from dlm.sampling.draw import generators
-from dlm.sampling.rules import Ancestral, FirstHitting
 from dlm.trajectory import Canvas
 from oracle import BayesDenoiser, Tiny, chi_square_of_counts
 

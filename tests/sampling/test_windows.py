@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from dlm.noise.masked import MaskedNoise
-from dlm.protocols import Rule
 from dlm.sampling import windows
-from dlm.sampling.diffusion import DiffusionSampler
+from dlm.sampling.diffusion.loop import DiffusionSampler
+from dlm.sampling.diffusion.protocols import Rule
+from dlm.sampling.diffusion.unmasking import Ancestral, Threshold, TopScore
 from dlm.sampling.draw import Draw, generators
-from dlm.sampling.rules import Ancestral, Threshold, TopScore
 from dlm.trajectory import Canvas, Frame
 
 VOCAB = 100

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 
-from dlm.sampling import choice
+from dlm.sampling import registry
 from dlm.serve.samplers import CONTINUING, MASKED, REPLACED
 
 
 def test_every_word_has_its_line() -> None:
-    assert [*MASKED] == [*choice.UNMASKING, choice.SPECULATIVE]
-    assert [*REPLACED] == [*choice.REPLACING]
-    assert {*CONTINUING} == {"autoregressive", *choice.STRIDED} - {"draft"}  # which needs the name of another model
+    assert [*MASKED] == [*registry.UNMASKING, registry.SPECULATIVE]
+    assert [*REPLACED] == [*registry.REPLACING]
+    assert {*CONTINUING} == {"autoregressive", *registry.STRIDED} - {"draft"}  # which needs the name of another model
 
 
 def test_a_line_is_one_plain_sentence() -> None:

@@ -19,9 +19,10 @@ from torch import Tensor
 from dlm.analysis.price import equal_steps, log_probs, stderr
 from dlm.errors import InputError
 from dlm.noise.loss import Predict
-from dlm.protocols import RNG, NoiseProcess, PlannedRule, Rule, Step
+from dlm.protocols import RNG, NoiseProcess
+from dlm.sampling.diffusion.protocols import PlannedRule, Rule, Step
+from dlm.sampling.diffusion.unmasking import Ancestral, TopScore
 from dlm.sampling.draw import categorical, generators
-from dlm.sampling.rules import Ancestral, TopScore
 
 
 @torch.no_grad()

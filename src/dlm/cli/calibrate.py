@@ -16,7 +16,7 @@ from dlm.cli.app import Device, Json, Seed, app, bar, console, err, load, load_j
 from dlm.errors import InputError
 
 if TYPE_CHECKING:
-    from dlm.sampling.calibration import Calibration
+    from dlm.calibration.table import Calibration
 
 
 @app.command()
@@ -33,11 +33,11 @@ def calibrate(
     device: Device = "cpu",
 ) -> None:
     """Measure calls, seconds, bits under a judge and diversity of every sampler, and keep the table beside the checkpoint."""
-    from dlm.evaluate import samplers
+    from dlm.calibration import measure
+    from dlm.calibration.table import Calibration
     from dlm.evaluate.card import device_name
     from dlm.formats.native import find
     from dlm.noise.masked import MaskedNoise
-    from dlm.sampling.calibration import Calibration
 
     if samples < 2:
         raise InputError(f"--samples must be at least 2, to have an error, got {samples}")
@@ -60,15 +60,15 @@ def calibrate(
 
     if retime:
         found = lm.calibration()
-        progress = bar(f"timing {lm.name}", samplers.ROUNDS * len(found.rows))
+        progress = bar(f"timing {lm.name}", measure.ROUNDS * len(found.rows))
         with progress:
-            rows = samplers.retime(pace, found.rows, progress=progress.forward)
+            rows = measure.retime(pace, found.rows, progress=progress.forward)
         _finish(Calibration(rows, found.made | {"device": device_name(device)}), place, model, as_json)
         return
-    settings = samplers.candidates(window=lm.window, causal=lm.is_causal, quick=quick)
+    settings = measure.candidates(window=lm.window, causal=lm.is_causal, quick=quick)
     rows, progress = [], bar(f"measuring {lm.name}", len(settings))
     with progress:
-        for row in samplers.measure(samplers.writing(lm, samples, temperature), samplers.judged(twin), settings, seed=seed):
+        for row in measure.measure(measure.writing(lm, samples, temperature), measure.judged(twin), settings, seed=seed):
             rows.append(row)
             progress.forward()
     made = {"model": lm.name, "judge": twin.name, "texts": samples, "length": lm.window, "temperature": temperature}

@@ -44,7 +44,7 @@ def curse(
     """Measure the curse of parallel decoding: the bits per character lost when several tokens are drawn at once."""
     from dlm.analysis import parallel_error, price
     from dlm.noise.masked import MaskedNoise
-    from dlm.sampling import choice
+    from dlm.sampling import registry
     from dlm.sampling.draw import Draw
     from dlm.train import data as reading
 
@@ -58,7 +58,7 @@ def curse(
     if lm.is_causal:
         raise InputError(f"{model} is a model of block diffusion: random tokens that are known are not what it sees")
     sizes = _sizes(tokens_per_step, lm.window)
-    rules = {word: choice.make(word, Draw(), lm.noise) for word in sampler.split(",")}
+    rules = {word: registry.make(word, Draw(), lm.noise) for word in sampler.split(",")}
     for rule in rules.values():
         parallel_error.check(rule)
     source = lm.config.training.get("data", "") if data is None else data

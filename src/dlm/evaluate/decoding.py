@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dlm.evaluate.peers import Peer
-from dlm.sampling.autoregressive import AutoregressiveSampler
+from dlm.sampling.autoregressive.plain import AutoregressiveSampler
+from dlm.sampling.autoregressive.speculative import StridedSampler
 from dlm.sampling.draw import generators
-from dlm.sampling.strided import StridedSampler
 from dlm.trajectory import Canvas
 
 Method = AutoregressiveSampler | StridedSampler | Peer

@@ -27,7 +27,7 @@ from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
-CONVERTIBLE = ("llama", "qwen2", "qwen3")  # model types that `dlm.convert` turns into our backbone
+CONVERTIBLE = ("llama", "qwen2", "qwen3")  # model types that `dlm.formats.huggingface` turns into our backbone
 PULLED = ("smollm2-135m",)  # what `dlm pull` fetches by name
 BUNDLED = Path(str(resources.files("dlm"))) / "checkpoints"
 SHARD = "14MB"  # below the size that code hosts and mail gateways refuse
@@ -206,7 +206,7 @@ def read_defaults(path: Path) -> dict[str, Any]:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether `dlm.convert` has to read it: a GGUF file, or a directory of a model type that it knows."""
+    """Whether `dlm.formats.huggingface` has to read it: a GGUF file, or a directory of a model type that it knows."""
     if path.suffix == ".gguf" and path.is_file():
         return True
     data = read_json(path / "config.json")

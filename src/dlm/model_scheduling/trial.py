@@ -20,7 +20,7 @@ from dlm.errors import InputError
 from dlm.model_scheduling import routing
 from dlm.model_scheduling.cost import CallCost, Metered, call_costs
 from dlm.protocols import Denoiser
-from dlm.sampling.diffusion import DiffusionSampler
+from dlm.sampling.diffusion.loop import DiffusionSampler
 from dlm.sampling.draw import generators
 from dlm.trajectory import Canvas
 

@@ -1,1 +1,1 @@
-"""Decoders: each takes a Canvas and yields Frames; none knows a network beyond the Denoiser protocol."""
+"""Samplers: draws, windows, batches whose rows join and leave, and the registry that names them all."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.protocols import Sampler
-from dlm.sampling.running import Law
+from dlm.sampling.batching import Law
 from dlm.trajectory import Canvas, Frame
 
 FAULT = "the server failed on this request; its log says more"

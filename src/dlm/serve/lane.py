@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dlm.protocols import RNG, Sampler
-from dlm.sampling.running import Joinable, Law, Running
+from dlm.sampling.batching import Joinable, Law, Running
 from dlm.serve.job import Job
 from dlm.trajectory import Canvas, Frame
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel
-from dlm.sampling import choice
+from dlm.sampling import registry
 from dlm.serve import schema
 from dlm.serve.job import Event, Job
 from dlm.serve.samplers import samplers
@@ -73,7 +73,7 @@ class Shelf:
             for other in models:
                 model.introduce(other)
             if not model.is_diffusion:
-                model.chosen({"sampler": choice.LOSSLESS})  # an adapter that it has is attached before anything runs
+                model.chosen({"sampler": registry.LOSSLESS})  # an adapter that it has is attached before anything runs
         self.most, self.most_steps, self.created = most, most_steps, int(time.time())
 
     def get(self, name: str | None) -> LanguageModel:
@@ -108,7 +108,7 @@ class Shelf:
             options.pop("steps", None)
         if word == "autoregressive":
             options["sampler"] = "lookup:1"  # the same text; its rows may join and leave
-        if not choice.strided(options["sampler"]):
+        if not registry.strided(options["sampler"]):
             lm.sampler(**options)  # says now what is wrong
         return Plan(lm, word, options, seed)
 
@@ -145,14 +145,14 @@ class Shelf:
 
 def _drafting(word: str | None) -> list[str]:
     """The model that a sampler word names, unless it is the one that is asked, rounded."""
-    strided = choice.strided(word) if word else None
-    return [strided.model] if strided is not None and strided.model and strided.model not in choice.ROUNDED else []
+    strided = registry.strided(word) if word else None
+    return [strided.model] if strided is not None and strided.model and strided.model not in registry.ROUNDED else []
 
 
 def _lossless(lm: LanguageModel, word: str | None) -> str:
     """A sampler that gives the model's own text or law. InputError where another one is asked for, or there is none."""
     if not lm.is_diffusion:
-        return word or choice.LOSSLESS
+        return word or registry.LOSSLESS
     if word is not None and (word.partition(":")[0] not in LOSSLESS or "," in word):
         raise InputError(f"the sampler {word!r} approximates: lossless goes with {', '.join(LOSSLESS)}")
     return word or ("speculative" if lm.config.noise["process"] == "masked" and not lm.is_causal else "ancestral")

@@ -1,0 +1,1 @@
+"""The table of measured samplers behind `--sampler auto`, and its measurement."""

@@ -1,0 +1,105 @@
+"""What every sampler of a model costs and gives, measured side by side: the table behind `--sampler auto`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from dlm.calibration.table import Row
+from dlm.evaluate import generative
+from dlm.sampling import windows
+
+Generate = Callable[[dict[str, Any], int], tuple[Tensor, float, float]]
+"""(options of a sampler, seed) -> (texts (N, T), network calls for all, seconds for all)."""
+Judge = Callable[[Tensor], generative.Mean]
+"""Texts (N, T) -> bits per token."""
+ROUNDS = 2  # of timing
+EXACT = ("first-hitting", "speculative")
+
+
+def candidates(*, window: int, causal: bool, quick: bool = False) -> list[dict[str, Any]]:
+    """Settings worth a look for a masked model; the exact one first. causal: a model of block diffusion."""
+    few, half = [max(1, window // n) for n in (16, 8, 4)], max(1, window // 2)
+    block = windows.longest_block(window, few[2])
+    found: list[dict[str, Any]] = [{"sampler": "first-hitting"}]
+    if quick:
+        return [*found, *({"sampler": "topk", "steps": n} for n in few[:2])]
+    found += [{"sampler": "ancestral", "steps": n} for n in (*few, half, window)]
+    for word in ("topk", "margin", "entropy"):
+        found += [{"sampler": word, "steps": n} for n in few]
+    adaptive = ("confidence:0.5", "confidence:0.9", "factor:1", "factor:4", "klass:0.6", "entropy-bound:8", "entropy-bound:32")
+    found += [{"sampler": word, "steps": half} for word in adaptive] + [{"sampler": "confidence:0.9", "steps": window}]
+    for word in ("predictor-corrector:1", "remdm-cap:0.04", "remdm-rescale:0.1", "remdm-conf:0.5", "remdm-loop:0.04"):
+        found += [{"sampler": word, "steps": n} for n in few[1:]]
+    if causal:
+        return found
+    found += [{"sampler": word, "steps": n} for word in ("revoke:0.6", "planner:1") for n in few[1:]]
+    found += [{"sampler": f"speculative:{setting}"} for setting in ("2", "4", "8", "16", "8,0.5")]
+    for cache in ("prefix", "dual", "delayed:8", "drift:0.2"):
+        found += [{"sampler": "ancestral", "steps": n, "cache": cache, "block_length": block} for n in (few[2], half)]
+    return found
+
+
+def is_exact(options: dict[str, Any]) -> bool:
+    """Whether the sampler has the distribution of one token a call."""
+    name, _, setting = str(options["sampler"]).partition(":")
+    return name in EXACT and "," not in setting and not options.get("cache")
+
+
+def measure(generate: Generate, judge: Judge, options: list[dict[str, Any]], *, seed: int = 0) -> Iterator[Row]:
+    """A row for each setting, as it comes; all with the same seeds."""
+    for setting in options:
+        samples_NT, calls, seconds = generate(setting, seed)
+        bits = judge(samples_NT)
+        yield Row(
+            options=setting,
+            calls=calls,
+            seconds=seconds / len(samples_NT),
+            bits=bits.value,
+            bits_stderr=bits.stderr,
+            entropy=generative.unigram_entropy(samples_NT),
+            distinct_4=generative.distinct(samples_NT, 4),
+            exact=is_exact(setting),
+        )
+
+
+Pace = Callable[[dict[str, Any], int], float]
+"""(options of a sampler, network calls) -> seconds of a call for each text, over the first so many."""
+
+
+def retime(
+    pace: Pace, rows: list[Row], *, rounds: int = ROUNDS, calls: int = 3, progress: Callable[[int], None] = lambda rows: None
+) -> list[Row]:
+    """The same rows with seconds measured again: the least of several rounds in turns, so that a slow minute counts for none.
+
+    A cache is followed for longer, since its first call reads everything.
+    """
+    least = [math.inf] * len(rows)
+    for _ in range(rounds):
+        for i, row in enumerate(rows):
+            least[i] = min(least[i], pace(row.options, 4 * calls if "cache" in row.options else calls))
+            progress(1)
+    return [replace(row, seconds=seconds * row.calls) for row, seconds in zip(rows, least, strict=True)]
+
+
+def writing(model: Any, samples: int, temperature: float) -> Generate:
+    """A language model that writes so many texts, each a window long."""
+
+    def generate(options: dict[str, Any], seed: int) -> tuple[Tensor, float, float]:
+        results = model.generate([""] * samples, length=model.window, seed=seed, temperature=temperature, **options)
+        return results[0].trajectory.current_BT, results[0].forwards, results[0].seconds
+
+    return generate
+
+
+def judged(twin: Any) -> Judge:
+    """An autoregressive model of the same vocabulary as a judge."""
+
+    def judge(samples_NT: Tensor) -> generative.Mean:
+        return generative.judge_bits(twin.noise, twin.predict, samples_NT.to(twin.network.device))
+
+    return judge

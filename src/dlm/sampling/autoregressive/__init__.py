@@ -1,0 +1,1 @@
+"""Autoregressive sampling: plain, and speculative decoding, whose text is token for token the same."""

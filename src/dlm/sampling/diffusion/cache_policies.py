@@ -1,0 +1,113 @@
+"""Cache policies: which positions of a window each call reads anew, the keys and values of the others being those of an earlier call.
+
+`Exact` is exact for block-causal networks. The others are for bidirectional ones, where every key and value changes with every token:
+they go without some of these changes. Shapes: B rows, T positions of the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dlm.errors import InputError, at_least
+from dlm.sampling.diffusion.protocols import CachePolicy, View
+
+
+def _unread(view: View) -> Tensor:
+    """bool (B, 1): rows in which some position was never read."""
+    return (view.seen_BT < 0).any(-1, keepdim=True)
+
+
+def _begin(view: View) -> Tensor:
+    """int64 (B, 1): the first position of the block."""
+    return view.block_BT.int().argmax(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """For a block-causal network: the block that is worked on, and blocks before it whose text changed since they were read."""
+
+    block_length: int
+
+    def __call__(self, view: View) -> Tensor:
+        pos_T = torch.arange(view.z_BT.shape[1], device=view.z_BT.device)
+        first_B1 = _begin(view) // self.block_length * self.block_length
+        stale_BNL = (view.seen_BT != view.z_BT).view(len(view.z_BT), -1, self.block_length)
+        stale_BT: Tensor = stale_BNL.any(-1).repeat_interleave(self.block_length, -1)
+        read_BT: Tensor = (stale_BT & (pos_T < first_B1)) | ((pos_T >= first_B1) & (pos_T < first_B1 + self.block_length))
+        return read_BT
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Everything when a block begins, then all from the block on (Fast-dLLM, Wu et al. 2505.22618, prefix cache)."""
+
+    def __call__(self, view: View) -> Tensor:
+        pos_T = torch.arange(view.z_BT.shape[1], device=view.z_BT.device)
+        return view.entered_B[:, None] | _unread(view) | (pos_T >= _begin(view))
+
+
+@dataclass(frozen=True)
+class Dual:
+    """Everything when a block begins, then the masks of the block and what was written in it (Fast-dLLM, dual cache)."""
+
+    def __call__(self, view: View) -> Tensor:
+        return view.entered_B[:, None] | _unread(view) | view.block_BT | (view.seen_BT != view.z_BT)
+
+
+@dataclass(frozen=True)
+class Delayed:
+    """Every mask, and a written token once more in the call after it; everything in every `refresh` calls (dKV-Cache, 2505.15781)."""
+
+    refresh: int = 8
+
+    def __post_init__(self) -> None:
+        if self.refresh < 1:
+            raise InputError(f"a delayed cache is refreshed after 1 call or more, got {self.refresh}")
+
+    def __call__(self, view: View) -> Tensor:
+        again_B1 = (view.age_B + 1 >= self.refresh)[:, None]
+        return again_B1 | _unread(view) | view.hole_BT | (view.seen_BT != view.z_BT)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The block, what was written, and a few probes; everything once the values at the probes have moved by more than `threshold`.
+
+    After Elastic-Cache (Nguyen-Tri et al. 2510.14973), which watches attention weights, layer by layer. Probes are the positions
+    around the block, whose values depend on it most.
+    """
+
+    threshold: float = 0.1
+    probes: int = 8
+
+    def __post_init__(self) -> None:
+        at_least(self.threshold, 0, "the drift that a cache allows")
+
+    def __call__(self, view: View) -> Tensor:
+        pos_T = torch.arange(view.z_BT.shape[1], device=view.z_BT.device)
+        end_B1 = view.z_BT.shape[1] - 1 - view.block_BT.flip(-1).int().argmax(-1, keepdim=True)
+        near_BT = (pos_T >= _begin(view) - self.probes // 2) & (pos_T <= end_B1 + self.probes // 2)
+        settled_BT = near_BT & ~view.block_BT & (view.seen_BT == view.z_BT)
+        moved_B1 = view.drift_BT.masked_fill(~settled_BT, 0.0).amax(-1, keepdim=True) > self.threshold
+        return _unread(view) | moved_B1 & (view.age_B > 0)[:, None] | near_BT | view.block_BT | (view.seen_BT != view.z_BT)
+
+
+POLICIES: dict[str, Callable[..., CachePolicy]] = {"prefix": Prefix, "dual": Dual, "delayed": Delayed, "drift": Drift}
+SETTING: dict[str, Callable[[str], float]] = {"delayed": int, "drift": float}
+
+
+def make(word: str) -> CachePolicy:
+    """The policy that a word such as `dual` or `delayed:8` means. InputError for one that is unknown."""
+    name, colon, value = word.partition(":")
+    if name not in POLICIES:
+        raise InputError(f"unknown cache {name!r}; known: {', '.join(POLICIES)}")
+    if colon and name not in SETTING:
+        raise InputError(f"the cache {name!r} has no setting, got {word!r}")
+    try:
+        return POLICIES[name](*([SETTING[name](value)] if colon else []))
+    except ValueError:
+        raise InputError(f"cache {word!r}: {value!r} is no number that it can use") from None

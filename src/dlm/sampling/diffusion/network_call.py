@@ -1,0 +1,110 @@
+"""One network call for the rows that move: whole windows, guided, with shadows, or the positions that a cache policy asks for.
+
+Shapes: B rows, A rows of this call, T positions of the window, Q positions read, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlm.errors import InputError
+from dlm.protocols import Denoiser
+from dlm.sampling.diffusion.protocols import CachePolicy, CheckingRule, Guidance, Rule, View
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Reader:
+    """Keeps which token was last read where, and so what a cache still knows. InputError for what cannot go together.
+
+    like_BT: any tensor with the rows, the window and the device of the run.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        mask_id: int,
+        like_BT: Tensor,
+        rule: Rule,
+        policy: CachePolicy | None,
+        make_cache: Callable[[int], Any] | None,
+        guidance: Guidance | None,
+    ) -> None:
+        self.denoiser, self.mask_id, self.policy, self.guidance = denoiser, mask_id, policy, guidance
+        self.shadow = isinstance(rule, CheckingRule)
+        if sum([self.shadow, policy is not None, guidance is not None]) > 1:
+            raise InputError("a cache, guidance and a sampler that checks what it wrote cannot be combined: leave all but one away")
+        if policy is not None and make_cache is None:
+            raise InputError("this model has no cache for windows")
+        self.cache = make_cache(len(like_BT)) if policy is not None and make_cache is not None else None
+        self.seen_BT = torch.full_like(like_BT, -1, dtype=torch.long)
+        self.age_B, self.start_B = torch.zeros_like(self.seen_BT[:, 0]), self.seen_BT[:, 0].clone()
+
+    def join(self, other: Reader) -> None:
+        """Take in the rows of another reader of the same kind."""
+        for name in ("seen_BT", "age_B", "start_B"):
+            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
+        if self.cache is not None:
+            self.cache.join(other.cache)
+
+    def keep(self, rows_K: Tensor) -> None:
+        """Go on with these rows alone."""
+        for name in ("seen_BT", "age_B", "start_B"):
+            setattr(self, name, getattr(self, name)[rows_K])
+        if self.cache is not None:
+            self.cache.keep(rows_K)
+
+    def __call__(
+        self,
+        rows_A: Tensor,
+        start_A: Tensor,
+        z_AT: Tensor,
+        hole_AT: Tensor,
+        block_AT: Tensor,
+        given_AT: Tensor,
+        entered_A: Tensor,
+        t_A: Tensor,
+        due_AT: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(logits_ATV, shadow_ATV or None). due_AT: the only positions whose logits matter, where no logit decides which; logits of
+        positions that were not read are 0."""
+        if self.policy is not None:
+            return self._cached(rows_A, start_A, z_AT, hole_AT, block_AT, entered_A, t_A), None
+        if self.guidance is not None:
+            return self.guidance(self._read, z_AT, t_A, given_AT), None
+        if not self.shadow:
+            return self._read(z_AT, t_A) if due_AT is None else self._read(z_AT, t_A, at_BQ=due_AT), None
+        logits_AQV = self._read(torch.cat([z_AT, torch.full_like(z_AT, self.mask_id)], 1), t_A, pattern="shadow")
+        return logits_AQV[:, : z_AT.shape[1]], logits_AQV[:, z_AT.shape[1] :]
+
+    def _read(self, z_AQ: Tensor, t_A: Tensor, **how: Any) -> Tensor:
+        """Logits in float32 at least: in bf16 probabilities of a large vocabulary do not sum to 1."""
+        logits_AQV = self.denoiser(z_AQ, t_A, **how)
+        return logits_AQV.float() if logits_AQV.dtype in HALF else logits_AQV
+
+    def _cached(
+        self, rows_A: Tensor, start_A: Tensor, z_AT: Tensor, hole_AT: Tensor, block_AT: Tensor, entered_A: Tensor, t_A: Tensor
+    ) -> Tensor:
+        assert self.policy is not None
+        assert self.cache is not None
+        window, moved_A = z_AT.shape[1], rows_A[self.start_B[rows_A] != start_A]
+        self.cache.clear(moved_A)
+        self.seen_BT[moved_A], self.start_B[rows_A] = -1, start_A
+        known = self.seen_BT[rows_A], entered_A, self.age_B[rows_A], self.cache.drift_BT[rows_A]
+        read_AT = self.policy(View(z_AT, hole_AT, block_AT, *known)) | block_AT
+        count_A = read_AT.sum(-1)
+        order_AQ = read_AT.int().argsort(dim=-1, descending=True, stable=True)[:, : int(count_A.max())]
+        # rows that read less than the longest fill up with a position that nobody looks at
+        real_AQ = torch.arange(order_AQ.shape[1], device=z_AT.device) < count_A[:, None]
+        pos_AQ = torch.where(real_AQ, order_AQ, window)
+        token_AQ = torch.where(real_AQ, z_AT.gather(1, order_AQ), self.mask_id)
+        logits_AQV = self._read(token_AQ, t_A, pos_BQ=pos_AQ, cache=self.cache.of(rows_A))
+        self.seen_BT[rows_A] = torch.where(read_AT, z_AT, self.seen_BT[rows_A])
+        self.age_B[rows_A] = torch.where(read_AT.all(-1), 0, self.age_B[rows_A] + 1)
+        logits_ATV = logits_AQV.new_zeros(len(z_AT), window + 1, logits_AQV.shape[-1])
+        logits_ATV.scatter_(1, pos_AQ[..., None].expand_as(logits_AQV), logits_AQV)
+        return logits_ATV[:, :window]

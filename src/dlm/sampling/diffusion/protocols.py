@@ -1,0 +1,121 @@
+"""The signatures of diffusion sampling: rules, cache policies, guidance and constraints.
+
+Shapes: B rows, T positions of the window, L positions of the canvas, A rows that move now, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from dlm.protocols import RNG, NoiseProcess
+
+
+class Cache(Protocol):
+    """Keys and values of positions already read, each overwritten when it is read anew (`dlm.models.cache.WindowCache`)."""
+
+    drift_BT: Tensor
+    """How far the values at each position moved when they were read last, relative to their length."""
+
+    def of(self, rows_A: Tensor) -> Any:
+        """The part of these rows, to be given to a denoiser."""
+
+    def clear(self, rows_A: Tensor) -> None:
+        """Forget what these rows hold."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rule sees: the active window of every row that moves now, each row at its own step.
+
+    z_BT: the state; open_BT: the positions that the rule writes; logp_BTV: log mu of `noise.log_probs`; t_B -> s_B: the move;
+    left_B: steps left, this one included, of `steps` for a window or block. memory: what the rule keeps for its next step, by
+    name, float (B, T, ...), nan where a block begins. shadow_BTV: logits with each position's own token hidden (CheckingRule).
+    """
+
+    z_BT: Tensor
+    open_BT: Tensor
+    logp_BTV: Tensor
+    t_B: Tensor
+    s_B: Tensor
+    left_B: Tensor
+    steps: int
+    noise: NoiseProcess
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    shadow_BTV: Tensor | None = None
+
+
+class Rule(Protocol):
+    """One reverse move inside the active window; a frozen dataclass, so that it prints and goes into the run record.
+
+    revises: whether it may change a token again; else what it writes is settled.
+    """
+
+    revises: ClassVar[bool]
+
+    def __call__(self, step: Step, rng: RNG) -> Tensor:
+        """The next z, int64 (B, T)."""
+
+
+@runtime_checkable
+class PlannedRule(Rule, Protocol):
+    """A rule that knows before the network is asked which position moves when; the loop skips the steps in which none does."""
+
+    def plan(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> tuple[Tensor, Tensor]:
+        """The step at which each open position moves, int64 (B, T), and the alpha at which it does where no grid says so, else nan.
+
+        alphas_N: the chance that a position masked at t = 1 is revealed by the end of each step.
+        """
+
+
+@runtime_checkable
+class CheckingRule(Rule, Protocol):
+    """A rule that asks what the network thinks of the tokens that stand: it gets `Step.shadow_BTV`, at twice the cost of a call."""
+
+    checks: ClassVar[bool]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a cache policy sees of the rows that move now.
+
+    z_BT: the window; hole_BT: all its open positions; block_BT: the block that is worked on; seen_BT: the token last read at each
+    position, -1 for none; entered_B: rows that begin a block; age_B: calls since the whole window was read; drift_BT: of the cache.
+    """
+
+    z_BT: Tensor
+    hole_BT: Tensor
+    block_BT: Tensor
+    seen_BT: Tensor
+    entered_B: Tensor
+    age_B: Tensor
+    drift_BT: Tensor
+
+
+class CachePolicy(Protocol):
+    """Which positions the next call reads anew; keys and values of the others are those of an earlier call."""
+
+    def __call__(self, view: View) -> Tensor:
+        """bool (B, T), the block among them."""
+
+
+class Guidance(Protocol):
+    """Logits bent towards a condition."""
+
+    def __call__(self, read: Callable[[Tensor, Tensor], Tensor], z_BT: Tensor, t_B: Tensor, given_BT: Tensor) -> Tensor:
+        """Logits (B, T, V). read: the network, (z_BT, t_B) -> logits; given_BT: what the text was begun with."""
+
+
+class Constraint(Protocol):
+    """What a text must keep to. joint: whether what one position may hold depends on the others."""
+
+    joint: ClassVar[bool]
+
+    def allowed(self, z_BL: Tensor, hole_BL: Tensor, valid_BL: Tensor | None = None) -> Tensor:
+        """bool (B, L, V): the tokens of each hole with which some completion is left. InputError where none is."""
+
+    def agree(self, z_BL: Tensor, hole_BL: Tensor, next_BL: Tensor, valid_BL: Tensor | None = None) -> Tensor:
+        """bool (B, L): which of the tokens that `next` puts into holes can stand together, at least one."""

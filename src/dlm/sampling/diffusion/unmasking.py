@@ -1,0 +1,200 @@
+"""Reverse moves that unmask: a rule says which masks become tokens now, and draws them; what is written stays.
+
+Shapes: B rows, T positions of the window, V vocabulary, N steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dlm.errors import InputError, at_least
+from dlm.protocols import RNG
+from dlm.sampling.diffusion.protocols import Step
+from dlm.sampling.draw import Draw, pick, ranked, uniform
+
+
+def entropy(logp_BTV: Tensor) -> Tensor:
+    """Nats (B, T)."""
+    nats_BT: Tensor = torch.special.entr(logp_BTV.double().exp()).sum(-1)
+    return nats_BT
+
+
+def within(entropy_BT: Tensor, bound: float) -> Tensor:
+    """How many of the surest positions have sum H - max H <= bound (B,); inf where none is open."""
+    order_BT = entropy_BT.sort(dim=-1).values
+    return (order_BT.cumsum(-1) - order_BT <= bound).sum(-1)  # sorted: the largest so far is the last
+
+
+def share(step: Step) -> Tensor:
+    """What is left, in equal parts over the steps left, rounded up (B,)."""
+    return -(-step.open_BT.sum(-1) // step.left_B)
+
+
+@dataclass(frozen=True)
+class Ancestral:
+    """The exact reverse chain of the grid (MD4 section 3, MDLM eq. 7): each mask is revealed in step t -> s with
+    (alpha_s - alpha_t) / (1 - alpha_t), whatever the network says.
+
+    So the step at which each position is revealed is drawn first, and the network is called only where one is.
+    """
+
+    revises: ClassVar[bool] = False
+    draw: Draw = field(default_factory=Draw)
+
+    def plan(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> tuple[Tensor, Tensor]:
+        """First step whose alpha exceeds a uniform draw; all that is left goes in the last step."""
+        u_BT = uniform(rng, open_BT.shape[1]).to(alphas_N)
+        return torch.searchsorted(alphas_N, u_BT, right=True).clamp(max=len(alphas_N) - 1), torch.full_like(u_BT, torch.nan)
+
+    def __call__(self, step: Step, rng: RNG) -> Tensor:
+        return torch.where(step.open_BT, self.draw(step.logp_BTV, rng), step.z_BT)
+
+
+@dataclass(frozen=True)
+class FirstHitting:
+    """The reverse chain without a grid: one token a call, in random order, exact (Zheng et al. 2409.02908, section 4).
+
+    The network sees the alpha at which each position is reached, uniform on 0 .. 1; the budget of steps does not matter.
+    """
+
+    revises: ClassVar[bool] = False
+    draw: Draw = field(default_factory=Draw)
+
+    def plan(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> tuple[Tensor, Tensor]:
+        """The order of uniform draws, and the draws themselves."""
+        u_BT = uniform(rng, open_BT.shape[1]).to(alphas_N)
+        return u_BT.masked_fill(~open_BT, 2.0).argsort(-1).argsort(-1), u_BT
+
+    def __call__(self, step: Step, rng: RNG) -> Tensor:
+        return torch.where(step.open_BT, self.draw(step.logp_BTV, rng), step.z_BT)
+
+
+def _confidence(step: Step, token_BT: Tensor) -> Tensor:
+    return pick(step.logp_BTV, token_BT)
+
+
+def _margin(step: Step, token_BT: Tensor) -> Tensor:
+    first_BT, second_BT = step.logp_BTV.exp().topk(2, -1).values.unbind(-1)
+    return first_BT - second_BT
+
+
+def _entropy(step: Step, token_BT: Tensor) -> Tensor:
+    return -entropy(step.logp_BTV)
+
+
+SCORES = {"confidence": _confidence, "margin": _margin, "entropy": _entropy}
+
+
+@dataclass(frozen=True)
+class TopScore:
+    """The best drawn tokens, an equal share of the masks in each step left.
+
+    score: `confidence`, the probability of the drawn token (LLaDA, Nie et al. 2502.09992, `low_confidence`); `margin`, of the likeliest
+    token over the second (Kim et al. 2502.06768); `entropy`, the least of the guess (Dream, 2508.15487).
+    """
+
+    revises: ClassVar[bool] = False
+    draw: Draw = field(default_factory=Draw)
+    score: str = "confidence"
+
+    def __post_init__(self) -> None:
+        if self.score not in SCORES:
+            raise InputError(f"unknown score {self.score!r}; known: {', '.join(SCORES)}")
+
+    def __call__(self, step: Step, rng: RNG) -> Tensor:
+        token_BT = self.draw(step.logp_BTV, rng)
+        best_BT = ranked(SCORES[self.score](step, token_BT), step.open_BT, share(step))
+        return torch.where(best_BT, token_BT, step.z_BT)
+
+
+def _at_least_share(step: Step, top_BT: Tensor, count_B: Tensor, draw: Draw, rng: RNG) -> Tensor:
+    """Write the count_B positions of highest `top`, at least the share that keeps within the steps left."""
+    best_BT = ranked(top_BT, step.open_BT, torch.maximum(count_B, share(step)))
+    return torch.where(best_BT, draw(step.logp_BTV, rng), step.z_BT)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Every mask whose likeliest token has probability >= threshold, and at least one (Fast-dLLM, Wu et al. 2505.22618, alg. 1).
+
+    The number of steps follows from the text; a step limit forces the share that TopScore would take.
+    """
+
+    revises: ClassVar[bool] = False
+    threshold: float = 0.9
+    draw: Draw = field(default_factory=Draw)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold <= 1:
+            raise InputError(f"threshold must lie in (0, 1], got {self.threshold}")
+
+    def __call__(self, step: Step, rng: RNG) -> Tensor:
+        top_BT = step.logp_BTV.max(-1).values.exp().masked_fill(~step.open_BT, 0.0)
+        return _at_least_share(step, top_BT, (top_BT >= self.threshold).sum(-1), self.draw, rng)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The n surest masks with (n + 1) (1 - p_n) < factor, p_n the likeliest token's probability at the n-th (Fast-dLLM, section 3.3).
+
+    At factor 1 greedy drawing of all n equals greedy drawing one by one (its theorem 1).
+    """
+
+    revises: ClassVar[bool] = False
+    factor: float = 1.0
+    draw: Draw = field(default_factory=Draw)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.factor < float("inf"):
+            raise InputError(f"the factor must be above 0, got {self.factor}")
+
+    def __call__(self, step: Step, rng: RNG) -> Tensor:
+        top_BT = step.logp_BTV.max(-1).values.exp().masked_fill(~step.open_BT, 0.0)
+        order_BT = top_BT.sort(dim=-1, descending=True).values
+        n_T = torch.arange(1, top_BT.shape[1] + 1, device=top_BT.device)
+        within_BT = ((n_T + 1) * (1 - order_BT) < self.factor) & (n_T <= step.open_BT.sum(-1, keepdim=True))
+        count_B = (within_BT * n_T).amax(-1)
+        return _at_least_share(step, top_BT, count_B, self.draw, rng)
+
+
+@dataclass(frozen=True)
+class EntropyBudget:
+    """The surest masks while sum H - max H <= bound nats, which bounds what they say of each other (EB-sampler, 2505.24857)."""
+
+    revises: ClassVar[bool] = False
+    bound: float = 0.1
+    draw: Draw = field(default_factory=Draw)
+
+    def __post_init__(self) -> None:
+        at_least(self.bound, 0, "the entropy bound")
+
+    def __call__(self, step: Step, rng: RNG) -> Tensor:
+        entropy_BT = entropy(step.logp_BTV).masked_fill(~step.open_BT, torch.inf)
+        return _at_least_share(step, -entropy_BT, within(entropy_BT, self.bound), self.draw, rng)
+
+
+@dataclass(frozen=True)
+class KLStable:
+    """Masks whose guess is sure (>= threshold) and has not moved since the last call (KL <= kl nats); at least one (KLASS, 2511.05664)."""
+
+    revises: ClassVar[bool] = False
+    threshold: float = 0.6
+    kl: float = 0.01
+    draw: Draw = field(default_factory=Draw)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold <= 1 or not 0 <= self.kl < float("inf"):
+            raise InputError(f"threshold must lie in (0, 1] and kl be at least 0, got {self.threshold} and {self.kl}")
+
+    def __call__(self, step: Step, rng: RNG) -> Tensor:
+        last_BTV = step.memory.get("logp", torch.full_like(step.logp_BTV, torch.nan))
+        step.memory["logp"] = step.logp_BTV
+        p_BTV = step.logp_BTV.exp()
+        moved_BT = torch.where(p_BTV > 0, p_BTV * (step.logp_BTV - last_BTV), 0.0).sum(-1)  # nan without a last call
+        top_BT = p_BTV.max(-1).values.masked_fill(~step.open_BT, 0.0)
+        stable_BT = (moved_BT <= self.kl) & (top_BT >= self.threshold)
+        return _at_least_share(step, top_BT + stable_BT, (stable_BT & step.open_BT).sum(-1), self.draw, rng)
