@@ -20,8 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dlm
-from dlm.analysis import parallel_error, price
-from dlm.evaluate import card, generative, likelihood
+from dlm.evaluate import card, generative, likelihood, order_cost, parallel_decoding
 from dlm.language_model import LanguageModel
 from dlm.sampling.diffusion.unmasking import Ancestral, TopScore
 from dlm.text.tokenizer import Tokenizer
@@ -63,15 +62,15 @@ def measure(lm: LanguageModel, judge: LanguageModel, text: list[str], args: argp
     each = characters / windows_WT.numel()
     bound = likelihood.evaluate(lm.noise, lm.predict, windows_WT, characters=characters, passes=args.passes)
     few_WT = windows_WT[:: max(1, len(windows_WT) // args.curve_windows)]
-    curve = price.entropy_curve(lm.noise, lm.predict, few_WT, passes=args.passes)
+    curve = order_cost.entropy_curve(lm.noise, lm.predict, few_WT, passes=args.passes)
     h_WT = curve.every(curve.entropy_WK) / (each * math.log(2))
 
     def priced(count: int) -> tuple[float, float, float]:
-        found_W = price.price(h_WT, price.equal_steps(lm.window, count)) / lm.window
-        return lm.window * each / count, float(found_W.mean()), 1.96 * float(price.stderr(found_W))
+        found_W = order_cost.price(h_WT, order_cost.equal_steps(lm.window, count)) / lm.window
+        return lm.window * each / count, float(found_W.mean()), 1.96 * float(order_cost.stderr(found_W))
 
     def measured(word: str, size: int) -> tuple[float, float, float]:
-        found = parallel_error.curse(lm.noise, lm.predict, few_WT, RULES[word], size)
+        found = parallel_decoding.curse(lm.noise, lm.predict, few_WT, RULES[word], size)
         return lm.window * each / found.steps, *found.bits_per_char(each)
 
     sizes = sorted({min(lm.window, max(1, round(span / each))) for span in args.spans})

@@ -24,9 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 import dlm
-from dlm.analysis import price
 from dlm.cli.app import bar, judging, named_models
-from dlm.evaluate import card, generative
+from dlm.evaluate import card, generative, order_cost
 from dlm.formats import native
 from dlm.model_scheduling import search
 from dlm.model_scheduling.cost import call_costs, cost, expected_calls
@@ -78,7 +77,7 @@ class Bench:
     def price(self) -> Callable[[int], float]:
         """Nats a text that a number of steps loses by drawing tokens at once, by the heavy model's entropies."""
         windows_WT = self.windows_WT[: self.args.windows].to(self.args.device)
-        return price.ancestral_prices(self.lm.noise, self.lm.predict, windows_WT)
+        return order_cost.ancestral_prices(self.lm.noise, self.lm.predict, windows_WT)
 
     def mauve(self, outcome: Outcome) -> float | None:
         """Against as many windows of text, by the hidden states of the judge; None where the judge has another vocabulary."""
@@ -97,7 +96,7 @@ def fewer_steps(steps: int, free: int, saved: float) -> int:
 
 def rows_of(bench: Bench, kl: dict[str, list[float]], args: argparse.Namespace) -> list[dict[str, Any]]:
     """(label, schedule, steps) measured, the heavy model alone first."""
-    blocks = {key: price.blocks for key, price in bench.prices.items()}
+    blocks = {key: order_cost.blocks for key, order_cost in bench.prices.items()}
     free = bench.lm.window - args.prompted
     planned = str(search.by_kl(kl, blocks, args.saved))
     share = min(1.0, args.saved / (1 - blocks["L"] / blocks["H"]))

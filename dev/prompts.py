@@ -1,6 +1,6 @@
 """Prompts for a base to write its own texts from: `python dev/prompts.py 3000 > runs/prompts.txt`, one a line, none twice.
 
-Stories, questions and, one of eight, code. None of `dlm.evaluate.prompts` is among them, nor what those are about.
+Stories, questions and, one of eight, code. None of `dlm.bench.prompts` is among them, nor what those are about.
 """
 
 import random

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dlm.evaluate.prompts import KINDS
+from dlm.bench.prompts import KINDS
 
 SCRIPT = Path(__file__).parents[2] / "dev" / "prompts.py"
 MEASURED = "lighthouse bottle fox crow train midnight sky weather climate refrigerator lovelace prime stack hints sql harbour alvarez"

@@ -58,7 +58,7 @@ def decode(
     """Tokens a second and a call, acceptance by position, memory, and whether the text is the plain one, for each method and batch."""
     import torch
 
-    from dlm.evaluate import decoding
+    from dlm.bench import decoding
     from dlm.sampling import registry
 
     if rounds < 1 or new < 2 or threads < 0:
@@ -131,7 +131,7 @@ def _sizes(batch: str) -> list[int]:
 
 
 def _kinds(words: str) -> dict[str, Sequence[str]]:
-    from dlm.evaluate.prompts import KINDS
+    from dlm.bench.prompts import KINDS
 
     if not words:
         return {"": ()}
@@ -156,7 +156,7 @@ def _peers(words: str, base: str, lm: Any, device: str, dtype: str, positions: i
     """Engines by name, on the weights of the base before any rounding."""
     import torch
 
-    from dlm.evaluate import peers
+    from dlm.bench import peers
     from dlm.formats import huggingface, native
 
     names = [word for word in words.split(",") if word]

@@ -42,7 +42,7 @@ def curse(
     device: Device = "cpu",
 ) -> None:
     """Measure the curse of parallel decoding: the bits per character lost when several tokens are drawn at once."""
-    from dlm.analysis import parallel_error, price
+    from dlm.evaluate import order_cost, parallel_decoding
     from dlm.noise.masked import MaskedNoise
     from dlm.sampling import registry
     from dlm.sampling.draw import Draw
@@ -60,20 +60,22 @@ def curse(
     sizes = _sizes(tokens_per_step, lm.window)
     rules = {word: registry.make(word, Draw(), lm.noise) for word in sampler.split(",")}
     for rule in rules.values():
-        parallel_error.check(rule)
+        parallel_decoding.check(rule)
     source = lm.config.training.get("data", "") if data is None else data
     stream = reading.Stream.encode(reading.select(reading.read(source), split, val_fraction), lm.tokenizer, lm.window)
     windows_WT = stream.windows(max_windows).to(device)
     if len(windows_WT) < 2:
         raise InputError(f"the spread over windows is the error: give 2 windows of {lm.window} tokens at least, here are {len(windows_WT)}")
     characters = sum(len(lm.tokenizer.decode(row)) for row in windows_WT.tolist()) / windows_WT.numel()
-    with bar(f"the curve of {lm.name}", price.curve_rows(*windows_WT.shape)) as progress:
-        curve = price.entropy_curve(lm.noise, lm.predict, windows_WT, seed=seed, progress=progress.forward)
+    with bar(f"the curve of {lm.name}", order_cost.curve_rows(*windows_WT.shape)) as progress:
+        curve = order_cost.entropy_curve(lm.noise, lm.predict, windows_WT, seed=seed, progress=progress.forward)
     batch, found = 4 if device == "cpu" else 64, {}
     with bar(f"drawing with {lm.name}", len(rules) * len(sizes) * len(windows_WT)) as progress:
         for word, rule in rules.items():
             for size in sizes:
-                each = parallel_error.curse(lm.noise, lm.predict, windows_WT, rule, size, seed=seed, batch=batch, progress=progress.forward)
+                each = parallel_decoding.curse(
+                    lm.noise, lm.predict, windows_WT, rule, size, seed=seed, batch=batch, progress=progress.forward
+                )
                 found[word, size] = dict(zip(("mean", "band95"), each.bits_per_char(characters), strict=True))
     bits = 1 / (characters * math.log(2))
     entropy_WT, text_WT = curve.every(curve.entropy_WK) * bits, curve.every(curve.text_WK) * bits
@@ -81,13 +83,13 @@ def curse(
     powers = {2**k for k in range(sizes[-1].bit_length())}  # the curve prices these at no cost
     for size in sorted(powers | set(sizes)):
         steps = -(-lm.window // size)
-        equal = price.equal_steps(lm.window, steps)
-        prices = (price.price(entropy_WT, equal), price.best_price(entropy_WT, steps), price.price(text_WT, equal))
+        equal = order_cost.equal_steps(lm.window, steps)
+        prices = (order_cost.price(entropy_WT, equal), order_cost.best_price(entropy_WT, steps), order_cost.price(text_WT, equal))
         priced = {name: _mean(price_W / lm.window) for name, price_W in zip(("equal", "best", "text"), prices, strict=True)}
         rows.append(
             {"tokens_per_step": size, "steps": steps} | priced | {"measured": {word: found[word, size] for word in rules if size in sizes}}
         )
-    plan = price.best_steps(price.smooth(entropy_WT.mean(0)), -(-lm.window // sizes[-1]))
+    plan = order_cost.best_steps(order_cost.smooth(entropy_WT.mean(0)), -(-lm.window // sizes[-1]))
     bound = _mean(text_WT.mean(-1))
     out = console(as_json)
     facts = f"{len(windows_WT)} windows of {lm.window} tokens, {characters:.2f} characters each; the text costs <= {bound['mean']:.3f}."
@@ -119,7 +121,7 @@ def _sizes(text: str | None, window: int) -> list[int]:
 
 
 def _mean(values_W: Tensor) -> dict[str, float]:
-    from dlm.analysis.price import stderr
+    from dlm.evaluate.order_cost import stderr
 
     return {"mean": float(values_W.mean()), "band95": 1.96 * float(stderr(values_W))}
 

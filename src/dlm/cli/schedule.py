@@ -166,9 +166,9 @@ def search(
     trial(steps)  # a judge or sampler that cannot be is told before the work
     windows_WT = _windows(lm, data, "val", max_windows)[1].to(device)
     kl = _kl(lm, networks, windows_WT, segments, seed)
-    price = _price(lm, windows_WT) if how == "joint" else None
+    order_cost = _price(lm, windows_WT) if how == "joint" else None
     blocks = {key: one.blocks for key, one in prices.items()}
-    plan = find.Search.plan(how, kl, blocks, saved, steps=steps, tokens=lm.window, count=count, price=price)
+    plan = find.Search.plan(how, kl, blocks, saved, steps=steps, tokens=lm.window, count=count, price=order_cost)
     if how == "joint":
         err.print(f"{plan.taken} steps of {steps}, {plan.best}: {plan.nats:.2f} nats a text lost by theory", highlight=False)
     outcomes: dict[str, Outcome] = {}
@@ -346,10 +346,10 @@ def _kl(lm: Any, networks: dict[str, Any], windows_WT: Any, segments: int, seed:
 
 def _price(lm: Any, windows_WT: Any) -> Callable[[int], float]:
     """What a number of steps costs, nats a text."""
-    from dlm.analysis import price
+    from dlm.evaluate import order_cost
 
-    with bar("the price of fewer steps", price.curve_rows(*windows_WT.shape)) as progress:
-        return price.ancestral_prices(lm.noise, lm.predict, windows_WT, progress=progress.forward)
+    with bar("the price of fewer steps", order_cost.curve_rows(*windows_WT.shape)) as progress:
+        return order_cost.ancestral_prices(lm.noise, lm.predict, windows_WT, progress=progress.forward)
 
 
 def _row(label: str, outcome: Outcome, reference: Outcome, kl: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dlm.cli.app import Device, Json, app, console, err, load_judge
 from dlm.cli.show import load_runs
 
 if TYPE_CHECKING:
-    from dlm.analysis.settling import Settling
+    from dlm.evaluate.settling import Settling
 
 
 @app.command()
@@ -27,8 +27,8 @@ def settle(
     device: Device = "cpu",
 ) -> None:
     """Measure how text settles: when each token last changed, edits per token, distance to the final text, bits on the way."""
-    from dlm.analysis.settling import settling
     from dlm.errors import InputError
+    from dlm.evaluate.settling import settling
 
     if plot is not None:
         from dlm.viz.plots import check

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from conftest import Dlm, make_model
-from dlm.analysis.parallel_error import curse, pair_information, total_correlation
-from dlm.analysis.price import ancestral_price, best_price, best_steps, curve_rows, entropy_curve, equal_steps, price, smooth
 from dlm.errors import InputError
+from dlm.evaluate.order_cost import ancestral_price, best_price, best_steps, curve_rows, entropy_curve, equal_steps, price, smooth
+from dlm.evaluate.parallel_decoding import curse, pair_information, total_correlation
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.uniform import UniformNoise
 from dlm.protocols import RNG

@@ -12,8 +12,8 @@ from tokenizers import AddedToken
 
 from bases import SPECIAL, WORDS, publish, tokenizer, transformer
 from conftest import Dlm
-from dlm.evaluate import peers
-from dlm.evaluate.prompts import KINDS
+from dlm.bench import peers
+from dlm.bench.prompts import KINDS
 from dlm.formats import huggingface
 from dlm.language_model import load
 from dlm.text.tokenizer import Tokenizer

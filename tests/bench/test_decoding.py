@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import Dlm, make_model
-from dlm.evaluate import decoding
+from dlm.bench import decoding
 from dlm.sampling.autoregressive.drafters import DraftModel
 from dlm.sampling.autoregressive.speculative import StridedSampler
 

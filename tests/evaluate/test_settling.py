@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlm.analysis.settling import settling
 from dlm.errors import InputError
+from dlm.evaluate.settling import settling
 from dlm.trajectory import Canvas, Frame, Trajectory
 
 MASK = 9

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlm.evaluate.peers import Peer
+from dlm.bench.peers import Peer
 from dlm.sampling.autoregressive.plain import AutoregressiveSampler
 from dlm.sampling.autoregressive.speculative import StridedSampler
 from dlm.sampling.draw import generators
