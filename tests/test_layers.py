@@ -1,4 +1,4 @@
-"""Who may import whom: docs/architecture.md section 2, held to the source."""
+"""Who may import whom: the table of docs/architecture.md, held to the source; and no circle among files."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ FREE = {"errors", "files"}  # anyone may use these
 LEVEL0 = {"trajectory", "protocols"}
 ALLOWED = {
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "trajectory": set(),
     "protocols": {"trajectory"},
     "text": set(),
     "noise": LEVEL0,
     "models": LEVEL0,
+    "sampling": LEVEL0 | {"noise"},  # never models: a test pushes exact posteriors through every sampler
     "inference": LEVEL0 | {"models"},
-    "convert": LEVEL0 | {"models", "text", "train", "language_model"},  # the model by its name alone
-    "sampling": LEVEL0 | {"noise"},
+    "formats": LEVEL0 | {"models", "text"},
     "model_scheduling": LEVEL0 | {"noise", "sampling"},
     "evaluate": LEVEL0 | {"noise", "sampling"},
-    "analysis": LEVEL0 | {"noise", "sampling"},
-    "train": LEVEL0 | {"noise", "models", "text"},
-    "viz": {"trajectory"},
-    "recipes": {"train", "models", "noise"},
-    "generation": LEVEL0 | {"sampling", "language_model"},  # the model by its name alone
-    "decoding": LEVEL0 | {"inference", "model_scheduling", "models", "noise", "sampling", "language_model"},  # the model by its name alone
+    "calibration": LEVEL0 | {"sampling", "noise", "evaluate"},
+    "train": LEVEL0 | {"noise", "models", "formats", "text"},
+    "adapters": LEVEL0 | {"models", "formats", "text", "train", "language_model"},  # the model by its name alone
     "language_model": LEVEL0
-    | {"inference", "convert", "decoding", "model_scheduling", "models", "noise", "sampling", "text", "generation"},
+    | {"text", "noise", "models", "sampling", "inference", "formats", "calibration", "model_scheduling", "adapters"},
+    "viz": {"trajectory"},
+    "bench": LEVEL0 | {"sampling", "language_model"},
     "serve": LEVEL0 | {"sampling", "text", "language_model", "viz"},
 }
 TOP = {"__init__", "__main__", "cli"}
+PATHS = sorted(ROOT.rglob("*.py"))
 
 
 def part(path: Path) -> str:
@@ -43,45 +43,96 @@ def part(path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
+    """Modules of the project that a file imports anywhere in it, dotted from `dlm`; for `from dlm.a import b`, also `dlm.a.b`."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            if node.module == "dlm":
-                names |= {f"dlm.{alias.name}" for alias in node.names}
-            elif node.module:
-                names.add(node.module)
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    return {name.split(".")[1] for name in names if name.startswith("dlm.")}
+    return {name for name in names if name.startswith("dlm.")}
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("dlm", *parts)).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_follow_the_layers(path: Path) -> None:
     name = part(path)
     if name in TOP:
         return
     assert name in ALLOWED, f"{name} is new: give it a place in docs/architecture.md and here"
-    strangers = imported(path) - ALLOWED[name] - FREE - {name}
+    strangers = {one.split(".")[1] for one in imported(path)} - ALLOWED[name] - FREE - {name}
     assert not strangers, f"{path.relative_to(ROOT)} imports {sorted(strangers)}"
+
+
+def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of two or more nodes that reach one another (Tarjan), each sorted."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in sorted(arrows[node]):
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[node] = min(low[node], low[other])
+        if low[node] == index[node]:
+            group = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for node in sorted(arrows):
+        if node not in index:
+            visit(node)
+    return found
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set(), "d": {"a"}}) == []
+
+
+@pytest.mark.xfail(strict=True, reason="language_model is being taken apart")
+def test_no_circle_among_files() -> None:
+    """Imports inside functions and for type checkers count."""
+    known = {module(path) for path in PATHS}
+    arrows = {module(path): imported(path) & known - {module(path)} for path in PATHS}
+    assert circles(arrows) == []
+
+
+@pytest.mark.xfail(strict=True, reason="adapters names the language model")
+def test_no_circle_among_rooms() -> None:
+    rooms: dict[str, set[str]] = {part(path): set() for path in PATHS}
+    for path in PATHS:
+        rooms[part(path)] |= {one.split(".")[1] for one in imported(path)} & rooms.keys() - {part(path)}
+    del rooms["__init__"], rooms["__main__"]
+    assert circles({room: others & rooms.keys() for room, others in rooms.items()}) == []
 
 
 def test_no_drawers_for_odds_and_ends() -> None:
     bad = {"utils.py", "common.py", "helpers.py", "base.py"}
-    assert not [p for p in ROOT.rglob("*.py") if p.name in bad]
-    long = [p for p in ROOT.rglob("*.py") if len(p.read_text().splitlines()) > 400]
-    assert not [p for p in long if "400 lines" not in p.read_text()[:2000]], "over 400 lines needs a reason at its top"
+    assert not [p for p in PATHS if p.name in bad]
+
+
+def light(code: str, heavy: tuple[str, ...]) -> None:
+    code += f"\nimport sys; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": str(ROOT.parent)})
+    assert out.stdout.strip() == "[]"
 
 
 def test_import_is_light() -> None:
-    heavy = ("transformers", "fastapi", "matplotlib", "datasets", "gguf", "jinja2", "torch")
-    code = f"import dlm, sys; print([m for m in {heavy} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": str(ROOT.parent)})
-    assert out.stdout.strip() == "[]"
+    light("import dlm", ("transformers", "fastapi", "matplotlib", "datasets", "gguf", "jinja2", "torch"))
 
 
 def test_a_model_loads_without_heavy_libraries() -> None:
-    heavy = ("transformers", "fastapi", "matplotlib", "datasets", "gguf", "accelerate", "torch._dynamo")
-    code = f"import dlm, sys; dlm.load; dlm.DiffusionSampler; dlm.Transformer\nprint([m for m in {heavy} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": str(ROOT.parent)})
-    assert out.stdout.strip() == "[]"
+    code = "import dlm; dlm.load; dlm.DiffusionSampler; dlm.Transformer"
+    light(code, ("transformers", "fastapi", "matplotlib", "datasets", "gguf", "accelerate", "torch._dynamo"))

@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "load": "dlm.language_model",
     "LanguageModel": "dlm.language_model",
-    "Generation": "dlm.generation",
+    "Generation": "dlm.language_model.generation",
     "Canvas": "dlm.trajectory",
     "Frame": "dlm.trajectory",
     "Trajectory": "dlm.trajectory",

@@ -15,9 +15,9 @@ import torch
 
 from dlm.language_model import LanguageModel
 from dlm.serve import run
-from dlm.serve.engine import Engine
+from dlm.serve.engine.scheduler import Engine
+from dlm.serve.engine.shelf import Shelf
 from dlm.serve.guard import Limits
-from dlm.serve.shelf import Shelf
 
 
 class Served:

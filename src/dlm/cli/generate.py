@@ -74,7 +74,7 @@ def generate(
     deterministic: Deterministic = False,
 ) -> None:
     """Write text: continue a prompt, fill holes, or lead to a suffix."""
-    from dlm.generation import Run
+    from dlm.language_model.generation import Run
 
     layout: dict[str, Any] = {"length": length, "max_new_tokens": max_new_tokens, "suffix": suffix, "template": template}
     options: dict[str, Any] = {"steps": steps, "temperature": temperature, "top_p": top_p, "top_k": top_k}

@@ -40,9 +40,9 @@ def serve(
         raise InputError("--port lies in 0 .. 65535; --deadline and the other limits are above 0")
     from dlm.formats import native
     from dlm.serve import run
-    from dlm.serve.engine import Engine
+    from dlm.serve.engine.scheduler import Engine
+    from dlm.serve.engine.shelf import Shelf
     from dlm.serve.guard import LOCAL, Limits
-    from dlm.serve.shelf import Shelf
 
     names = models or sorted(native.bundled(), key=lambda name: name != "shakespeare-mask")
     keys = tuple(key.strip() for key in [*(api_key or []), *os.environ.get("DLM_API_KEYS", "").split(",")] if key.strip())

@@ -16,16 +16,16 @@ from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from dlm.errors import InputError
-from dlm.serve import native, openai, schema
-from dlm.serve.engine import Closing, Engine, Full
+from dlm.serve.engine.job import FAULT, Event
+from dlm.serve.engine.scheduler import Closing, Engine, Full
+from dlm.serve.engine.shelf import Plan, Shelf, Unknown
 from dlm.serve.export import export
 from dlm.serve.guard import EXPORT, Guard, Limits, problem, refusal
-from dlm.serve.job import FAULT, Event
 from dlm.serve.metrics import Metrics
-from dlm.serve.reply import Broken, Reply, Row
-from dlm.serve.shelf import Plan, Shelf, Unknown
-from dlm.serve.stream import EventStream, event, gone
-from dlm.serve.writer import Writer
+from dlm.serve.protocol import native, openai, schema
+from dlm.serve.protocol.reply import Broken, Reply, Row
+from dlm.serve.protocol.stream import EventStream, event, gone
+from dlm.serve.protocol.writer import Writer
 from dlm.trajectory import Canvas
 
 PAGE = Path(__file__).parent / "page"

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from dlm.serve.engine import Engine
+from dlm.serve.engine.scheduler import Engine
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 PATHS = ("/", "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/dlm/generate", "/v1/dlm/export", "/healthz", "/metrics")

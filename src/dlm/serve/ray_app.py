@@ -17,11 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dlm.errors import InputError
 from dlm.language_model import load
-from dlm.serve.engine import Engine
+from dlm.serve.engine.scheduler import Engine
+from dlm.serve.engine.shelf import Shelf
 from dlm.serve.guard import LOCAL, Limits
 from dlm.serve.http import create_app
 from dlm.serve.run import GRACE
-from dlm.serve.shelf import Shelf
 
 log = logging.getLogger("dlm.serve")
 SPARE = 16

@@ -9,10 +9,10 @@ import socket
 import uvicorn
 
 from dlm.errors import InputError
-from dlm.serve.engine import Engine
+from dlm.serve.engine.scheduler import Engine
+from dlm.serve.engine.shelf import Shelf
 from dlm.serve.guard import Limits
 from dlm.serve.http import create_app
-from dlm.serve.shelf import Shelf
 
 GRACE = 30
 """Seconds that requests may take to end once the server is to."""

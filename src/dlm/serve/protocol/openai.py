@@ -14,11 +14,11 @@ from typing import Any
 
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel
-from dlm.serve import schema
-from dlm.serve.job import Began, Event
-from dlm.serve.reply import Row
-from dlm.serve.shelf import Plan
-from dlm.serve.writer import Piece, Writer
+from dlm.serve.engine.job import Began, Event
+from dlm.serve.engine.shelf import Plan
+from dlm.serve.protocol import schema
+from dlm.serve.protocol.reply import Row
+from dlm.serve.protocol.writer import Piece, Writer
 from dlm.trajectory import Canvas
 
 NOISE = "█"

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from dlm.serve.writer import Writer
+from dlm.serve.protocol.writer import Writer
 from dlm.text.tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dlm.serve import stream
+from dlm.serve.protocol import stream
 
 
 async def chunks() -> AsyncIterator[bytes]:

@@ -12,7 +12,7 @@ from dlm.sampling.draw import generators
 from dlm.trajectory import Canvas, Frame, Trajectory
 
 if TYPE_CHECKING:
-    from dlm.language_model import LanguageModel
+    from dlm.language_model.model import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dlm.protocols import RNG, Sampler
 from dlm.sampling.batching import Joinable, Law, Running
-from dlm.serve.job import Job
+from dlm.serve.engine.job import Job
 from dlm.trajectory import Canvas, Frame
 
 log = logging.getLogger("dlm.serve")

@@ -12,9 +12,9 @@ from typing import Any
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel
 from dlm.sampling import registry
-from dlm.serve import schema
-from dlm.serve.job import Event, Job
-from dlm.serve.samplers import samplers
+from dlm.serve.engine.job import Event, Job
+from dlm.serve.engine.samplers import samplers
+from dlm.serve.protocol import schema
 from dlm.trajectory import Canvas
 
 LONGEST = 16  # characters of a token, on average, of any text worth reading

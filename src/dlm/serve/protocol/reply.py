@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from dlm.serve.engine import Engine
-from dlm.serve.job import Began, Change, Ended, Event, Failed, Job, Stepped
-from dlm.serve.writer import Writer
+from dlm.serve.engine.job import Began, Change, Ended, Event, Failed, Job, Stepped
+from dlm.serve.engine.scheduler import Engine
+from dlm.serve.protocol.writer import Writer
 from dlm.trajectory import Canvas
 
 

@@ -13,14 +13,14 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from dlm import decoding
 from dlm.calibration.table import Calibration
 from dlm.errors import InputError
 from dlm.formats import native
 from dlm.formats.native import ModelConfig
-from dlm.generation import Generation, Run
 from dlm.inference import compiled, quantize
 from dlm.inference.deterministic import steady
+from dlm.language_model import samplers
+from dlm.language_model.generation import Generation, Run
 from dlm.model_scheduling import plan
 from dlm.model_scheduling.saved import SavedSchedule
 from dlm.models.transformer import Transformer, predict_beside, predict_next
@@ -219,7 +219,7 @@ class LanguageModel:
         schedule: which model takes which step, as in `L0.5 H0.5`, `sandwich:0.25`, or `auto` for what `dlm schedule
         search` found; this model is H. light: name of model L, or names by key.
         """
-        return decoding.make(self, **self.chosen(options))
+        return samplers.make(self, **self.chosen(options))
 
     def other(self, name: str) -> LanguageModel:
         """A model to work beside this one, loaded once: from its directory or as `load` finds it; `int8`, `int4`: itself, rounded."""

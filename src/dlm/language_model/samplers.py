@@ -33,7 +33,7 @@ from dlm.sampling.diffusion.protocols import CachePolicy, Constraint
 from dlm.sampling.draw import Draw
 
 if TYPE_CHECKING:
-    from dlm.language_model import LanguageModel
+    from dlm.language_model.model import LanguageModel
 
 STRIDE, LOOKUP, ITSELF = 4, 8, 24  # of `auto` at most; what follows a repeated phrase is often the same for long, and a copy nearly agrees
 BLOCK = 32  # of a bidirectional model with a cache, unless told otherwise (Fast-dLLM)

@@ -15,8 +15,8 @@ import torch
 
 from dlm.errors import InputError
 from dlm.protocols import Sampler
-from dlm.serve.job import Failed, Job
-from dlm.serve.lane import Lane, failed
+from dlm.serve.engine.job import Failed, Job
+from dlm.serve.engine.lane import Lane, failed
 
 log = logging.getLogger("dlm.serve")
 SAMPLERS = 64  # that are kept ready

@@ -11,11 +11,11 @@ from typing import Any
 
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel
-from dlm.serve import schema
+from dlm.serve.engine.job import Began, Change, Ended, Event, Failed, Stepped
+from dlm.serve.engine.shelf import Plan
 from dlm.serve.guard import problem
-from dlm.serve.job import Began, Change, Ended, Event, Failed, Stepped
-from dlm.serve.reply import Row
-from dlm.serve.shelf import Plan
+from dlm.serve.protocol import schema
+from dlm.serve.protocol.reply import Row
 from dlm.trajectory import Canvas
 
 

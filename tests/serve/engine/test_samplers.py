@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from dlm.sampling import registry
-from dlm.serve.samplers import CONTINUING, MASKED, REPLACED
+from dlm.serve.engine.samplers import CONTINUING, MASKED, REPLACED
 
 
 def test_every_word_has_its_line() -> None:
