@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dlm
-from dlm.evaluate import card, generative
+from dlm.evaluation import card, generative
 from dlm.train import recipes
 from dlm.train.log import finished
 from dlm.train.loop import train

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dlm
-from dlm.evaluate import card
+from dlm.evaluation import card
 from dlm.inference import fused
 from dlm.inference.quantized_linear import Int4Linear
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dlm
-from dlm.evaluate import card, generative, likelihood, order_cost, parallel_decoding
+from dlm.evaluation import card, generative, likelihood, order_cost, parallel_decoding
 from dlm.language_model import LanguageModel
 from dlm.sampling.diffusion.unmasking import Ancestral, TopScore
 from dlm.text.tokenizer import Tokenizer

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dlm
-from dlm.evaluate import card
+from dlm.evaluation import card
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "block diffusion, exact cache": ("shakespeare-block", {}),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import dlm
 from dlm.cli.app import bar, load
-from dlm.evaluate import card
+from dlm.evaluation import card
 from dlm.sampling.autoregressive.speculative import StridedSampler
 from dlm.sampling.draw import generators
 from dlm.trajectory import Canvas

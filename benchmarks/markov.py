@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dlm.evaluate import card
+from dlm.evaluation import card
 from dlm.model_scheduling.exact import Enumerated, MarkovPosterior
 from dlm.model_scheduling.search import rank_agreement
 

@@ -25,7 +25,7 @@ from rich.table import Table
 
 import dlm
 from dlm.cli.app import bar, judging, named_models
-from dlm.evaluate import card, generative, order_cost
+from dlm.evaluation import card, generative, order_cost
 from dlm.formats import native
 from dlm.model_scheduling import search
 from dlm.model_scheduling.cost import call_costs, cost, expected_calls

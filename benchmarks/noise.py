@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 import dlm
-from dlm.evaluate import card, generative
+from dlm.evaluation import card, generative
 from dlm.train import data as reading
 from dlm.train import recipes
 

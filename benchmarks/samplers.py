@@ -23,7 +23,7 @@ from rich.table import Table
 import dlm
 from dlm.calibration import measure
 from dlm.calibration.table import Calibration, Row
-from dlm.evaluate import card
+from dlm.evaluation import card
 
 BUDGETS = ("calls:16", "calls:32", "calls:64", "seconds:1", "bits:0.1")
 USUAL: dict[str, dict[str, Any]] = {

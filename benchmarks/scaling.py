@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dlm
-from dlm.evaluate import card, likelihood
+from dlm.evaluation import card, likelihood
 from dlm.train import data as reading
 from dlm.train import recipes
 from dlm.train.log import finished

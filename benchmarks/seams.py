@@ -19,8 +19,8 @@ from rich.table import Table
 from torch import Tensor
 
 import dlm
-from dlm.evaluate import card
-from dlm.evaluate.generative import Mean
+from dlm.evaluation import card
+from dlm.evaluation.generative import Mean
 
 NEAR = 16  # characters after a join that count as near it
 

@@ -30,7 +30,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from dlm.evaluate import card
+from dlm.evaluation import card
 from dlm.formats import native
 
 PROMPTS = ("ROMEO:\n", "First Citizen:\nBefore we", "To be, or not to be", "JULIET:\nO", "KING HENRY:\n", "What light")

@@ -24,8 +24,8 @@ ALLOWED = {
     "inference": LEVEL0 | {"models"},
     "formats": LEVEL0 | {"models", "text"},
     "model_scheduling": LEVEL0 | {"noise", "sampling"},
-    "evaluate": LEVEL0 | {"noise", "sampling"},
-    "calibration": LEVEL0 | {"sampling", "noise", "evaluate"},
+    "evaluation": LEVEL0 | {"noise", "sampling"},
+    "calibration": LEVEL0 | {"sampling", "noise", "evaluation"},
     "train": LEVEL0 | {"noise", "models", "formats", "text"},
     "adapters": LEVEL0 | {"models", "formats", "text", "train", "language_model"},  # the model by its name alone
     "language_model": LEVEL0

@@ -11,7 +11,7 @@ import torch
 from conftest import ALPHABET, Dlm, make_model
 from dlm.cli.app import judging
 from dlm.errors import InputError
-from dlm.evaluate import generative
+from dlm.evaluation import generative
 from dlm.language_model import load
 
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import make_model
 from dlm.errors import InputError
-from dlm.evaluate import generative
+from dlm.evaluation import generative
 from dlm.language_model import LanguageModel
 from dlm.model_scheduling import search, sensitivity
 from dlm.model_scheduling.cost import CallCost, call_costs, cost, expected_calls

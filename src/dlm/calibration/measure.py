@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dlm.calibration.table import Row
-from dlm.evaluate import generative
+from dlm.evaluation import generative
 from dlm.sampling import windows
 
 Generate = Callable[[dict[str, Any], int], tuple[Tensor, float, float]]

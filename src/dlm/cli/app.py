@@ -75,7 +75,7 @@ def judging(name: str, lm: Any, given: int = 0) -> Any:
 
     given: tokens at the beginning that are not counted. InputError for a diffusion model, or one that cannot read the texts.
     """
-    from dlm.evaluate import generative, judge
+    from dlm.evaluation import generative, judge
     from dlm.formats import native
 
     device = str(lm.network.device)

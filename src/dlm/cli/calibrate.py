@@ -35,7 +35,7 @@ def calibrate(
     """Measure calls, seconds, bits under a judge and diversity of every sampler, and keep the table beside the checkpoint."""
     from dlm.calibration import measure
     from dlm.calibration.table import Calibration
-    from dlm.evaluate.card import device_name
+    from dlm.evaluation.card import device_name
     from dlm.formats.native import find
     from dlm.noise.masked import MaskedNoise
 

@@ -42,7 +42,7 @@ def curse(
     device: Device = "cpu",
 ) -> None:
     """Measure the curse of parallel decoding: the bits per character lost when several tokens are drawn at once."""
-    from dlm.evaluate import order_cost, parallel_decoding
+    from dlm.evaluation import order_cost, parallel_decoding
     from dlm.noise.masked import MaskedNoise
     from dlm.sampling import registry
     from dlm.sampling.draw import Draw
@@ -121,7 +121,7 @@ def _sizes(text: str | None, window: int) -> list[int]:
 
 
 def _mean(values_W: Tensor) -> dict[str, float]:
-    from dlm.evaluate.order_cost import stderr
+    from dlm.evaluation.order_cost import stderr
 
     return {"mean": float(values_W.mean()), "band95": 1.96 * float(stderr(values_W))}
 

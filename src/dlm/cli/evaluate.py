@@ -39,8 +39,8 @@ def evaluate(
     from rich.table import Table
 
     from dlm.errors import InputError
-    from dlm.evaluate import card as cards
-    from dlm.evaluate import likelihood
+    from dlm.evaluation import card as cards
+    from dlm.evaluation import likelihood
     from dlm.train import data as reading
 
     documents = reading.select(reading.read(data), split, val_fraction)

@@ -150,7 +150,7 @@ def search(
     device: Device = "cpu",
 ) -> None:
     """Find the best schedule that saves so much; every one is written and judged with the same seeds, beside H alone and L alone."""
-    from dlm.evaluate.card import dumps
+    from dlm.evaluation.card import dumps
     from dlm.model_scheduling import search as find
     from dlm.model_scheduling.plan import LIGHT, ModelSchedule
     from dlm.model_scheduling.saved import SavedSchedule
@@ -214,7 +214,7 @@ def compare(
     device: Device = "cpu",
 ) -> None:
     """Measure these schedules beside H alone: 'L0.5 H0.5;sandwich:0.25;H@100'."""
-    from dlm.evaluate.card import dumps
+    from dlm.evaluation.card import dumps
     from dlm.model_scheduling import search as find
     from dlm.model_scheduling.plan import ModelSchedule
 
@@ -346,7 +346,7 @@ def _kl(lm: Any, networks: dict[str, Any], windows_WT: Any, segments: int, seed:
 
 def _price(lm: Any, windows_WT: Any) -> Callable[[int], float]:
     """What a number of steps costs, nats a text."""
-    from dlm.evaluate import order_cost
+    from dlm.evaluation import order_cost
 
     with bar("the price of fewer steps", order_cost.curve_rows(*windows_WT.shape)) as progress:
         return order_cost.ancestral_prices(lm.noise, lm.predict, windows_WT, progress=progress.forward)

@@ -13,7 +13,7 @@ from dlm.cli.app import Device, Json, app, console, err, load_judge
 from dlm.cli.show import load_runs
 
 if TYPE_CHECKING:
-    from dlm.evaluate.settling import Settling
+    from dlm.evaluation.settling import Settling
 
 
 @app.command()
@@ -28,7 +28,7 @@ def settle(
 ) -> None:
     """Measure how text settles: when each token last changed, edits per token, distance to the final text, bits on the way."""
     from dlm.errors import InputError
-    from dlm.evaluate.settling import settling
+    from dlm.evaluation.settling import settling
 
     if plot is not None:
         from dlm.viz.plots import check
@@ -41,7 +41,7 @@ def settle(
     if judge is not None:
         import torch
 
-        from dlm.evaluate.generative import judge_bits_each
+        from dlm.evaluation.generative import judge_bits_each
 
         lm = load_judge(judge, device)
         pieces = lm.tokenizer.pieces()

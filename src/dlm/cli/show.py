@@ -49,7 +49,7 @@ def show(
 
 def load_runs(paths: list[Path]) -> list[tuple[str, Trajectory]]:
     """(label, run) of every file. InputError where one is missing or damaged."""
-    from dlm.evaluate.settling import label_of
+    from dlm.evaluation.settling import label_of
     from dlm.trajectory import Trajectory
 
     runs = []

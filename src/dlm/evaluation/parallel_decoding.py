@@ -1,7 +1,7 @@
 """The curse of parallel decoding, measured: what is lost when several masked tokens are drawn at once, each from its own marginal.
 
 A step that draws the positions S of z independently loses KL(p(x_S | z) || prod_i p(x_i | z)), the conditional total correlation of
-S. For random positions `dlm.evaluate.order_cost` tells it from one curve; what a rule chooses has to be measured. A network's
+S. For random positions `dlm.evaluation.order_cost` tells it from one curve; what a rule chooses has to be measured. A network's
 conditionals are not exactly consistent, so that its joint depends on the order of the chain rule: everything here is a mean over
 random orders.
 Shapes: W windows of real text, L measured steps, B rows, N = B x draws, A rows still at work, T positions, S chosen ones, V vocabulary.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.evaluate.order_cost import equal_steps, log_probs, stderr
+from dlm.evaluation.order_cost import equal_steps, log_probs, stderr
 from dlm.noise.loss import Predict
 from dlm.protocols import RNG, NoiseProcess
 from dlm.sampling.diffusion.protocols import PlannedRule, Rule, Step

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from conftest import Dlm, make_model
 from dlm.errors import InputError
-from dlm.evaluate.order_cost import ancestral_price, best_price, best_steps, curve_rows, entropy_curve, equal_steps, price, smooth
-from dlm.evaluate.parallel_decoding import curse, pair_information, total_correlation
+from dlm.evaluation.order_cost import ancestral_price, best_price, best_steps, curve_rows, entropy_curve, equal_steps, price, smooth
+from dlm.evaluation.parallel_decoding import curse, pair_information, total_correlation
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.uniform import UniformNoise
 from dlm.protocols import RNG

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.evaluate.generative import distinct_each, entropy_each
+from dlm.evaluation.generative import distinct_each, entropy_each
 from dlm.noise import loss
 
 TextBits = Callable[[Sequence[str]], Tensor]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dlm.evaluate import generative
+from dlm.evaluation import generative
 from dlm.noise.masked import MaskedNoise
 
 

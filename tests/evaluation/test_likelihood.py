@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dlm.errors import InputError
-from dlm.evaluate import likelihood
+from dlm.evaluation import likelihood
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.uniform import UniformNoise
 from dlm.protocols import NoiseProcess

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.evaluate.settling import settling
+from dlm.evaluation.settling import settling
 from dlm.trajectory import Canvas, Frame, Trajectory
 
 MASK = 9
