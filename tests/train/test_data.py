@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from dlm.errors import InputError
+from dlm.formats import native
 from dlm.text.tokenizer import Tokenizer
-from dlm.train import data
+from dlm.train import data, recipes
 from dlm.train.data import Stream
 from train import tiny
 
@@ -49,6 +51,26 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | N
     with fails(message) as error:
         data.read(str(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+def test_the_bundled_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name means this text everywhere; a local file of the name is reached by its path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shakespeare").write_text("my own")
+    (found,) = data.read("shakespeare")
+    assert hashlib.md5(found.encode()).hexdigest() == "6fb458f1232090904fb40fe944165e91"
+    assert data.read("./shakespeare") == ["my own"]
+
+
+def test_a_misspelt_data_set() -> None:
+    with fails(r"no data at shakespear: did you mean the bundled data set shakespeare\?"):
+        data.read("shakespear")
+
+
+def test_recipes_and_bundled_models_read_text_that_is_there() -> None:
+    sources = {native.load_config(path).training["data"] for path in native.bundled().values()} - {"kjv.txt"}
+    sources |= {recipe().data for name, recipe in recipes.RECIPES.items() if name.startswith("shakespeare")}
+    assert sources == {"shakespeare"}
 
 
 def test_no_source_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from dlm.errors import InputError
 @app.command()
 def convert(
     base: Annotated[str, typer.Argument(help="An autoregressive model: bundled or pulled name, directory, GGUF file, hub id.")],
-    data: Annotated[str | None, typer.Option(help="Text file, folder of .txt files, or hf:DATASET.")] = None,
+    data: Annotated[str | None, typer.Option(help="shakespeare (bundled), a text file, a folder of .txt files, or hf:DATASET.")] = None,
     self_distill: Annotated[int, typer.Option(help="Instead of --data: learn from so many texts that the base writes.")] = 0,
     prompts: Annotated[Path | None, typer.Option(help="What they begin with, a line each; said to a chat model, or it asks itself")] = None,
     temperatures: Annotated[str, typer.Option(help="Of those texts, with commas, in turns: 0,1 where greedy text is wanted too.")] = "1",

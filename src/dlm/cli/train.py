@@ -16,7 +16,7 @@ from dlm.errors import InputError
 @app.command()
 def train(
     recipe: Annotated[str | None, typer.Argument(help="A recipe's name (dlm list), or none with --data.")] = None,
-    data: Annotated[str | None, typer.Option(help="Text file, folder of .txt files, or hf:DATASET.")] = None,
+    data: Annotated[str | None, typer.Option(help="shakespeare (bundled), a text file, a folder of .txt files, or hf:DATASET.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/RECIPE.")] = None,
     noise: Annotated[str | None, typer.Option(help="masked | uniform | semantic[:lead] | hybrid[:share]; same as --set noise=.")] = None,
     noise_schedule: Annotated[str | None, typer.Option(help="linear | cosine | polynomial:2 ...; same as --set noise_schedule=.")] = None,

@@ -15,7 +15,7 @@ from dlm.noise.replacement import HEADS
 class TrainConfig:
     """One run. `--set key=value` changes any field here or of the network. The defaults suit an hour on a laptop."""
 
-    data: str = ""
+    data: str = ""  # shakespeare (bundled) | a text file | a folder of .txt files | hf:DATASET
     val_fraction: float = 0.1
     tokenizer: str = "chars"  # chars | bytes | bpe:1024 (learned from the text) | path of a tokenizer.json
     network: TransformerConfig = field(default_factory=lambda: TransformerConfig(vocab_size=1, width=192))

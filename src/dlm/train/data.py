@@ -1,12 +1,14 @@
-"""Text on disk -> one stream of tokens -> windows.
+"""Text -> one stream of tokens -> windows.
 
 A batch is a function of (seed, step) alone, so a resumed run needs no reader state. Shapes: N tokens, B rows, T window.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +18,22 @@ from torch import Tensor
 from dlm.errors import InputError
 from dlm.text.tokenizer import Tokenizer
 
+BUNDLED = Path(str(resources.files("dlm"))) / "datasets"
+
+
+def bundled() -> dict[str, Path]:
+    """Text files that ship with the package, by name."""
+    return {file.stem: file for file in sorted(BUNDLED.glob("*.txt"))}
+
 
 def read(source: str) -> list[str]:
-    """Documents of a text file, of every .txt below a folder, or of a Hugging Face data set.
+    """Documents of a bundled data set, a text file, every .txt below a folder, or a Hugging Face data set.
 
-    A data set is `hf:NAME`, `hf:NAME:COLUMN` or `hf:NAME:COLUMN:SPLIT` (defaults: text, train).
+    A bundled name means the same text everywhere: a local file of that name is `./NAME`. A Hugging Face data set is `hf:NAME`,
+    `hf:NAME:COLUMN` or `hf:NAME:COLUMN:SPLIT` (defaults: text, train). InputError where there is no text.
     """
     if not source:
-        raise InputError("no data: give a text file, a folder of .txt files, or hf:DATASET")
+        raise InputError(f"no data: {_known()}")
     if source.startswith("hf:"):
         name, column, part, *more = *source[3:].split(":"), "", ""
         if not name or any(more):
@@ -36,8 +46,12 @@ def read(source: str) -> list[str]:
     return documents
 
 
+def _known() -> str:
+    return f"give a text file, a folder of .txt files, hf:DATASET, or a bundled data set ({', '.join(bundled())})"
+
+
 def _read_files(source: str) -> list[str]:
-    path = Path(source)
+    path = bundled().get(source, Path(source))
     if path.is_dir():
         files = sorted(p for p in path.rglob("*.txt") if p.is_file())
         if not files:
@@ -45,7 +59,8 @@ def _read_files(source: str) -> list[str]:
     elif path.is_file():
         files = [path]
     else:
-        raise InputError(f"no data at {source}: give a text file, a folder of .txt files, or hf:DATASET")
+        close = difflib.get_close_matches(source, bundled(), n=1)
+        raise InputError(f"no data at {source}: " + (f"did you mean the bundled data set {close[0]}?" if close else _known()))
     documents = []
     for file in files:
         try:

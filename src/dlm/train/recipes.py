@@ -10,7 +10,7 @@ from dlm.errors import InputError
 from dlm.models.config import TransformerConfig
 from dlm.train.loop import TrainConfig
 
-SHAKESPEARE = "../shared/data/tinyshakespeare.txt"
+SHAKESPEARE = "shakespeare"  # bundled: dlm.train.data
 
 
 def shakespeare_mask() -> TrainConfig:
