@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.test_gguf import write
 from tokenizers import AddedToken
 
 from bases import SPECIAL, WORDS, publish, tokenizer, transformer
@@ -17,6 +16,7 @@ from dlm.bench.prompts import KINDS
 from dlm.formats import huggingface
 from dlm.language_model import load
 from dlm.text.tokenizer import Tokenizer
+from formats.test_gguf import write
 
 
 @pytest.fixture(scope="module")
