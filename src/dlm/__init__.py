@@ -8,11 +8,36 @@ print(model.generate("ROMEO:", length=512, seed=0))
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers; at run time each name is imported when it is first used
+    from dlm.errors import InputError as InputError
+    from dlm.language_model import LanguageModel as LanguageModel
+    from dlm.language_model import load as load
+    from dlm.language_model.generation import Generation as Generation
+    from dlm.models.cache import KVCache as KVCache
+    from dlm.models.config import TransformerConfig as TransformerConfig
+    from dlm.models.transformer import Transformer as Transformer
+    from dlm.noise.hybrid import HybridNoise as HybridNoise
+    from dlm.noise.masked import MaskedNoise as MaskedNoise
+    from dlm.noise.semantic import SemanticNoise as SemanticNoise
+    from dlm.noise.uniform import UniformNoise as UniformNoise
+    from dlm.sampling.autoregressive.plain import AutoregressiveSampler as AutoregressiveSampler
+    from dlm.sampling.diffusion.loop import DiffusionSampler as DiffusionSampler
+    from dlm.sampling.diffusion.unmasking import Ancestral as Ancestral
+    from dlm.sampling.diffusion.unmasking import Threshold as Threshold
+    from dlm.sampling.diffusion.unmasking import TopScore as TopScore
+    from dlm.sampling.draw import Draw as Draw
+    from dlm.text.tokenizer import Tokenizer as Tokenizer
+    from dlm.train.loop import TrainConfig as TrainConfig
+    from dlm.train.loop import train as fit  # noqa: F401
+    from dlm.trajectory import Canvas as Canvas
+    from dlm.trajectory import Frame as Frame
+    from dlm.trajectory import Trajectory as Trajectory
 
 __version__ = "0.1.0"
 
-_WHERE = {
+_WHERE = {  # public name: its module, and its name there where that is another
     "load": "dlm.language_model",
     "LanguageModel": "dlm.language_model",
     "Generation": "dlm.language_model.generation",
@@ -35,7 +60,7 @@ _WHERE = {
     "AutoregressiveSampler": "dlm.sampling.autoregressive.plain",
     "Tokenizer": "dlm.text.tokenizer",
     "TrainConfig": "dlm.train.loop",
-    "train": "dlm.train.loop",
+    "fit": "dlm.train.loop:train",
 }
 __all__ = ["__version__", *_WHERE]
 
@@ -43,7 +68,8 @@ __all__ = ["__version__", *_WHERE]
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'dlm' has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    module, _, attribute = _WHERE[name].partition(":")
+    return getattr(importlib.import_module(module), attribute or name)
 
 
 def __dir__() -> list[str]:
