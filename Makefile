@@ -1,15 +1,37 @@
-# `make demo` and `make test` set up everything they need on a fresh machine.
+# Every target sets up what it needs in .venv. It takes Python 3.11 or newer and, the first time, a package index.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint install clean
+# cpu or cuda. On Linux torch's build on PyPI brings gigabytes of CUDA libraries, so the CPU build is installed unless
+# `make clean demo TORCH=cuda` asks for the other one.
+TORCH ?= cpu
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+.PHONY: demo test check docs lint install clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dlm generate "ROMEO:" --compare mask,uniform --temperature 0.7 --steps 128 --watch
+	@echo
+	@echo "Type next (or put dlm on your path with: source $(BIN)/activate):"
+	@echo
+	@echo '  $(BIN)/dlm generate "JULIET:" --length 400 --watch     # watch another text settle'
+	@echo '  $(BIN)/dlm generate --template "ROMEO: ____ is my ____, JULIET"'
+	@echo '  $(BIN)/dlm list                                        # models, recipes and data sets'
+	@echo '  $(BIN)/dlm --help                                      # every command'
 
+# Everything: lint, types, all tests.
 test: lint
 	$(BIN)/python -m pytest -n auto
+
+# For daily work: lint, types and the tests that take under three seconds each.
+check: lint
+	$(BIN)/python -m pytest -n auto -m "not slow and not browser and not network"
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -22,13 +44,23 @@ $(BIN)/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'dlm needs Python 3.11 or newer: make PYTHON=python3.11 ...')"
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+# First the places that pip knows, then PyTorch's index; a mirror without CPU builds, and macOS, whose build is one, take what pip finds.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+ifeq ($(TORCH)-$(shell uname -s),cpu-Linux)
+	$(PIP) torch==$(TORCH_VERSION)+cpu 2> /dev/null \
+		|| $(PIP) --retries 1 --extra-index-url $(TORCH_CPU_INDEX) torch==$(TORCH_VERSION)+cpu || $(PIP) torch
+else
+	$(PIP) torch
+endif
 	touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+$(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) --editable '.[dev]'
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
