@@ -21,6 +21,7 @@ from rich.table import Table
 
 import dlm
 from dlm.evaluation import card, generative, likelihood, order_cost, parallel_decoding
+from dlm.evaluation.statistics import Mean
 from dlm.language_model import LanguageModel
 from dlm.sampling.diffusion.unmasking import Ancestral, TopScore
 from dlm.text.tokenizer import Tokenizer
@@ -67,11 +68,13 @@ def measure(lm: LanguageModel, judge: LanguageModel, text: list[str], args: argp
 
     def priced(count: int) -> tuple[float, float, float]:
         found_W = order_cost.price(h_WT, order_cost.equal_steps(lm.window, count)) / lm.window
-        return lm.window * each / count, float(found_W.mean()), 1.96 * float(order_cost.stderr(found_W))
+        found = Mean.of(found_W)
+        return lm.window * each / count, found.value, found.band95
 
     def measured(word: str, size: int) -> tuple[float, float, float]:
         found = parallel_decoding.curse(lm.noise, lm.predict, few_WT, RULES[word], size)
-        return lm.window * each / found.steps, *found.bits_per_char(each)
+        bits = found.bits_per_char(each)
+        return lm.window * each / found.steps, bits.value, bits.band95
 
     sizes = sorted({min(lm.window, max(1, round(span / each))) for span in args.spans})
     record: dict[str, Any] = {"vocabulary": lm.tokenizer.vocab_size, "window": lm.window, "characters_per_token": each} | bound.record()
@@ -90,7 +93,7 @@ def generate(lm: LanguageModel, judge: LanguageModel, calls: int, args: argparse
     rows = [judge.tokenizer.encode(text[:length]) for text in texts if len(text) >= length]
     samples_NT = torch.tensor(rows, device=args.device)
     bits = generative.judge_bits(judge.noise, judge.predict, samples_NT)
-    found = {"bits": bits.value, "stderr": bits.stderr, "entropy": generative.unigram_entropy(samples_NT)}
+    found = {"bits": bits.value, "stderr": bits.stderr, "band95": bits.band95, "entropy": generative.unigram_entropy(samples_NT)}
     found |= {"distinct4": generative.distinct(samples_NT, 4), "foreign": 1 - sum(map(len, texts)) / sum(map(len, made))}
     return {"calls": calls, "length": length} | found
 
@@ -117,7 +120,7 @@ def show(found: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
         for name, title in (("bits", "bits per character under the judge"), ("distinct4", "share of 4-grams that are different")):
             lines = {}
             for kind, one in found.items():
-                lines[kind] = [(text["calls"], text[name], 1.96 * text["stderr"] if name == "bits" else 0.0) for text in one["texts"]]
+                lines[kind] = [(text["calls"], text[name], text["band95"] if name == "bits" else 0.0) for text in one["texts"]]
             panels.append((title, "network calls for a text", lines))
         panels_plot(panels, args.plot)
 

@@ -17,8 +17,8 @@ from rich.progress import track
 from rich.table import Table
 
 from dlm.evaluation import card
+from dlm.evaluation.statistics import spearman
 from dlm.model_scheduling.exact import Enumerated, MarkovPosterior
-from dlm.model_scheduling.search import rank_agreement
 
 SOURCES = {
     "sticky": [[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]],
@@ -54,7 +54,7 @@ def measure(name: str, length: int, reach: int, light: int) -> dict[str, object]
         "by_path": planned,
         "worst": max(equal, key=lambda row: row["kl"]),
         "mean_kl": sum(row["kl"] for row in equal) / len(equal),
-        "rank_agreement": rank_agreement([row["kl"] for row in equal], [row["path"] for row in equal]),
+        "rank_agreement": spearman([row["kl"] for row in equal], [row["path"] for row in equal]),
         "bound_holds": all(row["kl"] <= row["path"] + 1e-9 for row in rows),
     }
 

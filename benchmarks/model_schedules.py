@@ -29,9 +29,11 @@ from dlm.evaluation import card, generative, order_cost
 from dlm.formats import native
 from dlm.model_scheduling import search
 from dlm.model_scheduling.cost import call_costs, cost, expected_calls
+from dlm.model_scheduling.ledger import Ledger
+from dlm.model_scheduling.outcome import Outcome
 from dlm.model_scheduling.plan import ModelSchedule
 from dlm.model_scheduling.sensitivity import on_text, predictors
-from dlm.model_scheduling.trial import Outcome, Trial
+from dlm.model_scheduling.trial import Trial
 from dlm.train import data as reading
 
 PAPER = "L0.125 H0.75 L0.125"
@@ -55,13 +57,14 @@ class Bench:
         self.figures = judging(args.judge, self.lm, args.prompted)
         self.judge_weights = native.digest(native.find(args.judge))
         self.trials: dict[int, Trial] = {}
+        self.ledger = Ledger(args.ledger) if args.ledger else None
 
     def __call__(self, word: str, steps: int | None = None) -> Outcome:
         steps = steps or self.args.steps
         if steps not in self.trials:
             settings = {"sampler": self.args.sampler, "steps": steps, "temperature": self.temperature, "judge": self.args.judge}
             settings |= {"judge_weights": self.judge_weights}
-            where = {"prompts": self.prompts, "ledger": self.args.ledger}
+            where = {"prompts": self.prompts, "ledger": self.ledger}
             self.trials[steps] = Trial.of(self.lm, self.lights, self.figures, **settings, **where)
         return self.trials[steps](word, self.args.seed, self.args.seed + self.args.samples)
 
@@ -125,8 +128,8 @@ def row_of(
     label: str, word: str, steps: int, outcome: Outcome, reference: Outcome, bench: Bench, kl: dict[str, list[float]]
 ) -> dict[str, Any]:
     """Figures, and their paired differences to H alone."""
-    own = {name: dict(zip(("mean", "band95"), outcome.mean(name), strict=True)) for name in outcome.figures}
-    paired = {f"d_{name}": dict(zip(("mean", "band95"), outcome.against(reference, name), strict=True)) for name in outcome.figures}
+    own = {name: outcome.mean(name).record() for name in outcome.figures}
+    paired = {f"d_{name}": outcome.against(reference, name).record() for name in outcome.figures}
     row = {"label": label, "schedule": word, "steps": steps, "saved_executed": 1 - total(outcome) / total(reference)}
     schedule = ModelSchedule.parse(word)
     counted = cost(schedule, bench.prices, steps, bench.lm.window - bench.args.prompted)
@@ -149,7 +152,7 @@ def matched(args: argparse.Namespace, words: list[str]) -> list[dict[str, Any]]:
         bench = Bench(args, temperature=temperature)
         for word in words:
             found = bench(word)
-            points[word].append((temperature, found.mean("entropy")[0], found.mean("bits")[0]))
+            points[word].append((temperature, found.mean("entropy").value, found.mean("bits").value))
     middle = min(range(len(args.temperatures)), key=lambda i: abs(args.temperatures[i] - 1))
     level = points[words[0]][middle][1]
     return [{"schedule": word, "points": line, "bits_at_matched_entropy": at(level, line)} for word, line in points.items()]

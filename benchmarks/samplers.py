@@ -24,6 +24,7 @@ import dlm
 from dlm.calibration import measure
 from dlm.calibration.table import Calibration, Row
 from dlm.evaluation import card
+from dlm.evaluation.statistics import Mean
 
 BUDGETS = ("calls:16", "calls:32", "calls:64", "seconds:1", "bits:0.1")
 USUAL: dict[str, dict[str, Any]] = {
@@ -93,15 +94,15 @@ def _measured(model: Any, twin: Any, options: dict[str, Any], args: argparse.Nam
 
 def _points(found: Calibration) -> list[dict[str, Any]]:
     best = found.front("calls") + found.front("seconds")
-    return [_point(row, row in best) | {"fair": row in found.fair()} for row in found.rows]
+    return [_point(row, row in best, found.made["texts"]) | {"fair": row in found.fair()} for row in found.rows]
 
 
-def _point(row: Row, on_front: bool) -> dict[str, Any]:
+def _point(row: Row, on_front: bool, texts: int) -> dict[str, Any]:
     name, colon, setting = str(row.options["sampler"]).partition(":")
     cache = str(row.options.get("cache", ""))
     note = cache or (setting if colon and "steps" not in row.options else str(row.options.get("steps", "")))
     return {"group": name + (" + cache" if cache else ""), "note": note, "calls": row.calls, "seconds": row.seconds, "bits": row.bits} | {
-        "band95": 1.96 * row.bits_stderr,
+        "band95": Mean(row.bits, row.bits_stderr, texts).band95,
         "front": on_front,
     }
 

@@ -23,7 +23,7 @@ ALLOWED = {
     "sampling": LEVEL0 | {"noise"},  # never models: a test pushes exact posteriors through every sampler
     "inference": LEVEL0 | {"models"},
     "formats": LEVEL0 | {"models", "text"},
-    "model_scheduling": LEVEL0 | {"noise", "sampling"},
+    "model_scheduling": LEVEL0 | {"noise", "sampling", "evaluation"},
     "evaluation": LEVEL0 | {"noise", "sampling"},
     "calibration": LEVEL0 | {"sampling", "noise", "evaluation"},
     "train": LEVEL0 | {"noise", "models", "formats", "text"},

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dlm.evaluation import generative
+from dlm.evaluation.statistics import Mean
 from dlm.noise.masked import MaskedNoise
 
 
@@ -32,6 +33,6 @@ def test_known_words_ignores_the_cut_ends() -> None:
 
 
 def test_mean_states_its_error() -> None:
-    mean = generative.Mean.of(torch.tensor([1.0, 3.0]))
+    mean = Mean.of(torch.tensor([1.0, 3.0]))
     assert mean.value == 2.0
     assert mean.stderr == pytest.approx(math.sqrt(2) / math.sqrt(2))

@@ -18,7 +18,7 @@ from torch import Tensor
 from conftest import Dlm, make_model
 from dlm.errors import InputError
 from dlm.evaluation.order_cost import ancestral_price, best_price, best_steps, curve_rows, entropy_curve, equal_steps, price, smooth
-from dlm.evaluation.parallel_decoding import curse, pair_information, total_correlation
+from dlm.evaluation.parallel_decoding import curse, total_correlation
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.uniform import UniformNoise
 from dlm.protocols import RNG
@@ -111,19 +111,6 @@ def test_a_random_subset_of_the_chosen_is_the_mean_over_subsets() -> None:
 def test_a_visible_position_is_told() -> None:
     with pytest.raises(InputError, match="visible"):
         total_correlation(NOISE, BayesDenoiser(TINY), texts(2), torch.ones(2, 4, dtype=torch.bool), torch.Generator())
-
-
-@pytest.mark.parametrize(("i", "j"), [(0, 1), (3, 1), (2, 3)])
-def test_pair_information_is_exact(i: int, j: int) -> None:
-    z_T = torch.full((4,), 3)
-    assert pair_information(NOISE, BayesDenoiser(TINY), z_T, i, j) == pytest.approx(loss((i, j)), abs=1e-6)
-    free = next(k for k in range(4) if k not in (i, j))
-    given = []
-    for token in range(3):
-        z_T[free] = token
-        given.append(pair_information(NOISE, BayesDenoiser(TINY), z_T, i, j))
-    p_V = torch.stack([TINY.p_S[TINY.x_ST[:, free] == token].sum() for token in range(3)])
-    assert float((p_V * torch.tensor(given)).sum()) == pytest.approx(loss((i, j), (free,)), abs=1e-6)
 
 
 def test_the_price_of_one_by_one_and_of_all_at_once() -> None:
@@ -222,24 +209,26 @@ def test_a_run_loses_what_enumeration_says(rule: Ancestral | FromTheEnds, calls:
     assert found.steps == 2
     assert found.length == 4
     assert len(found.nats_W) == 1000
-    assert 0 < found.band < 0.06
-    assert found.nats_per_text == pytest.approx(exact, abs=2 * found.band)
-    assert found.nats_per_token == found.nats_per_text / 4
-    assert found.bits_per_char(2.0) == pytest.approx((found.nats_per_text / 8 / math.log(2), found.band / 8 / math.log(2)))
+    nats, bits = found.nats_per_text, found.bits_per_char(2.0)
+    assert 0 < nats.band95 < 0.06
+    assert nats.value == pytest.approx(exact, abs=2 * nats.band95)
+    assert found.nats_per_token.value == pytest.approx(nats.value / 4)
+    assert bits.value == pytest.approx(nats.value / 8 / math.log(2))
+    assert bits.band95 == pytest.approx(nats.band95 / 8 / math.log(2))
 
 
 def test_a_run_in_uneven_steps_counts_every_step_once() -> None:
     found = curse(NOISE, BayesDenoiser(TINY), texts(1000), Ancestral(), 3, calls=8, batch=500)
     assert found.steps == 2
-    assert found.nats_per_text == pytest.approx(expected((2, 2)), abs=2 * found.band)
+    assert found.nats_per_text.value == pytest.approx(expected((2, 2)), abs=2 * found.nats_per_text.band95)
 
 
 def test_one_token_a_step_loses_nothing_unless_the_rule_takes_more() -> None:
     windows_WT = texts(200)
     for rule in (Ancestral(), TopScore()):
-        assert curse(NOISE, BayesDenoiser(TINY), windows_WT, rule, 1).nats_per_text == 0
-    assert curse(NOISE, BayesDenoiser(TINY), windows_WT, Threshold(0.4), 1).nats_per_text > 0.01
-    assert curse(NOISE, BayesDenoiser(TINY), windows_WT, Threshold(1.0), 1).nats_per_text < 1e-6
+        assert curse(NOISE, BayesDenoiser(TINY), windows_WT, rule, 1).nats_per_text.value == 0
+    assert curse(NOISE, BayesDenoiser(TINY), windows_WT, Threshold(0.4), 1).nats_per_text.value > 0.01
+    assert curse(NOISE, BayesDenoiser(TINY), windows_WT, Threshold(1.0), 1).nats_per_text.value < 1e-6
 
 
 def test_what_cannot_be_measured_is_told() -> None:

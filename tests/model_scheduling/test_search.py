@@ -14,8 +14,10 @@ from dlm.evaluation import generative
 from dlm.language_model import LanguageModel
 from dlm.model_scheduling import search, sensitivity
 from dlm.model_scheduling.cost import CallCost, call_costs, cost, expected_calls
+from dlm.model_scheduling.ledger import Ledger
+from dlm.model_scheduling.outcome import Outcome
 from dlm.model_scheduling.plan import ModelSchedule
-from dlm.model_scheduling.trial import Outcome, Trial
+from dlm.model_scheduling.trial import Trial
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 from dlm.sampling.draw import generators
@@ -118,10 +120,10 @@ def test_halving_ends_with_the_best() -> None:
 
 def test_paired_differences_see_through_the_noise() -> None:
     heavy, light = outcome("H0.5 H0.5", 0, 40), outcome("H0.875 L0.125", 0, 40)
-    mean, width = light.against(heavy, "bits")
-    assert mean == pytest.approx(2.0**-7)
-    assert width == pytest.approx(0, abs=1e-9)
-    assert light.mean("bits")[1] > 0.01
+    paired = light.against(heavy, "bits")
+    assert paired.value == pytest.approx(2.0**-7)
+    assert paired.band95 == pytest.approx(0, abs=1e-9)
+    assert light.mean("bits").band95 > 0.01
 
 
 def pair(layers: int = 1) -> tuple[LanguageModel, LanguageModel]:
@@ -132,7 +134,7 @@ def pair(layers: int = 1) -> tuple[LanguageModel, LanguageModel]:
 
 def trial_of(heavy: LanguageModel, ledger: Path | None = None, steps: int = 16) -> Trial:
     judge = make_model("autoregressive", window=16, context=0)
-    return Trial.of(heavy, "small", generative.figures(judge.noise, judge.predict), steps=steps, ledger=ledger)
+    return Trial.of(heavy, "small", generative.figures(judge.noise, judge.predict), steps=steps, ledger=ledger and Ledger(ledger))
 
 
 def test_a_trial_counts_what_happens() -> None:
@@ -215,7 +217,61 @@ def test_the_states_of_a_run_are_those_that_it_came_by() -> None:
     torch.testing.assert_close(begin[moved_B], expected.double().expand(int(moved_B.sum())), atol=1e-6, rtol=1e-4)
 
 
-def test_rank_agreement() -> None:
-    assert search.rank_agreement([0.1, 5.0, 7.0, 9.0], [1, 2, 3, 4]) == pytest.approx(1)
-    assert search.rank_agreement([1, 2, 3], [30.0, 20.0, 10.0]) == pytest.approx(-1)
-    assert search.rank_agreement([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
+class Watched(type(Path())):  # type: ignore[misc]
+    """A path that counts how often its file is read."""
+
+    reads = 0
+
+    def read_text(self, *args: Any, **named: Any) -> str:
+        Watched.reads += 1
+        return str(super().read_text(*args, **named))
+
+
+def test_the_ledger_is_read_once(tmp_path: Path) -> None:
+    heavy, _ = pair()
+    ledger = Watched(tmp_path / "trials.jsonl")
+    trial_of(heavy, ledger)("L0.5 H0.5", 0, 3)
+    Watched.reads = 0
+    trial = trial_of(heavy, ledger)
+    trial("L0.5 H0.5", 0, 40)  # three batches
+    trial("L0.5 H0.5", 0, 3)
+    assert Watched.reads == 1
+    assert len(ledger.read_text().splitlines()) == 4
+
+
+def test_the_ledger_reads_lines_without_a_format_and_tells_a_later_one(tmp_path: Path) -> None:
+    heavy, _ = pair()
+    path = tmp_path / "trials.jsonl"
+    first = trial_of(heavy, path)("H", 0, 3)
+    line = json.loads(path.read_text())
+    assert line.pop("format") == 1
+    path.write_text(json.dumps(line) + "\n")
+    assert trial_of(heavy, path)("H", 0, 3) == first
+    assert len(path.read_text().splitlines()) == 1
+    path.write_text(json.dumps(line | {"format": 2}) + "\n")
+    with pytest.raises(InputError, match="lines of format 2"):
+        trial_of(heavy, path)
+
+
+def measured(word: str, bits: float, blocks: float) -> Outcome:
+    return Outcome(word, (0, 2), {"bits": [bits, bits]}, blocks, 1.0, 1.0, {"H": 1.0})
+
+
+@pytest.mark.parametrize("way", ["exhaustive", "halving"])
+def test_a_winner_saves_what_was_asked(way: str) -> None:
+    """H alone writes the best text and saves nothing; by chance no schedule saved quite what it was planned to."""
+    kl = {"H": [0.0] * 4, "L": [0.01, 0.2, 0.3, 0.4]}
+    plan = search.Search.plan(way, kl, {"H": 4.0, "L": 1.0}, 0.35, steps=8, tokens=16, count=4)
+    outcomes = {"H1.0": measured("H1.0", 1.0, 4.0)} | {str(one): measured(str(one), 2.0 + i, 3.0) for i, one in enumerate(plan.tried)}
+    assert plan.winner(outcomes, 0.35) == str(plan.tried[0])
+    outcomes[str(plan.tried[-1])] = measured(str(plan.tried[-1]), 9.0, 2.0)
+    assert plan.winner(outcomes, 0.35) == str(plan.tried[-1])
+
+
+def test_the_winner_of_a_joint_search_is_the_row_with_its_number_of_steps() -> None:
+    """Where H alone in fewer steps is best, H alone in all steps saves nothing."""
+    kl = {"H": [0.0] * 4, "L": [9.0] * 4}
+    plan = search.Search.plan("joint", kl, {"H": 4.0, "L": 1.0}, 0.35, steps=64, tokens=64, count=4, price=lambda steps: 1.0)
+    assert str(plan.best) == "H1.0"
+    assert plan.taken < 64
+    assert plan.winner({"H1.0": measured("H1.0", 1.0, 4.0)}, 0.35) == f"H1.0, {plan.taken} steps"

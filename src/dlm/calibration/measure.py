@@ -11,11 +11,12 @@ from torch import Tensor
 
 from dlm.calibration.table import Row
 from dlm.evaluation import generative
+from dlm.evaluation.statistics import Mean
 from dlm.sampling import windows
 
 Generate = Callable[[dict[str, Any], int], tuple[Tensor, float, float]]
 """(options of a sampler, seed) -> (texts (N, T), network calls for all, seconds for all)."""
-Judge = Callable[[Tensor], generative.Mean]
+Judge = Callable[[Tensor], Mean]
 """Texts (N, T) -> bits per token."""
 ROUNDS = 2  # of timing
 EXACT = ("first-hitting", "speculative")
@@ -99,7 +100,7 @@ def writing(model: Any, samples: int, temperature: float) -> Generate:
 def judged(twin: Any) -> Judge:
     """An autoregressive model of the same vocabulary as a judge."""
 
-    def judge(samples_NT: Tensor) -> generative.Mean:
+    def judge(samples_NT: Tensor) -> Mean:
         return generative.judge_bits(twin.noise, twin.predict, samples_NT.to(twin.network.device))
 
     return judge

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm.errors import InputError
+from dlm.evaluation.statistics import pareto_front
 from dlm.files import write_text
 
 FILE = "calibration.json"
@@ -76,11 +77,7 @@ class Calibration:
 
     def front(self, cost: str = "calls") -> list[Row]:
         """The fair rows that no other beats in both cost and bits, cheapest first."""
-        found: list[Row] = []
-        for row in sorted(self.fair(), key=lambda row: (getattr(row, cost), row.bits)):
-            if not found or row.bits < found[-1].bits:
-                found.append(row)
-        return found
+        return pareto_front(self.fair(), lambda row: float(getattr(row, cost)), lambda row: row.bits)
 
     def save(self, directory: Path) -> Path:
         """Write it beside the checkpoint, to a temporary name first."""

@@ -76,7 +76,7 @@ def curse(
                 each = parallel_decoding.curse(
                     lm.noise, lm.predict, windows_WT, rule, size, seed=seed, batch=batch, progress=progress.forward
                 )
-                found[word, size] = dict(zip(("mean", "band95"), each.bits_per_char(characters), strict=True))
+                found[word, size] = each.bits_per_char(characters).record()
     bits = 1 / (characters * math.log(2))
     entropy_WT, text_WT = curve.every(curve.entropy_WK) * bits, curve.every(curve.text_WK) * bits
     rows: list[dict[str, Any]] = []
@@ -121,9 +121,9 @@ def _sizes(text: str | None, window: int) -> list[int]:
 
 
 def _mean(values_W: Tensor) -> dict[str, float]:
-    from dlm.evaluation.order_cost import stderr
+    from dlm.evaluation.statistics import Mean
 
-    return {"mean": float(values_W.mean()), "band95": 1.96 * float(stderr(values_W))}
+    return Mean.of(values_W).record()
 
 
 def _means(values_WK: Tensor) -> dict[str, list[float]]:

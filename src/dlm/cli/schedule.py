@@ -15,8 +15,9 @@ from dlm.errors import InputError
 
 if TYPE_CHECKING:
     from dlm.model_scheduling.cost import CallCost
+    from dlm.model_scheduling.outcome import Outcome
     from dlm.model_scheduling.sensitivity import Sensitivity
-    from dlm.model_scheduling.trial import Outcome, Trial
+    from dlm.model_scheduling.trial import Trial
 
 schedules = typer.Typer(no_args_is_help=True, help="Which model takes which denoising step.")
 app.add_typer(schedules, name="schedule")
@@ -82,6 +83,7 @@ def sensitivity(
     device: Device = "cpu",
 ) -> None:
     """What each step loses with the light model: loss gap and KL on noised text and on H's own runs, with 95 % bands."""
+    from dlm.evaluation.card import dumps
     from dlm.model_scheduling import sensitivity as measure
     from dlm.sampling.draw import generators
 
@@ -111,7 +113,7 @@ def sensitivity(
             for key in lights:
                 swaps[key] = []
                 for word in words[key]:
-                    swaps[key].append(_pair(trial(word, seed, seed + samples).against(alone, "bits")))
+                    swaps[key].append(trial(word, seed, seed + samples).against(alone, "bits").record())
                     progress.forward()
     record = {"heavy": lm.name, "light": light, "data": source, "windows": len(windows_WT), "segments": segments, "sampler": sampler}
     record |= {"seed": seed, "text": _curves(text, lights), "runs": _curves(runs, lights), "swap": swaps}
@@ -124,7 +126,7 @@ def sensitivity(
         panels_plot(_panels(record, lights), plot, doubling=False)
         err.print(f"wrote {plot}", highlight=False)
     if as_json:
-        print(json.dumps(record))
+        print(dumps(record))
 
 
 @schedules.command()
@@ -151,6 +153,7 @@ def search(
 ) -> None:
     """Find the best schedule that saves so much; every one is written and judged with the same seeds, beside H alone and L alone."""
     from dlm.evaluation.card import dumps
+    from dlm.evaluation.statistics import pareto_front, spearman
     from dlm.model_scheduling import search as find
     from dlm.model_scheduling.plan import LIGHT, ModelSchedule
     from dlm.model_scheduling.saved import SavedSchedule
@@ -178,19 +181,23 @@ def search(
             progress.forward()
     reference = outcomes[str(plan.alone[0])]
     rows = [_row(label, one, reference, find.path_kl(ModelSchedule.parse(one.schedule), kl, lm.window)) for label, one in outcomes.items()]
-    whole = [outcome for outcome in outcomes.values() if outcome.texts == samples]
-    winner, front = plan.winner(whole, saved), [outcome.schedule for outcome in find.front(whole)]
+    whole = {label: outcome for label, outcome in outcomes.items() if outcome.texts == samples}
+    winner = plan.winner(whole, saved)
+    front = pareto_front(whole, lambda label: whole[label].blocks / samples, lambda label: whole[label].mean("bits").value)
     mixed = rows[len(plan.alone) :]
-    agreement = find.rank_agreement([row["path_kl"] for row in mixed], [row["bits"]["mean"] for row in mixed])
+    agreement = spearman([row["path_kl"] for row in mixed], [row["bits"]["mean"] for row in mixed])
+    best = outcomes[winner]
+    if best.saved(reference) < saved - find.CHANCE:
+        err.print(f"{winner} saved {best.saved(reference):.1%}, not {saved:.1%}: {sampler} ends before the steps of L", highlight=False)
     console(as_json).print(_search_table(rows, winner, front))
     record = {"heavy": lm.name, "light": light, "search": how, "saved": saved, "segments": segments, "steps": steps, "sampler": sampler}
-    record |= {"samples": samples, "judge": judge, "seed": seed, "best": winner, "kl": kl, "rows": rows, "front": front}
-    record |= {"rank_agreement": agreement}
+    record |= {"samples": samples, "judge": judge, "seed": seed, "best": best.schedule, "kl": kl, "rows": rows, "front": front}
+    record |= {"winner": winner, "rank_agreement": agreement}
     if save and lm.path is not None:
         others = named_models(light)
         made = {name: record[name] for name in ("search", "saved", "segments", "steps", "sampler", "samples", "judge", "seed")}
         names = {LIGHT: others} if isinstance(others, str) else others
-        path = SavedSchedule(ModelSchedule.parse(winner), names, plan.taken, made).save(lm.path)
+        path = SavedSchedule(ModelSchedule.parse(best.schedule), names, plan.taken, made).save(lm.path)
         err.print(f"wrote {path}; try: dlm generate --heavy {heavy} --schedule auto", highlight=False, soft_wrap=True)
     if as_json:
         print(dumps(record))
@@ -257,9 +264,12 @@ def _models(heavy: str, light: str, device: str = "cpu") -> tuple[Any, dict[str,
 def _trials(lm: Any, light: str, judge: str, **settings: Any) -> Callable[[int], Trial]:
     """By number of steps, each made once; the judge is read once for all."""
     from dlm.formats import native
+    from dlm.model_scheduling.ledger import Ledger
     from dlm.model_scheduling.trial import Trial
 
     figures = judging(judge, lm)
+    ledger: Path | None = settings.pop("ledger", None)
+    settings["ledger"] = ledger and Ledger(ledger)
     weights = native.digest(native.find(judge))
 
     @cache
@@ -276,15 +286,11 @@ def _one(key: str, j: int, parts: int) -> str:
     return str(ModelSchedule.of([key if i == j else "H" for i in range(parts)], shares=True))
 
 
-def _pair(values: tuple[float, float]) -> dict[str, float]:
-    return {"mean": values[0], "band95": values[1]}
-
-
 def _curves(found: Sensitivity, lights: Sequence[str]) -> dict[str, Any]:
-    from dlm.model_scheduling.sensitivity import band
+    from dlm.evaluation.statistics import interval
 
     def curve(values_WJ: Any) -> dict[str, list[float]]:
-        mean_J, band_J = band(values_WJ)
+        mean_J, band_J = interval(values_WJ)
         return {"mean": mean_J.tolist(), "band95": band_J.tolist()}
 
     record: dict[str, Any] = {"kl": {key: curve(found.kl_WJ[key]) for key in lights}}
@@ -353,8 +359,8 @@ def _price(lm: Any, windows_WT: Any) -> Callable[[int], float]:
 
 
 def _row(label: str, outcome: Outcome, reference: Outcome, kl: float) -> dict[str, Any]:
-    own = {name: _pair(outcome.mean(name)) for name in outcome.figures}
-    paired = {f"d_{name}": _pair(outcome.against(reference, name)) for name in outcome.figures}
+    own = {name: outcome.mean(name).record() for name in outcome.figures}
+    paired = {f"d_{name}": outcome.against(reference, name).record() for name in outcome.figures}
     facts = {"schedule": label, "texts": outcome.texts, "saved": outcome.saved(reference), "path_kl": kl}
     return facts | own | paired | {"seconds": outcome.seconds / outcome.texts, "calls": outcome.calls}
 

@@ -9,28 +9,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dlm.errors import InputError
+from dlm.evaluation.statistics import Mean
 from dlm.noise import loss
 from dlm.protocols import NoiseProcess
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over samples and its standard error."""
-
-    value: float
-    stderr: float
-
-    @classmethod
-    def of(cls, values_N: Tensor) -> Mean:
-        error = values_N.double().std().item() / math.sqrt(len(values_N)) if len(values_N) > 1 else math.nan
-        return cls(values_N.double().mean().item(), error)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dlm.errors import InputError
+from dlm.evaluation.statistics import standard_error
 from dlm.noise import loss
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.replacement import ReplacementNoise
@@ -114,6 +115,6 @@ def evaluate(
     nats = mean_W.mean().item()
     # windows are independent given the text; stratified levels within one only lower the true error below this
     stderr = 0.0 if exact else (nats_RW.var(0) / passes).sum().sqrt().item() / windows
-    spread = mean_W.std().item() / math.sqrt(windows) if windows > 1 else math.nan
+    spread = float(standard_error(mean_W))
     bits = nats * windows * length / characters / math.log(2)
     return Likelihood(nats, bits, stderr, spread, not exact, estimator, passes, windows * length, characters)

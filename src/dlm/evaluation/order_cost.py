@@ -7,7 +7,6 @@ Shapes: W windows of real text, T positions, K measured counts, B rows, I and J 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -44,11 +43,6 @@ class CostCurve:
         left_T = (right_T - 1).clamp(min=0)
         share_T = (k_T - self.known_K[left_T]).double() / (self.known_K[right_T] - self.known_K[left_T]).clamp(min=1)
         return values_WK[:, left_T] + (values_WK[:, right_T] - values_WK[:, left_T]) * share_T
-
-
-def stderr(values_WX: Tensor) -> Tensor:
-    """Standard error of the mean over windows; nan for a single one."""
-    return values_WX.double().std(0) / math.sqrt(len(values_WX)) if len(values_WX) > 1 else values_WX[0].double() * math.nan
 
 
 def log_probs(noise: NoiseProcess, predict: Predict, z_BT: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.evaluation.order_cost import equal_steps, log_probs, stderr
+from dlm.evaluation.order_cost import equal_steps, log_probs
+from dlm.evaluation.statistics import Mean
 from dlm.noise.loss import Predict
 from dlm.protocols import RNG, NoiseProcess
 from dlm.sampling.diffusion.protocols import PlannedRule, Rule, Step
@@ -71,22 +72,6 @@ def total_correlation(
     return nats_N.reshape(-1, draws).mean(-1), count_B
 
 
-@torch.no_grad()
-def pair_information(noise: NoiseProcess, predict: Predict, z_T: Tensor, i: int, j: int) -> float:
-    """Mutual information of two masked positions, exact: a row for each value of either. Nats, mean of both orders."""
-    values_V = torch.arange(noise.vocab_size, device=z_T.device)
-    values_V = values_V[values_V != noise.mask_id]
-    alone_TV = log_probs(noise, predict, z_T[None])[0].double()
-    nats = 0.0
-    for first, second in ((i, j), (j, i)):
-        z_XT = z_T.repeat(len(values_V), 1)
-        z_XT[:, first] = values_V
-        given_XV = log_probs(noise, predict, z_XT)[:, second].double()
-        kl_X = torch.where(given_XV.exp() > 0, given_XV.exp() * (given_XV - alone_TV[second]), 0.0).sum(-1)
-        nats += 0.5 * float((alone_TV[first, values_V].exp() * kl_X).sum())
-    return nats
-
-
 @dataclass(frozen=True)
 class Curse:
     """What a sampler loses over a whole text of `length` tokens, nats_W: an unbiased estimate from each window."""
@@ -97,22 +82,16 @@ class Curse:
     nats_W: Tensor
 
     @property
-    def nats_per_text(self) -> float:
-        return float(self.nats_W.mean())
+    def nats_per_text(self) -> Mean:
+        """Over windows."""
+        return Mean.of(self.nats_W)
 
     @property
-    def nats_per_token(self) -> float:
-        return self.nats_per_text / self.length
+    def nats_per_token(self) -> Mean:
+        return Mean.of(self.nats_W / self.length)
 
-    @property
-    def band(self) -> float:
-        """Half-width of the 95 % band of `nats_per_text`, from the spread over windows; nan for a single one."""
-        return 1.96 * float(stderr(self.nats_W))
-
-    def bits_per_char(self, characters_per_token: float) -> tuple[float, float]:
-        """Mean, half-width of its band."""
-        unit = self.length * characters_per_token * math.log(2)
-        return self.nats_per_text / unit, self.band / unit
+    def bits_per_char(self, characters_per_token: float) -> Mean:
+        return Mean.of(self.nats_W / (self.length * characters_per_token * math.log(2)))
 
 
 def check(rule: Rule) -> None:

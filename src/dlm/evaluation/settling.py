@@ -5,7 +5,6 @@ Shapes: N rows (texts) pooled over runs, S frames (the start included), T positi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dlm.errors import InputError
+from dlm.evaluation.statistics import Mean, interval
 from dlm.trajectory import Trajectory
 
 Judge = Callable[[Tensor], Tensor]
@@ -21,16 +21,14 @@ Judge = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Curve:
-    """A mean over texts for each frame, and the half-width of its 95 % band (nan for a single text)."""
+    """A mean over texts for each frame, and the half-width of its 95 % confidence interval (nan for a single text)."""
 
     mean_S: Tensor
     band_S: Tensor
 
     @classmethod
     def of(cls, values_NS: Tensor) -> Curve:
-        values_NS = values_NS.double()
-        band_S = 1.96 * values_NS.std(0) / math.sqrt(len(values_NS)) if len(values_NS) > 1 else torch.full_like(values_NS[0], math.nan)
-        return cls(values_NS.mean(0), band_S)
+        return cls(*interval(values_NS))
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def settling(
         raise InputError(
             f"runs of one kind need equally many steps, these have {sorted(n - 1 for n in frames)}: give each kind its own label"
         )
-    settled, changed, error, edits, last, parts = [], [], [], [], [], []
+    settled, changed, error, edits_NB, last, parts = [], [], [], [], [], []
     for run in runs:
         counted_BT = (run.free_BT & run.valid_BT).double()
         count_B = counted_BT.sum(-1)
@@ -87,19 +85,19 @@ def settling(
         settled.append((still_SBT * counted_BT).sum(-1).T / count_B[:, None])
         changed.append((moved_SBT * counted_BT).sum(-1).T / count_B[:, None])
         error.append((differs_SBT * counted_BT).sum(-1).T / count_B[:, None])
-        edits.append((moved_SBT.sum(0) * counted_BT).sum(-1) / count_B)
+        edits_NB.append((moved_SBT.sum(0) * counted_BT).sum(-1) / count_B)
         last.append((last_BT * counted_BT).max(-1).values)
         if judge is not None:
             parts.append(_judged(run, states_SBT, judge, vocab_size, points, seed))
-    edits_N = torch.cat(edits)
+    edits = Mean.of(torch.cat(edits_NB))
     return Settling(
         label=label or label_of(runs[0]),
-        texts=len(edits_N),
+        texts=edits.count,
         settled=Curve.of(torch.cat(settled)),
         changed=Curve.of(torch.cat(changed)),
         error=Curve.of(torch.cat(error)),
-        edits=edits_N.mean().item(),
-        edits_stderr=edits_N.std().item() / math.sqrt(len(edits_N)) if len(edits_N) > 1 else math.nan,
+        edits=edits.value,
+        edits_stderr=edits.stderr,
         last_step=torch.cat(last).mean().item(),
         bits=Curve.of(torch.cat(parts)) if judge is not None else None,
     )

@@ -7,17 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-import torch
-
 from dlm.errors import InputError
 from dlm.model_scheduling.cost import expected_calls
+from dlm.model_scheduling.outcome import Outcome
 from dlm.model_scheduling.plan import HEAVY, LIGHT, SHAPES, ModelSchedule
-from dlm.model_scheduling.trial import Outcome
 
 Run = Callable[[str, int, int], Outcome]
 """(schedule, first seed, one past the last) -> what came of it."""
 ROUNDS = 3  # of halving
-MOST = 5000  # schedules that are worth enumerating
+ENUMERATED_SCHEDULES = 5000  # at most, by --search exhaustive
+CHANCE = 0.01  # of the FLOPs: how far the forward passes that happened may fall short of the plan
 WAYS = ("kl", "joint", "exhaustive", "halving")
 
 
@@ -83,16 +82,24 @@ class Search:
                 yield outcome.schedule, outcome
             return
         for schedule in self.tried:
-            label = str(schedule) if self.taken == self.steps else f"{schedule}, {self.taken} steps"
-            yield label, trial(self.taken)(str(schedule), seed, seed + texts)
+            yield self.label(schedule), trial(self.taken)(str(schedule), seed, seed + texts)
 
-    def winner(self, outcomes: Sequence[Outcome], saved: float) -> str:
-        """The best by theory, or of what was measured on most texts and saves enough against the first the one of fewest bits."""
+    def label(self, schedule: ModelSchedule) -> str:
+        """Under which `run` yields one of those tried: it tells the steps where they are fewer than H's."""
+        return str(schedule) if self.taken == self.steps else f"{schedule}, {self.taken} steps"
+
+    def winner(self, outcomes: Mapping[str, Outcome], saved: float) -> str:
+        """The label of the best: by theory, or the one of fewest bits of those tried that save enough against H alone.
+
+        outcomes: by label, H alone among them, all on as many texts. Where by chance none of them saves that much in the forward passes
+        that happened, all tried count: each was planned to save it.
+        """
         if self.way in ("kl", "joint"):
-            return str(self.best)
-        alone = {str(schedule) for schedule in self.alone}
-        mixed = [one for one in outcomes if one.saved(outcomes[0]) >= saved - 0.01 and one.schedule not in alone]
-        return min(mixed or outcomes, key=lambda one: one.mean("bits")[0]).schedule
+            return self.label(self.best)
+        heavy = outcomes[str(self.alone[0])]
+        tried = {label: outcomes[label] for label in map(self.label, self.tried) if label in outcomes}
+        enough = [label for label, one in tried.items() if one.saved(heavy) >= saved - CHANCE]
+        return min(enough or tried, key=lambda label: tried[label].mean("bits").value)
 
 
 def by_kl(kl: Mapping[str, Sequence[float]], blocks: Mapping[str, float], saved: float) -> ModelSchedule:
@@ -171,20 +178,12 @@ def step_counts(steps: int, count: int) -> list[int]:
     return sorted({max(1, round(steps * 0.8**i)) for i in range(count)})
 
 
-def rank_agreement(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's correlation; nan for fewer than three pairs."""
-    if len(a) < 3:
-        return math.nan
-    ranks = torch.stack([torch.tensor(x, dtype=torch.float64).argsort().argsort().double() for x in (a, b)])
-    return float(torch.corrcoef(ranks)[0, 1])
-
-
 def exhaustive(segments: int, light: int) -> list[ModelSchedule]:
     """Every way to give `light` of the segments to the light model."""
     if not 0 <= light <= segments or segments < 1:
         raise InputError(f"{light} light segments of {segments}: give 0 .. {segments}")
     ways = list(combinations(range(segments), light))
-    if len(ways) > MOST:
+    if len(ways) > ENUMERATED_SCHEDULES:
         raise InputError(f"{light} of {segments} segments are {len(ways)} schedules: take fewer segments, or --search halving")
     return [ModelSchedule.of([LIGHT if j in way else HEAVY for j in range(segments)], shares=True) for way in ways]
 
@@ -224,15 +223,6 @@ def halving(run: Run, schedules: Sequence[ModelSchedule], *, texts: int, rounds:
             more = run(word, first, seed + count)
             alive[word] = outcome = more if sofar is None else sofar + more
             yield outcome
-        ranked = sorted(((o, w) for w, o in alive.items() if o is not None), key=lambda pair: pair[0].mean("bits")[0])
+        ranked = sorted(((o, w) for w, o in alive.items() if o is not None), key=lambda pair: pair[0].mean("bits").value)
         alive = {word: outcome for outcome, word in ranked[: max(1, -(-len(ranked) // 2))]} if left else {ranked[0][1]: ranked[0][0]}
     yield next(outcome for outcome in alive.values() if outcome is not None)
-
-
-def front(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Those that no other beats in both FLOPs of blocks and bits, cheapest first."""
-    found: list[Outcome] = []
-    for one in sorted(outcomes, key=lambda o: (o.blocks / o.texts, o.mean("bits")[0])):
-        if not found or one.mean("bits")[0] < found[-1].mean("bits")[0]:
-            found.append(one)
-    return found

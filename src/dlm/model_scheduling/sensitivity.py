@@ -56,14 +56,6 @@ def predictors(networks: Mapping[str, Denoiser]) -> dict[str, Predict]:
     return {key: of(network) for key, network in networks.items()}
 
 
-def band(values_WJ: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over windows, and half the width of its 95 % band."""
-    count_J = (~values_WJ.isnan()).sum(0)
-    mean_J = values_WJ.nanmean(0)
-    spread_J = ((values_WJ - mean_J).square().nansum(0) / (count_J - 1).clamp(min=1)).sqrt()
-    return mean_J, 1.96 * spread_J / count_J.sqrt()
-
-
 @torch.no_grad()
 def on_text(
     noise: MaskedNoise,

@@ -1,0 +1,48 @@
+"""The trials of a search on disk, one JSON line each, so that a search that was killed goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from dlm.errors import InputError
+from dlm.model_scheduling.outcome import Outcome
+
+FORMAT = 1
+Key = tuple[str, str, tuple[int, int]]
+
+
+class Ledger:
+    """Outcomes by settings, schedule and seeds. The file is read once; what is added is appended to it at once.
+
+    A line that was cut short by a kill is passed over. InputError for a line of a later format.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: dict[Key, Outcome] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            try:
+                data = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if (number := data.pop("format", FORMAT)) != FORMAT:
+                raise InputError(f"{path} has lines of format {number}, this version of dlm reads {FORMAT}: give --ledger another file")
+            settings, seeds = data.pop("settings", None), data.pop("seeds")
+            outcome = Outcome(seeds=(seeds[0], seeds[1]), **data)
+            self._known.setdefault(self._key(settings, outcome.schedule, outcome.seeds), outcome)
+
+    @staticmethod
+    def _key(settings: Mapping[str, object] | None, schedule: str, seeds: tuple[int, int]) -> Key:
+        return json.dumps(settings, sort_keys=True), schedule, seeds
+
+    def find(self, settings: Mapping[str, object], schedule: str, seeds: tuple[int, int]) -> Outcome | None:
+        """What was measured of this schedule on exactly these seeds under these settings."""
+        return self._known.get(self._key(settings, schedule, seeds))
+
+    def add(self, settings: Mapping[str, object], outcome: Outcome) -> None:
+        self._known[self._key(settings, outcome.schedule, outcome.seeds)] = outcome
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"format": FORMAT, "settings": dict(settings)} | asdict(outcome)) + "\n")
