@@ -1,4 +1,9 @@
-"""What a user can mend."""
+"""Errors that a user can mend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class InputError(ValueError):
@@ -9,3 +14,15 @@ def at_least(value: float, low: float, what: str) -> None:
     """InputError unless value is finite and not below `low`."""
     if not low <= value < float("inf"):
         raise InputError(f"{what} must be at least {low:g}, got {value}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the known name closest in spelling, nothing where none is close: the end of a message."""
+    found = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """The error for a name that is not among the known ones of its kind: an option, a sampler, a drafter, a data set."""
+    names = list(known)
+    return InputError(f"unknown {kind} {name!r}{nearest(name, names) or ';'} known: {', '.join(names)}")

@@ -21,7 +21,7 @@ from dlm.inference import compiled, fused, packed, quantize
 from dlm.inference.quantized_linear import GROUP, Int4Linear, Int8Linear, RoundedLinear, Shortlist
 from dlm.language_model import LanguageModel, load
 from dlm.models.transformer import Transformer
-from dlm.sampling import registry
+from dlm.sampling.autoregressive.draft import DTYPES
 
 LLAMA = {"mlp": "swiglu", "heads": 6, "kv_heads": 2, "width": 48, "mlp_width": 96, "qk_norm": False, "tied": True}
 OURS = {"mlp": "relu2", "qkv_bias": True}
@@ -215,7 +215,7 @@ def test_weights_that_came_in_four_bits_are_met_again() -> None:
 def test_what_a_copy_is_rounded_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "LARGE", 1000)
     made = model()
-    assert tuple(quantize.BITS) == registry.ROUNDED
+    assert tuple(quantize.BITS) == DTYPES
     assert quantize.worth_rounding(made.network) == "int8"
     assert made.chosen({"sampler": "lossless"})["sampler"] == "draft:int8,auto"
     up = made.network.blocks[0].mlp.up
@@ -407,7 +407,7 @@ def test_a_model_drafts_for_itself(bits: str, tmp_path: Path) -> None:
     drafted = made.generate("ROMEO", length=60, seed=3, sampler=f"draft:{bits},4")
     assert drafted.text == plain.text
     assert plain.forwards / drafted.forwards > 2
-    copy = made.other(bits).network
+    copy = made.quantized(bits)
     assert copy.quantized
     assert not made.network.quantized
     assert copy.embed.weight.data_ptr() == made.network.embed.weight.data_ptr()

@@ -59,7 +59,7 @@ def decode(
     import torch
 
     from dlm.bench import decoding
-    from dlm.sampling import registry
+    from dlm.sampling.autoregressive.draft import Draft
 
     if rounds < 1 or new < 2 or threads < 0:
         raise InputError(f"--rounds counts from 1, --new from 2 and --threads from 0, got {rounds}, {new} and {threads}")
@@ -79,8 +79,8 @@ def decode(
         if lm.is_diffusion:
             raise InputError(f"{base} is a diffusion model: its samplers are compared by dlm calibrate")
         for word in words:
-            if lm.network.quantized and (guess := registry.strided(word)) is not None and guess.model in registry.ROUNDED:
-                continue  # it is rounded already
+            if lm.network.quantized and (draft := Draft.from_word(word)) is not None and draft.source == "self":
+                continue  # its weights are quantized already
             label = f"{word} {name}" if number else word
             samplers[label], against[label] = lm.sampler(sampler=word, temperature=temperature), f"{PLAIN} {name}" if number else PLAIN
     lm = next(iter(models.values()))
@@ -182,12 +182,13 @@ def _peers(words: str, base: str, lm: Any, device: str, dtype: str, positions: i
 
 
 def _networks(models: dict[str, Any], label: str) -> list[Any]:
-    """What works for a method: the base, and what drafts for it."""
-    from dlm.sampling import registry
+    """The networks that a method runs: the base, and the one that drafts for it."""
+    from dlm.sampling.autoregressive.draft import Draft
 
     word, _, dtype = label.partition(" ")
-    lm, guess = models[dtype or next(iter(models))], registry.strided(word)
-    return [lm.network, *([lm.other(guess.model).network] if guess is not None and guess.model else [])]
+    lm, draft = models[dtype or next(iter(models))], Draft.from_word(word)
+    drafter = None if draft is None else lm.draft_network(draft)
+    return [lm.network, *([] if drafter is None else [drafter])]
 
 
 def _weights(*networks: Any) -> int:

@@ -60,7 +60,8 @@ class Run:
     def __init__(self, model: LanguageModel, canvas: Canvas, seed: int, options: dict[str, Any]) -> None:
         self.model, self.canvas, self.seed = model, canvas, seed
         options = model.chosen(options)
-        self.word: str = options.get("sampler") or model.default_sampler
+        draft = options.get("draft")
+        self.word: str = draft.word if draft is not None else options.get("sampler") or model.default_sampler
         kept = {
             key: options[key] for key in ("steps", "temperature", "top_p", "top_k", "block_length", "schedule", "light") if options.get(key)
         }

@@ -21,6 +21,7 @@ from dlm.inference import compiled, quantize
 from dlm.inference.deterministic import steady
 from dlm.language_model import samplers
 from dlm.language_model.generation import Generation, Run
+from dlm.language_model.options import DecodingOptions
 from dlm.model_scheduling import plan
 from dlm.model_scheduling.saved import SavedSchedule
 from dlm.models.transformer import Transformer, predict_beside, predict_next
@@ -28,6 +29,7 @@ from dlm.noise import process
 from dlm.noise.masked import MaskedNoise
 from dlm.protocols import Sampler
 from dlm.sampling import registry
+from dlm.sampling.autoregressive.draft import Draft
 from dlm.sampling.autoregressive.draft_length import Pace
 from dlm.sampling.draw import generators
 from dlm.text.chat import ChatTemplate, Messages
@@ -60,6 +62,7 @@ class LanguageModel:
         self.paces: dict[tuple[str, bool], Pace] = {}  # what `auto` strides have learned, by word, with and without adapter
         self.seconds: dict[tuple[int, bool], float] = {}  # of calls by positions
         self._others: dict[str, LanguageModel] = {}
+        self._quantized: dict[str, Transformer] = {}
 
     @classmethod
     def from_pretrained(cls, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -222,15 +225,23 @@ class LanguageModel:
         return samplers.make(self, **self.chosen(options))
 
     def other(self, name: str) -> LanguageModel:
-        """A model to work beside this one, loaded once: from its directory or as `load` finds it; `int8`, `int4`: itself, rounded."""
-        if name not in self._others and (bits := quantize.BITS.get(name)):
-            self._others[name] = LanguageModel(
-                quantize.rounded_copy(self.network, bits), self.config, self.tokenizer, f"{self.name} in {name}"
-            )
+        """A model to work beside this one, loaded once: from its directory or as `load` finds it."""
         if name not in self._others:
             at = self.path / name if self.path is not None and (self.path / name).is_dir() else name
             self._others[name] = load(str(at), device=str(self.network.device), dtype=self.network.embed.weight.dtype)
         return self._others[name]
+
+    def quantized(self, dtype: str) -> Transformer:
+        """This network with its weights quantized to `int8` or `int4`, made once; the embedding is held once."""
+        if dtype not in self._quantized:
+            self._quantized[dtype] = quantize.rounded_copy(self.network, quantize.BITS[dtype])
+        return self._quantized[dtype]
+
+    def draft_network(self, draft: Draft) -> Transformer | None:
+        """The network that drafts for this one, if it is another: a quantized copy or another model's."""
+        if draft.source == "self":
+            return self.quantized(draft.model or quantize.worth_rounding(self.network) or "int8")
+        return self.other(draft.model).network if draft.source == "model" else None
 
     def introduce(self, other: LanguageModel) -> None:
         """Have `other` give this model for its name, instead of loading it once more."""
@@ -257,6 +268,10 @@ class LanguageModel:
 
     def chosen(self, options: dict[str, Any]) -> dict[str, Any]:
         """The same options with what `auto` chooses put in; as they are where another sampler is asked for. InputError as `sampler`."""
+        if (draft := DecodingOptions.of(options).draft) is not None:
+            if options.get("sampler") is not None:
+                raise InputError(f"draft {draft.source} chooses the sampler: leave sampler {options['sampler']!r} away")
+            options = options | {"draft": draft}
         if options.get("schedule") == "auto":
             if options.get("light") is not None or self.path is None:
                 raise InputError("--schedule auto has found the light models itself, beside a checkpoint on disk: leave --light away")

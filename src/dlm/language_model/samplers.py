@@ -18,6 +18,7 @@ from dlm.models.transformer import Transformer
 from dlm.noise.masked import MaskedNoise
 from dlm.protocols import Denoiser, Sampler
 from dlm.sampling import registry, windows
+from dlm.sampling.autoregressive.draft import Draft
 from dlm.sampling.autoregressive.draft_length import Pace
 from dlm.sampling.autoregressive.draft_tree import Tree
 from dlm.sampling.autoregressive.drafters import DraftModel, Fitted, Heads, Lookup, Masks, SelfDraft
@@ -58,12 +59,13 @@ def make(
     schedule: str | None = None,
     light: str | Mapping[str, str] | None = None,
     context: int | None = None,
+    draft: Draft | None = None,
 ) -> Sampler:
     """Options as of `LanguageModel.sampler`. InputError for those that do not go with the model or with one another."""
     if budget is not None:
         raise InputError("a budget is for --sampler auto")
     draw = Draw(model.defaults.get("temperature", 1.0) if temperature is None else temperature, top_k, top_p)
-    word = sampler or model.default_sampler
+    word = draft.word if draft is not None else sampler or model.default_sampler
     special = block_length or isinstance(cache, str) or guidance != 1 or allow is not None or pattern is not None
     if (schedule is not None or light is not None) and (not model.is_diffusion or model.is_causal or isinstance(cache, str)):
         raise InputError("a schedule of models is for bidirectional diffusion models without a cache, which belongs to one model")
@@ -75,7 +77,9 @@ def make(
             what = f"the sampler {sampler!r}" if sampler else "revising, guided or constrained text, blocks or an approximate cache"
             usable = "" if registry.continues(word) else f"; it can use: autoregressive, {', '.join(registry.STRIDED)}"
             raise InputError(f"{model.name} is autoregressive: {what} needs a diffusion model{usable}")
-        return _autoregressive(model, word, draw, bool(cache), context)
+        return _autoregressive(model, word, draft or Draft.from_word(word), draw, bool(cache), context)
+    if draft is not None:
+        raise InputError(f"{model.name} is a diffusion model: a draft is for autoregressive ones")
     denoiser = _denoiser(model, schedule, light, steps)
     guess = registry.speculative(word)
     if guess is not None:
@@ -110,43 +114,43 @@ def make(
     )
 
 
-def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, context: int) -> Sampler:
+def _autoregressive(model: LanguageModel, word: str, draft: Draft | None, draw: Draw, cache: bool, context: int) -> Sampler:
     network, mask_id, start = fused.fuse(model.network), model.tokenizer.mask_id, model.config.start_token_id
-    guess = registry.strided(word)
-    if guess is None:
+    if draft is None:
         make = network.cache if cache else None
         return AutoregressiveSampler(network, mask_id, model.window, make, draw, context, model.name, start, model.stops)
     if not cache:
         raise InputError(f"the sampler {word!r} works against a cache: leave --cache none away")
-    most, pace, tree = guess.stride, None, None
-    if most is None:
-        most = _most(model, guess)
+    most, pace, tree = _most(model, draft) if draft.tokens is None else draft.tokens + 1, None, None
+    if draft.tokens is None and not draft.tree:
         grows = 5 if most == ITSELF else 2
         pace = model.paces.setdefault((word, model.network.adapter is not None), Pace(most, grows))
-    if guess.nodes:
-        tree = Tree.likeliest(guess.nodes, most - 1, model.tokenizer.vocab_size)
+    if draft.tree:
+        tree = Tree.likeliest(draft.tree, most - 1, model.tokenizer.vocab_size)
     proposer: Proposer = Lookup()
-    if guess.name in ("strided", "heads"):
+    if draft.source in ("adapter", "heads"):
         quantize.coarsen(network)
-    if guess.name == "strided":
+    if draft.source == "adapter":
         chain = None if network.chain is None else partial(_chained, network)
         seconds = partial(_seconds, network, model.seconds)
         proposer = Masks.cheapest(seconds, most, _acceptance(network), chain=chain) if tree is None else Masks(chain=chain)
-    elif guess.name == "heads":
+    elif draft.source == "heads":
         if model.heads is None:
             raise InputError(f"{model.name} has no heads to guess with: give --adapter DIRECTORY of dlm convert {model.name} --heads 3")
         proposer = Heads(model.heads, model.heads.config.count)
-    elif guess.model in registry.ROUNDED:
-        proposer = SelfDraft(model.other(guess.model).network, start)
-    elif guess.name == "draft":
-        other = model.other(guess.model)
+    elif draft.source == "self":
+        copy = model.draft_network(draft)
+        assert copy is not None
+        proposer = SelfDraft(copy, start)
+    elif draft.source == "model":
+        other = model.other(draft.model)
         if other.is_diffusion or (other.config.start_token_id is None) != (start is None):
-            raise InputError(f"{guess.model} cannot draft for {model.name}: it must be autoregressive and begin its texts alike")
+            raise InputError(f"{draft.model} cannot draft for {model.name}: it must be autoregressive and begin its texts alike")
         if other.tokenizer.fingerprint() != model.tokenizer.fingerprint():
-            raise InputError(f"{guess.model} has another vocabulary than {model.name}: it cannot draft for it")
+            raise InputError(f"{draft.model} has another vocabulary than {model.name}: it cannot draft for it")
         own, wanted = other.config.network.vocab_size, model.config.network.vocab_size  # some have more ids than tokens
-        draft: Denoiser = other.network if own == wanted else Fitted(other.network, own, wanted)
-        proposer = DraftModel(draft, other.network.ragged_cache, other.config.start_token_id)
+        fitted: Denoiser = other.network if own == wanted else Fitted(other.network, own, wanted)
+        proposer = DraftModel(fitted, other.network.ragged_cache, other.config.start_token_id)
     return StridedSampler(
         network,
         mask_id,
@@ -154,7 +158,7 @@ def _autoregressive(model: LanguageModel, word: str, draw: Draw, cache: bool, co
         network.ragged_cache,
         proposer,
         most,
-        floor=guess.floor,
+        floor=draft.floor,
         tree=tree,
         pace=pace,
         draw=draw,
@@ -177,15 +181,15 @@ def _acceptance(network: Transformer) -> float:
     return sum(found) / len(found) if found else 0.8
 
 
-def _most(model: LanguageModel, guess: registry.Strided) -> int:
-    """The greatest stride that is worth a try."""
-    if guess.name == "strided" and model.network.adapter is not None:
+def _most(model: LanguageModel, draft: Draft) -> int:
+    """The most tokens that a forward pass may commit, where nothing else is asked for."""
+    if draft.source == "adapter" and model.network.adapter is not None:
         return int(model.network.adapter.config.stride)
-    if guess.name == "heads" and model.heads is not None:
+    if draft.source == "heads" and model.heads is not None:
         return int(model.heads.config.count) + 1
-    if guess.model in registry.ROUNDED:
+    if draft.source == "self":
         return ITSELF
-    return LOOKUP if guess.name == "lookup" else STRIDE
+    return LOOKUP if draft.source == "ngram" else STRIDE
 
 
 @torch.no_grad()

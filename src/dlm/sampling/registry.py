@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from dlm.errors import InputError
 from dlm.noise.masked import MaskedNoise
 from dlm.protocols import NoiseProcess
+from dlm.sampling.autoregressive.draft import SHORT
 from dlm.sampling.diffusion.protocols import Rule
 from dlm.sampling.diffusion.remasking import Planned, Remask, Revoke
 from dlm.sampling.diffusion.revising import ChangeWorst, EntropyBound, GreedyTail, PredictorCorrector, Refine, Reverse
@@ -57,9 +57,7 @@ SETTING = {
 }
 SETTLING = ("revoke",)  # is done when it neither writes nor takes back
 SPECULATIVE = "speculative"
-STRIDED = ("strided", "lookup", "draft", "heads")  # of autoregressive models
-BRANCHING, MOST_NODES = ("strided", "heads"), 64  # those that know second choices
-ROUNDED = ("int8", "int4")  # what drafts besides models: the network itself with its weights in fewer bits
+STRIDED = SHORT  # of autoregressive models
 LOSSLESS = "lossless"  # the best of these that a model has, which it knows itself
 WORDS = tuple(dict.fromkeys([*UNMASKING, SPECULATIVE, *REPLACING]))
 
@@ -74,40 +72,6 @@ def speculative(word: str) -> dict[str, Any] | None:
         return {"proposals": int(proposals or 8), "tolerance": float(tolerance or 0)}
     except ValueError:
         raise InputError(f"sampler {word!r}: write speculative, speculative:PROPOSALS or speculative:PROPOSALS,TOLERANCE") from None
-
-
-@dataclass(frozen=True)
-class Strided:
-    """Settings of speculative decoding; name: the drafter; model: the draft model; stride: None for `auto`;
-    nodes: of a draft tree, 0 for the first choices alone."""
-
-    name: str
-    model: str = ""
-    stride: int | None = 4
-    floor: float = 0.0
-    nodes: int = 0
-
-
-def strided(word: str) -> Strided | None:
-    """`strided`, `lookup:4` (stride), `lookup:8,0.2` (and floor), `strided:auto` (as pays), `strided:4x16` (16 candidates a call),
-    `draft:MODEL`, `draft:MODEL,4`; None for another word."""
-    name, _, values = word.partition(":")
-    if name not in STRIDED:
-        return None
-    model, _, values = values.partition(",") if name == "draft" else ("", "", values)
-    stride, _, floor = values.partition(",")
-    stride, branches, nodes = stride.partition("x") if name in BRANCHING else (stride, "", "")
-    try:
-        found = Strided(name, model, None if stride == "auto" else int(stride or 4), float(floor or 0), int(nodes) if branches else 0)
-        if (found.stride is not None and found.stride < 1) or bool(model) != (name == "draft"):
-            raise ValueError
-    except ValueError:
-        head = "draft:MODEL, draft:MODEL,4" if name == "draft" else f"{name}, {name}:4"
-        more = f"{name}:4x16 (stride, candidates), " if name in BRANCHING else ""
-        raise InputError(f"sampler {word!r}: write {head} (stride, or auto), {more}or {head.split()[-1]},0.2 (stride, floor)") from None
-    if branches and (found.stride is None or not found.stride - 1 <= found.nodes <= MOST_NODES):
-        raise InputError(f"sampler {word!r}: STRIDExCANDIDATES has stride - 1 candidates at least and {MOST_NODES} at most")
-    return found
 
 
 def continues(word: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel
 from dlm.sampling import registry
+from dlm.sampling.autoregressive.draft import Draft
 from dlm.serve.engine.job import Event, Job
 from dlm.serve.engine.samplers import samplers
 from dlm.serve.protocol import schema
@@ -108,7 +109,7 @@ class Shelf:
             options.pop("steps", None)
         if word == "autoregressive":
             options["sampler"] = "lookup:1"  # the same text; its rows may join and leave
-        if not registry.strided(options["sampler"]):
+        if Draft.from_word(options["sampler"]) is None:
             lm.sampler(**options)  # says now what is wrong
         return Plan(lm, word, options, seed)
 
@@ -145,8 +146,8 @@ class Shelf:
 
 def _drafting(word: str | None) -> list[str]:
     """The model that a sampler word names, unless it is the one that is asked, rounded."""
-    strided = registry.strided(word) if word else None
-    return [strided.model] if strided is not None and strided.model and strided.model not in registry.ROUNDED else []
+    draft = Draft.from_word(word) if word else None
+    return [draft.model] if draft is not None and draft.source == "model" else []
 
 
 def _lossless(lm: LanguageModel, word: str | None) -> str:

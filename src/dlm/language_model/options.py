@@ -1,0 +1,105 @@
+"""The options of decoding: how a text is drawn, what it must keep to, and how long it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TypedDict
+
+from dlm.errors import unknown
+from dlm.sampling.autoregressive.draft import Draft
+
+__all__ = ["DecodingKeywords", "DecodingOptions", "Draft", "GenerateKeywords", "LayoutKeywords", "StreamKeywords"]
+
+
+class DecodingKeywords(TypedDict, total=False):
+    """The keyword arguments of `LanguageModel.sampler`; `DecodingOptions` says what each means."""
+
+    sampler: str | None
+    draft: Draft | str | None
+    steps: int | None
+    temperature: float | None
+    top_p: float
+    top_k: int
+    greedy_tail: int
+    until_settled: int
+    block_length: int | None
+    cache: bool | str
+    context: int | None
+    guidance: float
+    allow: str | None
+    pattern: str | None
+    budget: str | None
+    schedule: str | None
+    light: str | Mapping[str, str] | None
+
+
+class LayoutKeywords(TypedDict, total=False):
+    """The keyword arguments of `LanguageModel.canvas`."""
+
+    length: int | None
+    max_new_tokens: int | None
+    suffix: str
+    template: str | None
+
+
+class StreamKeywords(DecodingKeywords, LayoutKeywords, total=False):
+    """The keyword arguments of `LanguageModel.stream` besides its own."""
+
+
+class GenerateKeywords(DecodingKeywords, LayoutKeywords, total=False):
+    """The keyword arguments of `LanguageModel.generate` besides its own."""
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How a model decodes. What is None comes from generation_config.json or from the model.
+
+    sampler: a name of `dlm.sampling.registry`, its parameters after a colon, as in `confidence:0.7`. `auto`: the sampler that `dlm
+    calibrate` found best within `budget` (`calls:32`, `seconds:2`, `bits:0.1`). For an autoregressive model, one of the short forms of
+    `draft` (`strided:4`, `strided:4x16`, `lookup:4`, `heads:4`, `draft:NAME,4`, `auto` for the number), or `lossless`: the drafter
+    that is fastest for what the model has.
+    draft: speculative decoding of an autoregressive model by this drafter; as a text, as of `Draft.parse` (`self:int4`, `ngram`).
+    steps: denoising steps of each window. temperature, top_p, top_k: of every draw; temperature 0 takes the likeliest token.
+    greedy_tail: so many last steps take the likeliest token everywhere (replacement noise). until_settled: a window ends once no token
+    has changed for so many steps; 0: never.
+    block_length: tokens of the blocks in which a window is filled from left to right; a model of block diffusion has its own.
+    cache: a policy of `dlm.sampling.diffusion.cache_policies` for a bidirectional model; True: the exact KV cache of an autoregressive
+    model or of block diffusion; False: none.
+    context: tokens of a window that a long text carries into the next.
+    guidance: the classifier-free guidance scale; 1: the conditional model itself.
+    allow: the only characters that may be written. pattern: a regular expression that the whole text must match.
+    budget: of `sampler="auto"` alone.
+    schedule: which model takes which step (`L0.5 H0.5`, `sandwich:0.25`); `auto`: what `dlm schedule search` found. This model is H.
+    light: the name of model L, or names by key.
+    """
+
+    sampler: str | None = None
+    draft: Draft | None = None
+    steps: int | None = None
+    temperature: float | None = None
+    top_p: float = 1.0
+    top_k: int = 0
+    greedy_tail: int = 0
+    until_settled: int = 0
+    block_length: int | None = None
+    cache: bool | str = True
+    context: int | None = None
+    guidance: float = 1.0
+    allow: str | None = None
+    pattern: str | None = None
+    budget: str | None = None
+    schedule: str | None = None
+    light: str | Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.draft, str):
+            object.__setattr__(self, "draft", Draft.parse(self.draft))
+
+    @classmethod
+    def of(cls, options: Mapping[str, object]) -> DecodingOptions:
+        """From keyword arguments. InputError for a name that is no option, with the nearest one that is."""
+        known = [one.name for one in fields(cls)]
+        if strange := [name for name in options if name not in known]:
+            raise unknown("option", strange[0], known)
+        return cls(**options)  # type: ignore[arg-type]

@@ -1,0 +1,113 @@
+"""Which drafter proposes the draft tokens of speculative decoding, how many, and in what shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dlm.errors import InputError, unknown
+
+SOURCES = ("adapter", "ngram", "heads", "self", "model")
+DTYPES = ("int8", "int4")  # of a quantized copy of the network that drafts for it
+BRANCHING = ("adapter", "heads")  # the drafters that know second choices, which a tree needs
+MAX_TREE_NODES = 64
+DEFAULT_TOKENS = 3  # of a short form without a number
+MODEL = "model:"  # in front of a name that is also the name of a drafter
+WORDS = {"adapter": "strided", "ngram": "lookup", "heads": "heads", "self": "draft", "model": "draft"}
+"""The name of each drafter in the short form, a word of `--sampler`."""
+SHORT = ("strided", "lookup", "draft", "heads")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Speculative decoding of an autoregressive model: a drafter proposes, the model verifies; the text stays that of plain decoding.
+
+    source: `adapter`, masks of the same forward pass that a gated LoRA reads (I-DLM, arXiv 2604.11035); `ngram`, prompt lookup in the
+    text so far; `heads`, Medusa heads (2401.10774); `self`, the network's own weights quantized to the dtype in `model`, int8 or int4
+    (empty: the one that suits the weights); `model`, another autoregressive model of the same vocabulary (2211.17192), in `model` its
+    directory or name; or the name of a registered drafter.
+    tokens: draft tokens that one forward pass verifies; None: as many as pay, by measurement. 0 is plain decoding.
+    tree: nodes of a draft tree (SpecInfer, 2305.09781), 0 for a chain. floor: no draft token after one whose running confidence, a
+    probability, is below it. InputError for values that do not go together.
+    """
+
+    source: str
+    model: str = ""
+    tokens: int | None = None
+    tree: int = 0
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise unknown("drafter", self.source, SOURCES)
+        if self.source == "model" and not self.model:
+            raise InputError("a draft model needs its directory or name")
+        if self.source == "self" and self.model not in ("", *DTYPES):
+            raise unknown("dtype of a draft", self.model, DTYPES)
+        if self.source not in ("self", "model") and self.model:
+            raise InputError(f"the drafter {self.source} has no model, got {self.model!r}")
+        if self.tokens is not None and self.tokens < 0:
+            raise InputError(f"draft tokens count from 0, got {self.tokens}")
+        if not 0 <= self.floor <= 1:
+            raise InputError(f"a draft's confidence floor lies in 0 .. 1, got {self.floor}")
+        if self.tree and self.source not in BRANCHING:
+            raise InputError(f"a draft tree needs second choices, which {' and '.join(BRANCHING)} know; got the drafter {self.source}")
+        if self.tree and not (self.tokens or 1) <= self.tree <= MAX_TREE_NODES:
+            raise InputError(f"a draft tree has a node for each of its draft tokens at least and {MAX_TREE_NODES} at most, got {self.tree}")
+
+    @classmethod
+    def parse(cls, text: str, *, tokens: int | None = None, tree: int = 0, floor: float = 0.0) -> Draft:
+        """From `adapter`, `ngram`, `heads`, `self`, `self:int4`, or a draft model's directory or name; `model:NAME` is always a model.
+
+        Nothing after a comma or an x is taken off a name. InputError as the constructor.
+        """
+        name, colon, dtype = text.partition(":")
+        if text.startswith(MODEL):
+            return cls("model", text.removeprefix(MODEL), tokens, tree, floor)
+        if name == "self":
+            if colon and not dtype:
+                raise unknown("dtype of a draft", dtype, DTYPES)
+            return cls("self", dtype, tokens, tree, floor)
+        if text in SOURCES and text != "model":
+            return cls(text, "", tokens, tree, floor)
+        return cls("model", text, tokens, tree, floor)
+
+    @classmethod
+    def from_word(cls, word: str) -> Draft | None:
+        """From the short form, a word of `--sampler`; None for the name of another sampler.
+
+        Its number counts the tokens that a forward pass may commit: one more than the draft tokens. `strided:4`, `lookup:8,0.2` (and the
+        floor), `heads:auto` (as many as pay), `strided:4x16` (and the nodes of a tree), `draft:NAME,4`, `draft:int4,auto`.
+        """
+        name, _, values = word.partition(":")
+        if name not in SHORT:
+            return None
+        model, _, values = values.partition(",") if name == "draft" else ("", "", values)
+        count, _, floor = values.partition(",")
+        count, branches, nodes = count.partition("x") if name in ("strided", "heads") else (count, "", "")
+        source = {"strided": "adapter", "lookup": "ngram", "heads": "heads", "draft": "self" if model in DTYPES else "model"}[name]
+        try:
+            tokens = None if count == "auto" else int(count or DEFAULT_TOKENS + 1) - 1
+            tree, least = int(nodes) if branches else 0, float(floor or 0)
+            if (tokens is not None and tokens < 0) or bool(model) != (name == "draft"):
+                raise ValueError
+        except ValueError:
+            raise InputError(f"sampler {word!r}: write {_usage(name)}") from None
+        if branches and (tokens is None or not tokens <= tree <= MAX_TREE_NODES):
+            raise InputError(f"sampler {word!r}: STRIDExCANDIDATES has stride - 1 candidates at least and {MAX_TREE_NODES} at most")
+        return cls(source, model, tokens, tree, least)
+
+    @property
+    def word(self) -> str:
+        """The short form, as records and reports name it."""
+        count = "auto" if self.tokens is None else str(self.tokens + 1)
+        clashes = self.source == "model" and self.model in DTYPES
+        parts = [f"./{self.model}" if clashes else self.model] if self.source in ("self", "model") else []
+        parts.append(f"{count}x{self.tree}" if self.tree else count)
+        parts += [f"{self.floor:g}"] if self.floor else []
+        return f"{WORDS[self.source]}:{','.join(parts)}"
+
+
+def _usage(name: str) -> str:
+    head = "draft:MODEL, draft:MODEL,4" if name == "draft" else f"{name}, {name}:4"
+    tree = f"{name}:4x16 (stride, candidates), " if name in ("strided", "heads") else ""
+    return f"{head} (stride, or auto), {tree}or {head.split()[-1]},0.2 (stride, floor)"
