@@ -13,12 +13,12 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-from dlm.formats import native
+from dlm import bundled
 
 
 def curve(name: str) -> list[dict[str, float]]:
     """Lines of a log that hold a validation."""
-    lines = (native.bundled()[name] / "log.jsonl").read_text().splitlines()
+    lines = (bundled.models()[name] / "log.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if "val_nats" in record]
 
 

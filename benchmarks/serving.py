@@ -30,8 +30,8 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from dlm import bundled
 from dlm.evaluation import card
-from dlm.formats import native
 
 PROMPTS = ("ROMEO:\n", "First Citizen:\nBefore we", "To be, or not to be", "JULIET:\nO", "KING HENRY:\n", "What light")
 
@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose label holds this")
     parser.add_argument("--quick", action="store_true", help="two points and a soak of seconds: does it run?")
     args = parser.parse_args()
-    cases = CASES + (LARGE if (native.cache_directory() / "smollm2-135m.gguf").is_file() else [])
+    cases = CASES + (LARGE if (bundled.cache_directory() / "smollm2-135m.gguf").is_file() else [])
     cases = [case for case in cases if args.only in case.label]
     if args.quick:
         cases, args.concurrency, args.requests = [Case("mask diffusion", "shakespeare-mask", 8, {"steps": 4})], [1, 3], 4

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "src" / "dlm"
-FREE = {"errors", "files"}  # anyone may use these
+FREE = {"errors", "files", "bundled"}  # anyone may use these
 LEVEL0 = {"trajectory", "protocols"}
 ALLOWED = {
     "errors": set(),
+    "bundled": set(),
     "files": {"errors"},
     "trajectory": set(),
     "protocols": {"trajectory"},

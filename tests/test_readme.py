@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from dlm.formats import native
+from dlm import bundled
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -69,7 +69,7 @@ def test_every_block_is_marked_with_a_known_word() -> None:
     assert {mark for _, _, mark in blocks()} <= {"", "make", "network", "gpu", "long", "serve"}
 
 
-@pytest.mark.skipif("shakespeare-mask" not in native.bundled(), reason="the bundled checkpoints are not here")
+@pytest.mark.skipif("shakespeare-mask" not in bundled.models(), reason="the bundled checkpoints are not here")
 @pytest.mark.timeout(1800)
 def test_readme_commands_run(tmp_path: Path) -> None:
     cwd = tmp_path / "work"

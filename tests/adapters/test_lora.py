@@ -14,9 +14,9 @@ from torch import nn
 
 from adapters.test_objective import adapted, batch
 from conftest import make_model
+from dlm import bundled
 from dlm.adapters import attach, lora
 from dlm.errors import InputError
-from dlm.formats import native
 from dlm.language_model import LanguageModel, load
 
 CONFIG = lora.AdapterConfig(rank=4, alpha=8.0)
@@ -181,11 +181,11 @@ def test_files_of_half_the_size(saved: Path, tmp_path: Path) -> None:
 
 def test_bundled_adapters(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = fresh()
-    monkeypatch.setattr(native, "BUNDLED", saved.parent / "nowhere")
-    assert attach.bundled() == {}
+    monkeypatch.setattr(bundled, "CHECKPOINTS", saved.parent / "nowhere")
+    assert bundled.adapters() == {}
     assert attach.bundled_for(lm.network) is None
-    monkeypatch.setattr(native, "BUNDLED", saved.parent)
-    assert attach.bundled() == {"adapter": saved}
+    monkeypatch.setattr(bundled, "CHECKPOINTS", saved.parent)
+    assert bundled.adapters() == {"adapter": saved}
     assert attach.bundled_for(lm.network) == saved
     z_BT = torch.full((2, 6), lm.tokenizer.mask_id)
     for name in ("adapter", "auto", Path("adapter")):

@@ -16,8 +16,7 @@ import torch
 
 from bases import publish, tokenizer, transformer
 from conftest import TEXT, Dlm
-from dlm import cli
-from dlm.adapters import attach
+from dlm import bundled, cli
 from dlm.trajectory import Trajectory
 
 
@@ -121,7 +120,9 @@ def test_list_names_what_is_here_and_what_can_be_had(dlm: Dlm, tmp_path: Path, m
     assert "not here yet: dlm pull smollm2-135m" in out
     (tmp_path / "smollm2-135m.gguf").write_bytes(bytes(3_000_000))
     assert f"3 MB at {tmp_path / 'smollm2-135m.gguf'}" in dlm("list")[1]
-    assert {line.split()[1] for line in out.splitlines() if line.startswith("adapter")} == set(attach.bundled())
+    for kind, known in (("model", bundled.models()), ("adapter", bundled.adapters()), ("data", bundled.datasets())):
+        assert {line.split()[1] for line in out.splitlines() if line.split()[:1] == [kind]} == set(known)
+    assert 'dlm generate "ROMEO:" --watch' in out.partition("next:")[2]
 
 
 def test_train_then_generate_then_resume(dlm: Dlm, text_file: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from dlm import bundled
 from dlm.errors import InputError
 from dlm.formats import native
 from dlm.formats.native import ModelConfig
@@ -283,7 +284,7 @@ def test_a_damaged_tokenizer_is_told(saved: Path, text: str) -> None:
 
 
 def test_an_unknown_name_gets_a_near_match(monkeypatch: pytest.MonkeyPatch, saved: Path) -> None:
-    monkeypatch.setattr(native, "bundled", lambda: {"shakespeare-mask": saved})
+    monkeypatch.setattr(bundled, "models", lambda: {"shakespeare-mask": saved})
     assert native.find("shakespeare-mask") == saved
     assert "did you mean shakespeare-mask?" in told(Path("shakespear-mask"))
     assert "bundled: shakespeare-mask" in told(Path("zzzz"))

@@ -14,6 +14,7 @@ import pytest
 
 from bases import transformer
 from conftest import Dlm
+from dlm import bundled
 from dlm.errors import InputError
 from dlm.formats import native
 from dlm.formats import pull as pulling
@@ -136,12 +137,12 @@ def test_an_interrupted_pull_leaves_no_file_of_that_name(tmp_path: Path, index: 
 
 def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DLM_CACHE", str(tmp_path / "a"))
-    assert native.cache_directory() == tmp_path / "a"
+    assert bundled.cache_directory() == tmp_path / "a"
     monkeypatch.delenv("DLM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    assert native.cache_directory() == tmp_path / "b" / "dlm"
+    assert bundled.cache_directory() == tmp_path / "b" / "dlm"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert native.cache_directory() == Path.home() / ".cache" / "dlm"
+    assert bundled.cache_directory() == Path.home() / ".cache" / "dlm"
 
 
 def test_other_names(dlm: Dlm, masked_dir: Path) -> None:
@@ -149,4 +150,4 @@ def test_other_names(dlm: Dlm, masked_dir: Path) -> None:
     code, out, _ = dlm("pull", str(masked_dir))
     assert code == 0
     assert out == f"{masked_dir}\n"
-    assert set(native.PULLED) == set(BASES)
+    assert set(bundled.BASES) == set(BASES)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from dlm import bundled
 from dlm.errors import InputError
 from dlm.formats import native
 from dlm.text.tokenizer import Tokenizer
@@ -68,7 +69,7 @@ def test_a_misspelt_data_set() -> None:
 
 
 def test_recipes_and_bundled_models_read_text_that_is_there() -> None:
-    sources = {native.load_config(path).training["data"] for path in native.bundled().values()} - {"kjv.txt"}
+    sources = {native.load_config(path).training["data"] for path in bundled.models().values()} - {"kjv.txt"}
     sources |= {recipe().data for name, recipe in recipes.RECIPES.items() if name.startswith("shakespeare")}
     assert sources == {"shakespeare"}
 

@@ -5,21 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dlm import bundled
 from dlm.adapters import files, medusa
 from dlm.adapters.lora import CONFIG, WEIGHTS, adapter_state, fingerprint, load_adapter, load_config
 from dlm.errors import InputError
-from dlm.formats import native
 from dlm.models.transformer import Transformer
-
-
-def bundled() -> dict[str, Path]:
-    """Adapters that ship with the package, by name."""
-    return {file.parent.name: file.parent for file in sorted(native.BUNDLED.glob(f"*/{CONFIG}"))}
 
 
 def bundled_for(network: Transformer) -> Path | None:
     """The first of them that was made for this base; None without one, and for weights rounded to int8, which are nobody's."""
-    found = {} if network.quantized else bundled()
+    found = {} if network.quantized else bundled.adapters()
     own = fingerprint(network) if found else ""
     return next((path for path in found.values() if load_config(path).fingerprint == own), None)
 
@@ -40,9 +35,9 @@ def find(network: Transformer, path: str | Path) -> Path:
     """A directory, or that of a bundled name, or of what is bundled for this base, `auto`. InputError for none."""
     found: Path | None = Path(path)
     if not Path(path).is_dir():
-        found = bundled_for(network) if str(path) == "auto" else bundled().get(str(path))
+        found = bundled_for(network) if str(path) == "auto" else bundled.adapters().get(str(path))
     if found is None:
-        names = ", ".join(bundled()) or "none"
+        names = ", ".join(bundled.adapters()) or "none"
         raise InputError(f"no adapter {str(path)!r} for this base; bundled: {names}. A directory works too (dlm convert makes one).")
     return found
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from dlm import bundled
 from dlm.errors import InputError
 
 app = typer.Typer(
@@ -80,7 +81,7 @@ def judging(name: str, lm: Any, given: int = 0) -> Any:
 
     device = str(lm.network.device)
     try:
-        ours = name in native.bundled() or native.is_ours(native.find(name))
+        ours = name in bundled.models() or native.is_ours(native.find(name))
     except InputError:
         ours = True  # the message of `load_judge` is better
     twin = load_judge(name, device) if ours else None

@@ -1,35 +1,74 @@
-"""`dlm list`."""
+"""`dlm list`: what is here, what can be had, and what to type next. Imports no torch."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
+from collections.abc import Iterator
 
-from dlm.cli.app import app
+from rich.markup import escape
+
+from dlm import bundled
+from dlm.cli.app import app, console
 
 
 @app.command(name="list")
 def list_() -> None:
-    """Checkpoints and adapters that come with dlm, bases that can be pulled or are here, and recipes that train more."""
-    from dlm.adapters import attach, lora
-    from dlm.formats import native
+    """Models, adapters, data sets, bases to pull and recipes, and what to type next."""
+    out = console()
+    for kind, name, about in [*_models(), *_adapters(), *_datasets(), *_bases(), *_recipes()]:
+        out.print(f"[dim]{kind:8}[/][bold]{escape(name):28}[/] {escape(about)}", highlight=False, soft_wrap=True)
+    out.print("\n[dim]next:[/]")
+    for command, about in _next():
+        out.print(f"  {escape(command):48} [dim]{escape(about)}[/]", highlight=False, soft_wrap=True)
+
+
+def _models() -> Iterator[tuple[str, str, str]]:
+    for name, path in bundled.models().items():
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        size, window = config["training"].get("parameters", 0), config["network"]["window"]
+        yield "model", name, f"{_kind(config)}, {size / 1e6:.1f}M parameters, window {window}"
+
+
+def _kind(config: dict[str, object]) -> str:
+    """The objective, the noise and the attention of a config.json in words."""
+    if config["objective"] == "autoregressive":
+        return "autoregressive"
+    noise, network = config["noise"], config["network"]
+    assert isinstance(noise, dict)
+    assert isinstance(network, dict)
+    return f"{noise['process']} {'block ' * (network.get('attention') == 'block_causal')}diffusion"
+
+
+def _adapters() -> Iterator[tuple[str, str, str]]:
+    for name, path in bundled.adapters().items():
+        about = json.loads((path / bundled.ADAPTER).read_text(encoding="utf-8"))
+        yield "adapter", name, f"drafts for {about['base']}, {about['stride']} tokens a forward pass at most; add --adapter {name}"
+
+
+def _datasets() -> Iterator[tuple[str, str, str]]:
+    for name, path in bundled.datasets().items():
+        yield "data", name, f"{path.stat().st_size / 1e6:.1f} MB of text; dlm train --data {name}"
+
+
+def _bases() -> Iterator[tuple[str, str, str]]:
+    for name in bundled.BASES:
+        path = bundled.cache_directory() / f"{name}.gguf"
+        here = f"autoregressive, {path.stat().st_size / 1e6:.0f} MB at {path}" if path.is_file() else f"not here yet: dlm pull {name}"
+        yield "base", name, here
+
+
+def _recipes() -> Iterator[tuple[str, str, str]]:
     from dlm.train import recipes
 
-    for name, path in native.bundled().items():
-        config = native.load_config(path)
-        kind, size = _kind(config.objective, config.noise["process"], config.network.attention), config.training.get("parameters", 0)
-        print(f"model   {name:24} {kind}, {size:,} parameters, window {config.network.window}, context {config.context}")
-    for name, path in attach.bundled().items():
-        about = lora.load_config(path)
-        print(f"adapter {name:24} for {about.base}, {about.stride} tokens a call at most; dlm generate --base {about.base} --lossless")
-    for name in native.PULLED:
-        path = native.cache_directory() / f"{name}.gguf"
-        here = f"autoregressive, {path.stat().st_size / 1e6:.0f} MB at {path}" if path.is_file() else f"not here yet: dlm pull {name}"
-        print(f"base    {name:24} {here}")
     for name, make in recipes.RECIPES.items():
-        settings = make()
-        kind = _kind(settings.objective, settings.noise, settings.network.attention)
-        print(f"recipe  {name:24} {kind}, {settings.steps} steps of {settings.batch} windows on {Path(settings.data).name}")
+        yield "recipe", name, (make.__doc__ or "").partition("\n")[0]
 
 
-def _kind(objective: str, noise: str, attention: str) -> str:
-    return objective if objective == "autoregressive" else f"{noise} {'block ' * (attention == 'block_causal')}diffusion"
+def _next() -> Iterator[tuple[str, str]]:
+    yield 'dlm generate "ROMEO:" --watch', "see text settle out of noise"
+    yield 'dlm generate "ROMEO:" --compare mask,uniform -w', "two noise processes side by side"
+    base = next(iter(bundled.BASES))
+    here = (bundled.cache_directory() / f"{base}.gguf").is_file()
+    yield f"dlm chat {base}" if here else f"dlm pull {base}", "talk to a model" if here else "fetch a model to talk to"
+    yield "dlm train shakespeare-mask", "train a recipe; --data FILE: your own text"
+    yield "dlm serve", "a page in which to watch, and the OpenAI protocol"

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from dlm import bundled
 from dlm.cli.app import Deterministic, Device, Dtype, Json, Seed, app, err, fail, load, named_models
 from dlm.errors import InputError
 
@@ -120,13 +121,11 @@ def _entries(compare: str | None, model: str, sampler: str | None) -> list[tuple
     """(label, model, sampler) of every run. `mask` means the bundled sister of `model` of that name."""
     if compare is None:
         return [("", model, sampler)]
-    from dlm.formats.native import bundled
-
     entries = []
     for label in (part.strip() for part in compare.split(",") if part.strip()):
         name, at, word = label.partition("@")
         sister = f"{model.rsplit('-', 1)[0]}-{name}"
-        entries.append((label, sister if name not in bundled() and sister in bundled() else name, word if at else sampler))
+        entries.append((label, sister if name not in bundled.models() and sister in bundled.models() else name, word if at else sampler))
     if len({label for label, _, _ in entries}) < max(2, len(entries)):
         raise InputError(f"--compare {compare}: name two or more different runs, as in mask,uniform or uniform@refine,uniform@worst")
     return entries

@@ -12,7 +12,6 @@ import json
 import os
 import tempfile
 from dataclasses import dataclass, field, fields
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,13 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from dlm import bundled
 from dlm.errors import InputError
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
 CONVERTIBLE = ("llama", "qwen2", "qwen3")  # model types that `dlm.formats.huggingface` turns into our backbone
-PULLED = ("smollm2-135m",)  # what `dlm pull` fetches by name
-BUNDLED = Path(str(resources.files("dlm"))) / "checkpoints"
 SHARD = "14MB"  # below the size that code hosts and mail gateways refuse
 
 
@@ -73,28 +71,17 @@ class ModelConfig:
             raise InputError(f"{where}/config.json does not describe a model ({error})") from None
 
 
-def bundled() -> dict[str, Path]:
-    """Checkpoints that ship with the package, by name."""
-    return {file.parent.name: file.parent for file in sorted(BUNDLED.glob("*/config.json"))}
-
-
-def cache_directory() -> Path:
-    """Where `dlm pull` puts what it fetched: $DLM_CACHE, or `dlm` in the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DLM_CACHE") or Path(home) / "dlm")
-
-
 def find(name: str) -> Path:
     """Directory or GGUF file of a checkpoint: a path, a bundled or pulled name, or a hub id (downloaded once into the hub cache)."""
     path = Path(name)
     if (path / "config.json").is_file() or (path.suffix == ".gguf" and path.is_file()):
         return path
-    if name in bundled():
-        return bundled()[name]
+    if (found := bundled.models().get(name)) is not None:
+        return found
     if path.is_dir():
         raise InputError(f"{name} has no config.json: it is no checkpoint (a training run writes one at its first save)")
-    if name in PULLED:
-        path = cache_directory() / f"{name}.gguf"
+    if name in bundled.BASES:
+        path = bundled.cache_directory() / f"{name}.gguf"
         if not path.is_file():
             raise InputError(f"{name} is not here yet: run dlm pull {name}")
         return path
@@ -106,8 +93,8 @@ def find(name: str) -> Path:
         except (OSError, HFValidationError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"no directory {name}, and the hub did not give it: {reason}") from None
-    close = difflib.get_close_matches(name, [*bundled(), *PULLED], n=2, cutoff=0.4)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"bundled: {', '.join(bundled()) or 'none'}"
+    close = difflib.get_close_matches(name, [*bundled.models(), *bundled.BASES], n=2, cutoff=0.4)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"bundled: {', '.join(bundled.models()) or 'none'}"
     raise InputError(f"no checkpoint {name!r}; {hint} A directory or a hub id works too.")
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dlm import bundled
 from dlm.errors import InputError
 from dlm.formats import native
 
@@ -45,7 +46,7 @@ def pull(name: str, tell: Callable[[str], None] = lambda line: None) -> Path:
     """
     if name not in BASES:
         return native.find(name)
-    base, cache = BASES[name], native.cache_directory()
+    base, cache = BASES[name], bundled.cache_directory()
     place = cache / f"{name}.gguf"
     if place.is_file() and _digest(place) == base.sha256:
         tell(f"{name} is here already")

@@ -8,22 +8,15 @@ from __future__ import annotations
 import difflib
 import hashlib
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dlm import bundled
 from dlm.errors import InputError
 from dlm.text.tokenizer import Tokenizer
-
-BUNDLED = Path(str(resources.files("dlm"))) / "datasets"
-
-
-def bundled() -> dict[str, Path]:
-    """Text files that ship with the package, by name."""
-    return {file.stem: file for file in sorted(BUNDLED.glob("*.txt"))}
 
 
 def read(source: str) -> list[str]:
@@ -47,11 +40,11 @@ def read(source: str) -> list[str]:
 
 
 def _known() -> str:
-    return f"give a text file, a folder of .txt files, hf:DATASET, or a bundled data set ({', '.join(bundled())})"
+    return f"give a text file, a folder of .txt files, hf:DATASET, or a bundled data set ({', '.join(bundled.datasets())})"
 
 
 def _read_files(source: str) -> list[str]:
-    path = bundled().get(source, Path(source))
+    path = bundled.datasets().get(source, Path(source))
     if path.is_dir():
         files = sorted(p for p in path.rglob("*.txt") if p.is_file())
         if not files:
@@ -59,7 +52,7 @@ def _read_files(source: str) -> list[str]:
     elif path.is_file():
         files = [path]
     else:
-        close = difflib.get_close_matches(source, bundled(), n=1)
+        close = difflib.get_close_matches(source, bundled.datasets(), n=1)
         raise InputError(f"no data at {source}: " + (f"did you mean the bundled data set {close[0]}?" if close else _known()))
     documents = []
     for file in files:
