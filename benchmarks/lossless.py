@@ -26,7 +26,7 @@ from torch import Tensor
 import dlm
 from dlm.cli.app import bar, load
 from dlm.evaluation import card
-from dlm.sampling.autoregressive.speculative import StridedSampler
+from dlm.sampling.autoregressive.speculative import SpeculativeDecoder
 from dlm.sampling.draw import generators
 from dlm.trajectory import Canvas
 
@@ -136,7 +136,7 @@ def differs(a_NK: Tensor, b_NK: Tensor, rng: torch.Generator, rounds: int = 2000
 
 def sampled(lm: dlm.LanguageModel, args: argparse.Namespace, words: Sequence[str]) -> list[dict[str, Any]]:
     samplers: dict[str, Any] = {word: lm.sampler(sampler=word) for word in words}
-    chains = {word: one for word, one in samplers.items() if isinstance(one, StridedSampler) and one.tree is None}
+    chains = {word: one for word, one in samplers.items() if isinstance(one, SpeculativeDecoder) and one.tree is None}
     samplers |= {f"{word}, ratio": replace(one, coupling="ratio") for word, one in chains.items()}
     samplers = {"plain again": lm.sampler(sampler="autoregressive"), **samplers}
     samplers["plain at temperature 0.8"] = lm.sampler(sampler="autoregressive", temperature=0.8)

@@ -92,7 +92,7 @@ class Denoiser(Protocol):
         states: list[Tensor] | None = None,
     ) -> Tensor:
         """Logits (B, Q, V). at_BQ: the only positions whose logits are asked for. own_BQQ: which of these positions each one reads,
-        besides what a `RowCache` holds. states: gets the last hidden states (B, Q, D), for a proposer that reads them.
+        besides what a `RowCache` holds. states: gets the last hidden states (B, Q, D), for a drafter that reads them.
 
         pattern `shadow`: z is [text | masks], and a mask guesses its position without seeing the text there.
         """

@@ -11,7 +11,7 @@ import torch
 from conftest import Dlm, make_model
 from dlm.bench import decoding
 from dlm.sampling.autoregressive.drafters import DraftModel
-from dlm.sampling.autoregressive.speculative import StridedSampler
+from dlm.sampling.autoregressive.speculative import SpeculativeDecoder
 
 
 def test_a_draft_of_itself_is_always_accepted() -> None:
@@ -19,7 +19,7 @@ def test_a_draft_of_itself_is_always_accepted() -> None:
     network = model.network
     draft = DraftModel(network, network.ragged_cache, model.config.start_token_id)
     canvas = model.canvas(["ROMEO", "What,"], max_new_tokens=13)
-    strided = StridedSampler(network, model.tokenizer.mask_id, 32, network.ragged_cache, draft, stride=4)
+    strided = SpeculativeDecoder(network, model.tokenizer.mask_id, 32, network.ragged_cache, draft, stride=4)
     plain, fast = decoding.compare({"plain": model.sampler(), "draft": strided}, canvas, seed=3, rounds=2)
     assert plain.same
     assert fast.same

@@ -12,7 +12,7 @@ import torch
 
 from conftest import make_model
 from dlm.language_model import LanguageModel
-from dlm.sampling.autoregressive.speculative import StridedSampler
+from dlm.sampling.autoregressive.speculative import SpeculativeDecoder
 from dlm.sampling.batching import Joinable, Law
 from dlm.sampling.draw import generators
 from dlm.trajectory import Canvas, Frame
@@ -125,15 +125,15 @@ def test_rows_join_whatever_the_stride_of_a_call(word: str) -> None:
         for row, tokens in enumerate(rows):
             *_, alone = plain.steps(canvas_of([tokens], model), rng=generators(50 + row, 1))
             assert torch.equal(seen[row][-1].tokens_BT, alone.tokens_BT), row
-    assert len({stride for _, stride in sampler.pace._seconds}) > 1
+    assert len({stride for _, stride in sampler.draft_length._seconds}) > 1
 
 
 @pytest.mark.parametrize("coupling", ["stream", "ratio"])
 def test_proposals_that_were_drawn_join_those_that_were_not(coupling: str) -> None:
     model, rows = MODELS["ar"], ROWS["ar"]
     made: Any = model.sampler(sampler="draft:small,4")
-    assert isinstance(made, StridedSampler)
-    sampler = StridedSampler(made.denoiser, made.mask_id, made.window, made.make_cache, made.proposer, 4, coupling, context=4)
+    assert isinstance(made, SpeculativeDecoder)
+    sampler = SpeculativeDecoder(made.denoiser, made.mask_id, made.window, made.make_cache, made.drafter, 4, coupling, context=4)
     seen = play(sampler, rows, model)
     for row, tokens in enumerate(rows):
         *_, alone = sampler.steps(canvas_of([tokens], model), rng=generators(50 + row, 1))

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from dlm.bench.peers import Peer
 from dlm.sampling.autoregressive.plain import AutoregressiveSampler
-from dlm.sampling.autoregressive.speculative import StridedSampler
+from dlm.sampling.autoregressive.speculative import SpeculativeDecoder
 from dlm.sampling.draw import generators
 from dlm.trajectory import Canvas
 
-Method = AutoregressiveSampler | StridedSampler | Peer
+Method = AutoregressiveSampler | SpeculativeDecoder | Peer
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,11 @@ def _once(method: Method, canvas: Canvas, seed: int) -> _Once:
     proposed_K, accepted_K = torch.zeros(64, dtype=torch.long), torch.zeros(64, dtype=torch.long)
     k_K, first = torch.arange(64), math.nan
     clock = time.perf_counter()
-    if isinstance(method, StridedSampler):
+    if isinstance(method, SpeculativeDecoder):
         for frame, tally in method.rounds(canvas, rng=generators(seed, rows)):
             first = time.perf_counter() - clock if frame.forwards == 1 else first
             reached_BK = tally.accepted_B[:, None].cpu() >= k_K  # the k-th is looked at where all before it were kept
-            proposed_K += ((tally.proposed_B[:, None].cpu() > k_K) & reached_BK).sum(0)
+            proposed_K += ((tally.drafted_B[:, None].cpu() > k_K) & reached_BK).sum(0)
             accepted_K += (tally.accepted_B[:, None].cpu() > k_K).sum(0)
     elif isinstance(method, AutoregressiveSampler):
         for frame in method.steps(canvas, rng=generators(seed, rows)):

@@ -30,7 +30,7 @@ from dlm.noise.masked import MaskedNoise
 from dlm.protocols import Sampler
 from dlm.sampling import registry
 from dlm.sampling.autoregressive.draft import Draft
-from dlm.sampling.autoregressive.draft_length import Pace
+from dlm.sampling.autoregressive.draft_length import AdaptiveDraftLength
 from dlm.sampling.draw import generators
 from dlm.text.chat import ChatTemplate, Messages
 from dlm.text.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ class LanguageModel:
         self.path: Path | None = None
         self.chat = ChatTemplate()
         self.heads: Any = None  # of dlm.adapters.medusa, which propose with `heads:4`
-        self.paces: dict[tuple[str, bool], Pace] = {}  # what `auto` strides have learned, by word, with and without adapter
+        self.paces: dict[tuple[str, bool], AdaptiveDraftLength] = {}  # what `auto` strides have learned, by word, with and without adapter
         self.seconds: dict[tuple[int, bool], float] = {}  # of calls by positions
         self._others: dict[str, LanguageModel] = {}
         self._quantized: dict[str, Transformer] = {}

@@ -19,14 +19,14 @@ from dlm.noise.masked import MaskedNoise
 from dlm.protocols import Denoiser, Sampler
 from dlm.sampling import registry, windows
 from dlm.sampling.autoregressive.draft import Draft
-from dlm.sampling.autoregressive.draft_length import Pace
+from dlm.sampling.autoregressive.draft_length import AdaptiveDraftLength
 from dlm.sampling.autoregressive.draft_tree import Tree
-from dlm.sampling.autoregressive.drafters import DraftModel, Fitted, Heads, Lookup, Masks, SelfDraft
+from dlm.sampling.autoregressive.drafters import DraftModel, FittedVocabulary, MaskDrafter, MedusaDrafter, PromptLookup, SelfDraft
 from dlm.sampling.autoregressive.plain import AutoregressiveSampler
-from dlm.sampling.autoregressive.protocols import Proposer
-from dlm.sampling.autoregressive.speculative import StridedSampler
+from dlm.sampling.autoregressive.protocols import Drafter
+from dlm.sampling.autoregressive.speculative import SpeculativeDecoder
 from dlm.sampling.diffusion import cache_policies
-from dlm.sampling.diffusion.any_order_speculative import SpeculativeSampler
+from dlm.sampling.diffusion.any_order_speculative import AnyOrderSpeculativeSampler
 from dlm.sampling.diffusion.constraints import AllowedTokens, Pattern, both
 from dlm.sampling.diffusion.guidance import ClassifierFree
 from dlm.sampling.diffusion.loop import DiffusionSampler
@@ -85,7 +85,7 @@ def make(
     if guess is not None:
         if greedy_tail or until_settled or special or model.is_causal or not isinstance(model.noise, MaskedNoise):
             raise InputError("speculative decoding is for bidirectional masked models, with no blocks, cache, guidance or constraint")
-        return SpeculativeSampler(denoiser, model.noise, model.window, **guess, draw=draw, context=context, model=model.name)
+        return AnyOrderSpeculativeSampler(denoiser, model.noise, model.window, **guess, draw=draw, context=context, model=model.name)
     if guidance != 1 and (model.is_causal or not isinstance(model.noise, MaskedNoise)):
         raise InputError(f"{model.name} never saw a text without its beginning: guidance needs a bidirectional masked model")
     if model.is_causal and isinstance(cache, str):
@@ -124,24 +124,24 @@ def _autoregressive(model: LanguageModel, word: str, draft: Draft | None, draw: 
     most, pace, tree = _most(model, draft) if draft.tokens is None else draft.tokens + 1, None, None
     if draft.tokens is None and not draft.tree:
         grows = 5 if most == ITSELF else 2
-        pace = model.paces.setdefault((word, model.network.adapter is not None), Pace(most, grows))
+        pace = model.paces.setdefault((word, model.network.adapter is not None), AdaptiveDraftLength(most, grows))
     if draft.tree:
         tree = Tree.likeliest(draft.tree, most - 1, model.tokenizer.vocab_size)
-    proposer: Proposer = Lookup()
+    drafter: Drafter = PromptLookup()
     if draft.source in ("adapter", "heads"):
         quantize.coarsen(network)
     if draft.source == "adapter":
         chain = None if network.chain is None else partial(_chained, network)
         seconds = partial(_seconds, network, model.seconds)
-        proposer = Masks.cheapest(seconds, most, _acceptance(network), chain=chain) if tree is None else Masks(chain=chain)
+        drafter = MaskDrafter.cheapest(seconds, most, _acceptance(network), chain=chain) if tree is None else MaskDrafter(chain=chain)
     elif draft.source == "heads":
         if model.heads is None:
             raise InputError(f"{model.name} has no heads to guess with: give --adapter DIRECTORY of dlm convert {model.name} --heads 3")
-        proposer = Heads(model.heads, model.heads.config.count)
+        drafter = MedusaDrafter(model.heads, model.heads.config.count)
     elif draft.source == "self":
         copy = model.draft_network(draft)
         assert copy is not None
-        proposer = SelfDraft(copy, start)
+        drafter = SelfDraft(copy, start)
     elif draft.source == "model":
         other = model.other(draft.model)
         if other.is_diffusion or (other.config.start_token_id is None) != (start is None):
@@ -149,18 +149,18 @@ def _autoregressive(model: LanguageModel, word: str, draft: Draft | None, draw: 
         if other.tokenizer.fingerprint() != model.tokenizer.fingerprint():
             raise InputError(f"{draft.model} has another vocabulary than {model.name}: it cannot draft for it")
         own, wanted = other.config.network.vocab_size, model.config.network.vocab_size  # some have more ids than tokens
-        fitted: Denoiser = other.network if own == wanted else Fitted(other.network, own, wanted)
-        proposer = DraftModel(fitted, other.network.ragged_cache, other.config.start_token_id)
-    return StridedSampler(
+        fitted: Denoiser = other.network if own == wanted else FittedVocabulary(other.network, own, wanted)
+        drafter = DraftModel(fitted, other.network.ragged_cache, other.config.start_token_id)
+    return SpeculativeDecoder(
         network,
         mask_id,
         model.window,
         network.ragged_cache,
-        proposer,
+        drafter,
         most,
         floor=draft.floor,
         tree=tree,
-        pace=pace,
+        draft_length=pace,
         draw=draw,
         context=context,
         model=model.name,

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from dlm.sampling.autoregressive.draft_length import Pace
+from dlm.sampling.autoregressive.draft_length import AdaptiveDraftLength
 
 
-def paced(pace: Pace, seconds: dict[int, float], chance: float, calls: int, seed: int = 0, rows: int = 1) -> list[int]:
+def paced(pace: AdaptiveDraftLength, seconds: dict[int, float], chance: float, calls: int, seed: int = 0, rows: int = 1) -> list[int]:
     """The strides that a pace chooses where calls of each take so long, and every proposal holds with this chance."""
     rng, chosen = random.Random(seed), []
     for _ in range(calls):
@@ -34,7 +34,7 @@ def paced(pace: Pace, seconds: dict[int, float], chance: float, calls: int, seed
 @pytest.mark.parametrize("rows", [1, 5])
 def test_a_pace_takes_what_pays(seconds: dict[int, float], chance: float, best: int, tried: set[int] | None, rows: int) -> None:
     """From plain decoding up, and no further than it can pay."""
-    chosen = paced(Pace(4), seconds, chance, 600, rows=rows)
+    chosen = paced(AdaptiveDraftLength(4), seconds, chance, 600, rows=rows)
     assert chosen[:6] == [1] * 3 + [2] * 3
     assert tried in (None, set(chosen[:9]))
     late = chosen[300:]
@@ -43,13 +43,13 @@ def test_a_pace_takes_what_pays(seconds: dict[int, float], chance: float, best: 
 
 def test_a_pace_notices_when_it_changes() -> None:
     """A text that begins to repeat itself: proposals that did not hold do now, at a cost that was too high."""
-    pace, seconds = Pace(4), {1: 1.0, 2: 1.2, 4: 1.7}
+    pace, seconds = AdaptiveDraftLength(4), {1: 1.0, 2: 1.2, 4: 1.7}
     assert paced(pace, seconds, 0.1, 300)[-20:].count(1) >= 19
     assert paced(pace, seconds, 0.95, 900)[-20:].count(4) >= 19
 
 
 def test_rows_are_learned_of_by_their_number() -> None:
-    pace = Pace(2)
+    pace = AdaptiveDraftLength(2)
     paced(pace, {1: 1.0, 2: 1.1}, 0.9, 50)
     assert pace.choose(1) == 2
     paced(pace, {1: 1.0, 2: 2.5}, 0.9, 50, rows=16)

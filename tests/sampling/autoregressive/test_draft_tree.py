@@ -14,9 +14,9 @@ from torch import Tensor
 from dlm.errors import InputError
 from dlm.models.cache import RaggedCache
 from dlm.sampling.autoregressive.draft_tree import Tree
-from dlm.sampling.autoregressive.drafters import Masks
-from dlm.sampling.autoregressive.protocols import Proposals
-from dlm.sampling.autoregressive.speculative import StridedSampler
+from dlm.sampling.autoregressive.drafters import MaskDrafter
+from dlm.sampling.autoregressive.protocols import DraftTokens
+from dlm.sampling.autoregressive.speculative import SpeculativeDecoder
 from dlm.sampling.autoregressive.verification import agree
 from dlm.sampling.draw import Draw, finishers, generators, race
 from sampling.autoregressive.test_speculative import MASK, Acceptance, canvas_of
@@ -69,7 +69,7 @@ def test_the_longest_path_that_holds_is_taken(count_B: list[int]) -> None:
             token_BK[:, of] = torch.rand(4, 5, generator=rng).argsort(-1)[:, : len(of)]
         u_BD = torch.rand(4, 4, generator=rng, dtype=torch.float64)
         token_BP = race(logp_BPV, u_BD[:, tree.tables(u_BD.device).depth_P])
-        place_B, next_B = agree(token_BP, Proposals(token_BK, counts), tree)
+        place_B, next_B = agree(token_BP, DraftTokens(token_BK, counts), tree)
         for b in range(4):
             place = 0
             while True:
@@ -120,7 +120,7 @@ class Ranked(Acceptance):
 @pytest.mark.parametrize(("nodes", "stride"), [(8, 4), (16, 4), (3, 2), (5, 3), (3, 4)])
 def test_tokens_per_call_are_one_and_the_chances_of_all_nodes(nodes: int, stride: int) -> None:
     known, rows, length, tree = Ranked(0.5, 0.25, 0.125), 40, 400, Tree.likeliest(nodes, stride - 1)
-    sampler = StridedSampler(known, MASK, length, known.ragged_cache, Masks(), stride, tree=tree, draw=Draw(0.0))
+    sampler = SpeculativeDecoder(known, MASK, length, known.ragged_cache, MaskDrafter(), stride, tree=tree, draw=Draw(0.0))
     committed = calls = 0
     for frame, tally in sampler.rounds(canvas_of([[]] * rows, length), rng=generators(0, rows)):
         committed, calls = committed + int(tally.committed_B.sum()), calls + int((tally.committed_B > 0).sum())

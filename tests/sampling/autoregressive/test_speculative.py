@@ -29,12 +29,20 @@ from dlm.language_model import load
 from dlm.models.cache import RaggedCache
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
-from dlm.sampling.autoregressive.draft_length import Pace
+from dlm.sampling.autoregressive.draft_length import AdaptiveDraftLength
 from dlm.sampling.autoregressive.draft_tree import Tree
-from dlm.sampling.autoregressive.drafters import DraftModel, Fitted, Heads, Lookup, Masks, SelfDraft, tokens_per_call
+from dlm.sampling.autoregressive.drafters import (
+    DraftModel,
+    FittedVocabulary,
+    MaskDrafter,
+    MedusaDrafter,
+    PromptLookup,
+    SelfDraft,
+    tokens_per_call,
+)
 from dlm.sampling.autoregressive.plain import AutoregressiveSampler
-from dlm.sampling.autoregressive.protocols import Proposals, Round
-from dlm.sampling.autoregressive.speculative import StridedSampler
+from dlm.sampling.autoregressive.protocols import DraftTokens, Round
+from dlm.sampling.autoregressive.speculative import SpeculativeDecoder
 from dlm.sampling.autoregressive.verification import ratio
 from dlm.sampling.draw import Draw, categorical, generators
 from dlm.trajectory import Canvas, Frame, Trajectory
@@ -54,12 +62,12 @@ def network(seed: int = 0, **changes: object) -> Transformer:
     return made.eval().requires_grad_(False)
 
 
-def guessing(made: Transformer, count: int = 3) -> Heads:
+def guessing(made: Transformer, count: int = 3) -> MedusaDrafter:
     """Heads that say something of their own."""
     found = medusa.Heads(made, medusa.HeadsConfig(count)).requires_grad_(False)
     for parameter in found.parameters():
         parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(2))
-    return Heads(found, count)
+    return MedusaDrafter(found, count)
 
 
 def chained(made: Transformer, slots: int = 4) -> Callable[[int, Tensor, Tensor], Tensor]:
@@ -70,32 +78,32 @@ def chained(made: Transformer, slots: int = 4) -> Callable[[int, Tensor, Tensor]
 
 
 BASE, SMALL = network(), network(1, layers=1)
-PROPOSERS: dict[str, Any] = {
-    "tree": Masks("tree"),
-    "restart": Masks("restart"),
-    "chain": Masks(chain=chained(BASE)),
-    "chain, restart": Masks("restart", chained(BASE)),
-    "lookup": Lookup(),
+DRAFTERS: dict[str, Any] = {
+    "tree": MaskDrafter("tree"),
+    "restart": MaskDrafter("restart"),
+    "chain": MaskDrafter(chain=chained(BASE)),
+    "chain, restart": MaskDrafter("restart", chained(BASE)),
+    "lookup": PromptLookup(),
     "draft": DraftModel(SMALL, SMALL.ragged_cache, MASK),
     "heads": guessing(BASE),
     "itself": DraftModel(BASE, BASE.ragged_cache, MASK),  # nearly everything holds
     "rounded": SelfDraft(quantize.rounded_copy(BASE, 4), MASK),
 }
 BRANCHES = {"tree": 9, "chain": 14, "heads": 7}  # nodes of a tree of candidates
-PROPOSERS |= {f"{name}, {nodes} nodes": (PROPOSERS[name], nodes) for name, nodes in BRANCHES.items()}
+DRAFTERS |= {f"{name}, {nodes} nodes": (DRAFTERS[name], nodes) for name, nodes in BRANCHES.items()}
 
 
 def canvas_of(rows: Sequence[Sequence[int]], new: int) -> Canvas:
     return Canvas.from_rows([[*row, *[None] * new] for row in rows], fill=MASK)
 
 
-def strided(proposer: Any, stride: int = 4, made: Any = BASE, **options: Any) -> StridedSampler:
+def decoder(drafter: Any, stride: int = 4, made: Any = BASE, **options: Any) -> SpeculativeDecoder:
     options = {"context": CONTEXT, "model": "ar"} | options
-    if isinstance(proposer, tuple):
-        proposer, nodes = proposer
-        if stride > 1 and options.get("coupling") != "ratio" and "pace" not in options:  # which have no trees
+    if isinstance(drafter, tuple):
+        drafter, nodes = drafter
+        if stride > 1 and options.get("coupling") != "ratio" and "draft_length" not in options:  # which have no trees
             options["tree"] = Tree.likeliest(nodes, stride - 1, MASK)
-    return StridedSampler(made, MASK, WINDOW, getattr(made, "ragged_cache", BASE.ragged_cache), proposer, stride, **options)
+    return SpeculativeDecoder(made, MASK, WINDOW, getattr(made, "ragged_cache", BASE.ragged_cache), drafter, stride, **options)
 
 
 @lru_cache(maxsize=64)
@@ -117,20 +125,20 @@ def assert_plain(frame: Frame, prompts: Sequence[Sequence[int]], new: int, seed:
 
 @pytest.mark.parametrize("draw", DRAWS, ids=str)
 @pytest.mark.parametrize("stride", [1, 2, 5])
-@pytest.mark.parametrize("name", PROPOSERS)
+@pytest.mark.parametrize("name", DRAFTERS)
 def test_the_text_is_that_of_the_plain_sampler(name: str, stride: int, draw: Draw) -> None:
     """Rows of different prompts, through several windows, in one batch: each the text of the plain sampler alone."""
     for new, seed in ((25, 3), (5, 11)):
-        frames = list(strided(PROPOSERS[name], stride, draw=draw).steps(canvas_of(PROMPTS, new), rng=generators(seed, len(PROMPTS))))
+        frames = list(decoder(DRAFTERS[name], stride, draw=draw).steps(canvas_of(PROMPTS, new), rng=generators(seed, len(PROMPTS))))
         assert_plain(frames[-1], PROMPTS, new, seed, draw)
         assert len(frames) == frames[-1].forwards <= new
         assert stride > 1 or len(frames) == new
 
 
-@pytest.mark.parametrize("name", PROPOSERS)
+@pytest.mark.parametrize("name", DRAFTERS)
 def test_many_seeds(name: str) -> None:
     prompts = [[1, 2]] * 40
-    *_, frame = strided(PROPOSERS[name], 3).steps(canvas_of(prompts, 9), rng=generators(100, 40))
+    *_, frame = decoder(DRAFTERS[name], 3).steps(canvas_of(prompts, 9), rng=generators(100, 40))
     assert_plain(frame, prompts, 9, 100, Draw())
     assert len(frame.tokens_BT.unique(dim=0)) > 30
 
@@ -139,23 +147,23 @@ def test_many_seeds(name: str) -> None:
 @pytest.mark.parametrize("name", ["tree", "restart", "lookup", "itself", "rounded"])
 def test_a_base_without_start_token(name: str, draw: Draw) -> None:
     own = {"itself": DraftModel(BASE, BASE.ragged_cache, None), "rounded": SelfDraft(quantize.rounded_copy(BASE, 8), None)}
-    proposer = own.get(name, PROPOSERS[name])
+    drafter = own.get(name, DRAFTERS[name])
     prompts = [[1, 2, 3], [4], [5] * 14]
-    *_, frame = strided(proposer, draw=draw, start=None).steps(canvas_of(prompts, 20), rng=generators(3, 3))
+    *_, frame = decoder(drafter, draw=draw, start=None).steps(canvas_of(prompts, 20), rng=generators(3, 3))
     assert_plain(frame, prompts, 20, 3, draw, start=None)
 
 
 @pytest.mark.parametrize("coupling", ["stream", "ratio"])
-@pytest.mark.parametrize("name", PROPOSERS)
+@pytest.mark.parametrize("name", DRAFTERS)
 def test_greedy_text_does_not_depend_on_the_coupling(name: str, coupling: str) -> None:
-    *_, frame = strided(PROPOSERS[name], draw=Draw(0.0), coupling=coupling).steps(canvas_of(PROMPTS, 20), rng=generators(0, 5))
+    *_, frame = decoder(DRAFTERS[name], draw=Draw(0.0), coupling=coupling).steps(canvas_of(PROMPTS, 20), rng=generators(0, 5))
     assert_plain(frame, PROMPTS, 20, 0, Draw(0.0))
 
 
-@pytest.mark.parametrize("name", PROPOSERS)
+@pytest.mark.parametrize("name", DRAFTERS)
 def test_a_text_ends_at_its_end_token(name: str) -> None:
     stop, ended = frozenset({3, 8}), 0
-    *_, frame = strided(PROPOSERS[name], stop=stop).steps(canvas_of(PROMPTS, 30), rng=generators(3, 5))
+    *_, frame = decoder(DRAFTERS[name], stop=stop).steps(canvas_of(PROMPTS, 30), rng=generators(3, 5))
     assert_plain(frame, PROMPTS, 30, 3, Draw(), stop=stop)
     for row, prompt in enumerate(PROMPTS):
         new = frame.tokens_BT[row, len(prompt) : len(prompt) + 30].tolist()
@@ -166,30 +174,30 @@ def test_a_text_ends_at_its_end_token(name: str) -> None:
     assert ended >= 3
 
 
-@pytest.mark.parametrize("name", PROPOSERS)
+@pytest.mark.parametrize("name", DRAFTERS)
 def test_ratio_rows_are_as_each_alone(name: str) -> None:
-    sampler = strided(PROPOSERS[name], coupling="ratio", floor=0.2)
+    sampler = decoder(DRAFTERS[name], coupling="ratio", floor=0.2)
     *_, together = sampler.steps(canvas_of(PROMPTS, 25), rng=generators(3, 5))
     for row, prompt in enumerate(PROMPTS):
         *_, alone = sampler.steps(canvas_of([prompt], 25), rng=generators(3 + row, 1))
         assert torch.equal(alone.tokens_BT[0], together.tokens_BT[row, : len(prompt) + 25]), row
 
 
-@pytest.mark.parametrize("name", PROPOSERS)
+@pytest.mark.parametrize("name", DRAFTERS)
 def test_frames_show_committed_text_and_tallies_add_up(name: str) -> None:
     canvas, committed_B = canvas_of(PROMPTS, 20), torch.zeros(5, dtype=torch.long)
     before = None
-    for forwards, (frame, tally) in enumerate(strided(PROPOSERS[name]).rounds(canvas, rng=generators(3, 5)), 1):
+    for forwards, (frame, tally) in enumerate(decoder(DRAFTERS[name]).rounds(canvas, rng=generators(3, 5)), 1):
         assert frame.forwards == forwards
         assert frame.model == "ar"
         assert tally.positions >= 1
         assert torch.equal((frame.tokens_BT == MASK) & canvas.valid_BT, ~frame.settled_BT)
-        assert (tally.accepted_B <= tally.proposed_B).all()
-        assert (tally.proposed_B <= 3).all()
+        assert (tally.accepted_B <= tally.drafted_B).all()
+        assert (tally.drafted_B <= 3).all()
         assert frame.proposed_BT is not None
         assert frame.settled_BT[frame.proposed_BT == MASK].all()
         if before is not None:  # what a call verifies is what the frame before it showed
-            assert torch.equal((before.proposed_BT >= 0).sum(1), tally.proposed_B)
+            assert torch.equal((before.proposed_BT >= 0).sum(1), tally.drafted_B)
             shown_B = (before.proposed_BT == frame.tokens_BT).sum(1)  # of a tree, the first choices
             assert torch.equal(shown_B, tally.accepted_B) or (", " in name and (shown_B <= tally.accepted_B).all())
         assert torch.equal(tally.committed_B, torch.where(tally.committed_B > 0, tally.accepted_B + 1, 0))
@@ -221,9 +229,9 @@ def tiny_law(draw: Draw) -> Tensor:
     return draw.shape(logits_STV.log_softmax(-1)).gather(2, TINY.x_ST[..., None]).squeeze(-1).sum(-1).exp()
 
 
-def tiny_samples(proposer: Any, draw: Draw, stride: int, coupling: str = "ratio") -> Tensor:
+def tiny_samples(drafter: Any, draw: Draw, stride: int, coupling: str = "ratio") -> Tensor:
     made = tiny_network(0)
-    sampler = StridedSampler(made, TINY.mask_id, TINY.length, made.ragged_cache, proposer, stride, coupling, draw=draw)
+    sampler = SpeculativeDecoder(made, TINY.mask_id, TINY.length, made.ragged_cache, drafter, stride, coupling, draw=draw)
     *_, frame = sampler.steps(Canvas.from_rows([[None] * TINY.length] * ROWS, fill=TINY.mask_id), rng=generators(0, ROWS))
     return frame.tokens_BT
 
@@ -236,9 +244,9 @@ class Sometimes:
     def groups(self, count_B: Tensor) -> Tensor:
         return count_B.new_zeros(len(count_B), 0)
 
-    def __call__(self, round: Round) -> Proposals:
+    def __call__(self, round: Round) -> DraftTokens:
         last_B1 = round.text_BL.gather(1, round.known_B[:, None] - 1)
-        return Proposals((last_B1 + 1 + torch.arange(round.u_BK.shape[1])) % TINY.vocab, round.most_B)
+        return DraftTokens((last_B1 + 1 + torch.arange(round.u_BK.shape[1])) % TINY.vocab, round.most_B)
 
 
 @pytest.mark.parametrize("draw", [Draw(), Draw(0.6), Draw(1.2, top_p=0.8), Draw(top_k=2)], ids=str)
@@ -247,8 +255,11 @@ def test_ratio_has_the_law_of_the_plain_chain(name: str, draw: Draw) -> None:
     """Temperature and truncation on both sides; a random network proposes badly, so that most proposals are tested and many fall."""
     small = tiny_network(1)
     own = {"draft": DraftModel(small, small.ragged_cache, TINY.mask_id), "heads": guessing(tiny_network(0)), "certain": Sometimes()}
-    own |= {"chain": Masks(chain=chained(tiny_network(0))), "rounded": SelfDraft(quantize.rounded_copy(tiny_network(0), 4), TINY.mask_id)}
-    law_S, samples = tiny_law(draw), tiny_samples((PROPOSERS | own)[name], draw, 3)
+    own |= {
+        "chain": MaskDrafter(chain=chained(tiny_network(0))),
+        "rounded": SelfDraft(quantize.rounded_copy(tiny_network(0), 4), TINY.mask_id),
+    }
+    law_S, samples = tiny_law(draw), tiny_samples((DRAFTERS | own)[name], draw, 3)
     assert float(law_S.sum()) == pytest.approx(1)
     assert chi_square_p(samples, law_S, TINY) > 1e-3
     assert chi_square_p(samples, tiny_law(Draw(0.8)), TINY) < 1e-6  # another law would be seen
@@ -273,8 +284,8 @@ def test_a_draft_of_other_spare_ids_keeps_the_law(base: int, draft: int, couplin
     """The target may draw its spare ids, which the draft reads as unknown; those of the draft are never proposed."""
     target, small = with_spare_ids(tiny_network(0), base), with_spare_ids(tiny_network(1), draft)
     size, start = target.config.vocab_size, small.config.vocab_size - 1
-    proposer = DraftModel(Fitted(small, start + 1, size), small.ragged_cache, start)
-    sampler = StridedSampler(target, size - 1, 3, target.ragged_cache, proposer, 2, coupling)
+    drafter = DraftModel(FittedVocabulary(small, start + 1, size), small.ragged_cache, start)
+    sampler = SpeculativeDecoder(target, size - 1, 3, target.ragged_cache, drafter, 2, coupling)
     frames = list(sampler.steps(Canvas.from_rows([[None] * 3] * ROWS, fill=size - 1), rng=generators(0, ROWS)))
     proposed_BT = torch.cat([frame.proposed_BT for frame in frames])  # type: ignore[misc]
     assert set(proposed_BT.unique().tolist()) == {-1, *range(TINY.vocab + min(base, draft))}
@@ -288,8 +299,8 @@ def test_a_draft_of_other_spare_ids_keeps_the_law(base: int, draft: int, couplin
 def test_the_same_network_with_spare_ids_proposes_what_holds() -> None:
     small = with_spare_ids(BASE, 3)
     start = small.config.vocab_size - 1
-    proposer = DraftModel(Fitted(small, start + 1, MASK + 1), small.ragged_cache, start)
-    *_, frame = strided(proposer).steps(canvas_of([[1, 2]], 8), rng=generators(3, 1))
+    drafter = DraftModel(FittedVocabulary(small, start + 1, MASK + 1), small.ragged_cache, start)
+    *_, frame = decoder(drafter).steps(canvas_of([[1, 2]], 8), rng=generators(3, 1))
     assert_plain(frame, [[1, 2]], 8, 3, Draw())
     assert frame.forwards == 3
 
@@ -304,7 +315,7 @@ def test_a_draft_may_be_padded_otherwise(base: int, draft: int, tmp_path: Path) 
 
 
 def test_stream_has_it_too() -> None:
-    assert chi_square_p(tiny_samples(Masks(), Draw(), 4, "stream"), tiny_law(Draw()), TINY) > 1e-3
+    assert chi_square_p(tiny_samples(MaskDrafter(), Draw(), 4, "stream"), tiny_law(Draw()), TINY) > 1e-3
 
 
 # --- the traps of MATHS.md 7: the wrong variant and ours ---------------------------------------------------------
@@ -318,7 +329,7 @@ def first_token(token_B: Tensor, tested_V: Tensor | None, law_V: Tensor = P, row
     logp_BKV = law_V.log().expand(rows, 2, -1)
     logq_BKV = None if tested_V is None else tested_V.log().expand(rows, 1, -1)
     test_BK, last_B = torch.rand(rows, 1, generator=rng, dtype=torch.float64), torch.rand(rows, generator=rng, dtype=torch.float64)
-    taken_B, other_B = ratio(logp_BKV, Proposals(token_B[:, None], torch.ones_like(token_B), logq_BKV), test_BK, last_B)
+    taken_B, other_B = ratio(logp_BKV, DraftTokens(token_B[:, None], torch.ones_like(token_B), logq_BKV), test_BK, last_B)
     return torch.bincount(torch.where(taken_B > 0, token_B, other_B), minlength=len(law_V))
 
 
@@ -375,7 +386,7 @@ class Listener:
 def test_a_mask_reads_its_prefix_and_the_masks_before_it_in_its_group(layout: str, groups: list[int]) -> None:
     """[last token, 3 proposals, groups of 3 masks]: a change of one input reaches just the outputs that may see it."""
     listener = Listener(BASE)
-    list(strided(Masks(layout), 4, listener).steps(canvas_of([[1]], 7), rng=generators(0, 1)))
+    list(decoder(MaskDrafter(layout), 4, listener).steps(canvas_of([[1]], 7), rng=generators(0, 1)))
     call = next(i for i, (z_BQ, _) in enumerate(listener.calls) if z_BQ.shape[1] == 4 + 3 * len(groups) and i)
     z_BQ, how = listener.calls[call]
     assert (z_BQ[0, :4] < MASK).all()
@@ -409,7 +420,7 @@ def test_keys_and_values_are_those_of_the_plain_run(name: str) -> None:
         caches.append(BASE.ragged_cache(rows, positions))
         return caches[0]
 
-    sampler = replace(strided(PROPOSERS[name], 4, context=0), make_cache=make)
+    sampler = replace(decoder(DRAFTERS[name], 4, context=0), make_cache=make)
     checked = 0
     for frame in sampler.steps(canvas_of(prompts, 8), rng=generators(5, len(prompts))):
         for row in range(len(prompts)):
@@ -429,7 +440,7 @@ def test_keys_and_values_are_those_of_the_plain_run(name: str) -> None:
 def test_an_adapter_at_masks_leaves_the_text_alone(layout: str, start: int) -> None:
     """Gated LoRA with wild weights: the text is that of the base without it, its proposals are not."""
     made, rng = network(), torch.Generator().manual_seed(4)
-    base = strided(Masks(layout), made=made, start=start, context=0)
+    base = decoder(MaskDrafter(layout), made=made, start=start, context=0)
     canvas = canvas_of([[1, 2, 3], []], 9)
     before = list(base.rounds(canvas, rng=generators(1, 2)))
     lora.attach(made, lora.AdapterConfig(rank=2), MASK)
@@ -443,7 +454,7 @@ def test_an_adapter_at_masks_leaves_the_text_alone(layout: str, start: int) -> N
 def proposed_after_calls(name: str) -> Iterator[tuple[Tensor, list[int]]]:
     """(committed text, the proposals after it) of every row and call of a greedy run."""
     canvas = canvas_of([[1, 2, 3], [4]], 8)
-    for frame, tally in strided(PROPOSERS[name], draw=Draw(0.0), context=0).rounds(canvas, rng=generators(5, 2)):
+    for frame, tally in decoder(DRAFTERS[name], draw=Draw(0.0), context=0).rounds(canvas, rng=generators(5, 2)):
         for row in range(2):
             known = int(frame.settled_BT[row].sum()) - int((~canvas.valid_BT[row]).sum())
             proposed = [i for i in frame.proposed_BT[row].tolist() if i >= 0]  # type: ignore[index]
@@ -456,7 +467,7 @@ def test_heads_guess_from_the_state_that_the_last_token_was_drawn_from() -> None
     checked = 0
     for text_L, proposed in proposed_after_calls("heads"):
         read_BT = F.pad(text_L[None, :-1], (1, 0), value=MASK)  # all but the last token
-        logits_KV = PROPOSERS["heads"].logits(BASE(read_BT, logits=False)[:, -1], 3)[0, :, :MASK]
+        logits_KV = DRAFTERS["heads"].logits(BASE(read_BT, logits=False)[:, -1], 3)[0, :, :MASK]
         assert proposed == logits_KV.argmax(-1).tolist()[: len(proposed)]
         checked += len(proposed)
     assert checked > 10
@@ -465,12 +476,12 @@ def test_heads_guess_from_the_state_that_the_last_token_was_drawn_from() -> None
 @pytest.mark.parametrize("name", ["chain", "chain, 14 nodes"])
 def test_a_chain_guesses_from_its_mask_and_the_tokens_before(name: str) -> None:
     """What is proposed after every call is what the chain says of masks that stand after the committed text, one after another."""
-    proposer, checked = PROPOSERS["chain"], 0
+    drafter, checked = DRAFTERS["chain"], 0
     for text_L, proposed in proposed_after_calls(name):
         read_BT = F.pad(text_L[None, :-1], (1, 3), value=MASK)
         states_BMD, before_BS = BASE(read_BT, logits=False)[:, len(text_L) :], text_L[None, -1:]
         for slot, token in enumerate(proposed):
-            assert token == int(proposer.chain(slot, states_BMD[:, slot], before_BS)[0, :MASK].argmax())
+            assert token == int(drafter.chain(slot, states_BMD[:, slot], before_BS)[0, :MASK].argmax())
             before_BS = torch.cat([before_BS, torch.tensor([[token]])], 1)
             checked += 1
     assert checked > 10
@@ -528,7 +539,7 @@ class Acceptance:
 @pytest.mark.parametrize("layout", ["restart", "tree"])
 def test_tokens_per_call_are_those_of_the_formula(layout: str, chance: float, stride: int) -> None:
     known, rows, length = Acceptance(chance), 40, 400
-    sampler = StridedSampler(known, MASK, length, known.ragged_cache, Masks(layout), stride, draw=Draw(0.0))
+    sampler = SpeculativeDecoder(known, MASK, length, known.ragged_cache, MaskDrafter(layout), stride, draw=Draw(0.0))
     committed = calls = 0
     for _, tally in sampler.rounds(canvas_of([[]] * rows, length), rng=generators(0, rows)):
         committed, calls = committed + int(tally.committed_B.sum()), calls + int((tally.committed_B > 0).sum())
@@ -548,7 +559,7 @@ def test_no_restart_is_worth_half_a_token() -> None:
 @pytest.mark.parametrize(("layout", "nodes", "most"), [("restart", 3, 7), ("tree", 3, 16), ("tree", 8, 36), ("tree", 16, 68)])
 def test_positions_of_a_call(layout: str, nodes: int, most: int) -> None:
     known, tree = Acceptance(1.0), Tree.likeliest(nodes, 3)
-    sampler = StridedSampler(known, MASK, 50, known.ragged_cache, Masks(layout), 4, tree=tree, draw=Draw(0.0))
+    sampler = SpeculativeDecoder(known, MASK, 50, known.ragged_cache, MaskDrafter(layout), 4, tree=tree, draw=Draw(0.0))
     tallies = [tally for _, tally in sampler.rounds(canvas_of([[]], 50), rng=generators(0, 1))]
     assert [t.positions for t in tallies[:3]] == [4, most, most]
     assert [int(t.committed_B) for t in tallies] == [1, *[4] * 12, 1]
@@ -556,7 +567,7 @@ def test_positions_of_a_call(layout: str, nodes: int, most: int) -> None:
 
 def test_the_layout_follows_the_cost() -> None:
     def chosen(fixed: float, each: float, chance: float) -> str:
-        return Masks.cheapest(lambda sizes: [fixed + each * positions for positions in sizes], 4, chance).layout
+        return MaskDrafter.cheapest(lambda sizes: [fixed + each * positions for positions in sizes], 4, chance).layout
 
     assert chosen(1.0, 0.0, 0.8) == "tree"
     assert chosen(0.0, 1.0, 0.8) == "restart"
@@ -569,9 +580,9 @@ def test_an_unsure_network_proposes_less() -> None:
     """c^k >= floor: the more is asked for, the fewer are proposed, and the text stays."""
     proposed = []
     for floor in (0.0, 0.05, 0.15, 1.0):
-        rounds = list(strided(PROPOSERS["itself"], floor=floor).rounds(canvas_of([[1, 2], [3]], 30), rng=generators(7, 2)))
+        rounds = list(decoder(DRAFTERS["itself"], floor=floor).rounds(canvas_of([[1, 2], [3]], 30), rng=generators(7, 2)))
         assert_plain(rounds[-1][0], [[1, 2], [3]], 30, 7, Draw())
-        proposed.append(sum(int(tally.proposed_B.sum()) for _, tally in rounds) / len(rounds))
+        proposed.append(sum(int(tally.drafted_B.sum()) for _, tally in rounds) / len(rounds))
     assert proposed == sorted(proposed, reverse=True)
     assert proposed[0] > proposed[2] > proposed[3] == 0
 
@@ -579,7 +590,7 @@ def test_an_unsure_network_proposes_less() -> None:
 # --- as many as pay ----------------------------------------------------------------------------------------------
 
 
-class Wandering(Pace):
+class Wandering(AdaptiveDraftLength):
     """Another stride for every call."""
 
     def choose(self, rows: int) -> int:
@@ -588,10 +599,10 @@ class Wandering(Pace):
 
 
 @pytest.mark.parametrize("draw", DRAWS, ids=str)
-@pytest.mark.parametrize("name", PROPOSERS)
+@pytest.mark.parametrize("name", DRAFTERS)
 def test_the_stride_may_change_with_every_call(name: str, draw: Draw) -> None:
     pace = Wandering(5)
-    frames = list(strided(PROPOSERS[name], 5, draw=draw, pace=pace).steps(canvas_of(PROMPTS, 25), rng=generators(3, len(PROMPTS))))
+    frames = list(decoder(DRAFTERS[name], 5, draw=draw, draft_length=pace).steps(canvas_of(PROMPTS, 25), rng=generators(3, len(PROMPTS))))
     assert_plain(frames[-1], PROMPTS, 25, 3, draw)
     assert pace._since == len(frames)
     assert pace._seconds
@@ -599,12 +610,12 @@ def test_the_stride_may_change_with_every_call(name: str, draw: Draw) -> None:
 
 def test_the_greatest_stride_is_the_adapters(autoregressive_dir: Path) -> None:
     model = load(str(autoregressive_dir))
-    assert cast(StridedSampler, model.sampler(sampler="strided:auto")).stride == 4
-    assert cast(StridedSampler, model.sampler(sampler="lookup:auto")).stride == 8
+    assert cast(SpeculativeDecoder, model.sampler(sampler="strided:auto")).stride == 4
+    assert cast(SpeculativeDecoder, model.sampler(sampler="lookup:auto")).stride == 8
     lora.attach(model.network, lora.AdapterConfig(2, 4.0, stride=3), model.tokenizer.mask_id)
-    one, two = (cast(StridedSampler, model.sampler(sampler="strided:auto")) for _ in range(2))
+    one, two = (cast(SpeculativeDecoder, model.sampler(sampler="strided:auto")) for _ in range(2))
     assert one.stride == 3
-    assert one.pace is two.pace
+    assert one.draft_length is two.draft_length
 
 
 # --- prompt lookup -----------------------------------------------------------------------------------------------
@@ -615,7 +626,7 @@ def looked_up(text: list[int], ngram: int = 3, most: int = 3) -> list[int]:
     known_B, most_B, u_BK = torch.tensor([len(text)]), torch.tensor([most]), torch.rand(1, 3)
     nothing = torch.zeros(1, 0, 0)
     unused: Any = lambda *_: pytest.fail("nothing is drawn")  # noqa: E731
-    found = Lookup(ngram)(
+    found = PromptLookup(ngram)(
         Round(text_BL, known_B * 0, known_B, most_B, u_BK, nothing, most_B > 0, unused, unused, unused, 0, cast(Any, None), {})
     )
     assert found.logq_BKV is None
@@ -639,7 +650,7 @@ def test_lookup_is_quick_in_a_text_that_repeats_itself() -> None:
             return torch.nn.functional.one_hot((z_BQ + 1) % 5, MASK + 1).float() * 10
 
     known = Cycle(1.0)
-    sampler = StridedSampler(known, MASK, 64, known.ragged_cache, Lookup(), 4, draw=Draw(0.0))
+    sampler = SpeculativeDecoder(known, MASK, 64, known.ragged_cache, PromptLookup(), 4, draw=Draw(0.0))
     *_, frame = sampler.steps(canvas_of([[0]], 60), rng=generators(0, 1))
     assert frame.tokens_BT[0].tolist() == [i % 5 for i in range(61)]
     assert frame.forwards <= 6 + 54 / 4 + 1
@@ -657,19 +668,19 @@ def test_lookup_is_quick_in_a_text_that_repeats_itself() -> None:
         {"floor": 1.1},
         {"coupling": "loose"},
         {"context": WINDOW},
-        {"pace": Pace(3)},
-        {"pace": Pace(4), "coupling": "ratio"},
+        {"draft_length": AdaptiveDraftLength(3)},
+        {"draft_length": AdaptiveDraftLength(4), "coupling": "ratio"},
         {"tree": Tree.likeliest(6, 3), "coupling": "ratio"},
-        {"tree": Tree.likeliest(6, 3), "pace": Pace(4)},
+        {"tree": Tree.likeliest(6, 3), "draft_length": AdaptiveDraftLength(4)},
         {"tree": Tree.likeliest(6, 2)},
     ],
 )
 def test_bad_settings(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError):
-        strided(Masks(), **bad)
+        decoder(MaskDrafter(), **bad)
 
 
-@pytest.mark.parametrize("make", [lambda: Masks("bush"), lambda: Lookup(0)])
+@pytest.mark.parametrize("make", [lambda: MaskDrafter("bush"), lambda: PromptLookup(0)])
 def test_bad_proposers(make: Callable[[], Any]) -> None:
     with pytest.raises(InputError):
         make()
@@ -677,12 +688,12 @@ def test_bad_proposers(make: Callable[[], Any]) -> None:
 
 def test_what_it_cannot_continue() -> None:
     with pytest.raises(InputError, match="cannot fill holes"):
-        next(strided(Masks()).steps(Canvas.from_rows([[1, None, 2]], fill=MASK), rng=generators(0, 1)))
+        next(decoder(MaskDrafter()).steps(Canvas.from_rows([[1, None, 2]], fill=MASK), rng=generators(0, 1)))
     with pytest.raises(InputError, match="at least one token"):
-        next(strided(Masks(), start=None).steps(canvas_of([[]], 3), rng=generators(0, 1)))
+        next(decoder(MaskDrafter(), start=None).steps(canvas_of([[]], 3), rng=generators(0, 1)))
     with pytest.raises(InputError, match="needs context"):
-        strided(Masks(), start=None, context=0)
-    assert list(strided(Masks()).steps(Canvas.from_rows([[1, 2]], fill=MASK), rng=generators(0, 1))) == []
+        decoder(MaskDrafter(), start=None, context=0)
+    assert list(decoder(MaskDrafter()).steps(Canvas.from_rows([[1, 2]], fill=MASK), rng=generators(0, 1))) == []
 
 
 WORDS = [

@@ -14,7 +14,7 @@ from torch import Tensor
 from chains import any_order_law, copies
 from dlm.errors import InputError
 from dlm.noise.masked import MaskedNoise
-from dlm.sampling.diffusion.any_order_speculative import SpeculativeSampler
+from dlm.sampling.diffusion.any_order_speculative import AnyOrderSpeculativeSampler
 from dlm.sampling.diffusion.loop import DiffusionSampler
 from dlm.sampling.diffusion.unmasking import FirstHitting
 from dlm.sampling.draw import Draw, generators
@@ -29,7 +29,7 @@ HOLE: Given = (None,) * TINY.length
 
 
 def run(denoiser: Any, proposals: int, given: Given = HOLE, rows: int = ROWS, seed: int = 0, **options: Any) -> list[Frame]:
-    sampler = SpeculativeSampler(denoiser, NOISE, TINY.length, proposals, **options)
+    sampler = AnyOrderSpeculativeSampler(denoiser, NOISE, TINY.length, proposals, **options)
     frames = list(sampler.steps(copies(given, TINY.mask_id, rows), rng=generators(seed, rows)))
     assert frames[-1].settled_BT.all()
     return frames
@@ -90,7 +90,7 @@ class Independent:
 @pytest.mark.parametrize(("proposals", "calls"), [(1, 30), (5, 7), (8, 5), (100, 2)])
 def test_tokens_per_call(proposals: int, calls: int) -> None:
     """The first call has nothing to verify and writes one token; the others write all that they propose."""
-    sampler = SpeculativeSampler(Independent(), MaskedNoise(5, 4), 30, proposals)
+    sampler = AnyOrderSpeculativeSampler(Independent(), MaskedNoise(5, 4), 30, proposals)
     frames = list(sampler.steps(Canvas.from_rows([[None] * 30], fill=4), rng=generators(0, 1)))
     assert len(frames) == frames[-1].forwards == calls
 
@@ -100,7 +100,7 @@ def test_a_row_alone_and_in_a_batch() -> None:
     model, noise = Noted(4, 8), MaskedNoise(5, 4)
 
     def sample(rows: list[list[int | None]], seed: int) -> Tensor:
-        sampler = SpeculativeSampler(model, noise, 8, 3, context=2)
+        sampler = AnyOrderSpeculativeSampler(model, noise, 8, 3, context=2)
         return list(sampler.steps(Canvas.from_rows(rows, fill=4), rng=generators(seed, len(rows))))[-1].tokens_BT
 
     together = sample(rows, 5)
@@ -114,4 +114,4 @@ def test_a_row_alone_and_in_a_batch() -> None:
 @pytest.mark.parametrize("bad", [{"proposals": 0}, {"tolerance": -0.1}, {"tolerance": float("nan")}, {"context": 4}])
 def test_bad_settings(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError):
-        SpeculativeSampler(BayesDenoiser(TINY), NOISE, TINY.length, **bad)
+        AnyOrderSpeculativeSampler(BayesDenoiser(TINY), NOISE, TINY.length, **bad)

@@ -16,7 +16,7 @@ PLAIN = 1.03  # what others must be better by than plain decoding
 PATIENCE = 16, 64  # calls before another stride is tried again: at first, and at most, as it doubles whenever that changes nothing
 
 
-class Pace:
+class AdaptiveDraftLength:
     """For one model and one kind of proposals; it may serve several runs. most: the greatest stride, grows: the factor to it."""
 
     def __init__(self, most: int, grows: int = 2) -> None:

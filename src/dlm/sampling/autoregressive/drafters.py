@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.protocols import Denoiser
-from dlm.sampling.autoregressive.protocols import Proposals, Round, RowCache
+from dlm.sampling.autoregressive.protocols import DraftTokens, Round, RowCache
 from dlm.sampling.draw import race
 
 LAYOUTS = ("tree", "restart")
@@ -53,7 +53,7 @@ def tokens_per_call(layout: str, stride: int, acceptance: float) -> float:
 
 
 @dataclass(frozen=True)
-class Masks:
+class MaskDrafter:
     """The network's own guesses: masks in the call that verifies the last ones (introspective strided decoding, I-DLM).
 
     A group of stride - 1 masks stands for the token after a prefix of the proposals, still unknown, and those after it; each reads the
@@ -79,7 +79,7 @@ class Masks:
             return count_B[:, None]
         return torch.arange(int(count_B.max()) + 1, device=count_B.device).expand(len(count_B), -1)
 
-    def __call__(self, round: Round) -> Proposals:
+    def __call__(self, round: Round) -> DraftTokens:
         most_B = torch.where(round.guessed_B, round.most_B, 0)
         last_B1 = round.text_BL.gather(1, (round.known_B - 1).clamp(min=0)[:, None])
 
@@ -94,14 +94,14 @@ class Masks:
         return round.grow(law, most_B)
 
     @classmethod
-    def cheapest(cls, seconds: Callable[[Sequence[int]], Sequence[float]], stride: int, acceptance: float, **options: Any) -> Masks:
+    def cheapest(cls, seconds: Callable[[Sequence[int]], Sequence[float]], stride: int, acceptance: float, **options: Any) -> MaskDrafter:
         """The layout with more tokens a second at this acceptance. seconds: what calls of so many positions take."""
         taken = dict(zip(LAYOUTS, seconds([stride**2, 2 * stride - 1]), strict=True))
         return cls(max(LAYOUTS, key=lambda layout: tokens_per_call(layout, stride, acceptance) / taken[layout]), **options)
 
 
 @dataclass(frozen=True)
-class Lookup:
+class PromptLookup:
     """Prompt lookup: what followed when the last tokens stood in the text before, up to `ngram` of them, the latest place of the longest.
 
     Saxena, prompt-lookup-decoding, 2023; `ngram` in vLLM. Where that place is so near that its continuation reaches the end of the text,
@@ -117,7 +117,7 @@ class Lookup:
 
     groups = staticmethod(no_groups)
 
-    def __call__(self, round: Round) -> Proposals:
+    def __call__(self, round: Round) -> DraftTokens:
         text_BL, known_B1 = round.text_BL, round.known_B[:, None]
         column_L = torch.arange(text_BL.shape[1], device=text_BL.device)
         same_BL, length_BL = column_L < known_B1 - 1, torch.zeros_like(text_BL)
@@ -129,11 +129,11 @@ class Lookup:
         found_B = length_BL.gather(1, best_B1).squeeze(1) > 0
         k_K = torch.arange(round.u_BK.shape[1], device=text_BL.device)
         after_BK = best_B1 + 1 + k_K % (known_B1 - 1 - best_B1).clamp(min=1)
-        return Proposals(text_BL.gather(1, after_BK.clamp(max=text_BL.shape[1] - 1)), torch.where(found_B, round.most_B, 0))
+        return DraftTokens(text_BL.gather(1, after_BK.clamp(max=text_BL.shape[1] - 1)), torch.where(found_B, round.most_B, 0))
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedVocabulary:
     """A network of the same tokens but another number of ids as one with `wanted` of them; the last id of each is its mask.
 
     An id that it lacks it reads as its own mask, and never proposes: what has no logit is -inf.
@@ -150,7 +150,7 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Heads:
+class MedusaDrafter:
     """Guesses of heads on the hidden state that the last token was drawn from: the k-th says which token stands k places after that one,
     without having seen it. Medusa (Cai et al. 2401.10774).
 
@@ -163,7 +163,7 @@ class Heads:
 
     groups = staticmethod(no_groups)
 
-    def __call__(self, round: Round) -> Proposals:
+    def __call__(self, round: Round) -> DraftTokens:
         assert round.state_BD is not None
         most_B = round.most_B.clamp(max=self.count)
         logits_BKV = self.logits(round.state_BD, int(most_B.max()))
@@ -184,7 +184,7 @@ class DraftModel:
 
     groups = staticmethod(no_groups)
 
-    def __call__(self, round: Round) -> Proposals:
+    def __call__(self, round: Round) -> DraftTokens:
         text_BL, begin_B, most = round.text_BL, round.begin_B, int(round.most_B.max())
         rows, device, known_B = len(text_BL), text_BL.device, round.known_B
         if "cache" not in round.memory:
@@ -210,7 +210,7 @@ class DraftModel:
             put(text_BL, known_B + k, new_B1, torch.ones_like(known_B))
             token_BK = torch.cat([token_BK, new_B1], 1)
             logq_BKV = logq_B1V if logq_BKV is None else torch.cat([logq_BKV, logq_B1V], 1)
-        return Proposals(token_BK, round.most_B, logq_BKV)
+        return DraftTokens(token_BK, round.most_B, logq_BKV)
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class SelfDraft:
 
     groups = staticmethod(no_groups)
 
-    def __call__(self, round: Round) -> Proposals:
+    def __call__(self, round: Round) -> DraftTokens:
         cache, rows = round.cache, len(round.text_BL)
         held_B = cache.length_B
         read_B = held_B == round.known_B - round.begin_B + (self.start is not None) - 1  # a row that enters a window is not
@@ -247,4 +247,4 @@ class SelfDraft:
             count_B += going_B
             going_B = going_B & (count_B < most_B) & (lead_B1 >= self.lead).squeeze(1)
         cache.trim(held_B)
-        return Proposals(torch.cat(token_BK, 1), count_B, torch.cat(logq_BKV, 1) if logq_BKV else None)
+        return DraftTokens(torch.cat(token_BK, 1), count_B, torch.cat(logq_BKV, 1) if logq_BKV else None)

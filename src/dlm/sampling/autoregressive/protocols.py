@@ -32,7 +32,7 @@ class RowCache(Protocol):
 
 
 @dataclass(frozen=True)
-class Proposals:
+class DraftTokens:
     """What may come next in each row: the first count_B of token_BK, the nodes of the tree that the sampler verifies. logq_BKV: log of what
     they were drawn from, None if not drawn."""
 
@@ -43,17 +43,17 @@ class Proposals:
 
 @dataclass(frozen=True)
 class Round:
-    """What a proposer sees after a call of strided decoding. M masks of a group.
+    """What a drafter sees after a call of strided decoding. M masks of a group.
 
     text_BL: the committed text, known_B columns of it; begin_B: where the window begins that a row is in; most_B: proposals wanted at
     most; u_BK: a uniform for each, to draw it with; guess_BMX: logits of the group of masks after the text, of the rows in guessed_B, or
-    their hidden states where `Proposer.reads_states`;
+    their hidden states where `Drafter.reads_states`;
     shape: logits (B, K, V) to the log-probabilities that the sampler draws from; lead(logits, u_BK): the tokens drawn, how far each lies
     before the second choice in nats, and those log-probabilities, None where the tokens are certain;
     grow(law, most_B): the proposals that the sampler wants of a law, as of `Tree.grow`; what has no law gives the first
     token for each place. capacity: positions that a cache of this run needs.
-    cache: what the network has read of the text, all but its last token. memory: what the proposer keeps for its next round. state_BD: the
-    hidden state that the last token was drawn from, where `Proposer.reads_states`.
+    cache: what the network has read of the text, all but its last token. memory: what the drafter keeps for its next round. state_BD: the
+    hidden state that the last token was drawn from, where `Drafter.reads_states`.
     """
 
     text_BL: Tensor
@@ -65,14 +65,14 @@ class Round:
     guessed_B: Tensor
     shape: Callable[[Tensor], Tensor]
     lead: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
-    grow: Callable[[Callable[[int, Tensor], Tensor], Tensor], Proposals]
+    grow: Callable[[Callable[[int, Tensor], Tensor], Tensor], DraftTokens]
     capacity: int
     cache: RowCache
     memory: dict[str, Any]
     state_BD: Tensor | None = None
 
 
-class Proposer(Protocol):
+class Drafter(Protocol):
     """Where the tokens come from that strided decoding verifies; a frozen dataclass, so that it prints and goes into the run record."""
 
     @property
@@ -82,5 +82,5 @@ class Proposer(Protocol):
     def groups(self, count_B: Tensor) -> Tensor:
         """Groups of masks that the next call reads too: after how many of a row's proposals each stands, int64 (B, G)."""
 
-    def __call__(self, round: Round) -> Proposals:
+    def __call__(self, round: Round) -> DraftTokens:
         """What comes after the committed text, as far as it can tell. The law of what it draws may depend on that text alone."""

@@ -22,11 +22,11 @@ from torch import Tensor
 from dlm.errors import InputError
 from dlm.protocols import RNG, Denoiser
 from dlm.sampling import windows
-from dlm.sampling.autoregressive.draft_length import Pace
+from dlm.sampling.autoregressive.draft_length import AdaptiveDraftLength
 from dlm.sampling.autoregressive.draft_tree import Tree
-from dlm.sampling.autoregressive.drafters import Masks, causal, inputs, put
+from dlm.sampling.autoregressive.drafters import MaskDrafter, causal, inputs, put
 from dlm.sampling.autoregressive.plain import check_continues, start_token
-from dlm.sampling.autoregressive.protocols import Proposals, Proposer, Round, RowCache
+from dlm.sampling.autoregressive.protocols import Drafter, DraftTokens, Round, RowCache
 from dlm.sampling.autoregressive.verification import COUPLINGS, Fresh, Stream
 from dlm.sampling.batching import Law, stacked
 from dlm.sampling.draw import Draw, finishers, race, scores
@@ -40,22 +40,22 @@ class Tally:
     """What one call did: how far its proposals went in each row and how many were accepted, tokens it committed, 0 for rows that are
     done; positions read."""
 
-    proposed_B: Tensor
+    drafted_B: Tensor
     accepted_B: Tensor
     committed_B: Tensor
     positions: int
 
 
 @dataclass(frozen=True)
-class StridedSampler:
+class SpeculativeDecoder:
     """Continue prompts, rows at their own pace. make_cache(rows, positions) gives an empty `RowCache`.
 
-    proposer: a drafter of `drafters.py`. stride: tokens that a call may commit; 1 is plain autoregression.
+    drafter: a drafter of `drafters.py`. stride: tokens that a call may commit; 1 is plain autoregression.
     coupling: `stream`, the text of `AutoregressiveSampler` with the same generators, token for token; or `ratio`, its distribution only,
     with more accepted. Both are exact up to rounding: where calls of different lengths round differently, a near-tie may fall otherwise.
     floor: the k-th proposal is made only where c^k reaches it, c the probability of the likeliest token where the last one was drawn; so
     the stride follows the network's confidence. 0: always `stride`. tree: of the proposals, by default the first choice for each place;
-    others need masks or heads, and `stream`. pace: makes `stride` the most, and every call as long as has paid so far; with `stream`,
+    others need masks or heads, and `stream`. draft_length: chooses every stride, up to `stride`, by what has paid so far; with `stream`,
     whose text does not depend on it. start, stop, context: as of `AutoregressiveSampler`.
     """
 
@@ -63,12 +63,12 @@ class StridedSampler:
     mask_id: int
     window: int
     make_cache: Callable[[int, int], RowCache]
-    proposer: Proposer = field(default_factory=Masks)
+    drafter: Drafter = field(default_factory=MaskDrafter)
     stride: int = 4
     coupling: str = "stream"
     floor: float = 0.0
     tree: Tree | None = None
-    pace: Pace | None = None
+    draft_length: AdaptiveDraftLength | None = None
     draw: Draw = field(default_factory=Draw)
     context: int = 0
     model: str = ""
@@ -82,9 +82,11 @@ class StridedSampler:
             raise InputError(f"a stride counts from 1, and its floor lies in 0 .. 1; got {self.stride} and {self.floor}")
         if self.coupling not in COUPLINGS:
             raise InputError(f"unknown coupling {self.coupling!r}; known: {', '.join(COUPLINGS)}")
-        if self.pace is not None and (self.coupling != "stream" or self.pace.strides[-1] != self.stride):
-            raise InputError("a pace goes with the coupling stream, and up to the stride of the sampler")
-        if self.tree is not None and (self.coupling != "stream" or self.pace is not None or max(self.tree.depth) != self.stride - 1):
+        if self.draft_length is not None and (self.coupling != "stream" or self.draft_length.strides[-1] != self.stride):
+            raise InputError("an adaptive draft length goes with the coupling stream, and up to the stride of the sampler")
+        if self.tree is not None and (
+            self.coupling != "stream" or self.draft_length is not None or max(self.tree.depth) != self.stride - 1
+        ):
             raise InputError("a tree goes with the coupling stream and a fixed stride, one less deep than that")
 
     def steps(self, canvas: Canvas, *, rng: RNG) -> Iterator[Frame]:
@@ -100,16 +102,16 @@ class StridedSampler:
             assert run.tally is not None
             yield frame, run.tally
 
-    def begin(self, canvas: Canvas, *, rng: RNG) -> StridedRun:
+    def begin(self, canvas: Canvas, *, rng: RNG) -> SpeculativeRun:
         """A run on this canvas before its first call. rng: one a row. InputError for text after a hole."""
         check_continues(canvas, self.start)
-        return StridedRun(self, canvas, rng)
+        return SpeculativeRun(self, canvas, rng)
 
     def _window(self, known_B: Tensor) -> Tensor:
         """Where the window begins in which the next token lies, as in `AutoregressiveSampler`."""
         return (known_B - self.context).clamp(min=0) // (self.window - self.context) * (self.window - self.context)
 
-    def _inputs(self, run: StridedRun) -> Tensor:
+    def _inputs(self, run: SpeculativeRun) -> Tensor:
         """How many inputs of its window each row knows."""
         return run.known_B - run.begin_B + (self.start is not None)
 
@@ -133,11 +135,11 @@ class StridedSampler:
         best_BK2, token_BK2 = score_BKV.topk(2, -1)
         return token_BK2[..., 0], best_BK2[..., 0] - best_BK2[..., 1], logp_BKV
 
-    def _grow(self, stride: int, u_BK: Tensor, law: Callable[[int, Tensor], Tensor], most_B: Tensor) -> Proposals:
+    def _grow(self, stride: int, u_BK: Tensor, law: Callable[[int, Tensor], Tensor], most_B: Tensor) -> DraftTokens:
         """As deep in each row as most_B says; see `Tree.grow`."""
         tree = self.tree or Tree.chain(stride - 1)
         token_BK, logq_BKV = tree.grow(law, self._choose, u_BK, int(most_B.max()))
-        return Proposals(token_BK, tree.tables(most_B.device).count_D[most_B], logq_BKV)
+        return DraftTokens(token_BK, tree.tables(most_B.device).count_D[most_B], logq_BKV)
 
     def _choose(self, logits_BNV: Tensor, u_B: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The first `count` tokens (B, N, C) that these numbers draw, or the likeliest at temperature 0; what the first is drawn from."""
@@ -148,9 +150,9 @@ class StridedSampler:
             return finishers(logp_BNV, u_B, count), logp_BNV
         return self._open(logits_BNV).topk(count, -1).indices, logp_BNV
 
-    def _read(self, run: StridedRun, live_B: Tensor, new_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
+    def _read(self, run: SpeculativeRun, live_B: Tensor, new_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
         """One call: (logits at every place, of the last token and the proposals, logits of the masks, the place of each group, hidden
-        states of the places, positions). Where the proposer reads states, those of the masks are in place of their logits.
+        states of the places, positions). Where the drafter reads states, those of the masks are in place of their logits.
 
         new_B: inputs that a row knows and has not read. They and its proposals lie in front, so that what is committed is a prefix.
         """
@@ -166,7 +168,7 @@ class StridedSampler:
         token_BW = torch.where(place_BW > 0, F.pad(drafts_BK, (1, 0)).gather(1, place_BW), text_BW)
         reads_PP = F.pad(tables.reads_PK[:places, : places - 1], (1, 0), value=True)
         reads_BPW = reads_PP[:, place_BW].transpose(0, 1) & (w_W < (new_B + count_B)[:, None])[:, None]
-        after_BG = self.proposer.groups(count_B)
+        after_BG = self.drafter.groups(count_B)
         after_BE = after_BG.repeat_interleave(masks, 1)
         group_E = torch.arange(after_BG.shape[1], device=device).repeat_interleave(masks)
         depth_E = torch.arange(masks, device=device).repeat(after_BG.shape[1])
@@ -182,7 +184,7 @@ class StridedSampler:
         first_B = (new_B - 1).clamp(min=0)
         at_BW = (w_W >= first_B[:, None]) & (w_W < (new_B + count_B)[:, None])
         states: list[Tensor] = []
-        more: dict[str, Any] = {"states": states} if self.proposer.reads_states else {}
+        more: dict[str, Any] = {"states": states} if self.drafter.reads_states else {}
         at_BQ = torch.cat([at_BW, (live_B[:, None] & (not more)).expand_as(after_BE)], 1)
         logits_BQV = self.denoiser(z_BQ, pos_BQ=pos_BQ, own_BQQ=own_BQQ, at_BQ=at_BQ, cache=run.cache, **more)
         at_BP = first_B[:, None] + torch.arange(places, device=device)
@@ -192,14 +194,14 @@ class StridedSampler:
 
     def _propose(
         self,
-        run: StridedRun,
+        run: SpeculativeRun,
         logits_BKV: Tensor,
         guess_BEX: Tensor,
         hit_BG: Tensor,
         place_B: Tensor,
         u_BK: Tensor,
         state_BKD: Tensor | None,
-    ) -> Proposals:
+    ) -> DraftTokens:
         """For the next call, no more than fit into its row and window and than the network's confidence is worth."""
         rows_B, masks_M = torch.arange(len(place_B), device=place_B.device), torch.arange(run.stride - 1, device=place_B.device)
         if hit_BG.shape[1]:
@@ -212,18 +214,18 @@ class StridedSampler:
         state_BD = None if state_BKD is None else state_BKD[rows_B, place_B]
         known, guess = (run.text_BL, run.begin_B, run.known_B, most_B, u_BK), (guess_BEX, hit_BG.any(-1), self._shape, self._lead)
         grow = partial(self._grow, run.stride, u_BK)
-        proposals = self.proposer(Round(*known, *guess, grow, run.capacity, run.cache, run.memory, state_BD))
+        proposals = self.drafter(Round(*known, *guess, grow, run.capacity, run.cache, run.memory, state_BD))
         most = int(proposals.count_B.max())
         logq_BKV = proposals.logq_BKV
-        return Proposals(proposals.token_BK[:, :most], proposals.count_B, None if logq_BKV is None else logq_BKV[:, :most])
+        return DraftTokens(proposals.token_BK[:, :most], proposals.count_B, None if logq_BKV is None else logq_BKV[:, :most])
 
 
-class StridedRun:
+class SpeculativeRun:
     """The state of one run (`dlm.sampling.batching`): all of it by rows, those that are done keep their place until they leave."""
 
     reads_first: ClassVar[bool] = True
 
-    def __init__(self, sampler: StridedSampler, canvas: Canvas, rng: RNG) -> None:
+    def __init__(self, sampler: SpeculativeDecoder, canvas: Canvas, rng: RNG) -> None:
         (rows, length), stride, window = canvas.free_BT.shape, sampler.stride, sampler.window
         self.sampler, self.free_BL = sampler, canvas.free_BT
         self.text_BL = torch.where(self.free_BL, sampler.mask_id, canvas.tokens_BT)
@@ -233,10 +235,10 @@ class StridedRun:
         self.done_B = torch.zeros_like(self.free_BL[:, 0])
         self.stop_S = torch.tensor(sorted(sampler.stop), dtype=torch.long, device=self.text_BL.device)
         nodes = stride - 1 if sampler.tree is None else len(sampler.tree)
-        groups = sampler.proposer.groups(torch.tensor([nodes])).shape[1]  # no more room than a call may take: compiled ones read it all
+        groups = sampler.drafter.groups(torch.tensor([nodes])).shape[1]  # no more room than a call may take: compiled ones read it all
         self.capacity = min(window, length) + (sampler.context if length > window else 0) + nodes + 2 + groups * stride
         self.cache = sampler.make_cache(rows, self.capacity)
-        self.proposals = Proposals(canvas.tokens_BT[:, :0], torch.zeros_like(self.known_B))
+        self.proposals = DraftTokens(canvas.tokens_BT[:, :0], torch.zeros_like(self.known_B))
         self.memory: dict[str, Any] = {}
         most = int(self.free_BL.sum(-1).max()) + 2 * stride
         stream = sampler.coupling == "stream"
@@ -270,9 +272,9 @@ class StridedRun:
         """One network call for the rows that have something to do; `tally` says what it did."""
         sampler, live_B, known_B = self.sampler, self.live_B, self.known_B
         proposals, tree, held_B = self.proposals, self.tree, self.cache.length_B
-        began, before, pace = time.perf_counter(), self.stride, sampler.pace
-        if pace is not None:
-            self.stride = pace.choose(int(live_B.sum()))
+        began, before, draft_length = time.perf_counter(), self.stride, sampler.draft_length
+        if draft_length is not None:
+            self.stride = draft_length.choose(int(live_B.sum()))
         new_B = (sampler._inputs(self) - held_B) * live_B
         logits_BKV, guess_BEX, after_BG, state_BKD, positions = sampler._read(self, live_B, new_B)
         self.forwards += 1
@@ -299,12 +301,12 @@ class StridedRun:
         if sampler.stride > 1:
             u_BK = self.numbers.fresh(self.known_B, self.stride - 1)
             self.proposals = sampler._propose(self, logits_BKV, guess_BEX, after_BG == place_B[:, None], place_B, u_BK, state_BKD)
-        if pace is not None and self.stride == before and int(new_B.max()) == 1:  # else it changed its stride, or read a prompt
+        if draft_length is not None and self.stride == before and int(new_B.max()) == 1:  # else it changed its stride, or read a prompt
             taken = taken_B[live_B].tolist()
-            pace.saw(len(taken), before, time.perf_counter() - began, taken)
+            draft_length.saw(len(taken), before, time.perf_counter() - began, taken)
         return self.frame()
 
-    def join(self, other: StridedRun) -> None:
+    def join(self, other: SpeculativeRun) -> None:
         """Take in the rows of another run of the same sampler; the other is used up. ValueError unless both or neither began."""
         if self.memory.keys() != other.memory.keys():
             raise ValueError("what proposes knows the rows of one run alone: let them take their first step by themselves")
@@ -320,7 +322,7 @@ class StridedRun:
         logq_BKV = None
         if ours.logq_BKV is not None or theirs.logq_BKV is not None:
             logq_BKV = stacked(self._logq(ours, theirs), self._logq(theirs, ours))
-        self.proposals = Proposals(stacked(ours.token_BK, theirs.token_BK), stacked(ours.count_B, theirs.count_B), logq_BKV)
+        self.proposals = DraftTokens(stacked(ours.token_BK, theirs.token_BK), stacked(ours.count_B, theirs.count_B), logq_BKV)
         self.numbers.join(other.numbers)
         self.capacity, self.law, self.tally = max(self.capacity, other.capacity), None, None
 
@@ -337,12 +339,12 @@ class StridedRun:
         count_B, logq_BKV = self.proposals.count_B[rows_K], self.proposals.logq_BKV
         most = int(count_B.max()) if len(count_B) else 0
         token_BK = self.proposals.token_BK[rows_K, :most]
-        self.proposals = Proposals(token_BK, count_B, None if logq_BKV is None else logq_BKV[rows_K, :most])
+        self.proposals = DraftTokens(token_BK, count_B, None if logq_BKV is None else logq_BKV[rows_K, :most])
         self.numbers.keep(rows_K)
         self.law = self.tally = None
 
     @staticmethod
-    def _logq(mine: Proposals, other: Proposals) -> Tensor:
+    def _logq(mine: DraftTokens, other: DraftTokens) -> Tensor:
         """Of proposals that were not drawn, in a batch with some that were: log q = 0 at the token."""
         if mine.logq_BKV is not None:
             return mine.logq_BKV

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from dlm.protocols import RNG
 from dlm.sampling.autoregressive.draft_tree import Tree
-from dlm.sampling.autoregressive.protocols import Proposals
+from dlm.sampling.autoregressive.protocols import DraftTokens
 from dlm.sampling.batching import stacked
 from dlm.sampling.draw import categorical, pick, uniform
 
 COUPLINGS = ("stream", "ratio")
 
 
-def agree(token_BP: Tensor, proposals: Proposals, tree: Tree) -> tuple[Tensor, Tensor]:
+def agree(token_BP: Tensor, proposals: DraftTokens, tree: Tree) -> tuple[Tensor, Tensor]:
     """(the place up to which proposals hold, the token after it), int64 (B,).
 
     A proposal holds where it is the token that the target draws there, and those before it hold. token_BP: what the target draws after
@@ -35,7 +35,7 @@ def agree(token_BP: Tensor, proposals: Proposals, tree: Tree) -> tuple[Tensor, T
     return place_B, token_BP.gather(1, place_B[:, None]).squeeze(1)
 
 
-def ratio(logp_BKV: Tensor, proposals: Proposals, u_BK: Tensor, last_B: Tensor) -> tuple[Tensor, Tensor]:
+def ratio(logp_BKV: Tensor, proposals: DraftTokens, u_BK: Tensor, last_B: Tensor) -> tuple[Tensor, Tensor]:
     """As `agree`, of a chain: proposal d holds with min(1, p(d) / q(d)), the first that does not is drawn anew from max(0, p - q).
 
     Leviathan et al. 2211.17192, Chen et al. 2302.01318. A proposal that was not drawn is certain, q(d) = 1: it holds with p(d), and what
@@ -78,7 +78,7 @@ class Stream:
         """Numbers (B, count) of the tokens after the known ones."""
         return self.u_BN.gather(1, (known_B - self.first_B)[:, None] + torch.arange(count, device=known_B.device))
 
-    def verify(self, logits_BPV: Tensor, proposals: Proposals, known_B: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
+    def verify(self, logits_BPV: Tensor, proposals: DraftTokens, known_B: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
         u_BD = self.fresh(known_B, max(tree.depth) + 1)
         return agree(self.take(logits_BPV, u_BD[:, tree.tables(u_BD.device).depth_P[: logits_BPV.shape[1]]]), proposals, tree)
 
@@ -98,6 +98,6 @@ class Fresh:
     def fresh(self, known_B: Tensor, count: int) -> Tensor:
         return uniform(self.rng, count).to(known_B.device)
 
-    def verify(self, logits_BKV: Tensor, proposals: Proposals, known_B: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
+    def verify(self, logits_BKV: Tensor, proposals: DraftTokens, known_B: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
         u_BK = self.fresh(known_B, self.stride)
         return ratio(self.shape(logits_BKV), proposals, u_BK[:, : logits_BKV.shape[1] - 1], u_BK[:, -1])

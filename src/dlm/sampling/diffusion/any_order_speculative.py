@@ -21,7 +21,7 @@ from dlm.trajectory import Canvas, Frame
 
 
 @dataclass(frozen=True)
-class SpeculativeSampler:
+class AnyOrderSpeculativeSampler:
     """Propose the next `proposals` tokens of a random order independently, verify them in one batched call.
 
     Row j of that call sees the first j proposals and gives p for the next; proposal x is accepted with min(1, p(x) / q(x)), q what
