@@ -202,7 +202,7 @@ def test_a_save_that_fails_leaves_the_former_file(tmp_path: Path, monkeypatch: p
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for name in ("dlm.trajectory.os.replace", "dlm.trajectory.save_file"):
+    for name in ("dlm.files.os.replace", "dlm.trajectory.save_file"):
         other = recorded(hello()[0], [])
         with monkeypatch.context() as patch:
             patch.setattr(name, full)

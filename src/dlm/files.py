@@ -1,16 +1,96 @@
-"""Files that a reader never sees half written."""
+"""Files that a reader never sees half written, JSON that is checked when it is read, and the format numbers of files."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import dlm
+from dlm.errors import InputError
+
+PREFIX = ".saving-"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, on the same disk: renamed to `path` at the end, removed where something fails.
+
+    The file is on disk before it gets its name. It has the permissions of the file that it replaces, else those of any new file.
+    """
+    with replacing_files(path.parent) as temporary:
+        yield temporary / path.name
+
+
+@contextmanager
+def replacing_files(directory: Path, order: Callable[[Path], Any] = str) -> Iterator[Path]:
+    """A temporary directory inside `directory`, from which all files move out at the end, each as with `replacing`.
+
+    order: key of the files' order, so that a reader who finds the last one finds all others.
+    """
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=directory) as temporary:
+        probe = Path(temporary) / ".mode"
+        probe.touch()
+        mode = probe.stat().st_mode
+        probe.unlink()
+        yield Path(temporary)
+        for partial in sorted(Path(temporary).iterdir(), key=order):
+            path = directory / partial.name
+            _install(partial, path, path.stat().st_mode if path.is_file() else mode)
+
+
+def _install(partial: Path, path: Path, mode: int) -> None:
+    with partial.open("r+b") as file:
+        os.fsync(file.fileno())
+    partial.chmod(mode & 0o777)  # safetensors writes for the owner alone
+    os.replace(partial, path)
+
+
+def sweep(directory: Path) -> None:
+    """Remove what a process that was killed while it saved has left in a directory."""
+    for left in directory.glob(f"{PREFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
-    """UTF-8, to a temporary name beside it first. errors: as of `str.encode`."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """UTF-8, by `replacing`. errors: as of `str.encode`."""
+    write_bytes(path, text.encode("utf-8", errors))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """By `replacing`."""
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+
+
+def read_json(path: Path) -> Any:
+    """The value that a JSON file holds. InputError where it is missing or damaged, nested too deep, or has an integer too long."""
     try:
-        partial.write_text(text, encoding="utf-8", errors=errors)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    except RecursionError:
+        raise InputError(f"{path} is damaged (it is nested too deep)") from None
+    except ValueError as error:  # damaged JSON or UTF-8, and integers of more than 4,300 digits
+        raise InputError(f"{path} is damaged ({error})") from None
+
+
+def stamp(number: int) -> dict[str, Any]:
+    """The entries of a file that say in which format and by which version of dlm it was written."""
+    return {"format": number, "dlm_version": dlm.__version__}
+
+
+def check_stamp(data: Mapping[str, Any], newest: int, path: str | Path) -> int:
+    """The format number of what was read; 0 for a file from before there were any. InputError for one newer than `newest`."""
+    number, writer = data.get("format", 0), data.get("dlm_version")
+    if not isinstance(number, int) or number < 0:
+        raise InputError(f"{path} is damaged (its format is {number!r})")
+    if number > newest:
+        by = f"dlm {writer}" if isinstance(writer, str) else "a later version of dlm"
+        raise InputError(f"{path} has format {number}, which {by} writes; dlm {dlm.__version__} reads up to {newest}: upgrade dlm")
+    return number

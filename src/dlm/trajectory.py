@@ -6,7 +6,6 @@ Shapes: B rows, T positions, E changes, S frames.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dlm.errors import InputError
+from dlm.files import check_stamp, replacing, stamp
 
-FORMAT = "dlm-trajectory-1"
+KIND = "dlm-trajectory-1"  # tells the file from other safetensors files
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -217,25 +218,21 @@ class Trajectory:
             "seconds": [round(s, 6) for s in self.seconds],
             "meta": self.meta,
         }
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, partial, metadata={"format": FORMAT, "header": json.dumps(header)})
-            partial.chmod(0o644)  # safetensors writes for the owner alone
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(Path(path)) as partial:
+            save_file(tensors, partial, metadata={"format": KIND, "header": json.dumps(stamp(FORMAT) | header)})
 
     @classmethod
     def load(cls, path: str | Path) -> Trajectory:
-        """Read what `save` wrote. InputError when the file is something else or damaged."""
+        """Read what `save` wrote. InputError for a file that is something else, damaged, or of a later format."""
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
+                if metadata.get("format") != KIND:
                     raise InputError(f"{path} is not a trajectory saved by dlm")
+                header = json.loads(metadata["header"])
+                check_stamp(header, FORMAT, path)
                 tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            return cls._from_file(tensors, json.loads(metadata["header"]))
+            return cls._from_file(tensors, header)
         except InputError:
             raise
         except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:

@@ -301,3 +301,25 @@ def test_a_hub_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(native, "snapshot_download", offline)
     assert "no route to host" in told(Path("someone/something"))
     assert asked == [["*.json", "*.safetensors"]]  # nothing that could be unpickled or run is even fetched
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"contxt": 8}, "unknown key 'contxt'; did you mean context?"),
+        ({"objectiv": "autoregressive"}, "unknown key 'objectiv'; did you mean objective?"),
+        ({"network": {"windw": 8}}, "unknown key 'windw'; did you mean window?"),
+        ({"colour": "red"}, "unknown key 'colour'; known: network, mask_token_id"),
+    ],
+)
+def test_a_key_that_nobody_reads_is_told_with_the_nearest_one(saved: Path, change: dict[str, Any], line: str) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    change = {key: config[key] | value if isinstance(value, dict) else value for key, value in change.items()}
+    (saved / "config.json").write_text(json.dumps(config | change))
+    assert line in told(saved)
+
+
+def test_keys_of_hugging_face_that_say_nothing_are_passed_over(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32", "transformers_version": "5.0", "_name_or_path": "x"}))
+    assert native.load_config(saved) == made().config

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -16,26 +14,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.formats import native
+from dlm.files import check_stamp, read_json, replacing_files, stamp
 
 Config = TypeVar("Config")
+FORMAT = 1
 
 
 def save(weights: Path, state: Mapping[str, Tensor], about: Path, config: Any, *, dtype: torch.dtype) -> None:
     """Write the tensors in this dtype, then the fields of `config` beside them, each whole or not at all."""
-    directory = about.parent
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
-        save_file({name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}, Path(temporary) / weights.name)
-        (Path(temporary) / about.name).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-        for file in (weights, about):
-            (Path(temporary) / file.name).chmod(0o644)  # safetensors writes for the owner alone
-            os.replace(Path(temporary) / file.name, file)
+    about.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_files(about.parent, order=lambda file: file.name == about.name) as temporary:
+        save_file({name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}, temporary / weights.name)
+        (temporary / about.name).write_text(json.dumps(stamp(FORMAT) | asdict(config), indent=2) + "\n", encoding="utf-8")
 
 
 def read_config(about: Path, kind: type[Config], what: str) -> Config:
-    """The fields of this kind. InputError where they do not describe `what`."""
-    data = native.read_json(about)
+    """The fields of this kind. InputError where they do not describe `what`, or a later format does."""
+    data = read_json(about)
+    if not isinstance(data, dict):
+        raise InputError(f"{about} does not describe {what} (it holds a {type(data).__name__})")
+    check_stamp(data, FORMAT, about)
     try:
         return kind(**{f.name: data[f.name] for f in fields(kind)})  # type: ignore[arg-type]
     except (KeyError, TypeError, AttributeError, InputError) as error:

@@ -8,9 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import shutil
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -20,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dlm.adapters import attach, lora
@@ -28,6 +25,7 @@ from dlm.adapters import medusa as extra
 from dlm.adapters.distillation_data import Rows
 from dlm.adapters.objective import LOSSES, Acceptance, acceptance, consistency, tokens_per_forward
 from dlm.errors import InputError
+from dlm.files import sweep
 from dlm.formats import native
 from dlm.models.transformer import Transformer
 from dlm.train import state
@@ -138,8 +136,7 @@ def convert(
         _load(saved, named, optimizer)
     held_x, held_free = (part.to(device) for part in rows.held)
     out.mkdir(parents=True, exist_ok=True)
-    for left in out.glob(".saving-*"):  # of a run killed while it saved
-        shutil.rmtree(left, ignore_errors=True)
+    sweep(out)
     log = Log(out, first, tensorboard=False, main=True)
 
     def say(text: str) -> None:
@@ -287,12 +284,7 @@ def _save(path: Path, named: dict[str, nn.Parameter], optimizer: torch.optim.Opt
     tensors: dict[str, Tensor] = {name: p.detach() for name, p in named.items()}
     for name, p in named.items():
         tensors |= {f"{MOMENT}{name}.{key}": value for key, value in optimizer.state[p].items()}
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as temporary:
-        partial = Path(temporary) / path.name
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, metadata={"meta": json.dumps(meta)})
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+    state.write(path, {k: v.cpu().contiguous() for k, v in tensors.items()}, meta)
 
 
 @torch.no_grad()

@@ -13,9 +13,10 @@ from typing import Any
 
 from dlm.errors import InputError
 from dlm.evaluation.statistics import pareto_front
-from dlm.files import write_text
+from dlm.files import check_stamp, read_json, stamp, write_text
 
 FILE = "calibration.json"
+FORMAT = 1
 ENTROPY, DISTINCT = 0.15, 0.9  # bits below, and share of, the exact sampler's: less is dull text, whatever a judge says of it
 
 
@@ -82,19 +83,22 @@ class Calibration:
     def save(self, directory: Path) -> Path:
         """Write it beside the checkpoint, to a temporary name first."""
         path = directory / FILE
-        write_text(path, json.dumps({"made": self.made, "rows": [asdict(row) for row in self.rows]}, indent=1) + "\n")
+        write_text(path, json.dumps(stamp(FORMAT) | {"made": self.made, "rows": [asdict(row) for row in self.rows]}, indent=1) + "\n")
         return path
 
     @classmethod
     def load(cls, directory: Path) -> Calibration:
-        """InputError where there is none or where it is damaged."""
+        """InputError where there is none, or one that is damaged or of a later format."""
         path = directory / FILE
         if not path.is_file():
             raise InputError(f"--sampler auto needs a measurement of this model: run dlm calibrate {directory}")
+        data, names = read_json(path), {f.name for f in fields(Row)}
         try:
-            data, names = json.loads(path.read_text(encoding="utf-8")), {f.name for f in fields(Row)}
+            check_stamp(data, FORMAT, path)
             found = cls([Row(**{k: v for k, v in row.items() if k in names}) for row in data["rows"]], dict(data["made"]))
             found.reference()
+        except InputError:
+            raise
         except (ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
             raise InputError(f"{path} is damaged ({error!r}): run dlm calibrate {directory}") from None
         return found

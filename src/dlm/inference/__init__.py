@@ -1,1 +1,5 @@
-"""Techniques that make a network fast or exact at inference, each in a file by its textbook name."""
+"""Faster, smaller or batch-invariant networks for decoding: one technique, one file; `prepare` applies them."""
+
+from dlm.inference.preparation import prepare
+
+__all__ = ["prepare"]

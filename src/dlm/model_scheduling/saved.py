@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dlm.errors import InputError
-from dlm.files import write_text
+from dlm.files import check_stamp, read_json, stamp, write_text
 from dlm.model_scheduling.plan import ModelSchedule
 
 FILE = "schedule.json"
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,22 @@ class SavedSchedule:
     def save(self, directory: Path) -> Path:
         """To a temporary name first."""
         path = directory / FILE
-        data = {"schedule": str(self.schedule), "light": self.light, "steps": self.steps, "made": self.made}
+        data = stamp(FORMAT) | {"schedule": str(self.schedule), "light": self.light, "steps": self.steps, "made": self.made}
         write_text(path, json.dumps(data, indent=1) + "\n")
         return path
 
     @classmethod
     def load(cls, directory: Path) -> SavedSchedule:
-        """InputError where there is none or where it is damaged."""
+        """InputError where there is none, or one that is damaged or of a later format."""
         path = directory / FILE
         if not path.is_file():
             raise InputError(f"--schedule auto needs a search: run dlm schedule search {directory} LIGHT --save")
+        data = read_json(path)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            check_stamp(data, FORMAT, path)
             light = {str(key): str(name) for key, name in data["light"].items()}
             return cls(ModelSchedule.parse(data["schedule"]), light, int(data["steps"]), dict(data.get("made", {})))
+        except InputError:
+            raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path} is damaged ({error!r}): run dlm schedule search again") from None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import signal
 import threading
 import time
@@ -28,6 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 
 from dlm.errors import InputError
+from dlm.files import sweep
 from dlm.formats import native
 from dlm.formats.native import ModelConfig
 from dlm.models.transformer import Transformer
@@ -116,8 +116,7 @@ def train(
     }
     if main:
         out.mkdir(parents=True, exist_ok=True)
-        for left in out.glob(".saving-*"):  # of a run killed while it saved
-            shutil.rmtree(left, ignore_errors=True)
+        sweep(out)
     log = Log(out, first, tensorboard=config.tensorboard, main=main)
 
     def say(text: str) -> None:

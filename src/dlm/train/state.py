@@ -6,8 +6,6 @@ Works for one process, DDP and FSDP2 alike: torch's distributed state-dict API g
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from dlm.errors import InputError
+from dlm.files import check_stamp, replacing, stamp
 from dlm.train.optimisers import EMA
 
 FILE = "training.safetensors"
+FORMAT = 1
 MOMENT = "optimizer.state."
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -54,22 +54,24 @@ def save(
     for parameter, values in moments.get("state", {}).items():
         tensors |= {f"{MOMENT}{parameter}.{name}": value.contiguous() for name, value in values.items()}
     if main:
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as temporary:
-            partial = Path(temporary) / path.name
-            save_file(tensors, partial, metadata={"meta": json.dumps(meta)})
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
+        write(path, tensors, meta)
+
+
+def write(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """One file, renamed into place; `read_meta` gives its meta back."""
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={"meta": json.dumps(stamp(FORMAT) | meta)})
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """Step and config of a saved state. InputError where the file is damaged."""
+    """Step and config of a saved state. InputError where the file is damaged or of a later format."""
     try:
         with safe_open(path, framework="pt") as file:
             meta: dict[str, Any] = json.loads((file.metadata() or {})["meta"])
-            return meta
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is no whole training state ({error}): delete it and train again") from None
+    check_stamp(meta, FORMAT, path)
+    return meta
 
 
 def load(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> None:

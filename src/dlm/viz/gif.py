@@ -7,13 +7,13 @@ quantisation, share their colours exactly and compress well.
 from __future__ import annotations
 
 import math
-import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dlm.files import replacing
 from dlm.trajectory import Places, Trajectory
 from dlm.viz import layout
 from dlm.viz.layout import Pane
@@ -61,9 +61,7 @@ def write_gif(
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     stage = _Stage(panes, row, columns, rows, _Stamps(fonts, size, theme), delay)
     images: Iterator[Image.Image] = stage.images(shown, cooling, 1 / fps)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(Path(path)) as partial:
         next(images).save(
             partial,
             format="GIF",
@@ -74,9 +72,6 @@ def write_gif(
             optimize=True,
             disposal=1,
         )
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class _Stamps:

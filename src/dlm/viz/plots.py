@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dlm.errors import InputError
+from dlm.files import replacing
 
 COLORS = ("#2f2c73", "#c26a00", "#2a8c82", "#93458a", "#5f87af", "#7a7f3a", "#b23a48", "#4d4d4d", "#d98cb3", "#000000")
 AXES = {
@@ -185,10 +185,8 @@ def _save(figure: Any, axes: list[Any], path: Path, columns: int = 2) -> None:
     labels, handles = list(named), list(named.values())
     place = ("outside lower center", columns) if len(axes) > 1 else ("outside right upper", 1)
     figure.legend(handles, labels, loc=place[0], ncols=place[1], frameon=False, fontsize=8)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        figure.savefig(partial, dpi=120)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            figure.savefig(partial, dpi=120, format=path.suffix.removeprefix("."))
     finally:
-        partial.unlink(missing_ok=True)
         pyplot.close(figure)

@@ -1,0 +1,218 @@
+"""Files are whole or not there, keep their permissions, and say in which format they are."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import dlm
+from conftest import make_model
+from dlm import files
+from dlm.adapters import lora, medusa
+from dlm.calibration.table import Calibration, Row
+from dlm.errors import InputError
+from dlm.formats import native
+from dlm.model_scheduling.plan import ModelSchedule
+from dlm.model_scheduling.saved import SavedSchedule
+from dlm.train import state
+from dlm.trajectory import Canvas, Trajectory
+
+
+def left(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_write_that_fails_leaves_the_former_file(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    files.write_text(path, "before")
+
+    def stop() -> None:
+        with files.replacing(path) as partial:
+            partial.write_text("half")
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        stop()
+    assert path.read_text() == "before"
+    assert left(tmp_path) == ["text.txt"]
+
+
+def test_several_files_come_in_their_order_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[str] = []
+    replace: Callable[..., None] = os.replace
+
+    def watched(source: Path, target: Path) -> None:
+        moved.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    with files.replacing_files(tmp_path, order=lambda file: file.name != "z") as temporary:
+        for name in ("a", "z", "b"):
+            (temporary / name).write_text(name)
+        assert left(tmp_path) == [temporary.name]
+    assert moved[0] == "z"
+    assert left(tmp_path) == ["a", "b", "z"]
+
+
+def test_what_was_written_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_size))
+    monkeypatch.setattr(os, "replace", lambda *names: synced.append(-1))
+    files.write_bytes(tmp_path / "data", b"12345")
+    assert synced == [5, -1]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_new_file_has_the_permissions_of_any_other(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        files.write_text(tmp_path / "text", "x")
+        with files.replacing(tmp_path / "tensors") as partial:
+            save_file({}, partial)
+            partial.chmod(0o600)
+        (tmp_path / "other").write_text("x")
+    finally:
+        os.umask(before)
+    modes = {(tmp_path / name).stat().st_mode for name in ("text", "tensors", "other")}
+    assert len(modes) == 1
+
+
+def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    files.write_text(path, "x")
+    path.chmod(0o640)
+    files.write_text(path, "y")
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert path.read_text() == "y"
+
+
+def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
+    (tmp_path / f"{files.PREFIX}abc").mkdir()
+    (tmp_path / f"{files.PREFIX}abc" / "part").write_text("half")
+    (tmp_path / "whole").write_text("x")
+    files.sweep(tmp_path)
+    assert left(tmp_path) == ["whole"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"{", "is damaged"),
+        (b"\xff", "is damaged"),
+        (b"[" * 100_000, "nested too deep"),
+        (b"1" * 5000, "is damaged"),
+    ],
+    ids=["half", "no text", "deep", "long integer"],
+)
+def test_damaged_json_gets_one_line(tmp_path: Path, text: bytes, reason: str) -> None:
+    (tmp_path / "x.json").write_bytes(text)
+    with pytest.raises(InputError, match=reason) as told:
+        files.read_json(tmp_path / "x.json")
+    assert str(tmp_path / "x.json") in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_json_that_cannot_be_read_gets_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be read .No such file"):
+        files.read_json(tmp_path / "x.json")
+    with pytest.raises(InputError, match=r"cannot be read .Is a directory"):
+        files.read_json(tmp_path)
+
+
+# Every file with a format number: (how it is written, its name, how it is read).
+
+
+def _checkpoint(directory: Path) -> Callable[[], object]:
+    make_model().save_pretrained(directory)
+    return lambda: native.load_config(directory)
+
+
+def _adapter(directory: Path) -> Callable[[], object]:
+    lora.save_adapter(directory, make_model().network, lora.AdapterConfig())
+    return lambda: lora.load_config(directory)
+
+
+def _heads(directory: Path) -> Callable[[], object]:
+    network = make_model("autoregressive").network
+    config = medusa.HeadsConfig(fingerprint=lora.fingerprint(network))
+    medusa.save_heads(directory, medusa.Heads(network, config), config)
+    return lambda: medusa.load_heads(directory, network)
+
+
+def _calibration(directory: Path) -> Callable[[], object]:
+    Calibration([Row({}, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, True)], {}).save(directory)
+    return lambda: Calibration.load(directory)
+
+
+def _schedule(directory: Path) -> Callable[[], object]:
+    SavedSchedule(ModelSchedule.parse("L0.5 H0.5"), {"L": "x"}, 4).save(directory)
+    return lambda: SavedSchedule.load(directory)
+
+
+JSON = {
+    "config.json": _checkpoint,
+    "adapter.json": _adapter,
+    "heads.json": _heads,
+    "calibration.json": _calibration,
+    "schedule.json": _schedule,
+}
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_json_files_say_their_format_and_older_ones_are_read(tmp_path: Path, name: str) -> None:
+    read = JSON[name](tmp_path)
+    data = json.loads((tmp_path / name).read_text())
+    assert data["format"] == 1
+    assert data["dlm_version"] == dlm.__version__
+    now = repr(read())
+    del data["format"], data["dlm_version"]
+    (tmp_path / name).write_text(json.dumps(data))
+    assert repr(read()) == now
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_json_files_of_a_later_format_say_who_writes_them(tmp_path: Path, name: str) -> None:
+    read = JSON[name](tmp_path)
+    data = json.loads((tmp_path / name).read_text())
+    (tmp_path / name).write_text(json.dumps(data | {"format": 2, "dlm_version": "9.1.0"}))
+    with pytest.raises(InputError, match=rf"{name} has format 2, which dlm 9\.1\.0 writes; dlm .* reads up to 1: upgrade dlm"):
+        read()
+    (tmp_path / name).write_text(json.dumps(data | {"format": "new"}))
+    with pytest.raises(InputError, match=rf"{name} is damaged .its format is 'new'"):
+        read()
+
+
+def test_a_trajectory_of_a_later_format_says_who_writes_it(tmp_path: Path) -> None:
+    path, canvas = tmp_path / "run.traj", Canvas.from_rows([[1, 2]], fill=0)
+    run = Trajectory(canvas.tokens_BT, canvas, pieces={1: "a", 2: "b"}, mask_id=0, meta={})
+    run.save(path)
+    rewrite(path, format=None, dlm_version=None)  # from before there were numbers
+    assert Trajectory.load(path).pieces == {1: "a", 2: "b"}
+    rewrite(path, format=2)
+    with pytest.raises(InputError, match=r"run\.traj has format 2, which a later version of dlm writes"):
+        Trajectory.load(path)
+
+
+def test_a_training_state_of_a_later_format_says_who_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / state.FILE
+    state.write(path, {}, {"step": 3})
+    assert state.read_meta(path)["format"] == 1
+    save_file({}, path, metadata={"meta": json.dumps({"step": 3})})  # from before there were numbers
+    assert state.read_meta(path) == {"step": 3}
+    state.write(path, {}, {"step": 3, "format": 2})
+    with pytest.raises(InputError, match=rf"training\.safetensors has format 2, which dlm {dlm.__version__} writes"):
+        state.read_meta(path)
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    header = {key: value for key, value in (json.loads(metadata["header"]) | changes).items() if value is not None}
+    save_file(load_file(path), path, metadata=metadata | {"header": json.dumps(header)})
