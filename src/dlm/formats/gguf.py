@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.formats.native import CONVERTIBLE
+from dlm.text.byte_level import WORDS
 from dlm.text.chat import ChatTemplate
 from dlm.text.tokenizer import Tokenizer
 
@@ -42,7 +43,6 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 CONTROL, USER_DEFINED = 3, 4  # kinds of token
 LLAMA3 = (1.0, 4.0, 8192.0)  # low, high and window before of every Llama 3.1 and 3.2; the file has only what follows from them
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class Header:

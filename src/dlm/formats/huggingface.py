@@ -197,7 +197,7 @@ def load(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype =
         tokenizer = Tokenizer.load(path, data["vocab_size"])
         defaults = native.read_defaults(path)
         chat = ChatTemplate.load(path)
-        defaults["eos_token_id"] = _stops(defaults.get("eos_token_id"), data.get("eos_token_id"), chat, tokenizer)
+        defaults["eos_token_id"] = stops(defaults.get("eos_token_id"), data.get("eos_token_id"), chat, tokenizer)
         begins = tokenizer.inner.encode("", add_special_tokens=True).ids
         start = begins[0] if begins else None
         state = {name: tensor for key, tensor in native.load_weights(path).items() if (name := ours(key)) is not None}
@@ -205,7 +205,7 @@ def load(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype =
     return Base(network, config, tokenizer, defaults, chat)
 
 
-def _stops(generation: Any, config: Any, chat: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
+def stops(generation: Any, config: Any, chat: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
     """Ids that end a text: of generation_config.json, else config.json; and the tokenizer's eos_token, which ends a turn of a chat."""
     found = generation if generation is not None else config
     ids = {found} if isinstance(found, int) else set(found or [])

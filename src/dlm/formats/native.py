@@ -55,7 +55,10 @@ class ModelConfig:
     context: int = 0  # tokens of the last window that a long text carries into the next
     training: dict[str, Any] = field(default_factory=dict)
     start_token_id: int | None = -1  # what an autoregressive network reads before the text: -1 its mask; None: nothing
-    family: str = "dlm"  # what it was converted from: one of CONVERTIBLE
+    family: str = "dlm"  # what it was converted from: one of CONVERTIBLE, or of `dlm.formats.families`
+    shift: bool = False  # whether row i of the logits predicts token i + 1
+    fills_window: bool = True  # whether the network was trained on windows that noise fills to the end
+    block_phase: str = "zero"  # where blocks begin: `zero`, at multiples of their length, or at the end of the `prompt`
 
     def __post_init__(self) -> None:
         if self.start_token_id == -1:
@@ -113,8 +116,10 @@ def find(name: str) -> Path:
     if name.count("/") == 1 and not name.endswith(".gguf") and not name.startswith(("/", ".", "~")):
         try:
             path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-            # the chat template of a base may be a file of its own; it runs in a sandbox
-            return Path(snapshot_download(name, allow_patterns=["*.jinja"])) if is_foreign(path) else path
+            if not (path / "config.json").is_file() or read_json(path / "config.json").get("model_type") == "dlm":
+                return path
+            # another project's chat template may be a file of its own, which runs in a sandbox, and so may its merges
+            return Path(snapshot_download(name, allow_patterns=["*.jinja", "merges.txt"]))
         except (OSError, HFValidationError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"no directory {name}, and the hub did not give it: {reason}") from None

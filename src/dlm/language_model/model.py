@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from dlm.calibration.table import Calibration
 from dlm.errors import InputError
-from dlm.formats import native
+from dlm.formats import huggingface, native
+from dlm.formats.families import known
+from dlm.formats.families import load as foreign
 from dlm.formats.native import ModelConfig
 from dlm.inference import compiled, quantize
 from dlm.inference.deterministic import steady
@@ -24,10 +27,11 @@ from dlm.language_model.generation import Generation, Run
 from dlm.language_model.options import DecodingOptions
 from dlm.model_scheduling import plan
 from dlm.model_scheduling.saved import SavedSchedule
+from dlm.models.shifted import Shifted
 from dlm.models.transformer import Transformer, predict_beside, predict_next
 from dlm.noise import process
 from dlm.noise.masked import MaskedNoise
-from dlm.protocols import Sampler
+from dlm.protocols import Denoiser, Sampler
 from dlm.sampling import registry
 from dlm.sampling.autoregressive.draft import Draft
 from dlm.sampling.autoregressive.draft_length import AdaptiveDraftLength
@@ -43,9 +47,9 @@ class LanguageModel:
     """`dlm.load(name)` gives one. Attributes: network, config, tokenizer, noise, name."""
 
     def __init__(self, network: Transformer, config: ModelConfig, tokenizer: Tokenizer, name: str = "model") -> None:
-        if tokenizer.vocab_size + 1 != config.network.vocab_size:
+        if tokenizer.ids != config.network.vocab_size:
             raise InputError(
-                f"{name}: the tokenizer has {tokenizer.vocab_size} tokens and a mask, the network {config.network.vocab_size} ids; "
+                f"{name}: the tokenizer has {tokenizer.ids} ids, the mask among them, the network {config.network.vocab_size}; "
                 "they belong to different checkpoints"
             )
         if config.mask_token_id != tokenizer.mask_id:
@@ -68,15 +72,17 @@ class LanguageModel:
     def from_pretrained(cls, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:
         """Load a directory, a GGUF file, a bundled or pulled checkpoint or a hub id. InputError says what is missing or wrong."""
         path = native.find(str(name))
-        if native.is_foreign(path):
-            from dlm.formats import huggingface
-
-            base = huggingface.load(path, device=device, dtype=dtype)
+        family = known.of(path)
+        if family is not None or native.is_foreign(path):
+            read = partial(huggingface.load, path) if family is None else partial(foreign.load, path, family)
+            base = read(device=device, dtype=dtype)
             model = cls(base.network, base.config, base.tokenizer, name=path.stem if path.is_file() else Path(name).name)
             model.defaults, model.chat = base.defaults, base.chat
             return model
         network, config = native.load(path, device=device, dtype=dtype)
-        model = cls(network, config, Tokenizer.load(path, config.mask_token_id if config.family != "dlm" else 0), name=Path(name).name)
+        ids = config.network.vocab_size
+        tokenizer = Tokenizer.load(path) if config.family == "dlm" else Tokenizer.of_network(path, ids, config.mask_token_id)
+        model = cls(network, config, tokenizer, name=Path(name).name)
         model.path, model.chat = path, ChatTemplate.load(path)
         model.defaults = native.read_defaults(path)
         return model
@@ -180,7 +186,7 @@ class LanguageModel:
 
     def known(self, tokens: Sequence[int]) -> list[int]:
         """These tokens. InputError for one that the vocabulary has not; the mask is none of it."""
-        if strange := [token for token in tokens if not 0 <= token < self.tokenizer.vocab_size]:
+        if strange := [token for token in tokens if not 0 <= token < self.tokenizer.vocab_size or token == self.tokenizer.mask_id]:
             raise InputError(f"the token {strange[0]} is none of the {self.tokenizer.vocab_size} of {self.name}")
         return list(tokens)
 
@@ -375,8 +381,28 @@ class LanguageModel:
         """Logits (B, T, V) in float32, as the bounds of `dlm.noise.loss` want them; `predict_next` of an autoregressive model."""
         if not self.is_diffusion:
             return predict_next(self.network, z_BT, self.config.start_token_id)
-        logits: Tensor = self.network(z_BT, t_B).float()
-        return logits
+        return self.denoiser(z_BT, t_B).float()
+
+    @torch.no_grad()
+    def logits(self, ids_BT: Tensor, attention_mask: Tensor | None = None, t: Tensor | float | None = None) -> Tensor:
+        """The logits (B, T, V) of a checkpoint as its own code gives them, in float32, unshifted: row i as it comes.
+
+        ids_BT: int64; attention_mask: 0 at padding, whose rows mean nothing; t: noise level of each row, for networks that read one.
+        """
+        device = self.network.device
+        pos_BT = torch.arange(ids_BT.shape[1], device=device).expand(ids_BT.shape)
+        valid_BT = None if attention_mask is None else attention_mask.to(device).bool()
+        t_B = None if t is None else torch.as_tensor(t, device=device).expand(len(ids_BT))
+        logits_BTV: Tensor = self.network(
+            ids_BT.to(device), t_B, pos_BQ=pos_BT if valid_BT is not None else None, valid_BT=valid_BT
+        ).float()
+        appended = self.config.family in native.CONVERTIBLE  # a row for a mask that the base does not have
+        return logits_BTV[..., :-1] if appended else logits_BTV
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network with row i of its logits for token i."""
+        return Shifted(self.network) if self.config.shift else self.network
 
 
 def load(

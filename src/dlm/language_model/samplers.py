@@ -64,6 +64,8 @@ def make(
     """Options as of `LanguageModel.sampler`. InputError for those that do not go with the model or with one another."""
     if budget is not None:
         raise InputError("a budget is for --sampler auto")
+    if not model.config.fills_window:
+        raise InputError(f"{model.name} is read for its logits and bounds only: dlm has no sampler for its family yet")
     draw = Draw(model.defaults.get("temperature", 1.0) if temperature is None else temperature, top_k, top_p)
     word = draft.word if draft is not None else sampler or model.default_sampler
     special = block_length or isinstance(cache, str) or guidance != 1 or allow is not None or pattern is not None

@@ -23,11 +23,20 @@ def _per_row(t_B: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MaskedNoise:
-    """q(z_t = x) = alpha_t, else z_t = mask_id. vocab_size counts the mask token."""
+    """q(z_t = x) = alpha_t, else z_t = mask_id. vocab_size counts the mask token.
+
+    tokens: ids from here on pad the vocabulary and are no tokens; 0 for a vocabulary without padding.
+    """
 
     vocab_size: int
     mask_id: int
     schedule: NoiseSchedule = field(default_factory=Linear)
+    tokens: int = 0
+
+    def _never(self, like: Tensor) -> Tensor:
+        """bool (V,): the ids that no text has, the mask and padding of the vocabulary."""
+        id_V = torch.arange(self.vocab_size, device=like.device)
+        return (id_V == self.mask_id) | (id_V >= self.tokens) if self.tokens else id_V == self.mask_id
 
     def corrupt(self, x_BT: Tensor, t_B: Tensor, rng: torch.Generator) -> Tensor:
         """Draw z_t given x. int64 (B, T)."""
@@ -51,8 +60,7 @@ class MaskedNoise:
 
     def log_probs(self, logits_BTV: Tensor, z_BT: Tensor, t_B: Tensor | None = None) -> Tensor:
         """log mu(x | z) (B, T, V): MASK has probability 0, a visible token is certain (MDLM's SUBS)."""
-        mask_V = torch.arange(self.vocab_size, device=logits_BTV.device) == self.mask_id
-        logp_BTV = logits_BTV.masked_fill(mask_V, -torch.inf).log_softmax(-1)
+        logp_BTV = logits_BTV.masked_fill(self._never(logits_BTV), -torch.inf).log_softmax(-1)
         certain_BTV = torch.where(z_BT[..., None] == torch.arange(self.vocab_size, device=z_BT.device), 0.0, -torch.inf)
         return torch.where((z_BT == self.mask_id)[..., None], logp_BTV, certain_BTV.to(logp_BTV.dtype))
 
@@ -94,8 +102,7 @@ class MaskedNoise:
 
     def _guesses(self, logits_BTV: Tensor, masked_BT: Tensor) -> Tensor:
         """Logits of the masks (M, V), none of which stays a mask."""
-        never_V = torch.arange(self.vocab_size, device=logits_BTV.device) == self.mask_id
-        return logits_BTV[masked_BT].masked_fill(never_V, -torch.inf)
+        return logits_BTV[masked_BT].masked_fill(self._never(logits_BTV), -torch.inf)
 
     def nelbo(self, logp_BTV: Tensor, x_BT: Tensor, z_BT: Tensor, t_B: Tensor) -> Tensor:
         """-alpha'_t / (1 - alpha_t) [z = MASK] (-log mu(x | z)) (B, T): the integrand of MD4 eq. 5, to be averaged over t ~ U(0, 1)."""

@@ -1,6 +1,6 @@
 """Text to tokens and back: characters, bytes, or any Hugging Face `tokenizer.json`, behind one class.
 
-The mask is one more id after the vocabulary and has no text, so no prompt can spell it.
+The mask is one more id after the vocabulary, without a text, or a control token; no prompt can spell either.
 """
 
 from __future__ import annotations
@@ -19,13 +19,26 @@ from dlm.errors import InputError
 HOLE = re.compile(r"\\_|_|[^_\\]+|\\")
 
 
+def read(path: str | Path) -> tokenizers.Tokenizer:
+    """A `tokenizer.json`, or the one in a directory. InputError where it is missing or damaged."""
+    path = Path(path)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; a tokenizer is 'chars', 'bytes', 'bpe:SIZE' or the path of a tokenizer.json")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises bare Exception
+        raise InputError(f"{path} is not a tokenizer.json ({error})") from None
+
+
 class Tokenizer:
     """A `tokenizers.Tokenizer` that never reads special tokens out of ordinary text.
 
-    vocab_size: ids of the network without the mask; some networks have more of them than the tokenizer has tokens.
+    vocab_size: ids of the network without a mask after them; some networks have more of them than the tokenizer has tokens.
+    mask_id: of a mask among the tokens; by default it is one more id after them.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, vocab_size: int = 0) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, vocab_size: int = 0, mask_id: int | None = None) -> None:
         self.inner = inner
         self.inner.encode_special_tokens = True  # "<|endoftext|>" in a prompt is text
         self.inner.no_padding()
@@ -36,7 +49,8 @@ class Tokenizer:
             raise InputError(
                 f"the tokenizer has {max(vocabulary.values()) + 1} tokens, the network {self.vocab_size}: they do not belong together"
             )
-        self.mask_id: int = self.vocab_size
+        self.mask_id: int = self.vocab_size if mask_id is None else mask_id
+        self.ids: int = max(self.vocab_size, self.mask_id + 1)
         self.control = {token.content: i for i, token in inner.get_added_tokens_decoder().items() if token.special}
         self._closed = isinstance(inner.model, models.WordLevel) and inner.model.unk_token not in inner.get_vocab()
         single_bytes = set(inner.get_vocab()) == set(pre_tokenizers.ByteLevel.alphabet())
@@ -84,15 +98,13 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path, vocab_size: int = 0) -> Tokenizer:
         """Read a `tokenizer.json`, or the one in a directory."""
-        path = Path(path)
-        path = path / "tokenizer.json" if path.is_dir() else path
-        if not path.is_file():
-            raise InputError(f"{path} does not exist; a tokenizer is 'chars', 'bytes', 'bpe:SIZE' or the path of a tokenizer.json")
-        try:
-            inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust side raises bare Exception
-            raise InputError(f"{path} is not a tokenizer.json ({error})") from None
-        return cls(inner, vocab_size)
+        return cls(read(path), vocab_size)
+
+    @classmethod
+    def of_network(cls, path: str | Path, ids: int, mask_id: int) -> Tokenizer:
+        """Read a `tokenizer.json` for a network of so many ids, whose mask is a token of it or one id more."""
+        inner = read(path)
+        return cls(inner, ids, mask_id) if inner.id_to_token(mask_id) is not None else cls(inner, mask_id)
 
     @classmethod
     def make(cls, kind: str, text: str) -> Tokenizer:
@@ -114,6 +126,10 @@ class Tokenizer:
         if lost:  # a vocabulary without unknown token and byte fallback drops what it cannot spell
             raise InputError(f"this model has no token for {', '.join(f'{c!r} (U+{ord(c):04X})' for c in lost[:5])}")
         ids: list[int] = encoding.ids
+        if self.mask_id in ids:  # of a tokenizer that does not mark it as a control token
+            raise InputError(
+                f"the text spells the mask {self.piece(self.mask_id)!r}, which stands for tokens to generate: write it otherwise"
+            )
         return ids
 
     def encode_template(self, template: str) -> list[int | None]:
@@ -154,7 +170,8 @@ class Tokenizer:
         return self._pieces[token]
 
     def pieces(self) -> dict[int, str]:
-        return {token: self.piece(token) for token in range(self.vocab_size)}
+        """What every token shows by itself; the mask shows nothing."""
+        return {token: self.piece(token) for token in range(self.vocab_size) if token != self.mask_id}
 
     def fingerprint(self) -> str:
         """Equal for equal tokenizers."""

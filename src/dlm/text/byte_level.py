@@ -1,0 +1,57 @@
+"""The tokenizer of a directory: tokenizer.json, or vocab.json with merges.txt, as slow tokenizers of transformers keep it.
+
+Byte-level BPE with Qwen2's words (Dream, SDAR): no code of the checkpoint (`tokenization_dream.py`) is needed to read it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from dlm.errors import InputError
+from dlm.text import tokenizer
+
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""How Llama 3 and Qwen2 cut text into words; %s: how many digits go together."""
+
+
+def read(directory: Path) -> tokenizers.Tokenizer:
+    """InputError where files are missing, damaged or contradict one another."""
+    if (directory / "tokenizer.json").is_file():
+        return tokenizer.read(directory)
+    lacking = [name for name in ("vocab.json", "merges.txt") if not (directory / name).is_file()]
+    if lacking:
+        raise InputError(f"{directory} has no tokenizer: neither tokenizer.json nor {' and '.join(lacking)}")
+    try:
+        vocabulary = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
+        lines = (directory / "merges.txt").read_text(encoding="utf-8").splitlines()
+        pairs = [line.partition(" ") for line in lines if line and not line.startswith("#version")]
+        merges = [(first, second) for first, _, second in pairs]
+        inner = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+        added = _added(directory)
+    except Exception as error:  # the Rust side raises bare Exception
+        raise InputError(f"the vocab.json, merges.txt or added tokens of {directory} are damaged ({str(error).splitlines()[0]})") from None
+    inner.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(WORDS % ""), "isolated")
+    inner.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    inner.decoder = decoders.ByteLevel()
+    for number, token in sorted(added.items()):
+        inner.add_tokens([token])
+        if inner.token_to_id(token.content) != number:
+            raise InputError(f"{directory}: the added token {token.content!r} should be {number}: tokens before it are missing")
+    return inner
+
+
+def _added(directory: Path) -> dict[int, AddedToken]:
+    """Added tokens by id: of tokenizer_config.json, and those that only added_tokens.json has."""
+    plain, full = ({}, {})  # type: dict[str, int], dict[str, Any]
+    if (file := directory / "added_tokens.json").is_file():
+        plain = json.loads(file.read_text(encoding="utf-8"))
+    if (file := directory / "tokenizer_config.json").is_file():
+        full = json.loads(file.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+    found = {int(i): AddedToken(content, normalized=False) for content, i in plain.items()}
+    return found | {int(i): AddedToken(t["content"], special=bool(t.get("special")), normalized=False) for i, t in full.items()}
