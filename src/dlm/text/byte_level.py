@@ -48,7 +48,8 @@ def read(directory: Path) -> tokenizers.Tokenizer:
 
 def _added(directory: Path) -> dict[int, AddedToken]:
     """Added tokens by id: of tokenizer_config.json, and those that only added_tokens.json has."""
-    plain, full = ({}, {})  # type: dict[str, int], dict[str, Any]
+    plain: dict[str, int] = {}
+    full: dict[str, dict[str, Any]] = {}
     if (file := directory / "added_tokens.json").is_file():
         plain = json.loads(file.read_text(encoding="utf-8"))
     if (file := directory / "tokenizer_config.json").is_file():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm.errors import InputError
+from dlm.files import read_json
 from dlm.formats import native
 from dlm.formats.families import a2d, dream, llada
 from dlm.formats.families.record import Family
@@ -21,7 +22,7 @@ def of(path: Path) -> Family | None:
     """
     if path.suffix == ".gguf" and path.is_file():
         return None
-    config = native.read_json(path / "config.json")
+    config = read_json(path / "config.json")
     if not isinstance(config, Mapping) or config.get("model_type") == "dlm":
         return None
     for family in FAMILIES:

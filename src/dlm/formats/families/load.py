@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dlm.errors import InputError
+from dlm.files import read_json
 from dlm.formats import huggingface, native
 from dlm.formats.families.record import Config, Family
 from dlm.formats.huggingface import Base
@@ -20,7 +21,7 @@ from dlm.text.tokenizer import Tokenizer
 
 def load(path: Path, family: Family, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
     """Read a directory with config.json, safetensors and a tokenizer. InputError for what it cannot be."""
-    data = native.read_json(path / "config.json")
+    data = read_json(path / "config.json")
     shape = read_shape(data, family, path)
     inner = byte_level.read(path)
     chat = ChatTemplate.load(path)
