@@ -5,6 +5,9 @@ Shapes: B rows, T positions, V vocabulary, S = V^T sequences.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -28,16 +31,16 @@ Given = tuple[int | None, ...]
 HOLE: Given = (None,) * TINY.length
 
 
-def run(denoiser: Any, proposals: int, given: Given = HOLE, rows: int = ROWS, seed: int = 0, **options: Any) -> list[Frame]:
-    sampler = AnyOrderSpeculativeSampler(denoiser, NOISE, TINY.length, proposals, **options)
+def run(denoiser: Any, draft_tokens: int, given: Given = HOLE, rows: int = ROWS, seed: int = 0, **options: Any) -> list[Frame]:
+    sampler = AnyOrderSpeculativeSampler(denoiser, NOISE, TINY.length, draft_tokens, **options)
     frames = list(sampler.steps(copies(given, TINY.mask_id, rows), rng=generators(seed, rows)))
     assert frames[-1].settled_BT.all()
     return frames
 
 
-@pytest.mark.parametrize("proposals", [1, 2, 3, 8])
-def test_the_posterior_gives_back_the_data(proposals: int) -> None:
-    assert chi_square_p(run(BayesDenoiser(TINY), proposals)[-1].tokens_BT, TINY.p_S, TINY) > 1e-3
+@pytest.mark.parametrize("draft_tokens", [1, 2, 3, 8])
+def test_the_posterior_gives_back_the_data(draft_tokens: int) -> None:
+    assert chi_square_p(run(BayesDenoiser(TINY), draft_tokens)[-1].tokens_BT, TINY.p_S, TINY) > 1e-3
 
 
 @pytest.mark.parametrize("draw", [Draw(), Draw(0.6), Draw(1.3, top_p=0.9)], ids=str)
@@ -87,10 +90,10 @@ class Independent:
         return torch.linspace(0, 1, 5).expand(*z_BQ.shape, 5)
 
 
-@pytest.mark.parametrize(("proposals", "calls"), [(1, 30), (5, 7), (8, 5), (100, 2)])
-def test_tokens_per_call(proposals: int, calls: int) -> None:
+@pytest.mark.parametrize(("draft_tokens", "calls"), [(1, 30), (5, 7), (8, 5), (100, 2)])
+def test_tokens_per_call(draft_tokens: int, calls: int) -> None:
     """The first call has nothing to verify and writes one token; the others write all that they propose."""
-    sampler = AnyOrderSpeculativeSampler(Independent(), MaskedNoise(5, 4), 30, proposals)
+    sampler = AnyOrderSpeculativeSampler(Independent(), MaskedNoise(5, 4), 30, draft_tokens)
     frames = list(sampler.steps(Canvas.from_rows([[None] * 30], fill=4), rng=generators(0, 1)))
     assert len(frames) == frames[-1].forwards == calls
 
@@ -111,7 +114,56 @@ def test_a_row_alone_and_in_a_batch() -> None:
         assert (alone != 4).all()
 
 
-@pytest.mark.parametrize("bad", [{"proposals": 0}, {"tolerance": -0.1}, {"tolerance": float("nan")}, {"context": 4}])
+LARGE = """
+import resource
+import torch
+from torch import Tensor
+
+from dlm.noise.masked import MaskedNoise
+from dlm.sampling.diffusion.any_order_speculative import AnyOrderSpeculativeSampler
+from dlm.sampling.draw import generators
+from dlm.trajectory import Canvas
+
+V, WINDOW, K = 126_000, 4_096, 8
+
+
+class Due:
+    'A network that gives logits where they are asked for: one row of numbers, seen from everywhere.'
+
+    def __init__(self) -> None:
+        self.logits_V, self.asked = torch.arange(V).remainder(7).float(), list[int]()
+
+    def __call__(self, z_BQ: Tensor, t_B: Tensor, *, at_BQ: Tensor) -> Tensor:
+        self.asked.append(int(at_BQ.sum(-1).max()))
+        return self.logits_V.expand(*z_BQ.shape, V)
+
+
+def resident(word: str) -> int:
+    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(word)) * 1024
+
+
+network = Due()
+sampler = AnyOrderSpeculativeSampler(network, MaskedNoise(V, V - 1), WINDOW, K)
+frames = sampler.steps(Canvas.from_rows([[None] * WINDOW], fill=V - 1), rng=generators(0, 1))
+torch.rand(10).softmax(0)
+resource.setrlimit(resource.RLIMIT_AS, (resident('VmSize') + 1_000_000_000,) * 2)
+settled = [int(next(frames).settled_BT.sum()) for _ in range(4)]
+print(settled, max(network.asked))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
+def test_a_large_vocabulary_and_window_take_memory_for_the_drafts_alone() -> None:
+    """A float64 distribution of every position is 4 GB a row; those of 8 draft tokens and 8 verified ones take far below 1 GB."""
+    code = [sys.executable, "-c", LARGE]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[1, 9, 17, 25] 9"
+
+
+@pytest.mark.parametrize(
+    "bad", [{"draft_tokens": 0}, {"draft_tokens": 257}, {"tolerance": -0.1}, {"tolerance": float("nan")}, {"context": 4}]
+)
 def test_bad_settings(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         AnyOrderSpeculativeSampler(BayesDenoiser(TINY), NOISE, TINY.length, **bad)

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlm.protocols import RNG
+from dlm.sampling import rejection
 from dlm.sampling.autoregressive.draft_tree import Tree
 from dlm.sampling.autoregressive.protocols import DraftTokens
 from dlm.sampling.batching import stacked
-from dlm.sampling.draw import categorical, pick, uniform
+from dlm.sampling.draw import uniform
 
 COUPLINGS = ("stream", "ratio")
 
@@ -35,27 +36,14 @@ def agree(token_BP: Tensor, proposals: DraftTokens, tree: Tree) -> tuple[Tensor,
     return place_B, token_BP.gather(1, place_B[:, None]).squeeze(1)
 
 
-def ratio(logp_BKV: Tensor, proposals: DraftTokens, u_BK: Tensor, last_B: Tensor) -> tuple[Tensor, Tensor]:
-    """As `agree`, of a chain: proposal d holds with min(1, p(d) / q(d)), the first that does not is drawn anew from max(0, p - q).
+def ratio(logp_BPV: Tensor, drafts: DraftTokens, test_BK: Tensor, last_B: Tensor) -> tuple[Tensor, Tensor]:
+    """As `agree`, of a chain, by rejection sampling: draft token x is accepted with min(1, p(x) / q(x)).
 
-    Leviathan et al. 2211.17192, Chen et al. 2302.01318. A proposal that was not drawn is certain, q(d) = 1: it holds with p(d), and what
-    replaces it is p without d. u_BK: K uniforms that test, last_B: one that draws.
+    A draft token that was not drawn is certain, q(x) = 1. test_BK: uniforms that accept or reject, last_B: one that draws.
     """
-    p_BKV, token_BK, logq_BKV = logp_BKV.exp(), proposals.token_BK, proposals.logq_BKV
-    q_BKV = F.one_hot(token_BK, p_BKV.shape[-1]).to(p_BKV) if logq_BKV is None else logq_BKV.exp()
-    holds_BK = u_BK * pick(q_BKV, token_BK) < pick(p_BKV[:, :-1], token_BK)
-    taken_B = _leading(holds_BK, proposals.count_B)
-    at = torch.arange(len(taken_B), device=taken_B.device), taken_B
-    tested_B = taken_B < proposals.count_B  # else all held, and nothing is taken off p
-    q_BV = F.pad(q_BKV, (0, 0, 0, 1))[at] * tested_B[:, None]
-    rest_BV = (p_BKV[at] - q_BV).clamp(min=0)
-    rest_BV = torch.where(rest_BV.sum(-1, keepdim=True) > 0, rest_BV, p_BKV[at])  # p = q up to rounding
-    return taken_B, categorical(rest_BV.log()[:, None], last_B[:, None]).squeeze(1)
-
-
-def _leading(holds_BK: Tensor, count_B: Tensor) -> Tensor:
-    meant_BK = torch.arange(holds_BK.shape[1], device=holds_BK.device) < count_B[:, None]
-    return (holds_BK & meant_BK).int().cumprod(-1).sum(-1)
+    p_BPV, token_BK, logq_BKV = logp_BPV.exp(), drafts.token_BK, drafts.logq_BKV
+    q_BKV = F.one_hot(token_BK, p_BPV.shape[-1]).to(p_BPV) if logq_BKV is None else logq_BKV.exp()
+    return rejection.verify(p_BPV, q_BKV, token_BK, drafts.count_B, test_BK, last_B[:, None].expand(-1, p_BPV.shape[1]))
 
 
 class Stream:

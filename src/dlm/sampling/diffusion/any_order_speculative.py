@@ -1,6 +1,7 @@
-"""Speculative any-order decoding: many tokens a call, and the distribution of one token a call in random order.
+"""Speculative any-order decoding: many tokens a forward pass, and the distribution of one token a forward pass in random order.
 
-Shapes: B rows, A rows that still have something to do, K proposals, P pairs of a row and a number of proposals, T window, V vocabulary.
+Shapes: B rows, A rows with masks left, K draft tokens, P pairs of a row and a number of its draft tokens, L positions of the canvas,
+T window, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,102 +16,171 @@ from dlm.errors import InputError, at_least
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.schedule import time_when
 from dlm.protocols import RNG, Denoiser
-from dlm.sampling import windows
-from dlm.sampling.draw import Draw, categorical, pick, uniform
+from dlm.sampling import rejection, windows
+from dlm.sampling.draw import Draw, categorical, uniform
 from dlm.trajectory import Canvas, Frame
+
+MAX_DRAFT_TOKENS = 256
+"""Draft tokens of a row at most; one forward pass reads a window for each."""
 
 
 @dataclass(frozen=True)
 class AnyOrderSpeculativeSampler:
-    """Propose the next `proposals` tokens of a random order independently, verify them in one batched call.
+    """Draft the next `draft_tokens` tokens of a random order independently, verify them in one batched forward pass.
 
-    Row j of that call sees the first j proposals and gives p for the next; proposal x is accepted with min(1, p(x) / q(x)), q what
-    it was drawn from, and the first rejected one is drawn anew from max(0, p - q) (Leviathan et al. 2211.17192). So the law is that of
-    decoding one token a call in random order, whatever q is, and a call never yields less than one token. q for the next round is
-    what the last verified row said, which misses one token at most.
+    Row k of that pass sees the first k draft tokens and gives p of the next; `rejection.verify` accepts or replaces it. So the law is
+    that of decoding one token a forward pass in random order, whatever q is, and a pass never yields less than one token. The next draft
+    is drawn from the last verified row, which misses one token at most.
     tolerance: accept with min(1, (1 + tolerance) p / q) instead; no token is then more than 1 + tolerance times as likely as its
-    law says, so each is within tolerance / (1 + tolerance) of it in total variation.
+    law says, so each is within tolerance / (1 + tolerance) of it in total variation. InputError for settings out of range.
     """
 
     denoiser: Denoiser
     noise: MaskedNoise
     window: int
-    proposals: int = 8
+    draft_tokens: int = 8
     tolerance: float = 0.0
     draw: Draw = field(default_factory=Draw)
     context: int = 0
     model: str = ""
 
     def __post_init__(self) -> None:
-        if self.proposals < 1:
-            raise InputError(f"a speculative sampler proposes 1 token or more, got {self.proposals}")
+        if not 1 <= self.draft_tokens <= MAX_DRAFT_TOKENS:
+            raise InputError(f"draft tokens of any-order decoding lie in 1 .. {MAX_DRAFT_TOKENS}, got {self.draft_tokens}")
         at_least(self.tolerance, 0, "the tolerance")
         windows.check(self.window, self.context)
 
     @torch.no_grad()
     def steps(self, canvas: Canvas, *, rng: RNG) -> Iterator[Frame]:
-        """A frame after every network call, whose batch has up to `proposals` rows for each row of the canvas."""
-        noise, mask_id, window, device = self.noise, self.noise.mask_id, self.window, canvas.tokens_BT.device
-        rows, length = canvas.tokens_BT.shape
-        past_BL = torch.zeros(rows, window, dtype=torch.bool, device=device)
-        open_BL = torch.cat([canvas.free_BT, past_BL], 1)
-        z_BL = torch.where(canvas.given_BT, canvas.tokens_BT, mask_id)
-        z_BL = torch.cat([z_BL, torch.full_like(past_BL, mask_id, dtype=torch.long)], 1)
-        place_B = torch.full((rows,), -1, device=device)
-        order_BT = torch.zeros(rows, window, dtype=torch.long, device=device)
-        guess_BTV = torch.zeros(rows, window, noise.vocab_size, dtype=torch.float64, device=device)  # log q
-        forwards = 0
-        while bool(open_BL.any()):
-            rows_A = open_BL.any(-1).nonzero().squeeze(-1)
-            rng_A = [rng[b] for b in rows_A.tolist()]
-            start_A = windows.start(open_BL[rows_A], window, self.context)
-            z_AT, open_AT = (windows.take(x_BL[rows_A], start_A, window) for x_BL in (z_BL, open_BL))
-            entered_A = start_A != place_B[rows_A]
-            place_B[rows_A] = start_A
-            if bool(entered_A.any()):
-                entered_B = rows_A[entered_A]
-                order_BT[entered_B] = uniform([rng[b] for b in entered_B.tolist()], window).to(device).argsort(-1)
-            # the next masks in the order of each row; a row that begins a window has no guess yet and verifies nothing
-            order_AT = order_BT[rows_A]
-            ahead_AT = order_AT.gather(1, (~open_AT.gather(1, order_AT)).int().argsort(dim=-1, stable=True))
-            count_A = open_AT.sum(-1).clamp(max=self.proposals).masked_fill(entered_A, 1)
-            pos_AK = ahead_AT[:, : int(count_A.max())]
-            row_AK = torch.arange(len(rows_A), device=device)[:, None].expand_as(pos_AK)
-            k_K = torch.arange(pos_AK.shape[1], device=device)
-            q_AKV = guess_BTV[rows_A[:, None], pos_AK]
-            draw_AK, test_AK, again_AK = (uniform(rng_A, self.proposals).to(device)[:, : len(k_K)] for _ in range(3))
-            token_AK = categorical(q_AKV, draw_AK)
-            real_AK = k_K < count_A[:, None]
-            row_P, k_P = real_AK.nonzero(as_tuple=True)
-            z_PT = z_AT[row_P].scatter(1, pos_AK[row_P], torch.where(k_K < k_P[:, None], token_AK[row_P], z_AT.gather(1, pos_AK)[row_P]))
-            t_P = time_when(noise.schedule, (z_PT != mask_id).double().mean(-1))
-            logp_PTV = self.draw.shape(noise.log_probs(self.denoiser(z_PT, t_P).double(), z_PT, t_P))
-            forwards += 1
-            if bool(logp_PTV.isnan().any()):
-                raise InputError("the model gives no probabilities (nan): its weights are broken")
-            p_AKV = q_AKV.new_zeros(q_AKV.shape)
-            p_AKV[row_P, k_P] = logp_PTV[torch.arange(len(row_P), device=device), pos_AK[row_P, k_P]].exp()
-            accept_AK, other_AK = self._verify(p_AKV, q_AKV.exp(), token_AK, test_AK, again_AK)
-            accept_AK = accept_AK & ~entered_A[:, None] & real_AK
-            taken_A = accept_AK.int().cumprod(-1).sum(-1)
-            fresh_AK = torch.where(entered_A[:, None], categorical(p_AKV.log(), draw_AK), other_AK)
-            token_AK = torch.where(k_K == taken_A[:, None], fresh_AK, token_AK)
-            write_AK = (k_K <= taken_A[:, None]) & real_AK
-            z_AT = z_AT.scatter(1, pos_AK, torch.where(write_AK, token_AK, z_AT.gather(1, pos_AK)))
-            written_AT = torch.zeros_like(open_AT)
-            written_AT[row_AK[write_AK], pos_AK[write_AK]] = True
-            first_A = real_AK.sum(-1).cumsum(0) - real_AK.sum(-1)
-            guess_BTV[rows_A] = logp_PTV[first_A + torch.minimum(taken_A, count_A - 1)]
-            windows.put(z_BL, rows_A, start_A, z_AT, written_AT)
-            windows.put(open_BL, rows_A, start_A, torch.zeros_like(open_AT), written_AT)
-            level_B = open_BL[:, :length].double().mean(-1)
-            tokens_BL = torch.where(canvas.valid_BT, z_BL[:, :length], canvas.tokens_BT)
-            yield Frame(tokens_BL, ~open_BL[:, :length], level_B, self.model, forwards)
+        """A frame after every forward pass, whose batch has up to `draft_tokens` rows for each row of the canvas. rng: one a row."""
+        run = AnyOrderRun(self, canvas, rng)
+        while bool(run.open_BL.any()):
+            yield run.step()
 
-    def _verify(self, p_AKV: Tensor, q_AKV: Tensor, token_AK: Tensor, test_AK: Tensor, again_AK: Tensor) -> tuple[Tensor, Tensor]:
-        """(accepted, what to write instead) for every proposal."""
-        p_AK, q_AK = (pick(x, token_AK) for x in (p_AKV, q_AKV))
-        accept_AK = test_AK * q_AK < (1 + self.tolerance) * p_AK
-        rest_AKV = (p_AKV - q_AKV).clamp(min=0)
-        rest_AKV = torch.where(rest_AKV.sum(-1, keepdim=True) > 0, rest_AKV, p_AKV)  # p = q up to rounding
-        return accept_AK, categorical(rest_AKV.log(), again_AK)
+    def log_probs(self, logits_NKV: Tensor) -> Tensor:
+        """The distributions that tokens at masks are drawn from, float64. InputError where the network gives none."""
+        z_NK = torch.full_like(logits_NKV[..., 0], self.noise.mask_id, dtype=torch.long)
+        logp_NKV = self.draw.shape(self.noise.log_probs(logits_NKV.double(), z_NK))
+        if bool(logp_NKV.isnan().any()):
+            raise InputError("the model gives no probabilities (nan): its weights are broken")
+        return logp_NKV
+
+
+@dataclass(frozen=True)
+class Active:
+    """The windows of the rows with masks left. ahead_AT: positions in the order of each row, its masks first."""
+
+    rows_A: Tensor
+    rng: RNG
+    start_A: Tensor
+    entered_A: Tensor
+    z_AT: Tensor
+    open_AT: Tensor
+    ahead_AT: Tensor
+
+
+class AnyOrderRun:
+    """The state of one run. Of the last verified row it keeps the logits of the next K positions alone, as the network gave them."""
+
+    next_logits_BKV: Tensor
+
+    def __init__(self, sampler: AnyOrderSpeculativeSampler, canvas: Canvas, rng: RNG) -> None:
+        (rows, window), mask_id, device = (len(canvas.tokens_BT), sampler.window), sampler.noise.mask_id, canvas.tokens_BT.device
+        past_BL = torch.zeros(rows, window, dtype=torch.bool, device=device)
+        self.sampler, self.canvas, self.rng, self.forwards = sampler, canvas, rng, 0
+        self.open_BL = torch.cat([canvas.free_BT, past_BL], 1)
+        z_BL = torch.where(canvas.given_BT, canvas.tokens_BT, mask_id)
+        self.z_BL = torch.cat([z_BL, torch.full_like(past_BL, mask_id, dtype=torch.long)], 1)
+        self.start_B = torch.full((rows,), -1, device=device)
+        self.order_BT = torch.zeros(rows, window, dtype=torch.long, device=device)
+
+    def step(self) -> Frame:
+        """One forward pass, which verifies the draft of every row with masks left.
+
+        A row that enters a window has no draft yet, and draws one token.
+        """
+        sampler, active = self.sampler, self._enter()
+        count_A = active.open_AT.sum(-1).clamp(max=sampler.draft_tokens).masked_fill(active.entered_A, 1)
+        numbers = (uniform(active.rng, sampler.draft_tokens) for _ in range(3))
+        draw_AK, test_AK, again_AK = (u_AK.to(count_A.device)[:, : int(count_A.max())] for u_AK in numbers)
+        token_AK, q_AKV = self._draft(active, draw_AK)
+        logits_PTV, row_P, k_P = self._read(active, token_AK, count_A)
+        pair_P = torch.arange(len(row_P), device=row_P.device)
+        p_AKV = torch.zeros_like(q_AKV)
+        p_AKV[row_P, k_P] = sampler.log_probs(logits_PTV[pair_P, active.ahead_AT[row_P, k_P]][:, None])[:, 0].exp()
+        tested_A = count_A.masked_fill(active.entered_A, 0)
+        again_AK = torch.where(active.entered_A[:, None], draw_AK, again_AK)
+        accepted_A, next_A = rejection.verify(p_AKV, q_AKV, token_AK, tested_A, test_AK, again_AK, sampler.tolerance)
+        self._keep(active, logits_PTV, count_A, accepted_A)
+        token_AK = torch.where(_slots(token_AK) == accepted_A[:, None], next_A[:, None], token_AK)
+        self._write(active, token_AK, torch.minimum(accepted_A + 1, count_A))
+        return self.frame()
+
+    def frame(self) -> Frame:
+        """The state as it is."""
+        length = self.canvas.tokens_BT.shape[1]
+        tokens_BL = torch.where(self.canvas.valid_BT, self.z_BL[:, :length], self.canvas.tokens_BT)
+        open_BL = self.open_BL[:, :length]
+        return Frame(tokens_BL, ~open_BL, open_BL.double().mean(-1), self.sampler.model, self.forwards)
+
+    def _enter(self) -> Active:
+        """The window of every row with masks left, and a new random order for rows that enter theirs."""
+        window, rows_A = self.sampler.window, self.open_BL.any(-1).nonzero().squeeze(-1)
+        start_A = windows.start(self.open_BL[rows_A], window, self.sampler.context)
+        z_AT, open_AT = (windows.take(x_BL[rows_A], start_A, window) for x_BL in (self.z_BL, self.open_BL))
+        entered_A = start_A != self.start_B[rows_A]
+        self.start_B[rows_A] = start_A
+        if bool(entered_A.any()):
+            entered_B = rows_A[entered_A]
+            self.order_BT[entered_B] = uniform([self.rng[b] for b in entered_B.tolist()], window).to(z_AT.device).argsort(-1)
+        order_AT = self.order_BT[rows_A]
+        ahead_AT = order_AT.gather(1, (~open_AT.gather(1, order_AT)).int().argsort(dim=-1, stable=True))
+        return Active(rows_A, [self.rng[b] for b in rows_A.tolist()], start_A, entered_A, z_AT, open_AT, ahead_AT)
+
+    def _draft(self, active: Active, draw_AK: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens for the next K masks of every row, each drawn by itself, and q."""
+        if self.forwards == 0:  # nothing to draw them from yet
+            q_AKV = torch.zeros(*draw_AK.shape, self.sampler.noise.vocab_size, dtype=torch.float64, device=draw_AK.device)
+            return torch.zeros_like(draw_AK, dtype=torch.long), q_AKV
+        logq_AKV = self.sampler.log_probs(self.next_logits_BKV[active.rows_A, : draw_AK.shape[1]])
+        return categorical(logq_AKV, draw_AK), logq_AKV.exp()
+
+    def _read(self, active: Active, token_AK: Tensor, count_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits of the positions that are due, the row of each pair, its number of draft tokens): the one forward pass.
+
+        Due after k draft tokens are the position of the next and those of the K after it, which the next draft may need.
+        """
+        z_AT, ahead_AT, slot_K = active.z_AT, active.ahead_AT, _slots(token_AK)
+        row_P, k_P = (slot_K < count_A[:, None]).nonzero(as_tuple=True)
+        pos_PK = ahead_AT[row_P, : token_AK.shape[1]]
+        z_PT = z_AT[row_P].scatter(1, pos_PK, torch.where(slot_K < k_P[:, None], token_AK[row_P], z_AT[row_P].gather(1, pos_PK)))
+        rank_T = torch.arange(ahead_AT.shape[1], device=k_P.device)
+        due_PT = (rank_T >= k_P[:, None]) & (rank_T <= k_P[:, None] + self.sampler.draft_tokens)
+        at_PT = torch.zeros_like(due_PT).scatter(1, ahead_AT[row_P], due_PT)
+        t_P = time_when(self.sampler.noise.schedule, (z_PT != self.sampler.noise.mask_id).double().mean(-1))
+        self.forwards += 1
+        return self.sampler.denoiser(z_PT, t_P, at_BQ=at_PT), row_P, k_P
+
+    def _keep(self, active: Active, logits_PTV: Tensor, count_A: Tensor, accepted_A: Tensor) -> None:
+        """Keep of the last verified row of each text the logits of the next K masks."""
+        last_A = torch.minimum(accepted_A, count_A - 1)
+        slot_K = torch.arange(self.sampler.draft_tokens, device=last_A.device)
+        pos_AK = active.ahead_AT.gather(1, (last_A[:, None] + 1 + slot_K).clamp(max=active.ahead_AT.shape[1] - 1))
+        pair_A = count_A.cumsum(0) - count_A + last_A
+        logits_AKV = logits_PTV[pair_A[:, None], pos_AK]
+        if self.forwards == 1:
+            self.next_logits_BKV = logits_AKV.new_zeros(len(self.z_BL), *logits_AKV.shape[1:])
+        self.next_logits_BKV[active.rows_A] = logits_AKV
+
+    def _write(self, active: Active, token_AK: Tensor, count_A: Tensor) -> None:
+        """Write the first tokens of every row."""
+        row, k = (_slots(token_AK) < count_A[:, None]).nonzero(as_tuple=True)
+        z_AT, written_AT = active.z_AT.clone(), torch.zeros_like(active.open_AT)
+        z_AT[row, active.ahead_AT[row, k]] = token_AK[row, k]
+        written_AT[row, active.ahead_AT[row, k]] = True
+        windows.put(self.z_BL, active.rows_A, active.start_A, z_AT, written_AT)
+        windows.put(self.open_BL, active.rows_A, active.start_A, torch.zeros_like(written_AT), written_AT)
+
+
+def _slots(token_AK: Tensor) -> Tensor:
+    return torch.arange(token_AK.shape[1], device=token_AK.device)
