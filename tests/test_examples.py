@@ -12,14 +12,12 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from dlm.formats import native
-
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src")}
 MOST_LINES = 55  # of a script
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif("shakespeare-mask" not in native.bundled(), reason="needs the bundled checkpoints")]
+pytestmark = pytest.mark.slow
 
 
 def free_port() -> str:
