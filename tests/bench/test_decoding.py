@@ -39,8 +39,8 @@ def test_another_text_is_told() -> None:
 
 def test_the_verb(dlm: Dlm, autoregressive_dir: Path, masked_dir: Path) -> None:
     Path("prompts.txt").write_text("ROMEO:\nBut soft\n")
-    base = ("bench", "decode", "--base", str(autoregressive_dir), "--new", "8", "--rounds", "1", "--prompts", "prompts.txt")
-    code, out, err = dlm(*base, "--methods", f"lookup:3;strided:3;draft:{autoregressive_dir},3", "--batch", "1,2", "--json")
+    base = ("bench", "decode", str(autoregressive_dir), "--max-new-tokens", "8", "--rounds", "1", "--prompts", "prompts.txt")
+    code, out, err = dlm(*base, "--methods", f"lookup:3,strided:3,draft:{autoregressive_dir}:3", "--batch", "1,2", "--json")
     assert code == 0, err
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert len(rows) == 8
@@ -50,12 +50,12 @@ def test_the_verb(dlm: Dlm, autoregressive_dir: Path, masked_dir: Path) -> None:
         assert row["tokens_per_forward"] == pytest.approx(row["tokens"] / row["batch"] / row["calls"])
     assert next(row for row in rows if row["method"].startswith("draft"))["accepted"] == [1.0, 1.0]
     told = json.loads(dlm(*base, "--methods", "ar,ngram,draft,isd", "--batch", "1", "--json")[1].splitlines()[-1])["rows"]
-    assert [row["method"] for row in told] == ["autoregressive", "lookup:4", "draft:int4,24", "strided:4"]
+    assert [row["method"] for row in told] == ["autoregressive", "lookup:4", "draft:int4:24", "strided:4"]
     assert all(row["same"] for row in told)
     told = json.loads(dlm(*base, "--methods", "draft", "--batch", "1", "--dtype", "float32,int4", "--json")[1].splitlines()[-1])["rows"]
-    assert [row["method"] for row in told] == ["autoregressive", "draft:int4,24", "autoregressive int4"]
+    assert [row["method"] for row in told] == ["autoregressive", "draft:int4:24", "autoregressive int4"]
     assert "has no heads" in dlm.told(*base, "--methods", "ar,mtp")
-    assert "is a diffusion model" in dlm.told("bench", "decode", "--base", str(masked_dir))
+    assert "is a diffusion model" in dlm.told("bench", "decode", str(masked_dir))
     assert "--batch is one or more numbers" in dlm.told(*base, "--batch", "1,x")
-    assert "no prompts at nowhere" in dlm.told(*base[:8], "--prompts", "nowhere")
+    assert "no prompts at nowhere" in dlm.told(*base[:7], "--prompts", "nowhere")
     assert torch.is_grad_enabled()

@@ -65,7 +65,7 @@ def test_llama_cpp_writes_our_text(tmp_path: Path) -> None:
 
 
 def test_the_verb_with_kinds_dtypes_and_peers(dlm: Dlm, llama_dir: Path) -> None:
-    base = ("bench", "decode", "--base", str(llama_dir), "--new", "6", "--rounds", "1", "--temperature", "0", "--threads", "1")
+    base = ("bench", "decode", str(llama_dir), "--max-new-tokens", "6", "--rounds", "1", "--temperature", "0", "--threads", "1")
     options = ("--kind", "question,code", "--batch", "1,4", "--methods", "lookup:3", "--dtype", "float32,int8", "--peers", "transformers")
     code, out, err = dlm(*base, *options, "--json")
     assert code == 0, err
@@ -85,6 +85,6 @@ def test_the_verb_with_kinds_dtypes_and_peers(dlm: Dlm, llama_dir: Path) -> None
     assert by["transformers", 1]["tokens_per_forward"] is None
     assert "unknown kind of prompt 'song'" in dlm.told(*base, "--kind", "song")
     assert "unknown peer 'vllm'" in dlm.told(*base, "--kind", "code", "--peers", "vllm")
-    assert "with --temperature 0" in dlm.told(*base[:8], "--kind", "code", "--peers", "transformers")
+    assert "with --temperature 0" in dlm.told(*base[:7], "--kind", "code", "--peers", "transformers")
     assert "llama.cpp reads GGUF files" in dlm.told(*base, "--kind", "code", "--peers", "llama.cpp")
     assert "give one" in dlm.told(*base, "--kind", "code", "--prompts", "x.txt")

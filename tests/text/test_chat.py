@@ -109,7 +109,7 @@ def test_the_verb(dlm: Dlm, base: Path, masked_dir: Path, monkeypatch: pytest.Mo
     """One answer a line, each the greedy text after the conversation so far; a line that cannot be read costs no turn."""
     lines = ["But soft", "", "\u00e9", "O Romeo"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    code, out, err = dlm("chat", "--base", str(base), "--max-new-tokens", "6", "--system", "light")
+    code, out, err = dlm("chat", str(base), "--max-new-tokens", "6", "--system", "light")
     assert code == 0
     assert "no token for" in err
     assert "U+00E9" in err
@@ -123,9 +123,9 @@ def test_the_verb(dlm: Dlm, base: Path, masked_dir: Path, monkeypatch: pytest.Mo
         expected += text + "\n"
     assert out == expected
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    assert dlm("chat", "--base", str(base), "--max-new-tokens", "6", "--system", "light", "--lossless")[:2] == (0, expected)
-    assert "no chat template" in dlm.told("chat", "--base", str(masked_dir))
-    assert "--max-new-tokens" in dlm.told("chat", "--base", str(base), "--max-new-tokens", "0")
+    assert dlm("chat", str(base), "--max-new-tokens", "6", "--system", "light", "--lossless")[:2] == (0, expected)
+    assert "no chat template" in dlm.told("chat", str(masked_dir))
+    assert "--max-new-tokens" in dlm.told("chat", str(base), "--max-new-tokens", "0")
 
 
 @pytest.mark.parametrize("key", [b"\x03", b"\x04"], ids=["Ctrl-C", "Ctrl-D"])
@@ -136,7 +136,7 @@ def test_it_ends_cleanly(base: Path, key: bytes) -> None:
         fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that runs the tests in the background has it ignored
 
-    words = [sys.executable, "-m", "dlm", "chat", "--base", str(base), "--max-new-tokens", "3"]
+    words = [sys.executable, "-m", "dlm", "chat", str(base), "--max-new-tokens", "3"]
     pipes: dict[str, Any] = {"stdin": terminal, "stdout": terminal, "stderr": subprocess.PIPE}
     with subprocess.Popen(words, start_new_session=True, preexec_fn=own, **pipes) as process:
         os.close(terminal)

@@ -1,10 +1,18 @@
 """The command line. Verbs import what they need when they run, so that `dlm --help` is quick."""
 
-from dlm.cli import generate, chat, show, settle, train, evaluate, calibrate, curse, schedule, pull, convert, serve, bench, catalogue  # isort: skip  (the order of `dlm --help`)
-from dlm.cli.app import app, main
+from dlm.cli import bench, calibrate, catalogue, chat, convert, curse, evaluate, generate, pull, schedule, serve, settle, show, train
+from dlm.cli.app import arrange, main
+
+arrange(
+    {
+        "Write": ("generate", "chat", "serve", "show"),
+        "Train": ("train", "convert"),
+        "Measure": ("eval", "settle", "curse", "calibrate", "schedule", "bench"),
+        "Find": ("list", "samplers", "pull"),
+    }
+)
 
 __all__ = [
-    "app",
     "bench",
     "calibrate",
     "catalogue",

@@ -1,37 +1,149 @@
-"""The application, what the verbs share, and how errors reach the user."""
+"""The application, what the verbs share, and how errors reach the user.
+
+Conventions: the model is an argument, MODEL, of every verb; lists take commas; the settings of a sampler stand after colons. An old
+spelling works for one version, with a warning that says the new one: `renamed` for options, `listed` for separators.
+"""
 
 from __future__ import annotations
 
 import errno
+import platform
+import re
 import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
+from typer.models import CommandInfo
 
+import dlm
 from dlm import bundled
 from dlm.errors import InputError
 
 app = typer.Typer(
     name="dlm",
-    help="Diffusion language models: train, sample, watch, measure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 err = Console(stderr=True)
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Bundled name, directory or hub id.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same machine, same output.")]
-Dtype = Annotated[str, typer.Option(help="float32 | bfloat16 | int8 | int4 (weights of an autoregressive model, on a CPU).")]
-Deterministic = Annotated[
-    bool, typer.Option("--deterministic", help="Logits that no batch and no number of positions changes, to the bit; slower.")
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.", rich_help_panel="Machine")]
+Seed = Annotated[int, typer.Option(help="The same seed on the same machine gives the same output.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="float32, bfloat16; int8 or int4: quantized weights of an autoregressive model, on a CPU.", rich_help_panel="Machine"
+    ),
 ]
-Compile = Annotated[bool, typer.Option("--compile", help="Faster calls of few positions; the first ones take seconds each.")]
+Deterministic = Annotated[
+    bool,
+    typer.Option("--deterministic", help="Batch-invariant: logits bitwise identical in every batch; slower.", rich_help_panel="Machine"),
+]
+Compile = Annotated[
+    bool,
+    typer.Option("--compile", help="torch.compile for forward passes of few positions; the first take seconds.", rich_help_panel="Machine"),
+]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"dlm {dlm.__version__} (Python {platform.python_version()}, torch {metadata.version('torch')})")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)] = False,
+) -> None:
+    """Diffusion language models: train, sample, watch, measure. Begin with: dlm generate "ROMEO:" --watch"""
+
+
+def arrange(panels: Mapping[str, Sequence[str]]) -> None:
+    """Give the help a panel for each group of verbs, in this order."""
+    order = {verb: (place, panel) for place, (panel, verb) in enumerate((panel, verb) for panel, verbs in panels.items() for verb in verbs)}
+
+    last = (len(order), "More")
+
+    def verb(info: CommandInfo) -> str:
+        return info.name or info.callback.__name__ if info.callback is not None else ""
+
+    app.registered_commands.sort(key=lambda info: order.get(verb(info), last))
+    for info in app.registered_commands:
+        info.rich_help_panel = order.get(verb(info), last)[1]
+    for group in app.registered_groups:
+        group.rich_help_panel = order.get(str(group.name), last)[1]
+
+
+def renamed(old: Mapping[str, str]) -> type[TyperCommand]:
+    """A command class whose old spellings still work, each with a warning on the error stream that says the new one.
+
+    old: from the old name of an option to its new one (`--max-new-tokens`), or to the argument that it has become (`MODEL`).
+    InputError where that argument is given as well.
+    """
+
+    class Renamed(TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            kept, moved = _respelt(ctx.command_path, args, old)
+            ctx.default_map = {**(ctx.default_map or {}), **{metavar.lower(): value for metavar, value in moved.items()}}
+            rest = super().parse_args(ctx, kept)
+            for metavar in moved:
+                if ctx.get_parameter_source(metavar.lower()).name != "DEFAULT_MAP":
+                    raise InputError(f"{metavar} is given twice: write {ctx.command_path} {metavar}")
+            return rest
+
+    return Renamed
+
+
+def _respelt(command: str, args: list[str], old: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """The words in the new spelling, and the values of options that became arguments by the metavar of these."""
+    kept: list[str] = []
+    moved: dict[str, str] = {}
+    words = iter(args)
+    for word in words:
+        if word == "--":
+            return [*kept, word, *words], moved
+        name, equals, value = word.partition("=")
+        new = old.get(name, "")
+        if not new:
+            kept.append(word)
+        elif new.startswith("-"):
+            warn_old(name, new)
+            kept.append(f"{new}{equals}{value}")
+        else:
+            value = value if equals else next(words, "")
+            warn_old(f"{name} {value}", f"{command} {value}")
+            moved[new] = value
+    return kept, moved
+
+
+def warn_old(old: str, new: str) -> None:
+    """One line on the error stream: this spelling works in this version and no longer in the next."""
+    print(f"warning: {old} is an old spelling, which the next version drops: write {new}".replace("\n", " "), file=sys.stderr)
+
+
+def listed(words: str, option: str) -> list[str]:
+    """The parts of a list with commas. Old spellings with a warning: semicolons, a sampler's settings after a comma (`lookup:8,0.2`)."""
+    parts = [part.strip() for part in re.split("[,;]", words)]
+    kept: list[str] = []
+    for part in filter(None, parts):
+        if kept and ":" in kept[-1] and SETTING.fullmatch(part):
+            kept[-1] += f":{part}"
+        else:
+            kept.append(part)
+    if ";" in words or len(kept) < len([part for part in parts if part]):
+        warn_old(f"{option} {words!r}", repr(",".join(kept)))
+    return kept
+
+
+SETTING = re.compile(r"[0-9.]+(x[0-9]+)?|auto")  # of a sampler, after a colon
 
 
 WIDE = 160  # columns of a table that goes into a pipe or a file
@@ -132,17 +244,29 @@ def bar(label: str, total: int) -> Any:
 
 
 def main() -> None:
-    """Run a command; what the user can mend ends in one line and exit code 2, Ctrl-C in 130."""
+    """Run a command; an error that the user can mend ends in one line and exit code 2, Ctrl-C in 130."""
     try:
-        app()
+        code = app(prog_name="dlm", standalone_mode=False)
     except (InputError, ModuleNotFoundError) as error:
         fail(str(error), 2)
+    except typer.TyperException as error:
+        fail(_usage(error), error.exit_code)
     except OSError as error:
         hint = ": no space left, free some and go on" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         fail(f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}{hint}", 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: typer.TyperException) -> str:
+    """An error of the command line itself in one line; empty where the help has been printed instead."""
+    message = error.format_message()
+    context = getattr(error, "ctx", None)
+    hint = f"; see {context.command_path} --help" if context is not None else ""
+    return f"{message[:1].lower()}{message[1:].rstrip('.')}{hint}" if message else ""
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """End in one line on the error stream."""
-    print(f"dlm: {message}".replace("\n", " "), file=sys.stderr)
+    """End in one line on the error stream, or in none for an empty message."""
+    if message:
+        print(f"dlm: {message}".replace("\n", " "), file=sys.stderr)
     sys.exit(code)

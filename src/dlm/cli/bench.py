@@ -11,14 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from dlm.cli.app import Compile, Deterministic, Device, Json, Seed, app, bar, console, load, prompt_lines
+from dlm.cli.app import Compile, Deterministic, Device, Json, Seed, app, bar, console, listed, load, prompt_lines, renamed
 from dlm.errors import InputError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 app.add_typer(bench, name="bench")
 
 PLAIN = "autoregressive"
-SHORT = {"ar": PLAIN, "draft": "draft:int4,24", "ngram": "lookup:4", "mtp": "heads:4", "isd": "strided:4"}  # what papers call them
+SHORT = {"ar": PLAIN, "draft": "draft:int4:24", "ngram": "lookup:4", "mtp": "heads:4", "isd": "strided:4"}  # what papers call them
 PROMPTS = (
     "ROMEO:\nBut soft, what light through yonder window breaks? It is the east,",
     "First Citizen:\nWe are accounted poor citizens, the patricians good.",
@@ -32,20 +32,21 @@ def _group() -> None:
     """Measure speed on this machine."""
 
 
-@bench.command()
+@bench.command(cls=renamed({"--base": "MODEL", "--model": "MODEL", "-m": "MODEL", "--new": "--max-new-tokens"}))
 def decode(
-    base: Annotated[str, typer.Option(help="An autoregressive model.")] = "shakespeare-ar",
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="An autoregressive model.")] = "shakespeare-ar",
     methods: Annotated[
-        str, typer.Option(help="Samplers with semicolons between, or ar,draft,ngram,mtp,isd; the plain one comes first.")
-    ] = "lookup:4;strided:4",
+        str, typer.Option(help="Samplers, with commas, or ar, draft, ngram, mtp, isd; the autoregressive baseline comes first.")
+    ] = "lookup:4,strided:4",
     peers: Annotated[str, typer.Option(help="Other engines, with commas: transformers, llama.cpp. They need --temperature 0.")] = "",
     adapter: Annotated[Path | None, typer.Option(help="What `dlm convert` made for this base.")] = None,
     heads: Annotated[Path | None, typer.Option(help="What `dlm convert --heads` made for it, for the method heads:4.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file, a prompt a line; default: four of Shakespeare's kind.")] = None,
     kind: Annotated[str, typer.Option(help="Prompts of ours instead, with commas: story, question, summary, code.")] = "",
     batch: Annotated[str, typer.Option(help="Rows at once, with commas.")] = "1,4",
-    new: Annotated[int, typer.Option(help="Tokens to write.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0: all.")] = 0,
     rounds: Annotated[int, typer.Option(help="The least of so many is kept.")] = 3,
     threads: Annotated[int, typer.Option(help="Of the CPU, for all engines; 0: as many as torch takes.")] = 0,
     seed: Seed = 0,
@@ -61,33 +62,39 @@ def decode(
     from dlm.bench import decoding
     from dlm.sampling.autoregressive.draft import Draft
 
-    if rounds < 1 or new < 2 or threads < 0:
-        raise InputError(f"--rounds counts from 1, --new from 2 and --threads from 0, got {rounds}, {new} and {threads}")
+    if rounds < 1 or max_new_tokens < 2 or threads < 0:
+        raise InputError(
+            f"--rounds counts from 1, --max-new-tokens from 2 and --threads from 0, got {rounds}, {max_new_tokens} and {threads}"
+        )
     if threads:
         torch.set_num_threads(threads)
     sizes, kinds = _sizes(batch), _kinds(kind)
     if kind and prompts is not None:
         raise InputError("--kind and --prompts both say what to write after: give one")
-    words = list(dict.fromkeys([PLAIN, *_words(methods)]))
-    if adapter is None and heads is None and {"isd", "mtp"} & set(methods.split(",")):
-        adapter = _bundled(base)
+    asked = listed(methods, "--methods")
+    words = list(dict.fromkeys([PLAIN, *(SHORT.get(word, word) for word in asked)]))
+    if adapter is None and heads is None and {"isd", "mtp"} & set(asked):
+        adapter = _bundled(model)
     samplers: dict[str, Any] = {}
     against: dict[str, str] = {}
     models: dict[str, Any] = {}
     for number, name in enumerate(dict.fromkeys(dtype.split(","))):
-        lm = models[name] = load(base, device, name, [path for path in (adapter, heads) if path], deterministic, compile)
+        lm = models[name] = load(model, device, name, [path for path in (adapter, heads) if path], deterministic, compile)
         if lm.is_diffusion:
-            raise InputError(f"{base} is a diffusion model: its samplers are compared by dlm calibrate")
+            raise InputError(f"{model} is a diffusion model: its samplers are compared by dlm calibrate")
         for word in words:
             if lm.network.quantized and (draft := Draft.from_word(word)) is not None and draft.source == "self":
                 continue  # its weights are quantized already
             label = f"{word} {name}" if number else word
-            samplers[label], against[label] = lm.sampler(sampler=word, temperature=temperature), f"{PLAIN} {name}" if number else PLAIN
+            samplers[label], against[label] = (
+                lm.sampler(sampler=word, temperature=temperature, top_k=top_k),
+                f"{PLAIN} {name}" if number else PLAIN,
+            )
     lm = next(iter(models.values()))
-    canvases = {(k, rows): _canvases(lm, rows, new, device, texts, prompts) for k, texts in kinds.items() for rows in sizes}
+    canvases = {(k, rows): _canvases(lm, rows, max_new_tokens, device, texts, prompts) for k, texts in kinds.items() for rows in sizes}
     longest = max(len(canvas.tokens_BT[0]) for group in canvases.values() for canvas in group) + 1
     ours = list(samplers)
-    for name, peer in _peers(peers, base, lm, device, next(iter(models)), longest, temperature).items():
+    for name, peer in _peers(peers, model, lm, device, next(iter(models)), longest, temperature).items():
         samplers[name] = peer
     found: list[Any] = []
     with bar(f"decoding with {lm.name}", len(samplers) * rounds * sum(map(len, canvases.values()))) as progress:
@@ -103,14 +110,11 @@ def decode(
         out.print(_table([one for one in found if one.kind == name], list(samplers), sizes, name))
     if as_json:
         learned = {"adapter": str(adapter or ""), "heads": str(heads or "")}
-        facts = {"base": lm.name} | learned | {"new": new, "temperature": temperature, "seed": seed, "dtype": dtype}
+        facts = (
+            {"base": lm.name} | learned | {"new": max_new_tokens, "top_k": top_k, "temperature": temperature, "seed": seed, "dtype": dtype}
+        )
         facts |= {"deterministic": deterministic, "compile": compile, "threads": torch.get_num_threads(), "device": device, "peers": peers}
         print(json.dumps(facts | {"rows": [one.record() for one in found]}))
-
-
-def _words(methods: str) -> list[str]:
-    groups = [group.split(",") for group in methods.split(";") if group]
-    return [word for group in groups for word in ([SHORT[name] for name in group] if set(group) <= SHORT.keys() else [",".join(group)])]
 
 
 def _bundled(base: str) -> Path | None:

@@ -8,19 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
-from dlm.cli.app import Compile, Device, Dtype, Seed, app, err, load
+from dlm.cli.app import Compile, Device, Dtype, Seed, app, err, load, renamed
 from dlm.errors import InputError
 
 
-@app.command()
+@app.command(cls=renamed(dict.fromkeys(("--base", "--model", "-m"), "MODEL")))
 def chat(
-    base: Annotated[
-        str, typer.Option("--base", "-m", help="A model with a chat template: pulled name, directory, GGUF file, hub id.")
+    model: Annotated[
+        str, typer.Argument(metavar="[MODEL]", help="A model with a chat template: pulled name, directory, GGUF file, hub id.")
     ] = "smollm2-135m",
     system: Annotated[str | None, typer.Option(help="What the model is told first; default: what its template says.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0: all.")] = 0,
     lossless: Annotated[bool, typer.Option("--lossless", help="The same answers in fewer calls, as of dlm generate.")] = False,
     adapter: Annotated[Path | None, typer.Option(help="What `dlm convert` made for this base, for --lossless.")] = None,
     seed: Seed = 0,
@@ -31,8 +32,8 @@ def chat(
     """Talk to a model, line by line. Ctrl-D or Ctrl-C ends it."""
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens counts from 1, got {max_new_tokens}")
-    lm = load(base, device, dtype, adapter, compile=compile)
-    options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "sampler": "lossless" if lossless else None}
+    lm = load(model, device, dtype, adapter, compile=compile)
+    options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "sampler": "lossless" if lossless else None}
     lm.sampler(**options)  # what the model cannot do is told at once
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     lm.chat_prompt([*messages, {"role": "user", "content": ""}])  # a model without template is told at once

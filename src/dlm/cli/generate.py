@@ -39,7 +39,7 @@ def generate(
     suffix: Annotated[str, typer.Option(help="Text to end with.")] = "",
     template: Annotated[str | None, typer.Option(help="Text with holes: every _ is one token to fill, \\_ an underscore.")] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", help="Texts to write, with the seeds SEED, SEED + 1 ...")] = 1,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps for each window.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps for each window.")] = None,
     sampler: Annotated[str | None, typer.Option(help=SAMPLERS)] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,

@@ -63,15 +63,15 @@ WORDS = tuple(dict.fromkeys([*UNMASKING, SPECULATIVE, *REPLACING]))
 
 
 def speculative(word: str) -> dict[str, Any] | None:
-    """The settings of `speculative`, `speculative:8` or `speculative:8,0.1` (draft tokens, tolerance); None for another word."""
+    """The settings of `speculative`, `speculative:8` or `speculative:8:0.1` (draft tokens, tolerance); None for another word."""
     name, _, values = word.partition(":")
     if name != SPECULATIVE:
         return None
-    drafts, _, tolerance = values.partition(",")
+    drafts, _, tolerance = values.replace(",", ":").partition(":")  # a comma is an old spelling
     try:
         return {"draft_tokens": int(drafts or 8), "tolerance": float(tolerance or 0)}
     except ValueError:
-        raise InputError(f"sampler {word!r}: write speculative, speculative:TOKENS or speculative:TOKENS,TOLERANCE") from None
+        raise InputError(f"sampler {word!r}: write speculative, speculative:TOKENS or speculative:TOKENS:TOLERANCE") from None
 
 
 def continues(word: str) -> bool:

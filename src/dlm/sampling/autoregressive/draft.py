@@ -75,20 +75,21 @@ class Draft:
     def from_word(cls, word: str) -> Draft | None:
         """From the short form, a word of `--sampler`; None for the name of another sampler.
 
-        Its number counts the tokens that a forward pass may commit: one more than the draft tokens. `strided:4`, `lookup:8,0.2` (and the
-        floor), `heads:auto` (as many as pay), `strided:4x16` (and the nodes of a tree), `draft:NAME,4`, `draft:int4,auto`.
+        Its number counts the tokens that a forward pass may commit: one more than the draft tokens. `strided:4`, `lookup:8:0.2` (and the
+        floor), `heads:auto` (as many as pay), `strided:4x16` (and the nodes of a tree), `draft:NAME:4`, `draft:int4:auto`. A comma
+        instead of a later colon is an old spelling.
         """
-        name, _, values = word.partition(":")
+        name, *settings = word.replace(",", ":").split(":")
         if name not in SHORT:
             return None
-        model, _, values = values.partition(",") if name == "draft" else ("", "", values)
-        count, _, floor = values.partition(",")
+        model = settings.pop(0) if name == "draft" and settings else ""
+        count, floor, *more = *settings, *[""] * (2 - len(settings))
         count, branches, nodes = count.partition("x") if name in ("strided", "heads") else (count, "", "")
         source = {"strided": "adapter", "lookup": "ngram", "heads": "heads", "draft": "self" if model in DTYPES else "model"}[name]
         try:
             tokens = None if count == "auto" else int(count or DEFAULT_TOKENS + 1) - 1
             tree, least = int(nodes) if branches else 0, float(floor or 0)
-            if (tokens is not None and tokens < 0) or bool(model) != (name == "draft"):
+            if more or (tokens is not None and tokens < 0) or bool(model) != (name == "draft"):
                 raise ValueError
         except ValueError:
             raise InputError(f"sampler {word!r}: write {_usage(name)}") from None
@@ -104,10 +105,10 @@ class Draft:
         parts = [f"./{self.model}" if clashes else self.model] if self.source in ("self", "model") else []
         parts.append(f"{count}x{self.tree}" if self.tree else count)
         parts += [f"{self.floor:g}"] if self.floor else []
-        return f"{WORDS[self.source]}:{','.join(parts)}"
+        return f"{WORDS[self.source]}:{':'.join(parts)}"
 
 
 def _usage(name: str) -> str:
-    head = "draft:MODEL, draft:MODEL,4" if name == "draft" else f"{name}, {name}:4"
+    head = "draft:MODEL, draft:MODEL:4" if name == "draft" else f"{name}, {name}:4"
     tree = f"{name}:4x16 (stride, candidates), " if name in ("strided", "heads") else ""
-    return f"{head} (stride, or auto), {tree}or {head.split()[-1]},0.2 (stride, floor)"
+    return f"{head} (stride, or auto), {tree}or {head.split()[-1]}:0.2 (stride, floor)"
