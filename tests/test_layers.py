@@ -134,6 +134,7 @@ def test_import_is_light() -> None:
     light("import dlm", ("transformers", "fastapi", "matplotlib", "datasets", "gguf", "jinja2", "torch"))
 
 
+@pytest.mark.slow
 def test_a_model_loads_without_heavy_libraries() -> None:
     code = "import dlm; dlm.load; dlm.DiffusionSampler; dlm.Transformer"
     light(code, ("transformers", "fastapi", "matplotlib", "datasets", "gguf", "accelerate", "torch._dynamo"))
