@@ -34,6 +34,10 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time each name is imp
     from dlm.trajectory import Canvas as Canvas
     from dlm.trajectory import Frame as Frame
     from dlm.trajectory import Trajectory as Trajectory
+    from dlm.workflows.calibrate import calibrate as calibrate
+    from dlm.workflows.curse import curse as curse
+    from dlm.workflows.evaluate import evaluate as evaluate
+    from dlm.workflows.settle import settle as settle
 
 __version__ = "0.1.0"
 
@@ -61,6 +65,10 @@ _WHERE = {  # public name: its module, and its name there where that is another
     "Tokenizer": "dlm.text.tokenizer",
     "TrainConfig": "dlm.train.loop",
     "fit": "dlm.train.loop:train",
+    "evaluate": "dlm.workflows.evaluate",
+    "calibrate": "dlm.workflows.calibrate",
+    "curse": "dlm.workflows.curse",
+    "settle": "dlm.workflows.settle",
 }
 __all__ = ["__version__", *_WHERE]
 
