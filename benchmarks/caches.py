@@ -24,7 +24,6 @@ import dlm
 from dlm.evaluation import card, generative
 from dlm.train import recipes
 from dlm.train.log import finished
-from dlm.train.loop import train
 
 POLICIES = ("uncached", "prefix", "dual", "delayed:8", "drift:0.2")
 WIDE = {1024: {"batch": 4, "steps": 60}, 4096: {"batch": 1, "steps": 30}}
@@ -36,7 +35,7 @@ def wider(window: int, out: Path, console: Console) -> None:
     config = replace(base, network=base.network.with_(window=window), init="shakespeare-mask", lr=5e-4, warmup=10, **WIDE[window])
     config = replace(config, eval_every=config.steps, eval_windows=4, save_every=20, compile=True)
     if not finished(out, config.steps):
-        train(config, out, resume=(out / "training.safetensors").is_file(), console=console)
+        dlm.fit(config, out, resume=(out / "training.safetensors").is_file())
 
 
 def main() -> None:

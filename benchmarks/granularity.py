@@ -29,7 +29,6 @@ from dlm.train import data as reading
 from dlm.train import recipes
 from dlm.train.config import TrainConfig
 from dlm.train.log import finished
-from dlm.train.loop import train
 
 KINDS = ("chars", "bytes", "bpe:256", "bpe:1024", "bpe:4096", "bpe:16384")
 SPAN = 256  # characters of a window, about
@@ -162,7 +161,7 @@ def main() -> None:
         config, out = design(kind, text, args), args.out / kind.replace(":", "-")
         console.print(f"{kind}: window {config.network.window}, width {config.network.width}, {config.steps} steps", highlight=False)
         if not finished(out, config.steps):
-            train(config, out, resume=(out / "training.safetensors").is_file(), console=console)
+            dlm.fit(config, out, resume=(out / "training.safetensors").is_file())
     if args.train_only:
         return
     judge, found = dlm.load(args.judge, device=args.device), {}

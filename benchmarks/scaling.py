@@ -21,7 +21,6 @@ from dlm.evaluation import card, likelihood
 from dlm.train import data as reading
 from dlm.train import recipes
 from dlm.train.log import finished
-from dlm.train.loop import train
 
 HEAD = 32  # channels a head
 
@@ -55,7 +54,7 @@ def main() -> None:
             out = args.out / f"{noise}-{size}"
             console.print(f"{noise} {size}: {parameters:,} parameters, {steps} steps", highlight=False)
             if not finished(out, steps):
-                train(config, out, resume=(out / "training.safetensors").is_file(), console=console)
+                dlm.fit(config, out, resume=(out / "training.safetensors").is_file())
             if args.train_only:
                 continue
             lm = dlm.load(str(out))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dlm
-from dlm.train import loop
+from dlm.train import config, loop
 
 PUBLIC = [name for name in dlm.__all__ if name != "__version__"]
 SMALL = ("steps=2", "layers=1", "heads=2", "width=16", "window=32", "context=8", "batch=4", "eval_windows=4")
@@ -47,7 +47,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_train_is_the_package_and_fit_the_function(text_file: Path, tmp_path: Path) -> None:
-    config = loop.TrainConfig(data=str(text_file)).with_settings(SMALL)
+    settings = config.TrainConfig(data=str(text_file)).with_settings(SMALL)
     assert dlm.train.loop is loop
     for name in ("first", "second"):
-        assert dlm.fit(config, tmp_path / name)["step"] == 2
+        assert dlm.fit(settings, tmp_path / name).step == 2

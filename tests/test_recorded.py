@@ -10,8 +10,6 @@ import pytest
 
 import recorded
 
-pytestmark = pytest.mark.slow
-
 KNOWN = json.loads(recorded.FILE.read_text(encoding="utf-8"))
 
 

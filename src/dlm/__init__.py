@@ -29,15 +29,11 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time each name is imp
     from dlm.sampling.diffusion.unmasking import TopScore as TopScore
     from dlm.sampling.draw import Draw as Draw
     from dlm.text.tokenizer import Tokenizer as Tokenizer
-    from dlm.train.loop import TrainConfig as TrainConfig
-    from dlm.train.loop import train as fit  # noqa: F401
+    from dlm.train.config import TrainConfig as TrainConfig
     from dlm.trajectory import Canvas as Canvas
     from dlm.trajectory import Frame as Frame
     from dlm.trajectory import Trajectory as Trajectory
-    from dlm.workflows.calibrate import calibrate as calibrate
-    from dlm.workflows.curse import curse as curse
-    from dlm.workflows.evaluate import evaluate as evaluate
-    from dlm.workflows.settle import settle as settle
+    from dlm.workflows.fit import fit as fit
 
 __version__ = "0.1.0"
 
@@ -63,12 +59,8 @@ _WHERE = {  # public name: its module, and its name there where that is another
     "DiffusionSampler": "dlm.sampling.diffusion.loop",
     "AutoregressiveSampler": "dlm.sampling.autoregressive.plain",
     "Tokenizer": "dlm.text.tokenizer",
-    "TrainConfig": "dlm.train.loop",
-    "fit": "dlm.train.loop:train",
-    "evaluate": "dlm.workflows.evaluate",
-    "calibrate": "dlm.workflows.calibrate",
-    "curse": "dlm.workflows.curse",
-    "settle": "dlm.workflows.settle",
+    "TrainConfig": "dlm.train.config",
+    "fit": "dlm.workflows.fit",
 }
 __all__ = ["__version__", *_WHERE]
 

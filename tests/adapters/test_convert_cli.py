@@ -10,18 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
 import bases
 from conftest import Dlm, make_model
 from dlm.adapters import attach, distillation_data, lora
-from dlm.adapters.train import ConvertConfig, convert
+from dlm.adapters.train import ConvertConfig
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel, load
 from dlm.models.transformer import predict_next
 from dlm.text.chat import ChatTemplate
+from dlm.train.loop import quiet
 from dlm.trajectory import Canvas
+from dlm.workflows.convert import convert
 
 SONG = "I sing of arms and the man\n" * 60
 CONFIG = ConvertConfig(stride=3, rank=4, alpha=8.0, steps=12, batch=4, length=16, warmup=3, log_every=5, eval_every=6, save_every=4)
@@ -62,7 +63,8 @@ def rows(lm: LanguageModel, text: Path, length: int = 16) -> distillation_data.R
 
 def run(base: Path, text: Path, out: Path, config: ConvertConfig = CONFIG, **options: Any) -> dict[str, Any]:
     lm = load(str(base))
-    return convert(lm, config, rows(lm, text), out, console=Console(quiet=True), **options)
+    record = convert(lm, rows(lm, text), out, config=config, progress=quiet, **options).record()
+    return {name: value for name, value in record.items() if name != "out"}
 
 
 def curve(out: Path) -> list[dict[str, float]]:
@@ -149,7 +151,7 @@ def test_ctrl_c_saves(base_dir: Path, text: Path, tmp_path: Path) -> None:
         return plain.draw(batch, rng)
 
     with pytest.raises(KeyboardInterrupt, match="stopped at step 6, saved; go on with --resume"):
-        convert(lm, CONFIG, replace(plain, draw=draw), tmp_path / "parts", console=Console(quiet=True))
+        convert(lm, replace(plain, draw=draw), tmp_path / "parts", config=CONFIG, progress=quiet)
     assert lora.load_config(tmp_path / "parts").stride == 3  # what is there can be used
     (tmp_path / "parts" / ".saving-left").mkdir()
     run(base_dir, text, tmp_path / "parts", resume=True)
@@ -173,7 +175,7 @@ def test_what_cannot_be_resumed(base_dir: Path, text: Path, tmp_path: Path) -> N
     with torch.no_grad():
         lm.network.head.weight[0, 0] += 1.0
     with pytest.raises(InputError, match=r"begun with another base \(tiny-base\)"):
-        convert(lm, CONFIG, rows(lm, text), out, resume=True)
+        convert(lm, rows(lm, text), out, config=CONFIG, resume=True, progress=quiet)
     with pytest.raises(InputError, match=r"the loss is nan at step \d+: lower --lr"):
         run(base_dir, text, out, replace(CONFIG, lr=1e30, clip=1e30), resume=True)
     file = out / "training.safetensors"
@@ -300,7 +302,6 @@ def test_bad_input(dlm: Dlm, base_dir: Path, masked_dir: Path, text: Path) -> No
         assert message in dlm.told("convert", *words), words
 
 
-@pytest.mark.slow
 def test_generate_with_an_adapter(dlm: Dlm, base_dir: Path, masked_dir: Path, text: Path) -> None:
     """Strided decoding with what was trained writes the base's own text for every seed, in fewer calls than without."""
     code, _, err = dlm("convert", str(base_dir), "--data", str(text), "--out", "adapted", *SMALL, "--steps", "120")

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel
-from dlm.train import loop, objective, state
-from dlm.train.config import TrainConfig
-from dlm.train.loop import train
+from dlm.train import data, display, objective, state
+from dlm.train.display import Display
+from dlm.workflows.fit import fit
 from train import tiny
 
 
@@ -31,7 +31,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["diffusion", "autoregressive"])
 def test_learns_a_periodic_text(tmp_path: Path, kind: str) -> None:
     """Of a window of abab... only the first letter is news: log 2 over 16 tokens."""
@@ -66,7 +65,6 @@ def test_variants_train(text: Path, tmp_path: Path, settings: tuple[str, ...]) -
     LanguageModel.from_pretrained(str(tmp_path / "run"))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of the compiler's own modules
 def test_compiled(text: Path, tmp_path: Path) -> None:
@@ -109,9 +107,10 @@ def test_validation_is_of_the_average(text: Path, tmp_path: Path) -> None:
     model = LanguageModel.from_pretrained(str(tmp_path / "run"))
     config = tiny.config(text)
     config = replace(config, network=model.config.network)
-    documents = loop.reading.split(loop.reading.read(str(text)), config.val_fraction)[1]
-    windows_WT = loop.reading.Stream.encode(documents, model.tokenizer, model.window).windows(config.eval_windows)
-    nats, stderr = objective.validate(objective.Objective(config, model.noise), model.network, windows_WT, torch.device("cpu"))
+    documents = data.split(data.read(str(text)), config.val_fraction)[1]
+    windows_WT = data.Stream.encode(documents, model.tokenizer, model.window).windows(config.eval_windows)
+    own, device = objective.Objective.of(config, model.noise), torch.device("cpu")
+    nats, stderr = objective.validate(own, model.network, windows_WT, device, config.eval_passes)
     assert nats == pytest.approx(figures["val_nats"], rel=1e-6)
     assert stderr == pytest.approx(figures["val_stderr"], rel=1e-5)
 
@@ -128,20 +127,22 @@ def test_a_run_directory_is_a_checkpoint(text: Path, tmp_path: Path) -> None:
     assert len(model.generate(max_new_tokens=8, seed=0).text) == 8
     assert model.card() == (tmp_path / "run" / "README.md").read_text()
     assert model.defaults == {"steps": 32, "sampler": "ancestral", "temperature": 1.0}
-    assert TrainConfig.from_dict(state.read_meta(tmp_path / "run" / state.FILE)["config"]) == tiny.config(text, "steps=3")
+    saved = state.read_meta(tmp_path / "run" / state.FILE)["config"]
+    assert saved == json.loads(json.dumps(tiny.config(text, "steps=3").to_dict()))
     assert model.config.training["parameters"] == model.network.parameters_count()
 
 
 def show(text: Path, out: Path, *settings: str, **options: Any) -> str:
     console = Console(file=io.StringIO(), **{"width": 80} | options.pop("console", {}))
-    train(tiny.config(text, *settings), out, console=console, **options)
+    with Display(console) as shown:
+        fit(tiny.config(text, *settings), out, progress=shown, **options)
     shown = console.file.getvalue()
     assert isinstance(shown, str)
     return shown
 
 
 def test_lines_for_a_pipe(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "QUIET", 0.0)
+    monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0.0)
     first, *lines = show(text, tmp_path / "run").splitlines()
     assert " parameters, " in first
     assert "process(es) on cpu" in first

@@ -10,7 +10,7 @@ from torch import nn
 
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
-from dlm.train.optimisers import EMA, adamw, learning_rate
+from dlm.train.optimisers import EMA, Settings, adamw, learning_rate
 
 
 def rates(steps: int, warmup: int = 10, decay_share: float = 0.25) -> list[float]:
@@ -65,7 +65,7 @@ def test_swapped_shows_the_average_and_gives_the_weights_back() -> None:
 
 def test_matrices_decay_and_nothing_else() -> None:
     network = Transformer(TransformerConfig(vocab_size=7, layers=2, heads=2, width=8, window=8, qkv_bias=True, time_conditioning=True))
-    optimizer = adamw(network, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = adamw(network, Settings(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1))
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     named = {name: decays[id(p)] for name, p in network.named_parameters()}
     assert len(decays) == sum(len(group["params"]) for group in optimizer.param_groups) == len(named)
@@ -76,5 +76,5 @@ def test_matrices_decay_and_nothing_else() -> None:
 
 def test_a_tied_head_is_trained_once() -> None:
     network = Transformer(TransformerConfig(vocab_size=7, layers=1, heads=2, width=8, window=8, tied=True))
-    optimizer = adamw(network, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = adamw(network, Settings(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1))
     assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == network.parameters_count()

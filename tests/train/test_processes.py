@@ -26,9 +26,9 @@ from dlm.train import state
 from dlm.train.objective import RowsOf
 from train import tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")]
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["dlm.train.loop", "torch._dynamo"])
+FORK.set_forkserver_preload(["dlm.workflows.fit", "torch._dynamo"])
 SLOW = "lr=0.001"  # Adam turns the rounding of a vanishing gradient into a step of this size
 
 
@@ -102,7 +102,8 @@ def test_resume_with_another_number_of_processes(text: Path, alone: Path, tmp_pa
 @pytest.mark.parametrize(
     ("sharded", "settings"),
     [
-        (False, ("estimator=continuous", "noise_schedule=geometric", "time_conditioning=true")),
+        # with seed 0, a gradient of zero but for rounding has another sign on some CPUs, and Adam takes a whole step by the sign
+        (False, ("estimator=continuous", "noise_schedule=geometric", "time_conditioning=true", "seed=1")),
         (False, ("objective=autoregressive", "tied=true")),
         (True, ("objective=autoregressive", "tied=true")),
     ],
@@ -122,7 +123,6 @@ def test_an_interrupt_of_one_stops_all_at_the_same_step(text: Path, tmp_path: Pa
     tiny.run(text, tmp_path / "run", f"steps={step + 1}", resume=True)
 
 
-@pytest.mark.slow
 def test_the_launcher_passes_an_interrupt_on(text: Path, tmp_path: Path) -> None:
     """A Ctrl-C reaches every process twice, from the terminal and from the launcher, and still there is a save."""
     out, settings = tmp_path / "run", ["steps=3000", "save_every=3000", "eval_every=3000", "log_every=1"]

@@ -19,7 +19,8 @@ from rich.console import Console
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel
 from dlm.train import state
-from dlm.train.loop import train
+from dlm.train.display import Display
+from dlm.workflows.fit import fit
 from train import tiny
 
 
@@ -68,7 +69,8 @@ def test_a_half_written_last_line_is_dropped(text: Path, tmp_path: Path) -> None
 def test_what_a_resumed_run_changes_is_said(text: Path, tmp_path: Path) -> None:
     tiny.run(text, tmp_path / "run", stop_after=3)
     console = Console(file=io.StringIO())
-    train(tiny.config(text, "lr=0.02", "betas=0.8,0.9", "dropout=0.1"), tmp_path / "run", resume=True, console=console)
+    with Display(console) as shown:
+        fit(tiny.config(text, "lr=0.02", "betas=0.8,0.9", "dropout=0.1"), tmp_path / "run", resume=True, progress=shown)
     expected = "changed since the last save: lr 0.01 -> 0.02, betas [0.9, 0.99] -> [0.8, 0.9], dropout 0.0 -> 0.1\n"
     assert isinstance(console.file, io.StringIO)
     assert expected in console.file.getvalue()
@@ -101,10 +103,9 @@ def saved_step(file: Path) -> int:
 
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["dlm.train.loop", "torch._dynamo"])  # torch is loaded once, not by every process that is killed
+FORK.set_forkserver_preload(["dlm.workflows.fit", "torch._dynamo"])  # torch is loaded once, not by every process that is killed
 
 
-@pytest.mark.slow
 def test_killed_at_any_moment(text: Path, tmp_path: Path) -> None:
     """SIGKILL soon after a save, with a save at every step, so that many kills fall into one."""
     settings, options = ("steps=80", "save_every=1", "log_every=7", "eval_every=1000", "dropout=0.1"), {"resume": False}
@@ -128,7 +129,6 @@ def test_killed_at_any_moment(text: Path, tmp_path: Path) -> None:
     tiny.assert_same(out, tmp_path / "whole")
 
 
-@pytest.mark.slow
 def test_a_save_torn_at_every_file_operation(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a reader or a resumed run finds after a kill just before each rename of the first save and of the second."""
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 import dlm
 from dlm.errors import InputError
 from dlm.noise import clusters, process
-from dlm.train import loop, setup
+from dlm.text.tokenizer import Tokenizer
+from dlm.train import setup
 from dlm.train.data import read
 from train import tiny
 
@@ -81,11 +82,10 @@ def test_a_run_resumes_to_the_bit_and_its_noise_loads_again(
         tiny.run(text, tmp_path / "parts", other, "steps=20", resume=True)
 
 
-@pytest.mark.slow
 def test_it_learns_under_every_noise(tmp_path: Path) -> None:
     """Of a window of abab... only the first letter is news: the bound falls well below that of a guess."""
     (tmp_path / "text.txt").write_text("ab" * 1500)
-    settings = ("window=16", "context=0", "batch=16", "steps=60", "warmup=10", "layers=1", "ema=0.8", "eval_windows=32", "eval_passes=4")
+    settings = ("window=16", "context=0", "batch=16", "steps=60", "warmup=10", "layers=1", "ema=0.8", "eval_windows=32", "eval_passes=64")
     often = ("eval_every=60", "save_every=60", "log_every=60")
     for name in ("uniform", "hybrid"):
         figures = tiny.run(tmp_path / "text.txt", tmp_path / name, f"noise={name}", *settings, *often)
@@ -168,7 +168,7 @@ def test_a_file_of_groups_that_cannot_be_is_told(text: Path, tmp_path: Path, con
 
 
 def test_the_mask_is_always_alone(text: Path, groups: Path) -> None:
-    tokenizer = loop.Tokenizer.make("chars", "\n".join(read(str(text))))
+    tokenizer = Tokenizer.make("chars", "\n".join(read(str(text))))
     for source in ("classes", str(groups)):
         found = setup.cluster_of(source, tokenizer)
         assert len(found) == tokenizer.vocab_size + 1

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
 from dlm.models.config import TransformerConfig
-from dlm.train import loop
+from dlm.train import processes
 from dlm.train.config import TrainConfig
+from dlm.train.loop import quiet
+from dlm.workflows.fit import fit
 
 NETWORK = TransformerConfig(vocab_size=1, layers=2, heads=2, width=32, window=32)
 CONFIG = TrainConfig(
@@ -41,7 +42,9 @@ def config(data: Path, *settings: str, **changes: Any) -> TrainConfig:
 
 
 def run(data: Path, out: Path, *settings: str, **options: Any) -> dict[str, Any]:
-    return loop.train(config(data, *settings), out, console=Console(quiet=True), **options)
+    """The figures of a run."""
+    record = fit(config(data, *settings), out, progress=quiet, **options).record()
+    return {name: value for name, value in record.items() if name not in ("format", "model")}
 
 
 def tensors(out: Path) -> dict[str, torch.Tensor]:
@@ -76,7 +79,7 @@ def shard_on_cpu() -> None:
             )
             self.state._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
 
-    loop.Accelerator = Sharded  # type: ignore[misc]
+    processes.Accelerator = Sharded  # type: ignore[misc]
 
 
 def as_rank(

@@ -8,27 +8,52 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dlm.adapters import lora
 from dlm.errors import InputError
-from dlm.files import write_text
+from dlm.files import check_stamp, stamp, write_text
+from dlm.formats.native import ModelConfig
+from dlm.models.transformer import Transformer
+from dlm.text.chat import ChatTemplate
 from dlm.text.tokenizer import Tokenizer
 from dlm.train import data as reading
-from dlm.trajectory import Canvas
-
-if TYPE_CHECKING:
-    from dlm.language_model import LanguageModel
+from dlm.trajectory import Canvas, Frame
 
 FILE = "texts.jsonl"
+FORMAT = 1
 ASKED = 1 << 31  # added to the seed of what users say, so that no answer is drawn with the same numbers (32 bits of a seed count)
 Batch = tuple[Tensor, Tensor]  # x_BT int64 and free_BT, False where a token is only read: start, prompt, padding
+
+
+class Writer(Protocol):
+    """An autoregressive `LanguageModel`: what is needed of it to write texts."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def network(self) -> Transformer: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def chat(self) -> ChatTemplate: ...
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def stops(self) -> frozenset[int]:
+        """Tokens that end a text or a turn."""
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Tokens of a prompt, as a user's message where there is a chat template."""
+
+    def stream(self, *, canvas: Canvas, seed: int, temperature: float) -> Iterator[Frame]:
+        """Fill the canvas; row i draws with seed + i."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +121,7 @@ def from_base(path: Path, start: int | None, length: int, *, val_fraction: float
 
 
 def write(
-    lm: LanguageModel,
+    lm: Writer,
     path: Path,
     count: int,
     length: int,
@@ -125,9 +150,10 @@ def write(
         raise InputError(f"a prompt has {longest} tokens, a text {room}: shorter prompts or a greater --length")
     about = {"base": lora.fingerprint(lm.network), "length": length, "seed": seed, "heads": heads, "turn": turn}
     about |= {"temperatures": list(temperatures), "batch": batch}
-    head = json.dumps({"made_by": hashlib.sha256(json.dumps(about).encode()).hexdigest(), "base": lm.name, "seed": seed})
+    made_by = {"made_by": hashlib.sha256(json.dumps(about).encode()).hexdigest(), "base": lm.name, "seed": seed}
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    lines = lines if lines[:1] == [head] else [head]
+    if not lines or not _made_by(lines[0], made_by, path):
+        lines = [json.dumps(stamp(FORMAT) | made_by)]
     tell(min(len(lines) - 1, count))
     path.parent.mkdir(parents=True, exist_ok=True)
     while (first := len(lines) - 1) < count:
@@ -144,7 +170,17 @@ def write(
         tell(len(lines) - 1)
 
 
-def _turn(lm: LanguageModel) -> tuple[list[int], list[int]]:
+def _made_by(head: str, made_by: dict[str, object], path: Path) -> bool:
+    """Whether the first line of a file says that it came of the same base and settings."""
+    try:
+        found = json.loads(head)
+    except ValueError:
+        return False
+    check_stamp(found, FORMAT, path)
+    return {key: found.get(key) for key in made_by} == made_by
+
+
+def _turn(lm: Writer) -> tuple[list[int], list[int]]:
     """What stands before and after the words of a user: what two conversations have in common."""
     a, b = (lm.prompt_ids(word) for word in ("a", "b"))
     before = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
@@ -152,7 +188,7 @@ def _turn(lm: LanguageModel) -> tuple[list[int], list[int]]:
     return a[:before], a[len(a) - after :]
 
 
-def _asked(lm: LanguageModel, turn: tuple[list[int], list[int]], count: int, room: int, seed: int) -> list[list[int]]:
+def _asked(lm: Writer, turn: tuple[list[int], list[int]], count: int, room: int, seed: int) -> list[list[int]]:
     """Conversations up to where the base is to speak; what the user says is its own, a third of the room at most."""
     before, after = turn
     most = (room - len(before) - len(after)) // 3

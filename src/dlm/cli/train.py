@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -28,31 +28,24 @@ def train(
     from dataclasses import replace
 
     from dlm.train import recipes
-    from dlm.train.loop import TrainConfig
-    from dlm.train.loop import train as run
+    from dlm.train.config import TrainConfig
+    from dlm.train.display import Display
+    from dlm.workflows.fit import fit, sample
 
     if recipe is None and data is None:
         raise InputError(f"give a recipe ({', '.join(recipes.RECIPES)}) or --data FILE")
-    config: TrainConfig = recipes.find(recipe) if recipe else TrainConfig()
+    config = recipes.find(recipe) if recipe else TrainConfig()
     if data is not None:
         config = replace(config, data=data)
     words = {"noise": noise, "noise_schedule": noise_schedule}
     config = config.with_settings([f"{key}={word}" for key, word in words.items() if word is not None] + (settings or []))
     out = out or Path("runs") / (recipe or Path(data or "").stem or "model")
     try:
-        figures = run(config, out, resume=resume, preview=_preview, console=err)
+        with Display(err) as display:
+            result = fit(config, out, resume=resume, preview=sample, progress=display)
     except KeyboardInterrupt as stopped:
         fail(str(stopped) or "stopped", 130)
     if int(os.environ.get("RANK", "0")) == 0:
         err.print(f"done; try: dlm generate --model {out} --watch", highlight=False)
         if as_json:
-            print(json.dumps(figures | {"model": str(out)}))
-
-
-def _preview(network: Any, config: Any, tokenizer: Any) -> str:
-    """One line of text from the model in training, so that one sees it learn."""
-    from dlm.language_model import LanguageModel
-
-    network.eval()
-    text: str = LanguageModel(network, config, tokenizer).generate(max_new_tokens=64, steps=32).text
-    return "  " + text.replace("\n", "\u21b5")
+            print(json.dumps(result.record()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from dlm.noise import schedule
@@ -10,10 +11,39 @@ from dlm.noise.hybrid import HybridNoise
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.semantic import SemanticNoise
 from dlm.noise.uniform import UniformNoise
+from dlm.protocols import NoiseProcess
 
 Process = MaskedNoise | UniformNoise | SemanticNoise | HybridNoise
 PROCESSES: dict[str, type[Process]] = {"masked": MaskedNoise, "uniform": UniformNoise, "semantic": SemanticNoise, "hybrid": HybridNoise}
 SETTING = {"semantic": "lead", "hybrid": "share"}  # what the number after the colon sets
+
+
+def register(name: str, process: type[Any], setting: str = "") -> None:
+    """Make a noise process of your own known by a name, to settings, the command line and config.json.
+
+    process: a dataclass made with (vocab_size, mask_id, schedule, ...). setting: the field that a number after a colon sets.
+    """
+    PROCESSES[name] = process
+    if setting:
+        SETTING[name] = setting
+
+
+def name_of(process: type[Any]) -> str:
+    """The name of a class. ValueError where it is not registered."""
+    for name, known in PROCESSES.items():
+        if process is known:
+            return name
+    raise ValueError(f"{process.__name__} has no name: dlm.noise.process.register gives a noise process one")
+
+
+def settings(noise: NoiseProcess) -> dict[str, Any]:
+    """The entry of config.json that `make` turns into this process. ValueError for a class or a schedule that is not registered."""
+    known = {"process": name_of(type(noise)), "schedule": schedule.word(noise.schedule)}
+    if not is_dataclass(noise):
+        raise ValueError(f"{type(noise).__name__} is no dataclass: its settings cannot be written down")
+    own = [f for f in fields(noise) if f.name not in ("vocab_size", "mask_id", "schedule")]
+    values = {f.name: getattr(noise, f.name) for f in own if f.name == "head" or getattr(noise, f.name) != f.default}
+    return known | {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def parse(word: str) -> dict[str, Any]:

@@ -8,7 +8,9 @@ Source: Shi et al. 2024 (arXiv 2406.04329) section 2 and table 4.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,13 +113,27 @@ class LogLinear:
         return (1 - alpha) / (1 - self.eps)
 
 
-SCHEDULES: dict[str, type[Linear | Polynomial | Cosine | Geometric | LogLinear]] = {
+SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "linear": Linear,
     "polynomial": Polynomial,
     "cosine": Cosine,
     "geometric": Geometric,
     "log-linear": LogLinear,
 }
+
+
+def register(name: str, schedule: type[Any]) -> None:
+    """Make a schedule of your own known by a name, to settings and to config.json. It is a dataclass whose fields are numbers."""
+    SCHEDULES[name] = schedule
+
+
+def word(schedule: NoiseSchedule) -> str:
+    """The word that `parse` turns into this schedule. ValueError for a class that is not registered."""
+    name = next((name for name, known in SCHEDULES.items() if type(schedule) is known), "")
+    if not name or not is_dataclass(schedule):
+        raise ValueError(f"{type(schedule).__name__} has no name: dlm.noise.schedule.register gives a schedule one, a dataclass")
+    values = ",".join(repr(float(getattr(schedule, f.name))) for f in fields(schedule))
+    return f"{name}:{values}" if values else name
 
 
 def is_whole(schedule: NoiseSchedule) -> bool:

@@ -1,38 +1,52 @@
-"""The settings of one training run."""
+"""The settings of one training run, and the checks that they pass."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any
 
 from dlm.errors import InputError
 from dlm.models.config import TransformerConfig
 from dlm.noise import loss, process, schedule
-from dlm.noise.replacement import HEADS
+from dlm.noise.masked import MaskedNoise
+from dlm.noise.replacement import HEADS, ReplacementNoise
+from dlm.protocols import NoiseProcess, NoiseSchedule
+from dlm.train.optimisers import OPTIMISERS
+
+OBJECTIVES = ("diffusion", "autoregressive")
+ESTIMATORS = ("auto", "any_order", "counted", "continuous")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. `--set key=value` changes any field here or of the network. The defaults suit an hour on a laptop."""
+    """One run. `--set key=value` changes any field here or of the network. The defaults suit an hour on a laptop.
+
+    noise and noise_schedule take a word, or in Python an object: a process for the vocabulary of the run, which has a schedule of its
+    own, or its class. InputError for settings that cannot work.
+    """
 
     data: str = ""  # shakespeare (bundled) | a text file | a folder of .txt files | hf:DATASET
     val_fraction: float = 0.1
     tokenizer: str = "chars"  # chars | bytes | bpe:1024 (learned from the text) | path of a tokenizer.json
     network: TransformerConfig = field(default_factory=lambda: TransformerConfig(vocab_size=1, width=192))
     objective: str = "diffusion"  # diffusion | autoregressive
-    noise: str = "masked"  # masked | uniform | semantic[:lead] | hybrid[:share of uniform noise]
-    noise_schedule: str = "linear"
+    noise: str | NoiseProcess | type[Any] = "masked"  # masked | uniform | semantic[:lead] | hybrid[:share of uniform noise]
+    noise_schedule: str | NoiseSchedule = "linear"
     clusters: str = "classes"  # of semantic noise: classes | MODEL:COUNT (k-means of its output embedding) | a JSON file
-    head: str = "leave-one-out"  # what the network gives under replacement noise: leave-one-out | posterior
+    head: str = "leave-one-out"  # what the network predicts under replacement noise: leave-one-out | posterior
     estimator: str = "auto"  # any_order (masks, no time input) | counted (replacement) | continuous | auto: the first that applies
     init: str = ""  # a checkpoint to begin with, instead of fresh weights: of the same shape, or deeper
-    teacher: str = ""  # a masked model to learn from: its guess takes the place of the text (distillation)
+    teacher: str = ""  # distillation: a masked model whose predictions take the place of the text
     levels: tuple[float, float] = (0.0, 1.0)  # share of masks that the network is trained on, from .. to
     block_lengths: tuple[int, ...] = ()  # of block diffusion (attention=block_causal), one drawn each step; none: block_length
     context: int = 64
     context_share: float = 0.5  # share of training windows whose first `context` tokens are given
     steps: int = 5000
     batch: int = 16  # windows per step over all processes
+    optimizer: str = "adamw"
     lr: float = 2e-3
     warmup: int = 100
     decay_share: float = 0.3
@@ -52,66 +66,44 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         try:
-            alpha = schedule.parse(self.noise_schedule)
-            process.parse(self.noise)
+            noise = process.name_of(self.noise) if isinstance(self.noise, type) else self.noise
+            object.__setattr__(self, "noise", noise)
+            if isinstance(noise, str):
+                process.parse(noise)
+            else:
+                process.settings(noise)  # a checkpoint can name it
+            schedule.word(self.alpha)
         except ValueError as error:
             raise InputError(str(error)) from None
-        if self.objective not in ("diffusion", "autoregressive"):
-            raise InputError(f"unknown objective {self.objective!r}; known: diffusion, autoregressive")
-        if self.objective == "autoregressive" and self.network.attention != "causal":
-            raise InputError("an autoregressive network that sees the future learns nothing: --set attention=causal")
-        if self.estimator not in ("auto", "any_order", "counted", "continuous"):
-            raise InputError(f"unknown estimator {self.estimator!r}; known: auto, any_order, counted, continuous")
-        blocks = self.network.attention == "block_causal"
-        if blocks and (self.objective != "diffusion" or self.noise != "masked" or self.network.time_conditioning):
-            raise InputError("block diffusion (attention=block_causal) is for masked noise without time_conditioning")
-        if blocks and not schedule.is_whole(alpha):
-            raise InputError(f"the {self.noise_schedule} schedule does not run from 1 to 0: block diffusion needs one that does")
-        if blocks and self.estimator != "auto":
-            raise InputError(f"block diffusion has one estimator of its own: leave --set estimator={self.estimator} away")
-        if self.block_lengths and not blocks:
-            raise InputError("block_lengths are for block diffusion: --set attention=block_causal --set block_length=16")
-        if any(n < 1 or self.network.window % n for n in self.block_lengths):
-            raise InputError(f"every one of block_lengths must divide the window {self.network.window}, got {self.block_lengths}")
-        if self.head not in HEADS:
-            raise InputError(f"unknown head {self.head!r}; known: {', '.join(HEADS)}")
-        if self.clusters != "classes" and self.noise.partition(":")[0] != "semantic":
-            raise InputError(f"{self.noise} noise has no clusters: --noise semantic, or leave --set clusters={self.clusters} away")
-        if self.estimator == ("counted" if self.noise == "masked" else "any_order"):
-            raise InputError(f"{self.noise} noise has no estimator {self.estimator}: --set estimator=auto")
-        if self.estimator == "any_order" and self.network.time_conditioning:
-            raise InputError("a network with time_conditioning needs --set estimator=continuous")
-        if self.estimator in ("any_order", "counted") and not schedule.is_whole(alpha):
-            raise InputError(f"the {self.noise_schedule} schedule does not run from 1 to 0: --set estimator=continuous")
-        if not 0 <= self.context < self.network.window:
-            raise InputError(f"context {self.context} must lie in 0 .. {self.network.window - 1}, below the window")
-        least = dict.fromkeys(("steps", "batch", "log_every", "eval_every", "save_every", "eval_passes"), 1)
-        for name, low in (least | {"eval_windows": 2, "warmup": 0, "seed": 0, "weight_decay": 0}).items():
-            if not getattr(self, name) >= low:
-                raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
-        if (self.teacher or self.levels != (0, 1)) and (self.estimate != "any_order" or self.objective != "diffusion" or blocks):
-            raise InputError("teacher and levels are for bidirectional masked models that do not read the time")
-        if len(self.levels) != 2 or not 0 <= self.levels[0] < self.levels[1] <= 1:
-            raise InputError(f"levels run from a share of masks to a higher one, as in 0.5,1; got {self.levels}")
-        for name in ("context_share", "decay_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} must lie in 0 .. 1, got {getattr(self, name)}")
-        if not 0 < self.val_fraction < 1:
-            raise InputError(f"val_fraction must lie between 0 and 1, got {self.val_fraction}")
-        if not 0 <= self.ema < 1:
-            raise InputError(f"ema must be at least 0 and below 1, got {self.ema}")
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise InputError(f"betas must be two numbers from 0 to below 1, as in 0.9,0.99; got {self.betas}")
+        for wrong in chain.from_iterable(check(self) for check in CHECKS):
+            raise InputError(wrong)
+
+    @property
+    def alpha(self) -> NoiseSchedule:
+        """The schedule of the noise."""
+        if not isinstance(self.noise, str | type):
+            return self.noise.schedule
+        return schedule.parse(self.noise_schedule) if isinstance(self.noise_schedule, str) else self.noise_schedule
+
+    @property
+    def process(self) -> str:
+        """The name of the noise process."""
+        return self.noise.partition(":")[0] if isinstance(self.noise, str) else process.name_of(type(self.noise))
+
+    @property
+    def blocks(self) -> bool:
+        """Whether this is block diffusion."""
+        return self.network.attention == "block_causal"
 
     @property
     def estimate(self) -> str:
         """The function of `dlm.noise.loss` that estimates the bound."""
-        alpha = schedule.parse(self.noise_schedule)
-        chosen = loss.best(alpha, masked=self.noise == "masked", reads_time=self.network.time_conditioning)
-        return chosen if self.estimator == "auto" else self.estimator
+        if self.estimator != "auto":
+            return self.estimator
+        kind = process.PROCESSES[self.process]
+        if not issubclass(kind, MaskedNoise | ReplacementNoise):
+            return "continuous"  # which needs no more of a process than its protocol
+        return loss.best(self.alpha, masked=issubclass(kind, MaskedNoise), reads_time=self.network.time_conditioning)
 
     def with_settings(self, settings: list[str]) -> TrainConfig:
         """Apply `key=value` words together, in any order; InputError for an unknown key or a value that cannot be."""
@@ -126,22 +118,100 @@ class TrainConfig:
                 changes[key] = _parse(value, getattr(self if key in own else self.network, key))
             except ValueError as error:
                 raise InputError(f"--set {word}: {error}") from None
+        of_network = {key: value for key, value in changes.items() if key in net}
         try:  # all at once: a window and a context may only fit together
-            network = self.network.with_(**{k: v for k, v in changes.items() if k in net})
+            network = self.network.with_(**of_network)
         except ValueError as error:
-            raise InputError(f"--set {' '.join(settings)}: {error}") from None
-        return replace(self, network=network, **{k: v for k, v in changes.items() if k in own})
+            reason = _head_sizes(self.network, of_network) or str(error)
+            raise InputError(f"--set {' '.join(settings)}: {reason}") from None
+        return replace(self, network=network, **{key: value for key, value in changes.items() if key in own})
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Every field as JSON can hold it, objects by the words or entries that make them again."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)} | {"network": self.network.to_dict()}
+        if not isinstance(self.noise, str | type):
+            plain["noise"] = process.settings(self.noise)
+        if not isinstance(self.noise_schedule, str):
+            plain["noise_schedule"] = schedule.word(self.noise_schedule)
+        return plain
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> TrainConfig:
-        plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-        return cls(**(plain | {"network": TransformerConfig(**data["network"])}))
+
+def _objective(c: TrainConfig) -> Iterator[str]:
+    if c.objective not in OBJECTIVES:
+        yield f"unknown objective {c.objective!r}; known: {', '.join(OBJECTIVES)}"
+    if c.optimizer not in OPTIMISERS:
+        yield f"unknown optimizer {c.optimizer!r}; known: {', '.join(OPTIMISERS)}"
+    if c.estimator not in ESTIMATORS:
+        yield f"unknown estimator {c.estimator!r}; known: {', '.join(ESTIMATORS)}"
+    if c.objective == "autoregressive" and c.network.attention != "causal":
+        yield "an autoregressive network that sees the future learns nothing: --set attention=causal"
 
 
-def _parse(value: str, like: Any) -> Any:
+def _block_diffusion(c: TrainConfig) -> Iterator[str]:
+    if c.blocks and (c.objective != "diffusion" or c.process != "masked" or c.network.time_conditioning):
+        yield "block diffusion (attention=block_causal) is for masked noise without time_conditioning"
+    if c.blocks and not schedule.is_whole(c.alpha):
+        yield f"the {c.noise_schedule} schedule does not run from 1 to 0: block diffusion needs one that does"
+    if c.blocks and c.estimator != "auto":
+        yield f"block diffusion has one estimator of its own: leave --set estimator={c.estimator} away"
+    if c.block_lengths and not c.blocks:
+        yield "block_lengths are for block diffusion: --set attention=block_causal --set block_length=16"
+    if any(n < 1 or c.network.window % n for n in c.block_lengths):
+        yield f"every one of block_lengths must divide the window {c.network.window}, got {c.block_lengths}"
+
+
+def _noise(c: TrainConfig) -> Iterator[str]:
+    noise = c.noise if isinstance(c.noise, str) else c.process
+    if not isinstance(c.noise, str) and c.noise_schedule != "linear":
+        yield f"the {noise} noise that is given has a schedule of its own: leave noise_schedule away"
+    if c.head not in HEADS:
+        yield f"unknown head {c.head!r}; known: {', '.join(HEADS)}"
+    if c.clusters != "classes" and c.process != "semantic":
+        yield f"{noise} noise has no clusters: --noise semantic, or leave --set clusters={c.clusters} away"
+    kind = process.PROCESSES[c.process]
+    fitting = {"any_order": issubclass(kind, MaskedNoise), "counted": issubclass(kind, ReplacementNoise)}
+    if not fitting.get(c.estimator, True):
+        yield f"{noise} noise has no estimator {c.estimator}: --set estimator=auto"
+    if c.estimator == "any_order" and c.network.time_conditioning:
+        yield "a network with time_conditioning needs --set estimator=continuous"
+    if c.estimator in fitting and not schedule.is_whole(c.alpha):
+        yield f"the {c.noise_schedule} schedule does not run from 1 to 0: --set estimator=continuous"
+
+
+def _numbers(c: TrainConfig) -> Iterator[str]:
+    if not 0 <= c.context < c.network.window:
+        yield f"context {c.context} must lie in 0 .. {c.network.window - 1}, below the window"
+    for name, (low, high, words) in RANGES.items():
+        if not low <= getattr(c, name) <= high:
+            yield f"{name} must {words}, got {getattr(c, name)}"
+    if len(c.betas) != 2 or not all(0 <= b < 1 for b in c.betas):
+        yield f"betas must be two numbers from 0 to below 1, as in 0.9,0.99; got {c.betas}"
+
+
+def _distillation(c: TrainConfig) -> Iterator[str]:
+    if (c.teacher or c.levels != (0, 1)) and (c.estimate != "any_order" or c.objective != "diffusion" or c.blocks):
+        yield "teacher and levels are for bidirectional masked models that do not read the time"
+    if len(c.levels) != 2 or not 0 <= c.levels[0] < c.levels[1] <= 1:
+        yield f"levels run from a share of masks to a higher one, as in 0.5,1; got {c.levels}"
+
+
+CHECKS: tuple[Callable[[TrainConfig], Iterator[str]], ...] = (_objective, _block_diffusion, _noise, _numbers, _distillation)
+"""Each yields what is wrong, in a line; the first one is what the user reads."""
+
+ABOVE_0, BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
+FINITE = math.nextafter(math.inf, 0)
+RANGES: dict[str, tuple[float, float, str]] = {  # lowest, highest, and the same in words
+    **dict.fromkeys(("steps", "batch", "log_every", "eval_every", "save_every", "eval_passes"), (1, math.inf, "be at least 1")),
+    **dict.fromkeys(("warmup", "seed", "weight_decay"), (0, math.inf, "be at least 0")),
+    "eval_windows": (2, math.inf, "be at least 2"),
+    **dict.fromkeys(("lr", "clip"), (ABOVE_0, FINITE, "be above 0")),
+    **dict.fromkeys(("context_share", "decay_share"), (0, 1, "lie in 0 .. 1")),
+    "val_fraction": (ABOVE_0, BELOW_1, "lie between 0 and 1"),
+    "ema": (0, BELOW_1, "be at least 0 and below 1"),
+}
+
+
+def _parse(value: str, like: object) -> object:
     if isinstance(like, bool):
         if value.lower() not in ("true", "false", "1", "0"):
             raise ValueError("give true or false")
@@ -149,4 +219,24 @@ def _parse(value: str, like: Any) -> Any:
     if isinstance(like, tuple):
         kind = int if all(isinstance(v, int) for v in like) else float
         return tuple(kind(v) for v in value.split(",") if v)
-    return type(like)(value)
+    if isinstance(like, int | float):
+        return type(like)(value)
+    return value
+
+
+def _head_sizes(network: TransformerConfig, changes: dict[str, Any]) -> str:
+    """Why heads do not divide this width evenly, and what would fit; nothing where something else is wrong."""
+    width, heads = changes.get("width", network.width), changes.get("heads", network.heads)
+    if (
+        not {"width", "heads"} & changes.keys()
+        or changes.keys() & {"head_dim", "kv_heads"}
+        or min(width, heads) < 1
+        or width // heads % 2 == 0
+    ):
+        return ""
+    step = 2 * heads
+    widths = sorted({max(step, width // step * step), (width // step + 1) * step})
+    counts = [n for n in range(1, width // 2 + 1) if width % (2 * n) == 0]
+    near = sorted({max((n for n in counts if n < heads), default=0), min((n for n in counts if n > heads), default=0)} - {0})
+    fits = f"width={' or '.join(map(str, widths))}" + (f", or heads={' or '.join(map(str, near))}" if near else "")
+    return f"{heads} heads of width {width} have an odd head_dim of {width // heads}, which must be even: {fits} fits"

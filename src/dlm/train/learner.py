@@ -5,6 +5,8 @@ Everything random at step n is a function of (seed, n). Shapes: B rows of the ba
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -19,8 +21,9 @@ from dlm.noise import loss
 from dlm.noise.process import Process
 from dlm.train.config import TrainConfig
 from dlm.train.data import Stream
+from dlm.train.loop import Update
 from dlm.train.objective import Objective, RowsOf, levels_on
-from dlm.train.optimisers import EMA, adamw, learning_rate
+from dlm.train.optimisers import EMA, Settings, learning_rate, make, set_learning_rate
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -41,18 +44,18 @@ def begin_with(name: str, network: Transformer) -> None:
 
 
 def teacher_of(config: TrainConfig, network: TransformerConfig, mask_id: int, device: torch.device) -> loss.Predict:
-    """The guess of the network to learn from. InputError where it is no masked model of the same vocabulary and window."""
+    """The predictions of the network to learn from. InputError where it is no masked model of the same vocabulary and window."""
     teacher, about = native.load(native.find(config.teacher), device=str(device))
     same = (about.network.vocab_size, about.network.window, about.mask_token_id) == (network.vocab_size, network.window, mask_id)
     if not same or about.objective != "diffusion" or about.noise["process"] != "masked" or about.network.attention != "full":
         raise InputError(f"teacher={config.teacher} is no masked diffusion model with the vocabulary and window of this run")
 
     @torch.no_grad()
-    def guess(z_BT: Tensor, t_B: Tensor) -> Tensor:
+    def predict(z_BT: Tensor, t_B: Tensor) -> Tensor:
         logits: Tensor = teacher(z_BT, t_B).float()
         return logits
 
-    return guess
+    return predict
 
 
 class Learner:
@@ -78,35 +81,34 @@ class Learner:
             begin_with(config.init, self.bare)
         if config.compile:
             self.bare.compile()
-        fused = self.device.type == "cuda"
-        adam = adamw(self.bare, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=fused)
-        self.network, self.wrapped = accelerator.prepare(self.bare, adam)
+        settings = Settings(config.lr, config.betas, config.weight_decay, fused=self.device.type == "cuda")
+        self.network, self.wrapped = accelerator.prepare(self.bare, make(config.optimizer, self.bare, settings))
         self.optimizer: torch.optim.Optimizer = self.wrapped.optimizer
         self.ema = EMA(self.network, config.ema)
         share = config.batch // accelerator.num_processes
         self.own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-        guess = teacher_of(config, network, noise.mask_id, self.device) if config.teacher else None
-        self.objective = Objective(config, RowsOf(noise, batch=config.batch, own=self.own), guess)
+        teacher = teacher_of(config, network, noise.mask_id, self.device) if config.teacher else None
+        rows = cast(Process, RowsOf(noise, batch=config.batch, own=self.own))
+        self.objective = Objective.of(config, rows, teacher)
         self.network.train()
 
-    def update(self, step: int) -> tuple[Tensor, Tensor, float]:
-        """Step `step` of the run: (mean nats of this process's rows, gradient norm of all, learning rate)."""
+    def update(self, step: int) -> Update:
+        """Step `step` of the run."""
         config, own, device = self.config, self.own, self.device
         rng = step_generator(config.seed, step)
         x_BT, t_B = self.stream.draw(config.batch, rng), loss.draw_levels(config.batch, rng)
         t_B = config.levels[0] + (config.levels[1] - config.levels[0]) * t_B
         free_BT = self.objective.free(config.batch, rng)
-        block_length = self.objective.block_length(rng)
-        mask_rng = torch.Generator(device).manual_seed(step_generator(config.seed + 1, step).initial_seed())
+        block_length = self.objective.draw_block_length(rng)
+        noise_rng = torch.Generator(device).manual_seed(step_generator(config.seed + 1, step).initial_seed())
         torch.manual_seed(config.seed * 7919 + step + self.accelerator.process_index * 1_000_000_007)  # dropout
         lr = learning_rate(step, peak=config.lr, steps=config.steps, warmup=config.warmup, decay_share=config.decay_share)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         x_BT, free_BT, t_B = x_BT[own].to(device), free_BT[own].to(device), levels_on(device, t_B[own])
-        nats_B = self.objective(self.network, x_BT, free_BT, mask_rng, t_B, block_length)
+        nats_B = self.objective(self.network, x_BT, free_BT, noise_rng, t_B, block_length)
         self.accelerator.backward(nats_B.mean())
         norm = self.accelerator.clip_grad_norm_(self.network.parameters(), config.clip)
         self.wrapped.step()
         self.wrapped.zero_grad()
         self.ema.update(step)
-        return nats_B.detach().mean().float(), norm.full_tensor() if isinstance(norm, DTensor) else norm, lr
+        return Update(nats_B.detach().mean().float(), norm.full_tensor() if isinstance(norm, DTensor) else norm, lr)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dlm.models.transformer import predict_beside
 from dlm.noise import loss
+from dlm.noise.masked import MaskedNoise
 from dlm.noise.process import Process
 from dlm.train.config import TrainConfig
 
@@ -46,46 +48,66 @@ class RowsOf:
         return made[own] if isinstance(made, Tensor) else tuple(part[own] for part in made)
 
 
+Estimator = Callable[[nn.Module, Tensor, Tensor, torch.Generator, Tensor, int], Tensor]
+"""(network, x_BT, free_BT, rng, t_B, block_length) -> (B,) nats summed over the free positions."""
+
+
+def estimator(config: TrainConfig, noise: Process, teacher: loss.Predict | None = None) -> Estimator:
+    """The bound of the noise process, the distance from a teacher, or the exact autoregressive loss, as the config has it."""
+
+    def predict(network: nn.Module) -> loss.Predict:
+        return lambda z_BT, t_B: network(z_BT, t_B).float()
+
+    if config.blocks:
+        return lambda network, x_BT, free_BT, rng, t_B, block_length: loss.blockwise(
+            cast(MaskedNoise, noise), partial(predict_beside, network), x_BT, free_BT, rng, block_length, t_B
+        )
+    if config.objective == "autoregressive":
+        return lambda network, x_BT, free_BT, rng, t_B, block_length: loss.autoregressive(noise, predict(network), x_BT, free_BT)
+    bound = partial(loss.any_order, teacher=teacher) if teacher is not None else ESTIMATORS[config.estimate]
+    return lambda network, x_BT, free_BT, rng, t_B, block_length: bound(noise, predict(network), x_BT, free_BT, rng, t_B)
+
+
+ESTIMATORS: dict[str, Callable[..., Tensor]] = {"any_order": loss.any_order, "counted": loss.counted, "continuous": loss.continuous}
+
+
 @dataclass(frozen=True)
 class Objective:
-    """The bound of the noise process or the exact autoregressive loss, nats per predicted token."""
+    """What one run minimises, in nats per predicted token; resolved once from its config by `of`."""
 
-    config: TrainConfig
-    noise: Any  # a process, or RowsOf one
-    teacher: loss.Predict | None = None
+    estimate: Estimator
+    window: int
+    context: int  # tokens at the beginning of a window that are given in a share of the rows; 0: none
+    context_share: float
+    block_length: int  # of validation
+    block_lengths: tuple[int, ...]  # of training, one drawn each step
+
+    @classmethod
+    def of(cls, config: TrainConfig, noise: Process, teacher: loss.Predict | None = None) -> Objective:
+        """noise: a process, or `RowsOf` one."""
+        context = config.context if config.objective == "diffusion" else 0
+        length = config.network.block_length
+        lengths = config.block_lengths or (length,)
+        return cls(estimator(config, noise, teacher), config.network.window, context, config.context_share, length, lengths)
 
     def __call__(
         self, network: nn.Module, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, t_B: Tensor, block_length: int = 0
     ) -> Tensor:
         """(B,) nats per predicted token of each row. block_length: for block diffusion, by default the network's own."""
+        return self.estimate(network, x_BT, free_BT, rng, t_B, block_length or self.block_length) / free_BT.sum(-1)
 
-        def predict(z_BT: Tensor, t_B: Tensor) -> Tensor:
-            logits: Tensor = network(z_BT, t_B).float()
-            return logits
-
-        if self.config.network.attention == "block_causal":
-            block_length = block_length or self.config.network.block_length
-            nats_B = loss.blockwise(self.noise, partial(predict_beside, network), x_BT, free_BT, rng, block_length, t_B)
-        elif self.config.objective == "autoregressive":
-            nats_B = loss.autoregressive(self.noise, predict, x_BT, free_BT)
-        elif self.teacher is not None:
-            nats_B = loss.any_order(self.noise, predict, x_BT, free_BT, rng, t_B, self.teacher)
-        else:
-            nats_B = getattr(loss, self.config.estimate)(self.noise, predict, x_BT, free_BT, rng, t_B)
-        return nats_B / free_BT.sum(-1)
-
-    def block_length(self, rng: torch.Generator) -> int:
-        """The one of a training step: drawn from the settings, so that one network learns several."""
-        lengths = self.config.block_lengths
-        return lengths[int(torch.randint(len(lengths), (1,), generator=rng))] if lengths else self.config.network.block_length
+    def draw_block_length(self, rng: torch.Generator) -> int:
+        """The one of a training step, so that one network learns several."""
+        if self.block_lengths == (self.block_length,):
+            return self.block_length
+        return self.block_lengths[int(torch.randint(len(self.block_lengths), (1,), generator=rng))]
 
     def free(self, rows: int, rng: torch.Generator) -> Tensor:
-        """Which positions are predicted: in a share of the rows the first `context` tokens are given."""
-        config = self.config
-        free_BT = torch.ones(rows, config.network.window, dtype=torch.bool)
-        if config.objective == "diffusion" and config.context and config.context_share:
-            given_B = torch.rand(rows, generator=rng) < config.context_share
-            free_BT[given_B, : config.context] = False
+        """bool (rows, T): which positions are predicted; in a share of the rows the first `context` tokens are given."""
+        free_BT = torch.ones(rows, self.window, dtype=torch.bool)
+        if self.context and self.context_share:
+            given_B = torch.rand(rows, generator=rng) < self.context_share
+            free_BT[given_B, : self.context] = False
         return free_BT
 
 
@@ -95,10 +117,8 @@ def levels_on(device: torch.device, t_B: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def validate(objective: Objective, network: nn.Module, windows_WT: Tensor, device: torch.device) -> tuple[float, float]:
-    """(nats per token, standard error over windows) on whole windows without context; the same masks at every call."""
-    config = objective.config
-    passes = 1 if config.objective == "autoregressive" else config.eval_passes
+def validate(objective: Objective, network: nn.Module, windows_WT: Tensor, device: torch.device, passes: int) -> tuple[float, float]:
+    """(nats per token, standard error over windows) on whole windows without context; the same noise at every call."""
     rng = torch.Generator().manual_seed(0)
     parts = []
     for _ in range(passes):

@@ -1,13 +1,17 @@
-"""AdamW groups, the learning-rate schedule and the moving average of the weights."""
+"""Optimisers by name, the learning-rate schedule and the moving average of the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+
+from dlm.errors import InputError
 
 
 def learning_rate(step: int, *, peak: float, steps: int, warmup: int, decay_share: float) -> float:
@@ -21,13 +25,44 @@ def learning_rate(step: int, *, peak: float, steps: int, warmup: int, decay_shar
     return peak * min(1.0, (steps - step) / decay)
 
 
-def adamw(network: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float, fused: bool = False) -> torch.optim.AdamW:
-    """Matrices decay; gains, biases and embeddings do not."""
+Group = dict[str, Any]
+"""Parameters with settings of their own, as torch's optimisers take them."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an optimiser is made with. lr: the peak; fused: one kernel for all parameters, on a GPU."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    fused: bool = False
+
+
+def adamw(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 1711.05101). Matrices decay; gains, biases and embeddings do not."""
     named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     decayed = [p for name, p in named if p.dim() >= 2 and "embed" not in name]
     plain = [p for name, p in named if p.dim() < 2 or "embed" in name]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused or None)
+    groups: list[Group] = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=settings.fused or None)
+
+
+OPTIMISERS: dict[str, Callable[[nn.Module, Settings], torch.optim.Optimizer]] = {"adamw": adamw}
+"""By the name in the config and in a saved state. All that an optimiser keeps between steps is in its `state`, tensor by tensor."""
+
+
+def make(name: str, network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """The optimiser of that name for the parameters that require gradients. InputError for an unknown one."""
+    if name not in OPTIMISERS:
+        raise InputError(f"unknown optimizer {name!r}; known: {', '.join(OPTIMISERS)}")
+    return OPTIMISERS[name](network, settings)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Of every group; one with an `lr_scale` takes so many times as much."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 class EMA:

@@ -1,22 +1,72 @@
-"""The noise of a run as config.json keeps it: the word of the settings, the schedule, and the clusters it needs."""
+"""A config resolved once: text, tokenizer, network, noise and clusters, before the first step."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dlm.errors import InputError
 from dlm.formats import native
+from dlm.models.config import TransformerConfig
 from dlm.noise import clusters, process
+from dlm.noise.process import Process
+from dlm.noise.replacement import ReplacementNoise
 from dlm.text.tokenizer import Tokenizer
+from dlm.train import data as reading
 from dlm.train.config import TrainConfig
+from dlm.train.data import Stream
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run works with. noise_settings: the entry of config.json that makes the noise again; W windows to validate on."""
+
+    tokenizer: Tokenizer
+    network: TransformerConfig
+    noise: Process
+    noise_settings: dict[str, Any]
+    training: Stream
+    validation_WT: Tensor
+
+
+def resolve(config: TrainConfig, resumed: Path | None = None) -> Setup:
+    """resumed: the directory of a run that goes on with the tokenizer and the noise that it began with.
+
+    InputError for text, tokenizer, clusters or noise that do not fit together.
+    """
+    documents = reading.read(config.data)
+    tokenizer = Tokenizer.load(resumed) if resumed else Tokenizer.make(config.tokenizer, "\n".join(documents))
+    network = config.network.with_(vocab_size=tokenizer.vocab_size + 1)
+    training, validation = (
+        Stream.encode(part, tokenizer, network.window, name=f"{name} part")
+        for name, part in zip(("training", "validation"), reading.split(documents, config.val_fraction), strict=True)
+    )
+    validation_WT = validation.windows(config.eval_windows)
+    if len(validation_WT) < 2:
+        raise InputError(f"the validation part fills one window of {network.window}, two are needed: more text or val_fraction")
+    settings = native.load_config(resumed).noise if resumed else noise_settings(config, tokenizer)
+    noise = process.make(settings, network.vocab_size, tokenizer.mask_id)
+    return Setup(tokenizer, network, noise, settings, training, validation_WT)
 
 
 def noise_settings(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What `process.make` reads. InputError for clusters that do not belong to the vocabulary."""
-    settings = process.parse(config.noise) | {"schedule": config.noise_schedule}
-    if settings["process"] != "masked":
+    """The settings that `process.make` reads. InputError for noise or clusters of another vocabulary."""
+    words = config.to_dict()
+    if not isinstance(config.noise, str | type):
+        found = (config.noise.vocab_size, config.noise.mask_id)
+        if found != (wanted := (tokenizer.vocab_size + 1, tokenizer.mask_id)):
+            raise InputError(
+                f"the noise is for {found[0]} ids with mask {found[1]}, this run has {wanted[0]} with mask {wanted[1]}: "
+                f"make it with those, or give its class"
+            )
+        settings: dict[str, Any] = words["noise"]
+        return settings
+    settings = process.parse(words["noise"]) | {"schedule": words["noise_schedule"]}
+    if issubclass(process.PROCESSES[config.process], ReplacementNoise):
         settings["head"] = config.head
     if settings["process"] == "semantic":
         settings["clusters"] = cluster_of(config.clusters, tokenizer)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -23,13 +24,43 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from dlm.errors import InputError
-from dlm.files import check_stamp, replacing, stamp
+from dlm.files import check_stamp, replacing, stamp, sweep
 from dlm.train.optimisers import EMA
 
 FILE = "training.safetensors"
 FORMAT = 1
 MOMENT = "optimizer.state."
+TRAINED_MOMENT = "optimizer."
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+Meta = dict[str, Any]
+"""What a state says besides its tensors: format, verb (train or convert), step, recent losses, config."""
+
+
+def begin(out: Path, verb: str, *, resume: bool, optimizer: str) -> Meta:
+    """The meta of the run in `out` to resume, empty for a new one. verb: train or convert.
+
+    InputError where there is nothing to resume, a run already, one of the other verb, or of another optimiser.
+    """
+    saved = out / FILE
+    if resume and not saved.is_file():
+        raise InputError(f"nothing to resume in {out}: {verb} without --resume first")
+    if not resume and saved.is_file():
+        raise InputError(f"{out} holds a run already: add --resume, or choose another --out")
+    if not resume:
+        return {}
+    meta = read_meta(saved)
+    if meta["verb"] != verb:
+        raise InputError(f"{out} holds a run of dlm {meta['verb']}, not of dlm {verb}: choose another --out")
+    if (was := meta["config"].get("optimizer", "adamw")) != optimizer:
+        raise InputError(f"{out} was begun with optimizer={was}, whose state {optimizer} cannot take: resume with {was}")
+    return meta
+
+
+def clear(out: Path) -> None:
+    """Make the directory, without what a run that was killed while it saved has left in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
 
 
 def weights(network: nn.Module) -> dict[str, Tensor]:
@@ -44,9 +75,7 @@ def averaged(network: nn.Module, ema: EMA) -> dict[str, Tensor]:
         return weights(network)
 
 
-def save(
-    path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor], meta: dict[str, Any], *, main: bool
-) -> None:
+def save(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor], meta: Meta, *, main: bool) -> None:
     """Write everything that a resumed run needs; collective."""
     moments: dict[str, Any] = get_optimizer_state_dict(network, optimizer, options=FULL)
     tensors = {f"model.{k}": v for k, v in weights(network).items()}
@@ -57,21 +86,21 @@ def save(
         write(path, tensors, meta)
 
 
-def write(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor], meta: Meta) -> None:
     """One file, renamed into place; `read_meta` gives its meta back."""
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata={"meta": json.dumps(stamp(FORMAT) | meta)})
+        save_file(dict(tensors), partial, metadata={"meta": json.dumps(stamp(FORMAT) | meta)})
 
 
-def read_meta(path: Path) -> dict[str, Any]:
+def read_meta(path: Path) -> Meta:
     """Step and config of a saved state. InputError where the file is damaged or of a later format."""
     try:
         with safe_open(path, framework="pt") as file:
-            meta: dict[str, Any] = json.loads((file.metadata() or {})["meta"])
+            meta: Meta = json.loads((file.metadata() or {})["meta"])
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is no whole training state ({error}): delete it and train again") from None
     check_stamp(meta, FORMAT, path)
-    return meta
+    return {"verb": "convert" if "before" in meta else "train"} | meta  # before format 1 the verb was not written
 
 
 def load(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> None:
@@ -91,3 +120,22 @@ def load(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, ema: 
         moments["state"][parameter][name] = value
     set_optimizer_state_dict(network, optimizer, optim_state_dict=moments, options=FULL)
     set_model_state_dict(network, part("model."), options=FULL)
+
+
+def save_trained(path: Path, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, meta: Meta) -> None:
+    """The state of one process that trains these parameters alone: a frozen base is not in it."""
+    tensors: dict[str, Tensor] = {name: p.detach() for name, p in named.items()}
+    for name, p in named.items():
+        tensors |= {f"{TRAINED_MOMENT}{name}.{key}": value for key, value in optimizer.state[p].items()}
+    write(path, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, meta)
+
+
+@torch.no_grad()
+def load_trained(path: Path, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Put back what `save_trained` wrote, bit for bit."""
+    tensors = load_file(path)
+    for name, p in named.items():
+        p.copy_(tensors.pop(name))
+    for key, value in tensors.items():
+        name, _, moment = key.removeprefix(TRAINED_MOMENT).rpartition(".")
+        optimizer.state[named[name]][moment] = value if moment == "step" else value.to(named[name].device)

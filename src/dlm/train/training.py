@@ -1,0 +1,116 @@
+"""A diffusion or autoregressive model in training, as the loop takes it: its directory loads as a checkpoint after every save."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from dlm.errors import InputError
+from dlm.formats import native
+from dlm.formats.native import ModelConfig
+from dlm.models.transformer import Transformer
+from dlm.text.tokenizer import Tokenizer
+from dlm.train import state
+from dlm.train.config import TrainConfig
+from dlm.train.learner import Learner
+from dlm.train.loop import Figures, Update, Validation
+from dlm.train.objective import Objective, validate
+from dlm.train.setup import Setup
+
+Preview = Callable[[Transformer, ModelConfig, Tokenizer], str]
+"""Text of the model in training, beside every validation."""
+
+
+class Training:
+    """The `Task` of a TrainConfig. meta: of the run that is resumed, empty for a new one."""
+
+    loss = "train_nats"
+
+    def __init__(
+        self, config: TrainConfig, setup: Setup, accelerator: Accelerator, out: Path, meta: state.Meta, preview: Preview | None = None
+    ) -> None:
+        self.config, self.setup, self.accelerator, self.out = config, setup, accelerator, out
+        self.preview = preview if accelerator.num_processes == 1 else None
+        self.best: float = meta.get("best", math.inf)
+        self.tokens_per_step = config.batch * setup.network.window
+        self.remedy = f"lower --set lr (now {config.lr})"
+        self.learner = Learner(config, setup.network, setup.noise, setup.training, accelerator, resume=bool(meta))
+        if meta:
+            state.load(out / state.FILE, self.learner.network, self.learner.optimizer, self.learner.ema)
+        self.objective = Objective.of(config, setup.noise)
+        self.passes = 1 if config.objective == "autoregressive" else config.eval_passes
+        self.facts = {"parameters": self.learner.bare.parameters_count(), "tokens": len(setup.training.tokens_N)}
+        self.model = ModelConfig(
+            network=setup.network,
+            mask_token_id=setup.tokenizer.mask_id,
+            objective=config.objective,
+            noise=setup.noise_settings,
+            context=config.context,
+            training=config.to_dict() | self.facts,
+        )
+
+    @property
+    def epochs_per_step(self) -> float:
+        return self.tokens_per_step / self.facts["tokens"]
+
+    def describe(self) -> str:
+        """What is trained on what, in a line."""
+        size = f"{self.facts['parameters']:,} parameters, {self.facts['tokens']:,} training tokens"
+        epochs = f"{self.config.steps * self.epochs_per_step:.1f} epochs"
+        where = f"{self.accelerator.num_processes} process(es) on {self.accelerator.device}, into {self.out}"
+        return f"{size} (sha256 {self.setup.training.fingerprint()}), {epochs}, {where}"
+
+    def update(self, step: int) -> Update:
+        return self.learner.update(step)
+
+    def validate(self, step: int) -> Validation:
+        """Of the averaged weights."""
+        learner = self.learner
+        learner.network.eval()
+        with learner.ema.swapped():
+            nats, stderr = validate(self.objective, learner.network, self.setup.validation_WT, learner.device, self.passes)
+            text = self.preview(learner.bare, self.model, self.setup.tokenizer) if self.preview else ""
+        learner.network.train()
+        self.best = min(self.best, nats)
+        return Validation(
+            figures={"val_nats": nats, "val_stderr": stderr, "best_val_nats": self.best},
+            logged={"val_nats": nats, "val_stderr": stderr, "epochs": step * self.epochs_per_step},
+            text=f"validation {nats:.4f} +- {stderr:.4f} nats per token" + (f"\n{text}" if text else ""),
+        )
+
+    def save(self, step: int, figures: Figures, recent: list[float]) -> None:
+        learner, main = self.learner, self.accelerator.is_main_process
+        average = state.averaged(learner.network, learner.ema)
+        if main:  # the export first: whatever can be resumed can also be loaded
+            native.save(self.out, average, self.model, files=self._files())
+        meta = {"verb": "train", "step": step, "best": self.best, "recent": recent, "config": self.config.to_dict()}
+        state.save(self.out / state.FILE, learner.network, learner.optimizer, average, meta, main=main)
+
+    def _files(self) -> dict[str, str]:
+        return {
+            "tokenizer.json": self.setup.tokenizer.inner.to_str(),
+            "generation_config.json": json.dumps(native.generation_defaults(self.model), indent=2) + "\n",
+            "README.md": native.card(self.model, self.out.resolve().name, self.facts["parameters"]),
+        }
+
+
+def changes(config: TrainConfig, meta: state.Meta, out: Path) -> str:
+    """Settings that are not those of the last save, for people.
+
+    InputError where the weights would not fit, or no step is left.
+    """
+    before = meta["config"]
+    now = json.loads(json.dumps(config.to_dict()))
+    old, new = ({key: value for key, value in c.items() if key != "network"} | c["network"] for c in (before, now))
+    changed = [key for key, value in old.items() if new.get(key) != value]
+    fixed = before["network"].keys() - {"vocab_size", "dropout", "backend"} | {"objective", "noise", "clusters", "head", "init"}
+    wrong = [f"{key}={old[key]}" for key in changed if key in fixed]
+    if wrong:
+        raise InputError(f"{out} was begun with {', '.join(wrong)}: resume with --set {' --set '.join(wrong)}")
+    if meta["step"] >= config.steps:
+        raise InputError(f"{out} is at step {meta['step']} of {config.steps} already: raise it with --set steps=N")
+    return ", ".join(f"{key} {old[key]} -> {new.get(key)}" for key in changed)
