@@ -300,6 +300,7 @@ def test_a_mask_character_in_a_template_is_text_and_an_underscore_is_a_hole() ->
     assert len(text) == 11
 
 
+@pytest.mark.slow
 def test_generated_text_never_holds_the_mask_id() -> None:
     """The mask has the highest logit of all and still is no text."""
     for kind in (*NOISES, "autoregressive"):

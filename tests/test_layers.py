@@ -33,6 +33,9 @@ ALLOWED = {
     | {"text", "noise", "models", "sampling", "inference", "formats", "calibration", "model_scheduling", "adapters"},
     "viz": {"trajectory"},
     "bench": LEVEL0 | {"sampling", "language_model"},
+    "workflows": LEVEL0
+    | {"text", "noise", "models", "sampling", "inference", "formats", "model_scheduling", "evaluation", "calibration", "train"}
+    | {"adapters", "language_model", "bench"},
     "serve": LEVEL0 | {"sampling", "text", "language_model", "viz"},
 }
 ALLOWED["workflows"] = ALLOWED.keys() - {"serve"}
@@ -134,6 +137,7 @@ def test_import_is_light() -> None:
     light("import dlm", ("transformers", "fastapi", "matplotlib", "datasets", "gguf", "jinja2", "torch"))
 
 
+@pytest.mark.slow
 def test_a_model_loads_without_heavy_libraries() -> None:
     code = "import dlm; dlm.load; dlm.DiffusionSampler; dlm.Transformer"
     light(code, ("transformers", "fastapi", "matplotlib", "datasets", "gguf", "accelerate", "torch._dynamo"))

@@ -69,6 +69,7 @@ def test_every_block_is_marked_with_a_known_word() -> None:
     assert {mark for _, _, mark in blocks()} <= {"", "make", "network", "gpu", "long", "serve"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("shakespeare-mask" not in bundled.models(), reason="the bundled checkpoints are not here")
 @pytest.mark.timeout(1800)
 def test_readme_commands_run(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import pytest
 
 import recorded
 
+pytestmark = pytest.mark.slow
+
 KNOWN = json.loads(recorded.FILE.read_text(encoding="utf-8"))
 
 

@@ -33,7 +33,11 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time each name is imp
     from dlm.trajectory import Canvas as Canvas
     from dlm.trajectory import Frame as Frame
     from dlm.trajectory import Trajectory as Trajectory
+    from dlm.workflows.calibrate import calibrate as calibrate
+    from dlm.workflows.curse import curse as curse
+    from dlm.workflows.evaluate import evaluate as evaluate
     from dlm.workflows.fit import fit as fit
+    from dlm.workflows.settle import settle as settle
 
 __version__ = "0.1.0"
 
@@ -59,6 +63,10 @@ _WHERE = {  # public name: its module, and its name there where that is another
     "DiffusionSampler": "dlm.sampling.diffusion.loop",
     "AutoregressiveSampler": "dlm.sampling.autoregressive.plain",
     "Tokenizer": "dlm.text.tokenizer",
+    "evaluate": "dlm.workflows.evaluate",
+    "calibrate": "dlm.workflows.calibrate",
+    "curse": "dlm.workflows.curse",
+    "settle": "dlm.workflows.settle",
     "TrainConfig": "dlm.train.config",
     "fit": "dlm.workflows.fit",
 }

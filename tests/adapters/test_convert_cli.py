@@ -302,6 +302,7 @@ def test_bad_input(dlm: Dlm, base_dir: Path, masked_dir: Path, text: Path) -> No
         assert message in dlm.told("convert", *words), words
 
 
+@pytest.mark.slow
 def test_generate_with_an_adapter(dlm: Dlm, base_dir: Path, masked_dir: Path, text: Path) -> None:
     """Strided decoding with what was trained writes the base's own text for every seed, in fewer calls than without."""
     code, _, err = dlm("convert", str(base_dir), "--data", str(text), "--out", "adapted", *SMALL, "--steps", "120")

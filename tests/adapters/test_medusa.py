@@ -70,6 +70,7 @@ def test_the_loss_is_its_definition(how: str) -> None:
     assert all(p.grad is None for p in lm.network.parameters())
 
 
+@pytest.mark.slow
 def test_convert_and_generate(dlm: Dlm, base_dir: Path, text: Path) -> None:  # noqa: F811
     """Acceptance rises, the text is the base's own for every seed, in fewer calls; a run that stopped goes on to the same heads."""
     words = ("convert", str(base_dir), "--data", str(text), *SMALL, "--heads", "2", "--lr", "0.01", "--save-every", "60")

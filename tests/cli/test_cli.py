@@ -92,6 +92,7 @@ def test_eval_writes_a_card(dlm: Dlm, masked_dir: Path, autoregressive_dir: Path
     assert json.loads(dlm(*words)[1].splitlines()[-1])["nats_per_token"] == record["nats_per_token"]
 
 
+@pytest.mark.slow
 def test_eval_of_a_long_window_by_pieces(dlm: Dlm, autoregressive_dir: Path, masked_dir: Path, text_file: Path, tmp_path: Path) -> None:
     """Each piece from its beginning: the loss that transformers finds on it."""
     theirs, ids, path = transformer("Llama"), tokenizer().encode(TEXT).ids, tmp_path / "llama"
@@ -219,6 +220,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_frames_so_far(masked_dir: Path, tmp_path: Path) -> None:
     words = ["generate", "--model", str(masked_dir), "--length", "60000", "--save", "long.traj"]
     environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}

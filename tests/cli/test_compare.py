@@ -36,6 +36,7 @@ def test_compare_gives_what_each_gives_alone(dlm: Dlm, sisters: Path) -> None:
         assert alone["forwards"] == record["forwards"]
 
 
+@pytest.mark.slow
 def test_compared_runs_are_kept_shown_and_measured(dlm: Dlm, sisters: Path, tmp_path: Path) -> None:
     entries = f"{sisters / 'masked'}@predictor-corrector:2,{sisters / 'uniform'},{sisters / 'semantic'}@refine"
     code, out, err = dlm("generate", "Ab", "-n", "3", "--length", "32", "--compare", entries, "--steps", "6", "--save", "run.traj")

@@ -93,6 +93,7 @@ def rotary_frequencies(head_dim: int, base: float, scaling: tuple[float, ...]) -
     return rotary(torch.ones(1, 1), head_dim, base, scaling)[1][0, 0, 0, : head_dim // 2].double().asin().float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes"),
     [

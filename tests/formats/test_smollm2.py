@@ -18,6 +18,8 @@ from dlm.formats import huggingface
 from dlm.formats.pull import pull
 from dlm.language_model import LanguageModel, load
 
+pytestmark = pytest.mark.slow
+
 CORPUS = "It's  a test -- of words,\n\n\tnaïve café; 東京 😀 don't WE'LL (x_1) = {y}!  \nlast line"
 CORPUS_IDS = [
     *(1589, 506, 216, 253, 1028, 3009, 282, 1924, 28, 1116, 197, 3546, 46494, 37366, 43, 17097, 247, 126, 16736, 122, 40303, 218),

@@ -284,6 +284,7 @@ def test_near_ties_fall_alike(tmp_path: Path) -> None:
         assert steady.generate("ROMEO", sampler=word, **options).text == steady.generate("ROMEO", **options).text
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
 @pytest.mark.parametrize(("ready", "close", "ranks"), [(fused.fuse, 1e-4, (2, 5)), (quantize.quantize, 0.02, (2,))])
 def test_compiled_calls_say_what_they_said(ready: Any, close: float, ranks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:

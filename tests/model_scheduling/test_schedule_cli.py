@@ -175,6 +175,7 @@ def test_bad_input(dlm: Dlm, family: Path, text_file: Path) -> None:
     assert "no checkpoint" in dlm.told("schedule", "sensitivity", heavy, "nowhere")
 
 
+@pytest.mark.slow
 def test_a_judge_with_words_of_its_own(dlm: Dlm, family: Path, text_file: Path, tmp_path: Path) -> None:
     """Through text: a model of dlm's with another vocabulary, and one of transformers, each against its own likelihood."""
     transformers = pytest.importorskip("transformers")

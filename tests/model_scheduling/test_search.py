@@ -249,7 +249,7 @@ def test_the_ledger_reads_lines_without_a_format_and_tells_a_later_one(tmp_path:
     assert trial_of(heavy, path)("H", 0, 3) == first
     assert len(path.read_text().splitlines()) == 1
     path.write_text(json.dumps(line | {"format": 2}) + "\n")
-    with pytest.raises(InputError, match="lines of format 2"):
+    with pytest.raises(InputError, match="has format 2"):
         trial_of(heavy, path)
 
 

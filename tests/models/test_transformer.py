@@ -203,6 +203,7 @@ def test_a_tied_head_is_the_embedding() -> None:
 
 
 # eager flex says that it is slow without torch.compile; on the CPU it is here to be compared, not to be fast
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @pytest.mark.parametrize("kv_heads", [2, 4])
 @pytest.mark.parametrize("pattern", PATTERNS)

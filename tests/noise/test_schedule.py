@@ -36,6 +36,7 @@ def test_derivative_and_inverse(word: str, value: float) -> None:
         assert s.inverse(alpha).item() == pytest.approx(value, abs=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["quadratic", "polynomial:-1", "polynomial:a", "geometric:3,1", "linear:1", "log-linear:2"])
 def test_bad_words_are_told(word: str) -> None:
     with pytest.raises(ValueError, match="schedule"):

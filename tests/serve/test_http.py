@@ -55,7 +55,7 @@ BAD: list[tuple[str, Any, int]] = [
     ("/v1/dlm/generate", {"alternatives": 50}, 400),
     ("/v1/dlm/export", {"format": "exe"}, 400),
     ("/v1/dlm/export", {"format": "html"}, 400),
-    ("/v1/nothing", {}, 405),
+    ("/v1/nothing", {}, 404),
 ]
 
 

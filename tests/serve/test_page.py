@@ -14,6 +14,8 @@ import dlm
 from dlm.language_model import LanguageModel
 from serve.visitor import CHROMIUM, User, browses
 
+pytestmark = pytest.mark.browser
+
 MODELS = ("shakespeare-mask", "shakespeare-uniform", "shakespeare-ar")
 
 

@@ -20,7 +20,7 @@ import dlm
 from serve.serving import Served, events, serving, wait
 
 LACKING = [name for name in ("ray", "fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"{', '.join(LACKING)} missing: pip install 'dlm[ray]'")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(LACKING), reason=f"{', '.join(LACKING)} missing: pip install 'dlm[ray]'")]
 SOURCE = Path(__file__).parents[2] / "src"
 ASKED: list[dict[str, Any]] = [
     {"model": "tiny-masked", "prompt": "ROMEO", "max_tokens": 40, "steps": 8, "seed": 3},

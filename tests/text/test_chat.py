@@ -128,6 +128,7 @@ def test_the_verb(dlm: Dlm, base: Path, masked_dir: Path, monkeypatch: pytest.Mo
     assert "--max-new-tokens" in dlm.told("chat", str(base), "--max-new-tokens", "0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [b"\x03", b"\x04"], ids=["Ctrl-C", "Ctrl-D"])
 def test_it_ends_cleanly(base: Path, key: bytes) -> None:
     control, terminal = pty.openpty()

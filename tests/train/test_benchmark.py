@@ -13,6 +13,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "training.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SCRIPT.is_file(), reason="benchmarks are not part of an installed package")
 def test_quick() -> None:
     command = [sys.executable, "-W", "error", str(SCRIPT), "--quick"]

@@ -14,6 +14,8 @@ from dlm.noise import loss
 from dlm.train import learner
 from train import tiny
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -31,6 +31,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["diffusion", "autoregressive"])
 def test_learns_a_periodic_text(tmp_path: Path, kind: str) -> None:
     """Of a window of abab... only the first letter is news: log 2 over 16 tokens."""
@@ -65,6 +66,7 @@ def test_variants_train(text: Path, tmp_path: Path, settings: tuple[str, ...]) -
     LanguageModel.from_pretrained(str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of the compiler's own modules
 def test_compiled(text: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from dlm.train import state
 from dlm.train.objective import RowsOf
 from train import tiny
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")]
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["dlm.workflows.fit", "torch._dynamo"])
 SLOW = "lr=0.001"  # Adam turns the rounding of a vanishing gradient into a step of this size
@@ -123,6 +123,7 @@ def test_an_interrupt_of_one_stops_all_at_the_same_step(text: Path, tmp_path: Pa
     tiny.run(text, tmp_path / "run", f"steps={step + 1}", resume=True)
 
 
+@pytest.mark.slow
 def test_the_launcher_passes_an_interrupt_on(text: Path, tmp_path: Path) -> None:
     """A Ctrl-C reaches every process twice, from the terminal and from the launcher, and still there is a save."""
     out, settings = tmp_path / "run", ["steps=3000", "save_every=3000", "eval_every=3000", "log_every=1"]

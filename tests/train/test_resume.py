@@ -106,6 +106,7 @@ FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["dlm.workflows.fit", "torch._dynamo"])  # torch is loaded once, not by every process that is killed
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(text: Path, tmp_path: Path) -> None:
     """SIGKILL soon after a save, with a save at every step, so that many kills fall into one."""
     settings, options = ("steps=80", "save_every=1", "log_every=7", "eval_every=1000", "dropout=0.1"), {"resume": False}
@@ -129,6 +130,7 @@ def test_killed_at_any_moment(text: Path, tmp_path: Path) -> None:
     tiny.assert_same(out, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_save_torn_at_every_file_operation(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a reader or a resumed run finds after a kill just before each rename of the first save and of the second."""
 

@@ -82,6 +82,7 @@ def test_a_run_resumes_to_the_bit_and_its_noise_loads_again(
         tiny.run(text, tmp_path / "parts", other, "steps=20", resume=True)
 
 
+@pytest.mark.slow
 def test_it_learns_under_every_noise(tmp_path: Path) -> None:
     """Of a window of abab... only the first letter is news: the bound falls well below that of a guess."""
     (tmp_path / "text.txt").write_text("ab" * 1500)

@@ -1,32 +1,31 @@
-"""What every sampler of a model costs and gives, measured side by side: the table behind `--sampler auto`."""
+"""Cost and quality of every sampler of a model, measured side by side: the table behind `--sampler auto`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
-from dlm.calibration.table import Row
+from dlm.calibration.table import Options, Row
 from dlm.evaluation import generative
 from dlm.evaluation.statistics import Mean
 from dlm.sampling import windows
 
-Generate = Callable[[dict[str, Any], int], tuple[Tensor, float, float]]
-"""(options of a sampler, seed) -> (texts (N, T), network calls for all, seconds for all)."""
+Generate = Callable[[Options, int], tuple[Tensor, float, float]]
+"""(options of a sampler, seed) -> (texts (N, T), forward passes for all, seconds for all)."""
 Judge = Callable[[Tensor], Mean]
 """Texts (N, T) -> bits per token."""
 ROUNDS = 2  # of timing
 EXACT = ("first-hitting", "speculative")
 
 
-def candidates(*, window: int, causal: bool, quick: bool = False) -> list[dict[str, Any]]:
+def candidates(*, window: int, causal: bool, quick: bool = False) -> list[Options]:
     """Settings worth a look for a masked model; the exact one first. causal: a model of block diffusion."""
     few, half = [max(1, window // n) for n in (16, 8, 4)], max(1, window // 2)
     block = windows.longest_block(window, few[2])
-    found: list[dict[str, Any]] = [{"sampler": "first-hitting"}]
+    found: list[Options] = [{"sampler": "first-hitting"}]
     if quick:
         return [*found, *({"sampler": "topk", "steps": n} for n in few[:2])]
     found += [{"sampler": "ancestral", "steps": n} for n in (*few, half, window)]
@@ -45,13 +44,13 @@ def candidates(*, window: int, causal: bool, quick: bool = False) -> list[dict[s
     return found
 
 
-def is_exact(options: dict[str, Any]) -> bool:
+def is_exact(options: Options) -> bool:
     """Whether the sampler has the distribution of one token a call."""
     name, _, setting = str(options["sampler"]).partition(":")
     return name in EXACT and "," not in setting and not options.get("cache")
 
 
-def measure(generate: Generate, judge: Judge, options: list[dict[str, Any]], *, seed: int = 0) -> Iterator[Row]:
+def measure(generate: Generate, judge: Judge, options: list[Options], *, seed: int = 0) -> Iterator[Row]:
     """A row for each setting, as it comes; all with the same seeds."""
     for setting in options:
         samples_NT, calls, seconds = generate(setting, seed)
@@ -68,12 +67,12 @@ def measure(generate: Generate, judge: Judge, options: list[dict[str, Any]], *, 
         )
 
 
-Pace = Callable[[dict[str, Any], int], float]
-"""(options of a sampler, network calls) -> seconds of a call for each text, over the first so many."""
+Pace = Callable[[Options, int], float]
+"""(options of a sampler, forward passes) -> seconds of one for each text, over the first so many."""
 
 
 def retime(
-    pace: Pace, rows: list[Row], *, rounds: int = ROUNDS, calls: int = 3, progress: Callable[[int], None] = lambda rows: None
+    pace: Pace, rows: Sequence[Row], *, rounds: int = ROUNDS, calls: int = 3, progress: Callable[[int], None] = lambda rows: None
 ) -> list[Row]:
     """The same rows with seconds measured again: the least of several rounds in turns, so that a slow minute counts for none.
 
@@ -85,22 +84,3 @@ def retime(
             least[i] = min(least[i], pace(row.options, 4 * calls if "cache" in row.options else calls))
             progress(1)
     return [replace(row, seconds=seconds * row.calls) for row, seconds in zip(rows, least, strict=True)]
-
-
-def writing(model: Any, samples: int, temperature: float) -> Generate:
-    """A language model that writes so many texts, each a window long."""
-
-    def generate(options: dict[str, Any], seed: int) -> tuple[Tensor, float, float]:
-        results = model.generate([""] * samples, length=model.window, seed=seed, temperature=temperature, **options)
-        return results[0].trajectory.current_BT, results[0].forwards, results[0].seconds
-
-    return generate
-
-
-def judged(twin: Any) -> Judge:
-    """An autoregressive model of the same vocabulary as a judge."""
-
-    def judge(samples_NT: Tensor) -> Mean:
-        return generative.judge_bits(twin.noise, twin.predict, samples_NT.to(twin.network.device))
-
-    return judge

@@ -15,19 +15,21 @@ from dlm.errors import InputError
 from dlm.evaluation.statistics import pareto_front
 from dlm.files import check_stamp, read_json, stamp, write_text
 
-FILE = "calibration.json"
-FORMAT = 1
-ENTROPY, DISTINCT = 0.15, 0.9  # bits below, and share of, the exact sampler's: less is dull text, whatever a judge says of it
+FILE, FORMAT = "calibration.json", 1
+ENTROPY, DISTINCT = 0.15, 0.9  # bits below the exact sampler, and share of its: less is dull
+
+Options = dict[str, Any]
+"""Keyword arguments of `LanguageModel.sampler`."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting and what it gave: network calls for a batch of texts, seconds for each, bits per token under the judge, diversity.
+    """One setting and what it gave: forward passes (calls) for a batch, seconds for each text, bits per token under the judge, diversity.
 
     exact: whether the distribution is that of one token a call; options are those of `LanguageModel.sampler`.
     """
 
-    options: dict[str, Any]
+    options: Options
     calls: float
     seconds: float
     bits: float
@@ -42,7 +44,7 @@ class Calibration:
     """The table, and how it was made (judge, texts, length, device)."""
 
     rows: list[Row]
-    made: dict[str, Any] = field(default_factory=dict)
+    made: dict[str, str | float] = field(default_factory=dict)
 
     def reference(self) -> Row:
         """The exact sampler that the others are held to."""
@@ -54,7 +56,7 @@ class Calibration:
         least = reference.entropy - ENTROPY, DISTINCT * reference.distinct_4
         return [row for row in self.rows if row.entropy >= least[0] and row.distinct_4 >= least[1]]
 
-    def choose(self, budget: str = "bits:0.1", usable: Callable[[dict[str, Any]], bool] = lambda options: True) -> Row:
+    def choose(self, budget: str = "bits:0.1", usable: Callable[[Options], bool] = lambda options: True) -> Row:
         """The best row within `calls:N` or `seconds:X` (the fewest bits), or within `bits:X` of the exact sampler (the least time).
 
         Only among rows as varied as the exact sampler whose options are usable. InputError for a budget that is none or that no row keeps.
@@ -83,8 +85,12 @@ class Calibration:
     def save(self, directory: Path) -> Path:
         """Write it beside the checkpoint, to a temporary name first."""
         path = directory / FILE
-        write_text(path, json.dumps(stamp(FORMAT) | {"made": self.made, "rows": [asdict(row) for row in self.rows]}, indent=1) + "\n")
+        write_text(path, json.dumps(stamp(FORMAT) | self.record(), indent=1) + "\n")
         return path
+
+    def record(self) -> dict[str, object]:
+        """As it is written, and as `dlm calibrate --json` prints it."""
+        return {"format": FORMAT, "made": self.made, "rows": [asdict(row) for row in self.rows]}
 
     @classmethod
     def load(cls, directory: Path) -> Calibration:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlm.cli.app import Device, Json, Seed, app, bar, console, load
+from dlm.cli.app import Device, Json, Seed, app, console, load
+from dlm.errors import InputError
 
-LOGITS = 1 << 27  # numbers that one call of a large vocabulary may give
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dlm.workflows.evaluate import Evaluation
 
 
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Bundled name, directory or hub id.")],
-    data: Annotated[str, typer.Option(help="Text file, folder of .txt files, or hf:DATASET.")],
+    data: Annotated[str, typer.Option(help="Bundled data set (shakespeare), text file, folder of .txt files, or hf:DATASET.")],
     split: Annotated[str, typer.Option(help="train | val | all.")] = "val",
     val_fraction: Annotated[float, typer.Option(help="Last part of the text that is `val`.")] = 0.1,
     against: Annotated[str | None, typer.Option(help="A second model, measured on the same text.")] = None,
@@ -31,82 +36,61 @@ def evaluate(
     steps: Annotated[int, typer.Option(help="Steps of the discrete estimator.")] = 256,
     max_windows: Annotated[int | None, typer.Option(help="At most this many windows, spread evenly over the text.")] = None,
     seed: Seed = 0,
-    card: Annotated[Path | None, typer.Option(help="Where the evaluation card goes; default: runs/eval/MODEL-SPLIT.json.")] = None,
+    card: Annotated[Path | None, typer.Option(help="File of the evaluation card; default: runs/eval/MODEL-SPLIT.json.")] = None,
     as_json: Json = False,
     device: Device = "cpu",
 ) -> None:
     """Nats per token and bits per character of a text: a bound for diffusion, exact for autoregressive models."""
-    from rich.table import Table
+    from dlm.cli.progress import showing
+    from dlm.evaluation.card import dumps
+    from dlm.workflows.evaluate import Evaluations
+    from dlm.workflows.evaluate import evaluate as measure
 
-    from dlm.errors import InputError
-    from dlm.evaluation import card as cards
-    from dlm.evaluation import likelihood
-    from dlm.train import data as reading
-
-    documents = reading.select(reading.read(data), split, val_fraction)
-    table = Table("model", "nats per token", "bits per char", "stderr", "kind", box=None, header_style="bold")
-    records = []
-    try:
-        lengths = [int(n) for n in block_lengths.split(",") if n]
-    except ValueError:
-        raise InputError(f"--block-lengths {block_lengths}: give whole numbers with commas, as in 1,4,16") from None
+    lengths = _lengths(block_lengths)
     if card is not None and len(lengths) > 1:
         raise InputError("--card names one file, and each of --block-lengths gets a card: leave --card away")
-    entries = [(model, length) for length in lengths or [0]] + ([(against, 0)] if against else [])
-    for name, length in entries:
+
+    def one(name: str, length: int | None, own: bool) -> Evaluation:
         lm = load(name, device)
-        if length and not lm.is_causal:
-            raise InputError(f"{name} is no model of block diffusion: leave --block-lengths away")
-        length = length or (lm.config.network.block_length if lm.is_causal else 0)
-        if window is not None and (lm.is_diffusion or not 2 <= window <= lm.window):
-            why = "is a diffusion model, whose window is part of it" if lm.is_diffusion else f"reads 2 to {lm.window} tokens"
-            raise InputError(f"--window {window}: {name} {why}")
-        stream = reading.Stream.encode(documents, lm.tokenizer, window or lm.window)
-        windows_WT = stream.windows(max_windows)
-        characters = sum(len(lm.tokenizer.decode(row)) for row in windows_WT.tolist())
-        if lm.is_diffusion and estimator not in likelihood.ESTIMATORS:
-            raise InputError(f"unknown estimator {estimator!r}; known: {', '.join(likelihood.ESTIMATORS)}")
-        kind = estimator if lm.is_diffusion else "autoregressive"
-        progress = bar(f"measuring {lm.name}", len(windows_WT) * (passes if lm.is_diffusion else 1))
-        with progress:
-            result = likelihood.evaluate(
-                lm.noise,
-                lm.predict,
-                windows_WT.to(device),
-                characters=characters,
-                estimator=kind,
+        suffix = f"-blocks{length}" if length else ""
+        with showing(f"measuring {lm.name}") as progress:
+            return measure(
+                lm,
+                data,
+                split=split,
+                val_fraction=val_fraction,
+                estimator=estimator,
+                block_length=length,
+                window=window,
                 passes=passes,
                 steps=steps,
+                max_windows=max_windows,
                 seed=seed,
-                beside=lm.predict_beside if length else None,
-                block_length=length,
-                reads_time=lm.config.network.time_conditioning,
-                progress=progress.forward,
-                batch=max(1, min(32, LOGITS // (stream.window * lm.config.network.vocab_size))),
+                card=card if card and own else Path("runs/eval") / f"{lm.name}-{split}{suffix}.json",
+                progress=progress,
             )
-        record = result.record() | {"model": lm.name} | ({"block_length": length} if length else {})
-        sign = "<= " if result.is_bound else ""
-        table.add_row(
-            f"{lm.name}, blocks of {length}" if length else lm.name,
-            f"{sign}{result.nats_per_token:.4f}",
-            f"{sign}{result.bits_per_char:.4f}",
-            f"{result.stderr:.4f}",
-            result.estimator,
-        )
-        suffix = f"-blocks{length}" if lengths and name == model else ""
-        place = card if card and name == model else Path("runs/eval") / f"{lm.name}-{split}{suffix}.json"
-        facts = {"source": data, "split": split, "fingerprint": stream.fingerprint(), "windows": len(windows_WT)}
-        chosen = {
-            "estimator": result.estimator,
-            "passes": result.samples,
-            "steps": steps if kind == "discrete" else None,
-            "window": stream.window,
-            "block_length": length or None,
-        }
-        cards.write(cards.make(record, device=device, dtype="float32", seed=seed, settings=chosen, data=facts), place)
-        record["card"] = str(place)
-        records.append(record)
-    console(as_json).print(table)
+
+    own = [one(model, length, own=True) for length in lengths] or [one(model, None, own=True)]
+    found = Evaluations(own, one(against, None, own=False) if against else None)
+    console(as_json).print(_table([*found.own, *([found.against] if found.against else [])]))
     if as_json:
-        rest: dict[str, object] = {"against": records.pop()} if against else {}
-        print(cards.dumps((records[0] if len(records) == 1 else {"block_lengths": records}) | rest))
+        print(dumps(found.record()))
+
+
+def _lengths(words: str) -> list[int]:
+    try:
+        return [int(word) for word in words.split(",") if word]
+    except ValueError:
+        raise InputError(f"--block-lengths {words}: give whole numbers with commas, as in 1,4,16") from None
+
+
+def _table(found: Sequence[Evaluation]) -> Table:
+    from rich.table import Table
+
+    table = Table("model", "nats per token", "bits per char", "stderr", "kind", box=None, header_style="bold")
+    for one in found:
+        sign = "<= " if one.is_bound else ""
+        label = f"{one.model}, blocks of {one.block_length}" if one.block_length else one.model
+        figures = f"{sign}{one.nats_per_token:.4f}", f"{sign}{one.bits_per_char:.4f}", f"{one.stderr:.4f}"
+        table.add_row(label, *figures, one.estimator)
+    return table

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlm.cli.app import Device, Json, app, console, err, load_judge
-from dlm.cli.show import load_runs
+from dlm.cli.app import Device, Json, app, console, err
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from dlm.evaluation.settling import Settling
 
 
@@ -20,51 +20,35 @@ if TYPE_CHECKING:
 def settle(
     runs: Annotated[list[Path], typer.Argument(help="Files that `dlm generate --save` wrote; those of one model and sampler are pooled.")],
     judge: Annotated[
-        str | None, typer.Option(help="An autoregressive model of the same vocabulary, to tell bits per token on the way.")
+        str | None, typer.Option(help="An autoregressive model of the same vocabulary, for bits per token on the way.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the curves as .png, .svg or .pdf (viz extra).")] = None,
     as_json: Json = False,
     device: Device = "cpu",
 ) -> None:
     """Measure how text settles: when each token last changed, edits per token, distance to the final text, bits on the way."""
-    from dlm.errors import InputError
-    from dlm.evaluation.settling import settling
+    from dlm.cli.progress import showing
+    from dlm.evaluation.card import dumps
+    from dlm.workflows.settle import settle as measure
 
     if plot is not None:
         from dlm.viz.plots import check
 
         check(plot)  # before the work, not after it
-    groups: dict[str, list[Any]] = {}
-    for label, run in load_runs(runs):
-        groups.setdefault(label, []).append(run)
-    judging: dict[str, Any] = {}
-    if judge is not None:
-        import torch
-
-        from dlm.evaluation.generative import judge_bits_each
-
-        lm = load_judge(judge, device)
-        pieces = lm.tokenizer.pieces()
-        for run in (run for group in groups.values() for run in group):
-            if any(pieces.get(token) != piece for token, piece in run.pieces.items()):
-                raise InputError(f"{judge} has another vocabulary than a run of {run.meta.get('model', 'these files')}")
-
-        def bits(x_BT: torch.Tensor) -> torch.Tensor:
-            return judge_bits_each(lm.noise, lm.predict, x_BT.to(device))
-
-        judging = {"judge": bits, "vocab_size": lm.tokenizer.vocab_size}
-    found = [settling(group, label=label, **judging) for label, group in groups.items()]
-    console(as_json).print(_table(found))
+    with showing("measuring runs") as progress:
+        found = measure(runs, judge, device=device, progress=progress)
+    console(as_json).print(_table(found.runs))
     if plot is not None:
         from dlm.viz.plots import settling_plot
 
-        settling_plot([_curves(one) for one in found], plot)
+        curves = ({name: (one.mean_S.tolist(), one.band_S.tolist()) for name, one in run.curves().items()} for run in found.runs)
+        settling_plot([{"label": run.label} | lines for run, lines in zip(found.runs, curves, strict=True)], plot)
         err.print(f"wrote {plot}", highlight=False)
     if as_json:
-        print(json.dumps({"runs": [_record(one) for one in found]}))
+        print(dumps(found.record()))
 
 
-def _table(found: list[Settling]) -> Any:
+def _table(found: Sequence[Settling]) -> Table:
     from rich.table import Table
 
     caption = (
@@ -82,24 +66,3 @@ def _table(found: list[Settling]) -> Any:
             cells.append(f"{one.bits.mean_S[-1]:.2f} +- {one.bits.band_S[-1]:.2f}")
         table.add_row(*cells)
     return table
-
-
-def _curves(one: Settling) -> dict[str, Any]:
-    named = {"settled": one.settled, "changed": one.changed, "error": one.error} | ({"bits": one.bits} if one.bits else {})
-    return {"label": one.label} | {name: (curve.mean_S.tolist(), curve.band_S.tolist()) for name, curve in named.items()}
-
-
-def _record(one: Settling) -> dict[str, Any]:
-    def plain(values: list[float]) -> list[float | None]:
-        return [None if math.isnan(value) else round(value, 5) for value in values]
-
-    record: dict[str, Any] = {
-        "label": one.label,
-        "texts": one.texts,
-        "steps": one.steps,
-        "edits": one.edits,
-        "edits_stderr": one.edits_stderr,
-    }
-    record |= {"half_settled": one.step_of(0.5), "settled_90": one.step_of(0.9), "last_step": one.last_step}
-    curves = {name: pair for name, pair in _curves(one).items() if name != "label"}
-    return record | {name: {"mean": plain(mean), "band95": plain(band)} for name, (mean, band) in curves.items()}

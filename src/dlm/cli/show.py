@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 
 from dlm.cli.app import app, err
-from dlm.errors import InputError
 
 if TYPE_CHECKING:
     from dlm.trajectory import Trajectory
@@ -50,12 +49,6 @@ def show(
 def load_runs(paths: list[Path]) -> list[tuple[str, Trajectory]]:
     """(label, run) of every file. InputError where one is missing or damaged."""
     from dlm.evaluation.settling import label_of
-    from dlm.trajectory import Trajectory
+    from dlm.workflows.inputs import saved_run
 
-    runs = []
-    for path in paths:
-        if not path.is_file():
-            raise InputError(f"no file {path}: make one with dlm generate --save {path}")
-        run = Trajectory.load(path)
-        runs.append((label_of(run), run))
-    return runs
+    return [(label_of(run), run) for run in map(saved_run, paths)]

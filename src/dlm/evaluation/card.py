@@ -8,9 +8,9 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,9 +29,18 @@ def device_name(device: str | torch.device) -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def make(figures: dict[str, Any], *, device: str, dtype: str, seed: int, settings: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+def make(
+    figures: Mapping[str, object],
+    *,
+    device: str,
+    dtype: str,
+    seed: int,
+    settings: Mapping[str, object],
+    data: Mapping[str, object],
+) -> dict[str, object]:
     """The card of one measurement. `data` holds source, split and fingerprint."""
     return {
+        "format": 1,
         "figures": figures,
         "settings": settings,
         "seed": seed,
@@ -45,20 +54,20 @@ def make(figures: dict[str, Any], *, device: str, dtype: str, seed: int, setting
     }
 
 
-def dumps(value: Any, indent: int | None = None) -> str:
+def dumps(value: object, indent: int | None = None) -> str:
     """JSON; what is not known (nan) is null."""
     return json.dumps(_known(value), indent=indent, allow_nan=False)
 
 
-def _known(value: Any) -> Any:
-    if isinstance(value, dict):
+def _known(value: object) -> object:
+    if isinstance(value, Mapping):
         return {key: _known(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_known(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write(card: dict[str, Any], path: str | Path) -> None:
+def write(card: Mapping[str, object], path: str | Path) -> None:
     """Save, to a temporary name first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

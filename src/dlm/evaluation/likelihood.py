@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,13 +22,13 @@ from dlm.protocols import NoiseProcess
 
 LEVELS: dict[str, Callable[..., Tensor]] = {"any-order": loss.any_order, "counted": loss.counted, "continuous": loss.continuous}
 ESTIMATORS = ("auto", *LEVELS, "discrete")
-BLOCKWISE = "block-wise"
+BLOCKWISE, AUTOREGRESSIVE = "block-wise", "autoregressive"
 
 
 @dataclass(frozen=True)
 class Likelihood:
     """stderr: Monte-Carlo error of this number on this text (0 where it is exact); stderr_data: spread over its windows,
-    the error as an estimate for other text of the kind. is_bound: the true value is at most this."""
+    the error as an estimate for other text of the kind. samples: Monte-Carlo passes. is_bound: the true value is at most this."""
 
     nats_per_token: float
     bits_per_char: float
@@ -41,8 +40,54 @@ class Likelihood:
     tokens: int
     characters: int
 
-    def record(self) -> dict[str, Any]:
-        return asdict(self)
+
+def resolve(estimator: str, noise: NoiseProcess, *, blocks: bool, reads_time: bool) -> str:
+    """The estimator that a word means for this noise, `auto` resolved: any-order for masks, else counted, or continuous where the
+    schedule does not run from 1 to 0; block-wise for block diffusion. InputError for one that is unknown or does not apply."""
+    if estimator not in (*ESTIMATORS, BLOCKWISE):
+        raise InputError(f"unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
+    if blocks and estimator not in ("auto", BLOCKWISE):
+        raise InputError("block diffusion has one estimator, its own: leave --estimator away")
+    if blocks:
+        return BLOCKWISE
+    masked = isinstance(noise, MaskedNoise)
+    if estimator == "any-order" and not masked:
+        raise InputError("only masked noise has an any-order form: use --estimator counted")
+    if estimator == "counted" and not isinstance(noise, ReplacementNoise):
+        raise InputError("only replacement noise has a counted form: use --estimator any-order")
+    if estimator == "auto":
+        estimator = loss.best(noise.schedule, masked=masked, reads_time=reads_time).replace("_", "-")
+    if estimator == "any-order" and reads_time:
+        raise InputError("the any-order form is for networks that do not read the time: use --estimator continuous")
+    return estimator
+
+
+Nats = Callable[[Tensor, Tensor], Tensor]
+"""Windows (B, T), a time for each (B,) -> nats of each (B,)."""
+
+
+def _nats(
+    estimator: str,
+    noise: NoiseProcess,
+    predict: loss.Predict,
+    rng: torch.Generator,
+    steps: int,
+    beside: loss.PredictBeside | None,
+    block_length: int,
+) -> Nats:
+    """One draw of the estimator."""
+
+    def free(x_BT: Tensor) -> Tensor:
+        return torch.ones_like(x_BT, dtype=torch.bool)
+
+    if estimator == AUTOREGRESSIVE:
+        return lambda x_BT, t_B: loss.autoregressive(noise, predict, x_BT, free(x_BT))
+    if beside is not None:
+        assert isinstance(noise, MaskedNoise)
+        return lambda x_BT, t_B: loss.blockwise(noise, beside, x_BT, free(x_BT), rng, block_length, t_B)
+    if estimator == "discrete":
+        return lambda x_BT, t_B: loss.discrete(noise, predict, x_BT, free(x_BT), rng, steps, t_B)
+    return lambda x_BT, t_B: LEVELS[estimator](noise, predict, x_BT, free(x_BT), rng, t_B)
 
 
 @torch.no_grad()
@@ -62,59 +107,33 @@ def evaluate(
     reads_time: bool = False,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Likelihood:
-    """Average over all windows; `passes` independent draws of masks each. estimator `autoregressive` is exact;
-    `auto` is any-order for masks, else counted, or continuous where the schedule does not run from 1 to 0. beside and block_length: the
-    bound of block diffusion instead (exact for blocks of 1).
+    """Average over all windows; `passes` independent draws of masks each. estimator `autoregressive` is exact, else as of `resolve`.
 
-    characters: how many the windows spell. progress is told the rows done. InputError for an unknown estimator.
+    beside and block_length: the bound of block diffusion instead (exact for blocks of 1). characters: how many the windows spell.
+    progress is told the rows done. InputError as of `resolve`, for blocks that do not divide the window, and for a single pass.
     """
-    exact = estimator == "autoregressive"
-    if not exact and estimator not in (*ESTIMATORS, BLOCKWISE):
-        raise InputError(f"unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
-    if estimator == "any-order" and not isinstance(noise, MaskedNoise):
-        raise InputError("only masked noise has an any-order form: use --estimator counted")
-    if estimator == "counted" and not isinstance(noise, ReplacementNoise):
-        raise InputError("only replacement noise has a counted form: use --estimator any-order")
-    if beside is not None and estimator == "auto":
-        estimator = BLOCKWISE
-    if estimator == "auto":
-        estimator = loss.best(noise.schedule, masked=isinstance(noise, MaskedNoise), reads_time=reads_time).replace("_", "-")
-    if estimator == "any-order" and reads_time:
-        raise InputError("the any-order form is for networks that do not read the time: use --estimator continuous")
-    if beside is not None:
-        if estimator != BLOCKWISE:
-            raise InputError("block diffusion has one estimator, its own: leave --estimator away")
-        if block_length < 1 or windows_WT.shape[1] % block_length:
-            raise InputError(f"blocks of {block_length} do not divide the window of {windows_WT.shape[1]}")
-        exact = block_length == 1
+    windows, length = windows_WT.shape
+    exact = estimator == AUTOREGRESSIVE or (beside is not None and block_length == 1)
+    if estimator != AUTOREGRESSIVE:
+        estimator = resolve(estimator, noise, blocks=beside is not None, reads_time=reads_time)
+    if beside is not None and (block_length < 1 or length % block_length):
+        raise InputError(f"blocks of {block_length} do not divide the window of {length}")
     if not exact and passes < 2:
         raise InputError("the error of a Monte-Carlo estimate needs at least 2 passes")
     passes = 1 if exact else passes
     rng = torch.Generator(windows_WT.device).manual_seed(seed)
-    windows, length = windows_WT.shape
+    nats_of = _nats(estimator, noise, predict, rng, steps, beside, block_length)
     nats_RW = torch.zeros(passes, windows, dtype=torch.float64)
     # every window sees the levels (u + r/R) mod 1 over its passes, and a batch spreads over the levels too
     offset_W = torch.rand(windows, generator=rng, device=rng.device, dtype=torch.float64)
     for r in range(passes):
         for begin in range(0, windows, batch):
-            x_BT = windows_WT[begin : begin + batch]
-            free_BT = torch.ones_like(x_BT, dtype=torch.bool)
-            t_B = (offset_W[begin : begin + batch] + r / passes) % 1.0
-            if beside is not None:
-                assert isinstance(noise, MaskedNoise)
-                nats_B = loss.blockwise(noise, beside, x_BT, free_BT, rng, block_length, t_B)
-            elif exact:
-                nats_B = loss.autoregressive(noise, predict, x_BT, free_BT)
-            elif estimator == "discrete":
-                nats_B = loss.discrete(noise, predict, x_BT, free_BT, rng, steps, t_B)
-            else:
-                nats_B = LEVELS[estimator](noise, predict, x_BT, free_BT, rng, t_B)
-            nats_RW[r, begin : begin + len(x_BT)] = nats_B.double().cpu() / length
-            progress(len(x_BT))
+            part = slice(begin, begin + batch)
+            nats_RW[r, part] = nats_of(windows_WT[part], (offset_W[part] + r / passes) % 1.0).double().cpu() / length
+            progress(len(windows_WT[part]))
     mean_W = nats_RW.mean(0)
     nats = mean_W.mean().item()
     # windows are independent given the text; stratified levels within one only lower the true error below this
     stderr = 0.0 if exact else (nats_RW.var(0) / passes).sum().sqrt().item() / windows
-    spread = float(standard_error(mean_W))
     bits = nats * windows * length / characters / math.log(2)
-    return Likelihood(nats, bits, stderr, spread, not exact, estimator, passes, windows * length, characters)
+    return Likelihood(nats, bits, stderr, float(standard_error(mean_W)), not exact, estimator, passes, windows * length, characters)

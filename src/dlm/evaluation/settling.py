@@ -12,23 +12,11 @@ import torch
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.evaluation.statistics import Mean, interval
+from dlm.evaluation.statistics import Curve, Mean
 from dlm.trajectory import Trajectory
 
 Judge = Callable[[Tensor], Tensor]
 """Whole texts (N, T) -> bits per token of each (N,)."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A mean over texts for each frame, and the half-width of its 95 % confidence interval (nan for a single text)."""
-
-    mean_S: Tensor
-    band_S: Tensor
-
-    @classmethod
-    def of(cls, values_NS: Tensor) -> Curve:
-        return cls(*interval(values_NS))
 
 
 @dataclass(frozen=True)
@@ -56,6 +44,20 @@ class Settling:
     def step_of(self, share: float) -> int:
         """The first frame in which that share of the text has settled, on average."""
         return int((self.settled.mean_S >= share - 1e-9).int().argmax())
+
+    def curves(self) -> dict[str, Curve]:
+        """By name, over the frames."""
+        return {"settled": self.settled, "changed": self.changed, "error": self.error} | ({"bits": self.bits} if self.bits else {})
+
+    def record(self) -> dict[str, object]:
+        """Figures, and the curves in five digits."""
+        figures = {name: getattr(self, name) for name in ("label", "texts", "steps", "edits", "edits_stderr")}
+        steps = {"half_settled": self.step_of(0.5), "settled_90": self.step_of(0.9), "last_step": self.last_step}
+        curves = {
+            name: {part: [round(value, 5) for value in values] for part, values in one.record().items()}
+            for name, one in self.curves().items()
+        }
+        return figures | steps | curves
 
 
 def label_of(run: Trajectory) -> str:

@@ -62,6 +62,21 @@ class Mean:
         return {"mean": self.value, "band95": self.band95}
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A mean for each of S points, and half the width of its 95 % confidence interval (nan for a single value)."""
+
+    mean_S: Tensor
+    band_S: Tensor
+
+    @classmethod
+    def of(cls, values_NS: Tensor) -> Curve:
+        return cls(*interval(values_NS))
+
+    def record(self) -> dict[str, list[float]]:
+        return {"mean": self.mean_S.tolist(), "band95": self.band_S.tolist()}
+
+
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Spearman's rank correlation, ties at their average rank; nan for fewer than three pairs, or where one side is constant."""
     from scipy import stats

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
-from dlm.errors import InputError
+from dlm.files import check_stamp, stamp
 from dlm.model_scheduling.outcome import Outcome
 
 FORMAT = 1
+FIGURES = {one.name for one in fields(Outcome)} - {"seeds"}
 Key = tuple[str, str, tuple[int, int]]
 
 
@@ -28,10 +29,9 @@ class Ledger:
                 data = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if (number := data.pop("format", FORMAT)) != FORMAT:
-                raise InputError(f"{path} has lines of format {number}, this version of dlm reads {FORMAT}: give --ledger another file")
+            check_stamp(data, FORMAT, path)
             settings, seeds = data.pop("settings", None), data.pop("seeds")
-            outcome = Outcome(seeds=(seeds[0], seeds[1]), **data)
+            outcome = Outcome(seeds=(seeds[0], seeds[1]), **{name: value for name, value in data.items() if name in FIGURES})
             self._known.setdefault(self._key(settings, outcome.schedule, outcome.seeds), outcome)
 
     @staticmethod
@@ -45,4 +45,4 @@ class Ledger:
     def add(self, settings: Mapping[str, object], outcome: Outcome) -> None:
         self._known[self._key(settings, outcome.schedule, outcome.seeds)] = outcome
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"format": FORMAT, "settings": dict(settings)} | asdict(outcome)) + "\n")
+            file.write(json.dumps(stamp(FORMAT) | {"settings": dict(settings)} | asdict(outcome)) + "\n")

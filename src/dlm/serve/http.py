@@ -13,7 +13,10 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from dlm.errors import InputError
 from dlm.serve.engine.job import FAULT, Event
@@ -213,16 +216,7 @@ def _routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    files = {path.relative_to(PAGE).as_posix(): path for path in PAGE.rglob("*") if path.is_file()} if PAGE.is_dir() else {}
-
-    @app.get("/", include_in_schema=False)
-    @app.get("/{name:path}", include_in_schema=False)
-    async def page(name: str = "") -> Response:
-        """The page: files known from the start, so that no path of a request is ever opened."""
-        path = files.get(name or "index.html")
-        if path is None:
-            raise HTTPException(404, f"there is nothing at /{name}")
-        return FileResponse(path, headers=HEADERS)
+    app.mount("/", Page(directory=PAGE, html=True))
 
 
 HEADERS = {
@@ -230,6 +224,21 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
+
+
+class Page(StaticFiles):
+    """The files of the page, under a strict content security policy; any other path or method is a 404."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        if scope["method"] not in ("GET", "HEAD"):
+            known = any(route.matches(scope)[0] is Match.PARTIAL for route in scope["app"].routes)
+            raise HTTPException(405 if known else 404, f"there is nothing at {scope['path']} for {scope['method']}")
+        try:
+            response = await super().get_response(path, scope)
+        except HTTPException:
+            raise HTTPException(404, f"there is nothing at {scope['path']}") from None
+        response.headers.update(HEADERS)
+        return response
 
 
 def _errors(app: FastAPI) -> None:

@@ -249,6 +249,7 @@ class Sometimes:
         return DraftTokens((last_B1 + 1 + torch.arange(round.u_BK.shape[1])) % TINY.vocab, round.most_B)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [Draw(), Draw(0.6), Draw(1.2, top_p=0.8), Draw(top_k=2)], ids=str)
 @pytest.mark.parametrize("name", ["tree", "restart", "chain", "lookup", "draft", "rounded", "heads", "certain"])
 def test_ratio_has_the_law_of_the_plain_chain(name: str, draw: Draw) -> None:
@@ -305,6 +306,7 @@ def test_the_same_network_with_spare_ids_proposes_what_holds() -> None:
     assert frame.forwards == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "draft"), [(0, 40), (40, 0)])
 def test_a_draft_may_be_padded_otherwise(base: int, draft: int, tmp_path: Path) -> None:
     model = load(str(publish(transformer("Llama", spare=base), tmp_path / "base")))
@@ -723,6 +725,7 @@ def test_words_of_a_language_model(word: str, autoregressive_dir: Path) -> None:
         assert same[0].forwards <= base[0].forwards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", ["0", "1"])
 def test_the_command_writes_the_same_bytes(dlm: Dlm, temperature: str) -> None:
     words = ("generate", "ROMEO:", "--model", "shakespeare-ar", "--max-new-tokens", "30", "--temperature", temperature, "--seed", "2")
@@ -755,6 +758,7 @@ def test_lossless_takes_the_best_that_there_is(dlm: Dlm, autoregressive_dir: Pat
     assert "leave --sampler" in dlm.told(*words, "--lossless", "--sampler", "lookup")
 
 
+@pytest.mark.slow
 def test_bad_words_are_told(dlm: Dlm, autoregressive_dir: Path, masked_dir: Path, tmp_path: Path) -> None:
     make_model("autoregressive", alphabet="zyx").save_pretrained(tmp_path / "other")
     words = ("generate", "--model", str(autoregressive_dir), "--sampler")

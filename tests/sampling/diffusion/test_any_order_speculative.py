@@ -68,6 +68,7 @@ def test_one_proposal_is_first_hitting() -> None:
     assert chi_square_p(frames[-1].tokens_BT, TINY.p_S, TINY) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tolerance", [0.1, 0.5])
 def test_a_tolerance_bounds_the_distance(tolerance: float) -> None:
     denoiser = Noted(TINY.vocab, TINY.length)

@@ -157,6 +157,7 @@ def test_every_rule_draws_its_law(word: str, steps: int) -> None:
     assert chi_square_p(samples, law_of(word, steps), tiny) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_test_of_the_law_can_fail() -> None:
     """Other settings and rules that take nothing back are seen."""
     for word, other, steps in [("revoke:0.6", "revoke:0.5", 3), ("planner:1", "planner:3", 3)]:

@@ -50,6 +50,7 @@ def test_reverse_draws_the_law_of_its_chain(name: str, steps: int, schedule: str
     assert chi_square_p(sample(noise, Reverse(), steps)[-1].tokens_BT, law(noise, steps, back), TINY) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_test_of_the_law_can_fail() -> None:
     samples = sample(noise_of("uniform"), Reverse(), 2)[-1].tokens_BT
     for name, steps, move in (("uniform", 1, back), ("uniform", 5, back), ("uniform", 2, refined)):

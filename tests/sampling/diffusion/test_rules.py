@@ -62,6 +62,7 @@ def test_masks_are_revealed_when_the_chain_says(word: str) -> None:
     assert float(torch.special.gammaincc(torch.tensor((steps - 1) / 2), statistic / 2)) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_test_of_the_law_can_fail() -> None:
     """Its power: one wrong step count, schedule or end point is noticed."""
     samples = sample(TINY, Ancestral(), 2)

@@ -14,6 +14,7 @@ from serve.serving import serving
 schemathesis = pytest.importorskip("schemathesis")
 
 
+@pytest.mark.slow
 def test_schemathesis_finds_no_fault() -> None:
     from hypothesis import HealthCheck, Phase, given, settings
     from schemathesis.generation import GenerationMode

@@ -34,14 +34,14 @@ def play(reads: int, leaves: bool) -> tuple[int, int]:
 
     async def run() -> None:
         response = stream.EventStream(chunks(), lambda: closed.append(True))
-        await asyncio.wait_for(response({"type": "http"}, receive, send), 20)
+        await asyncio.wait_for(response({"type": "http", "method": "POST"}, receive, send), 20)
 
     asyncio.run(run())
     return len(sent), len(closed)
 
 
 def test_a_client_that_stops_reading_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "SLOW", 0.05)
+    monkeypatch.setattr(stream, "SEND_SECONDS", 0.05)
     assert play(5, leaves=False) == (6, 1)
 
 
@@ -51,3 +51,28 @@ def test_a_client_that_leaves_ends_it() -> None:
 
 def test_one_that_reads_gets_all() -> None:
     assert play(5000, leaves=False) == (1002, 1)
+
+
+def test_a_stream_on_which_nothing_happens_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "PING_SECONDS", 0.05)
+    sent: list[bytes] = []
+
+    async def late() -> AsyncIterator[bytes]:
+        await asyncio.sleep(0.3)
+        yield stream.event("late")
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message.get("body", b""))
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(3600)
+        return {"type": "http.disconnect"}
+
+    asyncio.run(stream.EventStream(late(), lambda: None)({"type": "http", "method": "POST"}, receive, send))
+    comments = [body for body in sent if body.startswith(b": ping")]
+    assert len(comments) >= 2
+    assert sent[-2:] == [b"data: late\n\n", b""]
+
+
+def test_an_event_is_one_line_of_data() -> None:
+    assert stream.event({"a": "\n\ud800"}, "step") == b'event: step\ndata: {"a":"\\n?"}\n\n'

@@ -1,0 +1,96 @@
+"""Every sampler of a masked model measured side by side: the table behind `--sampler auto`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from pathlib import Path
+
+from torch import Tensor
+
+from dlm.calibration import measure
+from dlm.calibration.table import Calibration, Options
+from dlm.errors import InputError
+from dlm.evaluation import generative
+from dlm.evaluation.card import device_name
+from dlm.evaluation.statistics import Mean
+from dlm.language_model import LanguageModel
+from dlm.workflows.inputs import Counter, Model, Progress, judge_beside, language_model, masked_noise, silent
+
+
+def calibrate(
+    model: Model,
+    judge: Model = "shakespeare-ar",
+    *,
+    samples: int = 8,
+    temperature: float = 1.0,
+    quick: bool = False,
+    retime: bool = False,
+    out: str | Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> Calibration:
+    """Forward passes, seconds, bits under a judge and diversity of every sampler of a masked model, with the same seeds.
+
+    judge: an autoregressive model of the same vocabulary; samples: texts for each setting, a window long; quick: three settings only.
+    retime: measure only the seconds of the table that is there already, in turns. out: directory that the table is written to; for
+    `--sampler auto` that of the checkpoint. progress counts settings. InputError for other noise, another vocabulary, or one text.
+    """
+    if samples < 2:
+        raise InputError(f"--samples must be at least 2, to have an error, got {samples}")
+    lm = language_model(model, device)
+    masked_noise(lm, "there is nothing to calibrate")
+    twin = judge_beside(judge, lm, device)
+    if out is not None and not (Path(out).is_dir() and os.access(out, os.W_OK)):  # before the work, not after it
+        raise InputError(f"{out} is no directory that can be written: name another one")
+    where = {"device": device_name(lm.network.device)}
+    if retime:
+        found = lm.calibration()
+        count = Counter(progress, measure.ROUNDS * len(found.rows))
+        rows = measure.retime(pace(lm, samples, temperature, seed), found.rows, progress=count.add)
+        made = found.made | where
+    else:
+        settings = measure.candidates(window=lm.window, causal=lm.is_causal, quick=quick)
+        count, rows = Counter(progress, len(settings)), []
+        for row in measure.measure(writing(lm, samples, temperature), judging(twin), settings, seed=seed):
+            rows.append(row)
+            count.add()
+        made = {"model": lm.name, "judge": twin.name, "texts": samples, "length": lm.window, "temperature": temperature, "seed": seed}
+        made |= where
+    table = Calibration(rows, made)
+    if out is not None:
+        table.save(Path(out))
+    return table
+
+
+def writing(lm: LanguageModel, samples: int, temperature: float) -> measure.Generate:
+    """The model writes so many texts, each a window long."""
+
+    def generate(options: Options, seed: int) -> tuple[Tensor, float, float]:
+        results = lm.generate([""] * samples, length=lm.window, seed=seed, temperature=temperature, **options)
+        return results[0].trajectory.current_BT, results[0].forwards, results[0].seconds
+
+    return generate
+
+
+def judging(twin: LanguageModel) -> measure.Judge:
+    """Bits per token under an autoregressive model of the same vocabulary."""
+
+    def judge(samples_NT: Tensor) -> Mean:
+        return generative.judge_bits(twin.noise, twin.predict, samples_NT.to(twin.network.device))
+
+    return judge
+
+
+def pace(lm: LanguageModel, samples: int, temperature: float, seed: int) -> measure.Pace:
+    """Seconds of the first forward passes, for each text."""
+
+    def seconds(options: Options, calls: int) -> float:
+        frames = lm.stream([""] * samples, length=lm.window, seed=seed, temperature=temperature, **options)
+        clock = time.perf_counter()
+        done = sum(1 for _ in itertools.islice(frames, calls))
+        return (time.perf_counter() - clock) / done / samples
+
+    return seconds

@@ -1,0 +1,157 @@
+"""What a use case is given: models and judges by name or as objects, text by its source, and a callback for progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dlm import bundled
+from dlm.errors import InputError
+from dlm.evaluation import generative, judge
+from dlm.formats import native
+from dlm.language_model import LanguageModel, load
+from dlm.noise.masked import MaskedNoise
+from dlm.train import data as reading
+from dlm.trajectory import Trajectory
+
+FORMAT = 1  # of every record
+Model = str | Path | LanguageModel
+Progress = Callable[[int, int], None]
+"""Called with (done, total) as the work goes on; the unit is the use case's own."""
+Figures = Callable[[Tensor], dict[str, Tensor]]
+"""Texts (N, T) -> figures of each text (N,), by name."""
+
+
+def silent(done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+class Counter:
+    """Adds up amounts for a `Progress` callback; a use case of several parts has one for all of them."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+        progress(0, total)
+
+    def add(self, amount: int = 1) -> None:
+        self.done += amount
+        self.progress(self.done, self.total)
+
+
+def check_device(device: str) -> None:
+    """InputError where torch has no such device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"no device {device!r} here ({str(error).splitlines()[0]}): use --device cpu") from None
+
+
+def language_model(model: Model, device: str = "cpu") -> LanguageModel:
+    """The model itself, or the one of this name loaded on `device`."""
+    if isinstance(model, LanguageModel):
+        return model
+    check_device(device)
+    return load(str(model), device=device)
+
+
+def masked_noise(lm: LanguageModel, why: str) -> MaskedNoise:
+    """The noise of a masked diffusion model. InputError, which ends in `why`, for another model."""
+    if not (lm.is_diffusion and isinstance(lm.noise, MaskedNoise)):
+        raise InputError(f"{lm.name} is no masked diffusion model: {why}")
+    return lm.noise
+
+
+def judge_model(model: Model, device: str = "cpu") -> LanguageModel:
+    """A model with an exact likelihood. InputError for a diffusion model."""
+    lm = language_model(model, device)
+    if lm.is_diffusion:
+        raise InputError(f"{lm.name} is a diffusion model: a judge must be autoregressive, to have an exact likelihood")
+    return lm
+
+
+def judge_beside(model: Model, lm: LanguageModel, device: str = "cpu") -> LanguageModel:
+    """A judge that reads the tokens of `lm`. InputError for another vocabulary or shorter windows."""
+    twin = judge_model(model, device)
+    if twin.tokenizer.fingerprint() != lm.tokenizer.fingerprint():
+        raise InputError(f"{twin.name} has another vocabulary than {lm.name}")
+    if twin.window < lm.window:
+        raise InputError(
+            f"{twin.name} reads windows of {twin.window}, {lm.name} writes {lm.window}: a judge needs windows at least as long"
+        )
+    return twin
+
+
+def judge_figures(model: Model, lm: LanguageModel, given: int = 0) -> Figures:
+    """Bits, entropy and distinct_4 of every text of `lm` under a judge: by token where it has the same vocabulary, else through text.
+
+    given: tokens at the beginning that are not counted. InputError for a diffusion model, or one that cannot read the texts.
+    """
+    device, name = str(lm.network.device), model.name if isinstance(model, LanguageModel) else str(model)
+    twin = judge_model(model, device) if _is_ours(model) else None
+    if twin is None or twin.tokenizer.fingerprint() != lm.tokenizer.fingerprint():
+        if given:
+            raise InputError(f"{name} has a vocabulary of its own: it judges whole texts, not those after {given} given tokens")
+        bits = judge.of_transformers(name, device) if twin is None else judge.of_model(twin)
+        return judge.figures(bits, lm.tokenizer.decode)
+    twin = judge_beside(twin, lm)
+    return generative.figures(twin.noise, twin.predict, given=given)
+
+
+def _is_ours(model: Model) -> bool:
+    """Whether dlm reads it; a name that nothing is found for counts, so that the error of loading it is told."""
+    if isinstance(model, LanguageModel) or str(model) in bundled.models():
+        return True
+    try:
+        return native.is_ours(native.find(str(model)))
+    except InputError:
+        return True
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows of a text in the tokens of a model. source: where it was read."""
+
+    source: str
+    stream: reading.Stream
+    windows_WT: Tensor
+    characters: int
+
+    @classmethod
+    def read(
+        cls,
+        lm: LanguageModel,
+        data: str | Path | None,
+        *,
+        split: str = "val",
+        val_fraction: float = 0.1,
+        window: int | None = None,
+        max_windows: int | None = None,
+    ) -> Text:
+        """data: as of `dlm.train.data.read`; None is the text that the model was trained on. window: tokens, by default the model's.
+        max_windows: at most so many, spread evenly over the text. InputError where there is no text."""
+        source = str(lm.config.training.get("data", "") if data is None else data)
+        documents = reading.select(reading.read(source), split, val_fraction)
+        stream = reading.Stream.encode(documents, lm.tokenizer, window or lm.window)
+        windows_WT = stream.windows(max_windows)
+        characters = sum(len(lm.tokenizer.decode(row)) for row in windows_WT.tolist())
+        return cls(source, stream, windows_WT.to(lm.network.device), characters)
+
+
+def saved_run(path: str | Path) -> Trajectory:
+    """A run that `dlm generate --save` wrote. InputError where the file is missing or damaged."""
+    if not Path(path).is_file():
+        raise InputError(f"no file {path}: make one with dlm generate --save {path}")
+    return Trajectory.load(Path(path))
+
+
+def light_models(lm: LanguageModel, light: Model | Mapping[str, Model]) -> dict[str, str]:
+    """Names of the models beside H by key; those given as objects are made known to it."""
+    named = light if isinstance(light, Mapping) else {"L": light}
+    for one in named.values():
+        if isinstance(one, LanguageModel):
+            lm.introduce(one)
+    return {key: one.name if isinstance(one, LanguageModel) else str(one) for key, one in named.items()}

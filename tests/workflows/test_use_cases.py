@@ -1,0 +1,153 @@
+"""Every use case from Python gives what its command prints with `--json`, models by name or loaded already."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+import dlm as library
+from conftest import Dlm, make_model
+from dlm.evaluation.card import dumps
+
+
+class Result(Protocol):
+    def record(self) -> dict[str, object]: ...
+
+
+def printed(run: Dlm, *words: str) -> dict[str, object]:
+    """The last line of a command, as JSON."""
+    code, out, err = run(*words, "--json")
+    assert code == 0, err
+    found: dict[str, object] = json.loads(out.splitlines()[-1])
+    return found
+
+
+def plain(result: Result) -> dict[str, object]:
+    """The record after a journey through JSON, where nan is null."""
+    assert dataclasses.is_dataclass(result)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(result, dataclasses.fields(result)[0].name, None)
+    found: dict[str, object] = json.loads(dumps(result.record()))
+    assert found["format"] == 1
+    return found
+
+
+class Watch:
+    """A progress callback that remembers."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []
+
+    def __call__(self, done: int, total: int) -> None:
+        self.calls.append((done, total))
+
+    def check(self) -> None:
+        """It began at nothing, never went back, and ended with all of it."""
+        done, totals = zip(*self.calls, strict=True)
+        assert done[0] == 0
+        assert list(done) == sorted(done)
+        assert len(set(totals)) == 1
+        assert done[-1] == totals[-1]
+        assert len(done) > 2
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_evaluate(dlm: Dlm, masked_dir: Path, text_file: Path, loaded: bool) -> None:
+    words = ("--data", str(text_file), "--split", "all", "--max-windows", "4", "--passes", "3", "--seed", "5")
+    shown = printed(dlm, "eval", str(masked_dir), *words)
+    watch = Watch()
+    model = library.load(str(masked_dir)) if loaded else str(masked_dir)
+    found = library.evaluate(model, text_file, split="all", max_windows=4, passes=3, seed=5, card=shown["card"], progress=watch)
+    assert plain(found) == shown
+    assert found.is_bound
+    assert found.windows == 4
+    assert "card" not in dataclasses.replace(found, card=None).record()
+    watch.check()
+    card = json.loads(Path(str(shown["card"])).read_text())
+    assert card["format"] == 1
+    assert card["figures"]["nats_per_token"] == found.nats_per_token
+
+
+def test_evaluate_an_autoregressive_model(dlm: Dlm, autoregressive_dir: Path, masked_dir: Path, text_file: Path) -> None:
+    words = ("--data", str(text_file), "--split", "all", "--max-windows", "4", "--window", "8")
+    shown = printed(dlm, "eval", str(autoregressive_dir), *words, "--card", "card.json")
+    found = library.evaluate(str(autoregressive_dir), str(text_file), split="all", max_windows=4, window=8, card="card.json")
+    assert plain(found) == shown
+    assert found.stderr == 0
+    assert found.estimator == "autoregressive"
+    with pytest.raises(library.InputError, match="unknown estimator 'magic'"):
+        library.evaluate(str(masked_dir), text_file, estimator="magic")
+    with pytest.raises(library.InputError, match="no device 'abacus'"):
+        library.evaluate(str(masked_dir), text_file, device="abacus")
+
+
+def test_calibrate(dlm: Dlm, autoregressive_dir: Path, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "masked")
+    words = ("calibrate", "masked", "--judge", str(autoregressive_dir), "--quick", "-n", "3", "--temperature", "0.9", "--seed", "2")
+    shown = printed(dlm, *words)
+    watch = Watch()
+    kept = json.loads(Path("masked/calibration.json").read_text())
+    found = library.calibrate("masked", str(autoregressive_dir), quick=True, samples=3, temperature=0.9, seed=2, progress=watch)
+    watch.check()
+    assert kept.pop("dlm_version") == library.__version__
+    assert kept == shown
+    written = json.loads(Path("masked/calibration.json").read_text())
+    assert written == kept | {"dlm_version": library.__version__}  # a table is written only where it is told to be
+    for one in (record := plain(found)), shown:
+        for row in one["rows"]:  # type: ignore[attr-defined]
+            assert row.pop("seconds") > 0
+    assert record == shown
+    again = library.calibrate(library.load("masked"), str(autoregressive_dir), retime=True, samples=3, out="masked")
+    assert [row.bits for row in again.rows] == [row.bits for row in found.rows]
+    assert json.loads(Path("masked/calibration.json").read_text()) == plain(again) | {"dlm_version": library.__version__}
+    with pytest.raises(library.InputError, match="nowhere is no directory"):
+        library.calibrate("masked", str(autoregressive_dir), out="nowhere")
+
+
+def test_a_calibration_without_a_format_is_read_and_a_later_one_is_told(tmp_path: Path, autoregressive_dir: Path) -> None:
+    make_model().save_pretrained(tmp_path / "masked")
+    table = library.calibrate(str(tmp_path / "masked"), str(autoregressive_dir), quick=True, samples=2, out=tmp_path)
+    path = tmp_path / "calibration.json"
+    data = json.loads(path.read_text())
+    del data["format"]
+    path.write_text(json.dumps(data))
+    assert type(table).load(tmp_path) == table
+    path.write_text(json.dumps(data | {"format": 9}))
+    with pytest.raises(library.InputError, match="format 9"):
+        type(table).load(tmp_path)
+
+
+def test_curse(dlm: Dlm, masked_dir: Path, text_file: Path) -> None:
+    words = ("--data", str(text_file), "--split", "all", "--max-windows", "3", "--tokens-per-step", "8,2", "--sampler", "ancestral,topk")
+    shown = printed(dlm, "curse", str(masked_dir), *words, "--seed", "4")
+    watch = Watch()
+    model = library.load(str(masked_dir))
+    found = library.curse(model, text_file, split="all", max_windows=3, tokens_per_step=[8, 2], seed=4, progress=watch)
+    assert plain(found) == shown
+    watch.check()
+    assert found.rows[-1].measured["topk"].band95 > 0
+    with pytest.raises(library.InputError, match=r"lie in 1 \.\. 32"):
+        library.curse(model, text_file, tokens_per_step=[64])
+
+
+def test_settle(dlm: Dlm, masked_dir: Path, autoregressive_dir: Path) -> None:
+    for seed in (1, 2):
+        base = ("generate", "--model", str(masked_dir), "--length", "32", "--steps", "6", "--seed", str(seed))
+        assert dlm(*base, "--save", f"{seed}.traj")[0] == 0
+    shown = printed(dlm, "settle", "1.traj", "2.traj", "--judge", str(autoregressive_dir))
+    runs = [library.Trajectory.load("1.traj"), "2.traj"]
+    watch = Watch()
+    found = library.settle(runs, library.load(str(autoregressive_dir)), progress=watch)
+    assert plain(found) == shown
+    assert [one.texts for one in found.runs] == [2]
+    assert watch.calls == [(0, 1), (1, 1)]
+    alone = plain(library.settle(["1.traj"]))
+    assert alone["runs"][0]["edits_stderr"] is None  # type: ignore[index]
+    assert math.isnan(library.settle(["1.traj"]).runs[0].edits_stderr)
+    with pytest.raises(library.InputError, match=r"no file nowhere\.traj"):
+        library.settle(["nowhere.traj"])
