@@ -31,14 +31,14 @@ def longest_block(window: int, most: int) -> int:
     return next(n for n in range(min(most, window), 0, -1) if window % n == 0)
 
 
-def block(open_BT: Tensor, block_length: int) -> tuple[Tensor, Tensor]:
+def block(open_BT: Tensor, block_length: int, phase_B: Tensor | int = 0) -> tuple[Tensor, Tensor]:
     """The open positions of the first block of each row that has one, bool (B, T), and where that block begins, int64 (B,).
 
-    block_length 0: the whole window is one.
+    block_length 0: the whole window is one. phase_B: a position at which some block begins.
     """
     if not block_length:
         return open_BT, torch.zeros(len(open_BT), dtype=torch.long, device=open_BT.device)
-    begin_B = open_BT.int().argmax(-1) // block_length * block_length
+    begin_B = (open_BT.int().argmax(-1) - phase_B).div(block_length, rounding_mode="floor") * block_length + phase_B
     pos_T = torch.arange(open_BT.shape[1], device=open_BT.device)
     return open_BT & (pos_T < begin_B[:, None] + block_length), begin_B
 

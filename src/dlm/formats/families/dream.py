@@ -23,5 +23,5 @@ DREAM = Family(
     mask_texts=("<|mask|>",),
     shift=True,
     stop_texts=("<|im_end|>",),
-    preset={"sampler": "origin", "steps": 512, "temperature": 0.0},
+    preset={"sampler": "dream", "steps": 512, "temperature": 0.0},
 )

@@ -5,7 +5,9 @@ Shapes: B rows, A rows of this call, T positions of the window, Q positions read
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,9 +15,11 @@ from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.protocols import Denoiser
+from dlm.sampling.batching import stacked
 from dlm.sampling.diffusion.protocols import CachePolicy, CheckingRule, Guidance, Rule, View
 
 HALF = (torch.bfloat16, torch.float16)
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Reader:
@@ -47,7 +51,7 @@ class Reader:
     def join(self, other: Reader) -> None:
         """Take in the rows of another reader of the same kind."""
         for name in ("seen_BT", "age_B", "start_B"):
-            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
+            setattr(self, name, stacked(getattr(self, name), getattr(other, name), -1))
         if self.cache is not None:
             self.cache.join(other.cache)
 
@@ -69,17 +73,24 @@ class Reader:
         entered_A: Tensor,
         t_A: Tensor,
         due_AT: Tensor | None,
+        told: Mapping[str, Tensor] = NOTHING,
     ) -> tuple[Tensor, Tensor | None]:
         """(logits_ATV, shadow_ATV or None). due_AT: the only positions whose logits matter, where no logit decides which; logits of
-        positions that were not read are 0."""
+        positions that were not read are 0. told: further arguments of the network, tensors of the rows A."""
         if self.policy is not None:
             return self._cached(rows_A, start_A, z_AT, hole_AT, block_AT, entered_A, t_A), None
         if self.guidance is not None:
-            return self.guidance(self._read, z_AT, t_A, given_AT), None
+            return self.guidance(partial(self._several, told), z_AT, t_A, given_AT), None
         if not self.shadow:
-            return self._read(z_AT, t_A) if due_AT is None else self._read(z_AT, t_A, at_BQ=due_AT), None
+            return self._read(z_AT, t_A, **told) if due_AT is None else self._read(z_AT, t_A, at_BQ=due_AT, **told), None
+        if told:
+            raise InputError("a sampler that checks what it wrote needs rows of one length, in blocks from zero: generate them one by one")
         logits_AQV = self._read(torch.cat([z_AT, torch.full_like(z_AT, self.mask_id)], 1), t_A, pattern="shadow")
         return logits_AQV[:, : z_AT.shape[1]], logits_AQV[:, z_AT.shape[1] :]
+
+    def _several(self, told: Mapping[str, Tensor], z_MQ: Tensor, t_M: Tensor) -> Tensor:
+        """`_read` of a batch in which the rows A stand one or more times, one after another."""
+        return self._read(z_MQ, t_M, **{name: x_A.repeat(len(z_MQ) // len(x_A), 1) for name, x_A in told.items()})
 
     def _read(self, z_AQ: Tensor, t_A: Tensor, **how: Any) -> Tensor:
         """Logits in float32 at least: in bf16 probabilities of a large vocabulary do not sum to 1."""

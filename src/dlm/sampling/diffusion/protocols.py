@@ -34,6 +34,7 @@ class Step:
     z_BT: the state; open_BT: the positions that the rule writes; logp_BTV: log mu of `noise.log_probs`; t_B -> s_B: the move;
     left_B: steps left, this one included, of `steps` for a window or block. memory: what the rule keeps for its next step, by
     name, float (B, T, ...), nan where a block begins. shadow_BTV: logits with each position's own token hidden (CheckingRule).
+    valid_BT: False past the end of a row's text; None where every position is text.
     """
 
     z_BT: Tensor
@@ -42,10 +43,11 @@ class Step:
     t_B: Tensor
     s_B: Tensor
     left_B: Tensor
-    steps: int
+    steps: int | Tensor
     noise: NoiseProcess
     memory: dict[str, Tensor] = field(default_factory=dict)
     shadow_BTV: Tensor | None = None
+    valid_BT: Tensor | None = None
 
 
 class Rule(Protocol):

@@ -1,0 +1,133 @@
+"""The reference sampler of a family, by the reference's own names of settings: the rule, quota, blocks and guidance that they mean here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from dlm.errors import InputError
+from dlm.models.pattern import reading
+from dlm.sampling.diffusion.guidance import ClassifierFree
+from dlm.sampling.diffusion.loop import DiffusionSampler
+from dlm.sampling.diffusion.transfer import Origin, Transfer
+from dlm.sampling.draw import Draw
+
+if TYPE_CHECKING:
+    from dlm.language_model.model import LanguageModel
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sampler and how many tokens it is to write."""
+
+    sampler: DiffusionSampler
+    max_new_tokens: int
+
+
+def plan(model: LanguageModel, settings: Settings, reference: str = "") -> Plan:
+    """Settings as the reference names them. reference: `llada`, `dream`, `mdlm`, `bd3lm`; by default the one of the model's family.
+
+    InputError for a model without reference sampler and for settings that the reference does not have.
+    """
+    reference = reference or str(model.defaults.get("sampler", "")).partition(":")[0]
+    if reference not in REFERENCES:
+        raise InputError(f"{model.name} has no reference sampler here; known: {', '.join(REFERENCES)}")
+    make, defaults = REFERENCES[reference]
+    if strange := [name for name in settings if name not in defaults]:
+        raise InputError(f"{reference} has no setting {strange[0]!r}; it has: {', '.join(defaults)}")
+    given = {name: value for name, value in settings.items() if value is not None or defaults[name] is None}
+    return make(model, {**defaults, **given})
+
+
+def _whole(model: LanguageModel, settings: Settings, rule: Origin | Transfer) -> DiffusionSampler:
+    """The loop over the text alone, blocks from the prompt's end on."""
+    scale = 1.0 + settings.get("cfg_scale", 0.0)
+    guidance = ClassifierFree(scale, model.tokenizer.mask_id) if scale != 1 else None
+    sampler = DiffusionSampler(model.denoiser, model.noise, model.window, rule, settings["steps"], model=model.name, guidance=guidance)
+    return replace(sampler, fills_window=False, block_phase="prompt")
+
+
+def _llada(model: LanguageModel, settings: Settings) -> Plan:
+    """ML-GSAI/LLaDA `generate.py`."""
+    score = {"low_confidence": "confidence", "random": "random"}.get(settings["remasking"])
+    if score is None:
+        raise InputError(f"LLaDA's remasking is low_confidence or random, got {settings['remasking']!r}")
+    token = model.tokenizer.control
+    eos, eot = token.get("<|endoftext|>"), token.get("<|eot_id|>")
+    last = (eos, eot) if settings["temperature"] == 0 else (eot,)  # as the reference, which changes a tensor that it has copied or not
+    rule = Transfer(
+        "even",
+        score,
+        never=tuple(i for i in (eos,) if settings["logits_eos_inf"] and i is not None),
+        last=tuple(i for i in last if settings["confidence_eos_eot_inf"] and i is not None),
+        draw=Draw(settings["temperature"]),
+    )
+    return Plan(replace(_whole(model, settings, rule), block_length=settings["block_length"]), settings["gen_length"])
+
+
+def _dream(model: LanguageModel, settings: Settings) -> Plan:
+    """DreamLM/Dream `generation_utils.py`, `diffusion_generate`."""
+    draw = Draw(settings["temperature"], settings["top_k"] or 0, settings["top_p"] or 1.0)
+    scores = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
+    if settings["alg"] != "origin" and settings["alg"] not in scores:
+        raise InputError(f"Dream's alg is origin, {', '.join(scores)}, got {settings['alg']!r}")
+    if settings["eps"] != REFERENCES["dream"][1]["eps"]:
+        raise InputError(f"Dream's eps is 0.001 here, got {settings['eps']}")
+    rule: Origin | Transfer = Origin(draw)
+    if settings["alg"] in scores:
+        rule = Transfer("by-time", scores[settings["alg"]], True, settings["alg_temp"] or 0.0, draw=draw)
+    return Plan(_whole(model, settings, rule), settings["max_new_tokens"])
+
+
+def _mdlm(model: LanguageModel, settings: Settings) -> Plan:
+    """ZHZisZZ/dllm `dllm/core/samplers/mdlm.py`."""
+    score = {"low_confidence": "confidence", "random": "random"}.get(settings["remasking"])
+    if score is None:
+        raise InputError(f"dllm's remasking is low_confidence or random, got {settings['remasking']!r}")
+    rule = Transfer("rounded", score, draw=Draw(settings["temperature"]))
+    return Plan(replace(_whole(model, settings, rule), block_length=settings["block_size"]), settings["max_new_tokens"])
+
+
+def _bd3lm(model: LanguageModel, settings: Settings) -> Plan:
+    """ZHZisZZ/dllm `dllm/core/samplers/bd3lm.py`: the same by blocks that see nothing after themselves, until one holds a stop."""
+    made, length = _mdlm(model, settings), settings["block_size"]
+    if model.config.shift:
+        raise InputError(f"{model.name} predicts the next token: blocks would not see the row before them")
+    network = reading(model.network, "block_causal", length)
+    return replace(made, sampler=replace(made.sampler, denoiser=network, sees_ahead=False, stops=model.stops))
+
+
+DLLM = {"steps": 128, "max_new_tokens": 128, "block_size": 32, "temperature": 0.0, "cfg_scale": 0.0, "remasking": "low_confidence"}
+REFERENCES: dict[str, tuple[Callable[[LanguageModel, Settings], Plan], dict[str, Any]]] = {
+    "llada": (
+        _llada,
+        {
+            "steps": 128,
+            "gen_length": 128,
+            "block_length": 128,
+            "temperature": 0.0,
+            "cfg_scale": 0.0,
+            "remasking": "low_confidence",
+            "logits_eos_inf": False,
+            "confidence_eos_eot_inf": False,
+        },
+    ),
+    "dream": (
+        _dream,
+        {
+            "alg": "origin",
+            "steps": 512,
+            "eps": 1e-3,
+            "max_new_tokens": 128,
+            "temperature": 0.0,
+            "top_p": None,
+            "top_k": None,
+            "alg_temp": None,
+        },
+    ),
+    "mdlm": (_mdlm, DLLM),
+    "bd3lm": (_bd3lm, DLLM),
+}

@@ -1,0 +1,165 @@
+"""The reference samplers: every golden generation at temperature 0 gives the same ids, forward pass by forward pass."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dlm.errors import InputError
+from dlm.language_model import LanguageModel, load, official
+from dlm.sampling.draw import generators
+from dlm.trajectory import Canvas, Frame
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FAMILIES = ("llada", "dream", "a2d_qwen3", "a2d_qwen2")
+
+
+@cache
+def model(family: str) -> LanguageModel:
+    return load(str(GOLDEN / family))
+
+
+def cases(family: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((GOLDEN / family / "generations.json").read_text())["cases"]
+    return found
+
+
+CASES = [pytest.param(family, case, id=f"{family}: {case['name']}") for family in FAMILIES for case in cases(family)]
+
+
+def prompts(case: dict[str, Any]) -> list[list[int]]:
+    """Without the padding of the reference's batch."""
+    masks = case.get("attention_mask") or [[1] * len(row) for row in case["prompt_ids"]]
+    return [[token for token, real in zip(row, mask, strict=True) if real] for row, mask in zip(case["prompt_ids"], masks, strict=True)]
+
+
+def run(lm: LanguageModel, case: dict[str, Any], rows: list[list[int]], **settings: Any) -> tuple[Canvas, list[Frame]]:
+    plan = official.plan(lm, case["settings"] | settings, case.get("sampler", ""))
+    canvas = Canvas.from_rows([[*row, *[None] * plan.max_new_tokens] for row in rows], fill=lm.tokenizer.mask_id)
+    return canvas, list(plan.sampler.steps(canvas, rng=generators(0, len(rows))))
+
+
+def text(canvas: Canvas, frame: Frame, row: int) -> list[int]:
+    ids: list[int] = frame.tokens_BT[row][canvas.valid_BT[row]].tolist()
+    return ids
+
+
+@pytest.mark.parametrize(("family", "case"), CASES)
+def test_the_ids_of_the_reference(family: str, case: dict[str, Any]) -> None:
+    canvas, frames = run(model(family), case, prompts(case))
+    for row, expected in enumerate(case["output_ids"]):
+        found = text(canvas, frames[-1], row)
+        begin = len(expected) - len(found) if case.get("sampler") == "bd3lm" or case.get("attention_mask") else 0
+        assert expected[begin : begin + len(found)] == found
+        assert set(expected[:begin] + expected[begin + len(found) :]) <= {272, 273}  # padding of the reference's batch
+
+
+@pytest.mark.parametrize(("family", "case"), [p for p in CASES if p.values[1]["calls"]])  # type: ignore[index, call-overload]
+def test_every_forward_pass_reads_what_the_reference_reads(family: str, case: dict[str, Any]) -> None:
+    lm = model(family)
+    canvas, frames = run(lm, case, prompts(case))
+    read = [canvas.tokens_BT[0].tolist(), *(text(canvas, frame, 0) for frame in frames[:-1])]
+    expected = [call[0] for call in case["calls"]]
+    if case.get("sampler") == "bd3lm":  # the reference keeps keys and values of finished blocks, and reads a block alone
+        size, begin = case["settings"]["block_size"], len(prompts(case)[0])
+        blocks = [ids for ids in expected if len(ids) == size and lm.tokenizer.mask_id in ids]
+        expected = blocks[:: 2 if case["settings"].get("cfg_scale") else 1]  # with and without the prompt
+        starts = [begin + (row.index(lm.tokenizer.mask_id) - begin) // size * size for row in read]
+        read = [row[start : start + size] for row, start in zip(read, starts, strict=True)]
+    assert read == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_alone_and_in_a_batch(family: str) -> None:
+    """Rows of other lengths and, in LLaDA's and dllm's blocks, of other phases."""
+    lm, case = model(family), cases(family)[1]
+    own = prompts(case)[0]
+    rows = [own, own[:4], [*own, *own]]
+    canvas, frames = run(lm, case, rows)
+    for row, prompt in enumerate(rows):
+        alone, steps = run(lm, case, [prompt])
+        assert text(canvas, frames[-1], row) == text(alone, steps[-1], 0)
+
+
+@pytest.mark.parametrize("family", ["a2d_qwen3", "llada"])
+def test_rows_that_join_and_leave(family: str) -> None:
+    lm, case = model(family), cases(family)[1]
+    own = prompts(case)[0]
+    plan = official.plan(lm, case["settings"], case.get("sampler", ""))
+
+    def begun(prompt: list[int], seed: int) -> Any:
+        canvas = Canvas.from_rows([[*prompt, *[None] * plan.max_new_tokens]], fill=lm.tokenizer.mask_id)
+        return plan.sampler.begin(canvas, rng=generators(seed, 1))
+
+    together = begun(own, 0)
+    together.step()
+    together.join(begun([*own, *own], 0))
+    while bool(together.live_B.any()):
+        frame = together.step()
+    for row, prompt in enumerate([own, [*own, *own]]):
+        canvas, frames = run(lm, case, [prompt])
+        length = len(prompt) + plan.max_new_tokens
+        assert frame.tokens_BT[row][:length].tolist() == text(canvas, frames[-1], 0)
+
+
+def test_block_diffusion_ends_with_a_block_that_holds_a_stop() -> None:
+    lm = model("a2d_qwen3")
+    case = next(c for c in cases("a2d_qwen3") if c["name"] == "bd3lm, blocks of 4, 2 steps each")
+    plan = official.plan(lm, case["settings"], "bd3lm")
+    prompt = prompts(case)[0]
+    expected = case["output_ids"][0][3:]
+    stop = expected[len(prompt) + 1]  # written in the first block
+    canvas = Canvas.from_rows([[*prompt, *[None] * 16]], fill=lm.tokenizer.mask_id)
+    *_, last = replace(plan.sampler, stops=frozenset({stop})).steps(canvas, rng=generators(0, 1))
+    assert last.tokens_BT[0].tolist() == [*expected[: len(prompt) + 4], *[lm.tokenizer.mask_id] * 12]
+    assert last.forwards == 2
+
+
+def test_suppressed_stops_are_not_written() -> None:
+    lm, case = model("llada"), cases("llada")[0]
+    canvas, frames = run(lm, case, prompts(case))
+    assert 273 in text(canvas, frames[-1], 0)[11:]
+    canvas, frames = run(lm, case, prompts(case), logits_eos_inf=True)
+    assert 273 not in text(canvas, frames[-1], 0)[11:]
+
+
+def test_random_remasking_and_origin_follow_the_seed() -> None:
+    llada, case = model("llada"), cases("llada")[0]
+    first, second = (run(llada, case, prompts(case), remasking="random")[1] for _ in range(2))
+    assert [f.tokens_BT.tolist() for f in first] == [f.tokens_BT.tolist() for f in second]
+    assert len(first) == 16
+    dream, case = model("dream"), cases("dream")[0]
+    _, frames = run(dream, case, prompts(case), alg="origin", temperature=1.0)
+    assert len(frames) <= 16
+    assert dream.tokenizer.mask_id not in frames[-1].tokens_BT
+
+
+def test_positions_drawn_in_proportion_to_the_score() -> None:
+    """alg_temp near 0 takes the best positions, a large one takes others."""
+    lm, case = model("dream"), cases("dream")[0]
+    best = run(lm, case, prompts(case))[1][-1].tokens_BT
+    assert torch.equal(run(lm, case, prompts(case), alg_temp=1e-9)[1][-1].tokens_BT, best)
+    assert not torch.equal(run(lm, case, prompts(case), alg_temp=100.0)[1][-1].tokens_BT, best)
+
+
+BAD: dict[str, tuple[str, dict[str, Any], str]] = {
+    "unknown setting": ("llada", {"alg": "entropy"}, "llada has no setting 'alg'"),
+    "remasking": ("llada", {"remasking": "high"}, "low_confidence or random"),
+    "alg": ("dream", {"alg": "best"}, "origin, maskgit_plus"),
+    "eps": ("dream", {"eps": 0.1}, "eps is 0.001 here"),
+    "temperature": ("a2d_qwen3", {"temperature": -1.0}, "temperature"),
+    "steps": ("llada", {"steps": 0}, "steps must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_settings_that_cannot_be(case: str) -> None:
+    family, settings, message = BAD[case]
+    with pytest.raises(InputError, match=message):
+        official.plan(model(family), settings)
