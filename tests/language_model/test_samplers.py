@@ -12,11 +12,11 @@ import torch
 from conftest import Dlm, make_model
 from dlm.errors import InputError
 from dlm.language_model import load
+from dlm.sampling import registry
 from dlm.sampling.diffusion.constraints import AllowedTokens
 from dlm.sampling.diffusion.guidance import Classifier
 from dlm.sampling.diffusion.loop import DiffusionSampler
 from dlm.sampling.draw import generators
-from dlm.sampling.registry import SPECULATIVE, UNMASKING
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def twin(tmp_path: Path) -> str:
     return str(tmp_path / "twin")
 
 
-@pytest.mark.parametrize("word", [*UNMASKING, SPECULATIVE, "speculative:3", "speculative:3,0.2"])
+@pytest.mark.parametrize("word", [*(one.name for one in registry.known("masked")), "speculative:3", "speculative:3,0.2"])
 def test_every_sampler_writes_a_long_text(dlm: Dlm, masked: str, word: str) -> None:
     code, out, err = dlm("generate", "Ab", "--model", masked, "--sampler", word, "--length", "70", "--steps", "8", "--json")
     result = json.loads(out.splitlines()[-1])

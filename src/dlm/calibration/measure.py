@@ -11,43 +11,35 @@ from torch import Tensor
 from dlm.calibration.table import Options, Row
 from dlm.evaluation import generative
 from dlm.evaluation.statistics import Mean
-from dlm.sampling import windows
+from dlm.sampling import registry, windows
 
 Generate = Callable[[Options, int], tuple[Tensor, float, float]]
 """(options of a sampler, seed) -> (texts (N, T), forward passes for all, seconds for all)."""
 Judge = Callable[[Tensor], Mean]
 """Texts (N, T) -> bits per token."""
 ROUNDS = 2  # of timing
-EXACT = ("first-hitting", "speculative")
+CACHES = ("prefix", "dual", "delayed:8", "drift:0.2")  # approximate ones that are measured
 
 
 def candidates(*, window: int, causal: bool, quick: bool = False) -> list[Options]:
-    """Settings worth a look for a masked model; the exact one first. causal: a model of block diffusion."""
-    few, half = [max(1, window // n) for n in (16, 8, 4)], max(1, window // 2)
-    block = windows.longest_block(window, few[2])
-    found: list[Options] = [{"sampler": "first-hitting"}]
-    if quick:
-        return [*found, *({"sampler": "topk", "steps": n} for n in few[:2])]
-    found += [{"sampler": "ancestral", "steps": n} for n in (*few, half, window)]
-    for word in ("topk", "margin", "entropy"):
-        found += [{"sampler": word, "steps": n} for n in few]
-    adaptive = ("confidence:0.5", "confidence:0.9", "factor:1", "factor:4", "klass:0.6", "entropy-bound:8", "entropy-bound:32")
-    found += [{"sampler": word, "steps": half} for word in adaptive] + [{"sampler": "confidence:0.9", "steps": window}]
-    for word in ("predictor-corrector:1", "remdm-cap:0.04", "remdm-rescale:0.1", "remdm-conf:0.5", "remdm-loop:0.04"):
-        found += [{"sampler": word, "steps": n} for n in few[1:]]
-    if causal:
+    """Settings of a masked model to measure, the exact one first: those that the registry names for each sampler, and caches.
+
+    causal: a model of block diffusion, whose cache is exact.
+    """
+    settings = registry.trials(window, causal=causal, quick=quick)
+    found: list[Options] = [{"sampler": word} | ({} if steps is None else {"steps": steps}) for word, steps in settings]
+    if causal or quick:
         return found
-    found += [{"sampler": word, "steps": n} for word in ("revoke:0.6", "planner:1") for n in few[1:]]
-    found += [{"sampler": f"speculative:{setting}"} for setting in ("2", "4", "8", "16", "8,0.5")]
-    for cache in ("prefix", "dual", "delayed:8", "drift:0.2"):
-        found += [{"sampler": "ancestral", "steps": n, "cache": cache, "block_length": block} for n in (few[2], half)]
+    quarter, half = max(1, window // 4), max(1, window // 2)
+    block = windows.longest_block(window, quarter)
+    for cache in CACHES:
+        found += [{"sampler": "ancestral", "steps": n, "cache": cache, "block_length": block} for n in (quarter, half)]
     return found
 
 
 def is_exact(options: Options) -> bool:
-    """Whether the sampler has the distribution of one token a call."""
-    name, _, setting = str(options["sampler"]).partition(":")
-    return name in EXACT and "," not in setting and not options.get("cache")
+    """Whether these options of a masked model have the law of one token a forward pass; a text is longer than one token."""
+    return registry.is_exact(options["sampler"], "masked", steps=options.get("steps"), cache=options.get("cache", True))
 
 
 def measure(generate: Generate, judge: Judge, options: list[Options], *, seed: int = 0) -> Iterator[Row]:

@@ -125,6 +125,16 @@ class LanguageModel:
         return self.is_diffusion and self.config.network.attention == "block_causal"
 
     @property
+    def kind(self) -> registry.Noise | None:
+        """The noise that its samplers suit; None for an autoregressive model."""
+        return registry.kind(self.noise) if self.is_diffusion else None
+
+    @property
+    def exact_samplers(self) -> list[str]:
+        """The names of its samplers whose law is that of one token a forward pass."""
+        return [one.name for one in registry.usable(self.kind, bidirectional=not self.is_causal) if registry.is_exact(one.name, self.kind)]
+
+    @property
     def default_sampler(self) -> str:
         """The sampler used when none is asked for."""
         return str(self.defaults.get("sampler", "ancestral")) if self.is_diffusion else "autoregressive"
@@ -294,8 +304,7 @@ class LanguageModel:
         plain = options.get("guidance", 1.0) == 1 and options.get("allow") is None and options.get("pattern") is None
 
         def usable(found: dict[str, Any]) -> bool:
-            speculates = registry.speculative(found["sampler"]) is not None
-            return (plain or not speculates) and (options.get("guidance", 1.0) == 1 or "cache" not in found)
+            return (plain or registry.get(found["sampler"], "masked").rule) and (options.get("guidance", 1.0) == 1 or "cache" not in found)
 
         found = self.calibration().choose(options.get("budget") or "bits:0.1", usable)
         return options | {"budget": None} | found.options

@@ -18,7 +18,7 @@ from dlm.models.transformer import Transformer
 from dlm.noise.masked import MaskedNoise
 from dlm.protocols import Denoiser, Sampler
 from dlm.sampling import registry, windows
-from dlm.sampling.autoregressive.draft import Draft
+from dlm.sampling.autoregressive.draft import SOURCES, Draft, DraftFacts, factory
 from dlm.sampling.autoregressive.draft_length import AdaptiveDraftLength
 from dlm.sampling.autoregressive.draft_tree import Tree
 from dlm.sampling.autoregressive.drafters import DraftModel, FittedVocabulary, MaskDrafter, MedusaDrafter, PromptLookup, SelfDraft
@@ -74,20 +74,21 @@ def make(
     steps = model.defaults.get("steps", model.window) if steps is None else steps
     context = model.context if context is None else context
     windows.check(model.window, context)
+    if draft is None:
+        info = registry.get(word, model.kind)
     if not model.is_diffusion:
-        if not registry.continues(word) or greedy_tail or until_settled or special:
+        if greedy_tail or until_settled or special:
             what = f"the sampler {sampler!r}" if sampler else "revising, guided or constrained text, blocks or an approximate cache"
-            usable = "" if registry.continues(word) else f"; it can use: autoregressive, {', '.join(registry.STRIDED)}"
-            raise InputError(f"{model.name} is autoregressive: {what} needs a diffusion model{usable}")
+            raise InputError(f"{model.name} is autoregressive: {what} needs a diffusion model")
         return _autoregressive(model, word, draft or Draft.from_word(word), draw, bool(cache), context)
     if draft is not None:
         raise InputError(f"{model.name} is a diffusion model: a draft is for autoregressive ones")
     denoiser = _denoiser(model, schedule, light, steps)
-    guess = registry.speculative(word)
-    if guess is not None:
+    if not info.rule:
         if greedy_tail or until_settled or special or model.is_causal or not isinstance(model.noise, MaskedNoise):
             raise InputError("speculative decoding is for bidirectional masked models, with no blocks, cache, guidance or constraint")
-        return AnyOrderSpeculativeSampler(denoiser, model.noise, model.window, **guess, draw=draw, context=context, model=model.name)
+        values = info.parse(word)
+        return AnyOrderSpeculativeSampler(denoiser, model.noise, model.window, **values, draw=draw, context=context, model=model.name)
     if guidance != 1 and (model.is_causal or not isinstance(model.noise, MaskedNoise)):
         raise InputError(f"{model.name} never saw a text without its beginning: guidance needs a bidirectional masked model")
     if model.is_causal and isinstance(cache, str):
@@ -106,7 +107,7 @@ def make(
         steps,
         context // block_length * block_length if model.is_causal and block_length else context,
         model.name,
-        until_settled or int(word.partition(":")[0] in registry.SETTLING),
+        until_settled or int(info.settles),
         block_length or 0,
         policy,
         model.network.window_cache,
@@ -140,6 +141,9 @@ def _autoregressive(model: LanguageModel, word: str, draft: Draft | None, draw: 
         if model.heads is None:
             raise InputError(f"{model.name} has no heads to guess with: give --adapter DIRECTORY of dlm convert {model.name} --heads 3")
         drafter = MedusaDrafter(model.heads, model.heads.config.count)
+    elif draft.source not in SOURCES:
+        facts = DraftFacts(network, model.config.network.vocab_size, mask_id, start, most - 1)
+        drafter = factory(draft.source)(facts)
     elif draft.source == "self":
         copy = model.draft_network(draft)
         assert copy is not None

@@ -1,11 +1,13 @@
-"""From a word or the `noise` entry of a config.json to a process."""
+"""From a word or the `noise` entry of a config.json to a noise process; and processes of your own by name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, cast
 
+from dlm import plugins
+from dlm.errors import InputError, nearest
 from dlm.noise import schedule
 from dlm.noise.hybrid import HybridNoise
 from dlm.noise.masked import MaskedNoise
@@ -15,25 +17,46 @@ from dlm.protocols import NoiseProcess
 
 Process = MaskedNoise | UniformNoise | SemanticNoise | HybridNoise
 PROCESSES: dict[str, type[Process]] = {"masked": MaskedNoise, "uniform": UniformNoise, "semantic": SemanticNoise, "hybrid": HybridNoise}
-SETTING = {"semantic": "lead", "hybrid": "share"}  # what the number after the colon sets
+SETTING = {"semantic": "lead", "hybrid": "share"}  # the field that the number after the colon sets
 
 
-def register(name: str, process: type[Any], setting: str = "") -> None:
-    """Make a noise process of your own known by a name, to settings, the command line and config.json.
+def register_noise(name: str, factory: type[Any], setting: str = "") -> None:
+    """Make a noise process of your own known by its name: to the settings of a training, the command line and config.json.
 
-    process: a dataclass made with (vocab_size, mask_id, schedule, ...). setting: the field that a number after a colon sets.
+    factory: a dataclass made with (vocab_size, mask_id, schedule, ...). setting: its field that a number after the colon sets, as in
+    `NAME:0.3`. A package does the same by an entry point of the group `dlm.noise` that names the class, whose attribute `setting` is
+    read. InputError for a name that is taken.
     """
-    PROCESSES[name] = process
+    if name in known():
+        raise InputError(f"the noise {name!r} is there already: register yours under another name")
+    if not name or ":" in name:
+        raise InputError(f"the name of a noise process has no colon, got {name!r}")
+    PROCESSES[name] = factory
     if setting:
         SETTING[name] = setting
 
 
+def known() -> tuple[str, ...]:
+    """The names of all processes: built in, registered, and of other packages."""
+    return tuple(dict.fromkeys([*PROCESSES, *plugins.found(plugins.NOISE)]))
+
+
+def _class(name: str) -> type[Any]:
+    """ValueError for an unknown name."""
+    if name not in known():
+        raise ValueError(f"unknown noise {name!r}{nearest(name, known()) or ';'} known: {', '.join(known())}")
+    if name not in PROCESSES:
+        brought = plugins.load(plugins.NOISE, name)
+        PROCESSES[name], SETTING[name] = brought, getattr(brought, "setting", "")
+    return PROCESSES[name]
+
+
 def name_of(process: type[Any]) -> str:
     """The name of a class. ValueError where it is not registered."""
-    for name, known in PROCESSES.items():
-        if process is known:
+    for name, one in PROCESSES.items():
+        if process is one:
             return name
-    raise ValueError(f"{process.__name__} has no name: dlm.noise.process.register gives a noise process one")
+    raise ValueError(f"{process.__name__} has no name: dlm.noise.process.register_noise gives a noise process one")
 
 
 def settings(noise: NoiseProcess) -> dict[str, Any]:
@@ -49,12 +72,12 @@ def settings(noise: NoiseProcess) -> dict[str, Any]:
 def parse(word: str) -> dict[str, Any]:
     """`"uniform"`, or with its setting `"hybrid:0.3"`, `"semantic:2"` -> entries of the settings. ValueError says what is known."""
     name, colon, value = word.partition(":")
-    if name not in PROCESSES:
-        raise ValueError(f"unknown noise {name!r}; known: {', '.join(PROCESSES)}")
-    if colon and name not in SETTING:
+    _class(name)
+    setting = SETTING.get(name, "")
+    if colon and not setting:
         raise ValueError(f"{name} noise has no setting, got {word!r}")
     try:
-        return {"process": name} | ({SETTING[name]: float(value)} if colon else {})
+        return {"process": name} | ({setting: float(value)} if colon else {})
     except ValueError:
         raise ValueError(f"noise {word!r}: {value!r} is no number") from None
 
@@ -63,11 +86,10 @@ def make(settings: Mapping[str, Any], vocab_size: int, mask_id: int) -> Process:
     """The process that config.json describes: process, schedule and what that process needs. ValueError says what is wrong."""
     rest = dict(settings)
     name, alpha = rest.pop("process", ""), schedule.parse(rest.pop("schedule", "linear"))
-    if name not in PROCESSES:
-        raise ValueError(f"unknown noise {name!r}; known: {', '.join(PROCESSES)}")
+    made = _class(name)
     if "clusters" in rest:
         rest["clusters"] = tuple(int(c) for c in rest["clusters"])
     try:
-        return PROCESSES[name](vocab_size, mask_id, alpha, **rest)
+        return cast(Process, made(vocab_size, mask_id, alpha, **rest))  # one of your own keeps to the same protocol
     except TypeError as error:
         raise ValueError(f"{name} noise: {error}") from None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.sampling import registry
+from dlm.sampling.autoregressive import draft as drafts
 from dlm.trajectory import Canvas, Frame, Trajectory
 from dlm.viz.layout import Pane
 
@@ -108,7 +108,7 @@ def _run(begin: dict[str, Any], tokens: list[Any], states: str, steps: list[Any]
             raise InputError(f"begin.tokens holds pairs [id, text], got {str(entry)[:60]}")
         start.append(pieces.number(entry[0], entry[1], state))
     word = begin.get("sampler")
-    proposes = isinstance(word, str) and word.partition(":")[0] in registry.STRIDED
+    proposes = isinstance(word, str) and drafts.is_short(word.partition(":")[0])
     moves, promise_T = _moves(steps, states, pieces, proposes)
     token_BT, free_BT = torch.tensor([start]), torch.tensor([[state != GIVEN for state in states]])
     canvas = Canvas(token_BT.clone(), free_BT, torch.ones_like(free_BT))

@@ -283,7 +283,17 @@ def run(word: str, rows: list[list[int | None]], seed: int = 0, **options: Any) 
 
 
 @pytest.mark.parametrize("options", [{"context": 2}, {"context": 3, "block_length": 4}], ids=str)
-@pytest.mark.parametrize("word", [*registry.UNMASKING, "factor:3", "entropy-bound:2", "klass:0.3", "revoke:0.3", "remdm-cap:0.5"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        *(one.name for one in registry.known("masked") if one.rule),
+        "factor:3",
+        "entropy-bound:2",
+        "klass:0.3",
+        "revoke:0.3",
+        "remdm-cap:0.5",
+    ],
+)
 def test_a_row_alone_is_the_row_in_a_batch(word: str, options: dict[str, int]) -> None:
     """Every row at its own pace, through windows and blocks; what was given stays, what was settled too, and no mask is left."""
     frames, last_BT = run(word, ROWS, seed=7, **options), torch.full((3, 13), 5)

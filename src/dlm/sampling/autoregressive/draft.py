@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from dlm import plugins
 from dlm.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from dlm.protocols import Denoiser
+    from dlm.sampling.autoregressive.protocols import Drafter
 
 SOURCES = ("adapter", "ngram", "heads", "self", "model")
 DTYPES = ("int8", "int4")  # of a quantized copy of the network that drafts for it
@@ -15,6 +22,39 @@ MODEL = "model:"  # in front of a name that is also the name of a drafter
 WORDS = {"adapter": "strided", "ngram": "lookup", "heads": "heads", "self": "draft", "model": "draft"}
 """The name of each drafter in the short form, a word of `--sampler`."""
 SHORT = ("strided", "lookup", "draft", "heads")
+
+
+@dataclass(frozen=True)
+class DraftFacts:
+    """What a drafter of your own is made for: the network, its ids (the mask is one), the start token if it has one, and how many draft
+    tokens a forward pass verifies at most."""
+
+    denoiser: Denoiser
+    vocab_size: int
+    mask_id: int
+    start: int | None
+    tokens: int
+
+
+DrafterFactory = Callable[[DraftFacts], "Drafter"]
+REGISTERED: dict[str, DrafterFactory] = {}
+"""Drafters by name, of `dlm.sampling.registry.register_drafter`."""
+
+
+def sources() -> tuple[str, ...]:
+    """The names of all drafters: built in, registered, and of other packages."""
+    return tuple(dict.fromkeys([*SOURCES, *REGISTERED, *plugins.found(plugins.DRAFTERS)]))
+
+
+def factory(source: str) -> DrafterFactory:
+    """Of a registered drafter, or of another package's."""
+    made: DrafterFactory = REGISTERED[source] if source in REGISTERED else plugins.load(plugins.DRAFTERS, source)
+    return made
+
+
+def is_short(name: str) -> bool:
+    """Whether this name in front of a colon is the short form of a drafter."""
+    return name in SHORT or name in REGISTERED or name in plugins.found(plugins.DRAFTERS)
 
 
 @dataclass(frozen=True)
@@ -37,8 +77,8 @@ class Draft:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.source not in SOURCES:
-            raise unknown("drafter", self.source, SOURCES)
+        if self.source not in sources():
+            raise unknown("drafter", self.source, sources())
         if self.source == "model" and not self.model:
             raise InputError("a draft model needs its directory or name")
         if self.source == "self" and self.model not in ("", *DTYPES):
@@ -67,7 +107,7 @@ class Draft:
             if colon and not dtype:
                 raise unknown("dtype of a draft", dtype, DTYPES)
             return cls("self", dtype, tokens, tree, floor)
-        if text in SOURCES and text != "model":
+        if text in sources() and text != "model":
             return cls(text, "", tokens, tree, floor)
         return cls("model", text, tokens, tree, floor)
 
@@ -80,12 +120,13 @@ class Draft:
         instead of a later colon is an old spelling.
         """
         name, *settings = word.replace(",", ":").split(":")
-        if name not in SHORT:
+        if not is_short(name):
             return None
         model = settings.pop(0) if name == "draft" and settings else ""
         count, floor, *more = *settings, *[""] * (2 - len(settings))
         count, branches, nodes = count.partition("x") if name in ("strided", "heads") else (count, "", "")
-        source = {"strided": "adapter", "lookup": "ngram", "heads": "heads", "draft": "self" if model in DTYPES else "model"}[name]
+        own = {"strided": "adapter", "lookup": "ngram", "draft": "self" if model in DTYPES else "model"}
+        source = own.get(name, name)
         try:
             tokens = None if count == "auto" else int(count or DEFAULT_TOKENS + 1) - 1
             tree, least = int(nodes) if branches else 0, float(floor or 0)
@@ -105,7 +146,7 @@ class Draft:
         parts = [f"./{self.model}" if clashes else self.model] if self.source in ("self", "model") else []
         parts.append(f"{count}x{self.tree}" if self.tree else count)
         parts += [f"{self.floor:g}"] if self.floor else []
-        return f"{WORDS[self.source]}:{':'.join(parts)}"
+        return f"{WORDS.get(self.source, self.source)}:{':'.join(parts)}"
 
 
 def _usage(name: str) -> str:

@@ -14,12 +14,10 @@ from dlm.language_model import LanguageModel
 from dlm.sampling import registry
 from dlm.sampling.autoregressive.draft import Draft
 from dlm.serve.engine.job import Event, Job
-from dlm.serve.engine.samplers import samplers
 from dlm.serve.protocol import schema
 from dlm.trajectory import Canvas
 
 LONGEST = 16  # characters of a token, on average, of any text worth reading
-LOSSLESS = ("ancestral", "first-hitting", "speculative")
 Deliver = Callable[[int, Event], None]
 
 
@@ -97,7 +95,7 @@ class Shelf:
             if name is not None and name not in self.models:
                 raise InputError(f"the model {name!r} is not served here; there are: {', '.join(self.models)}")
         if request.lossless:
-            options["sampler"] = _lossless(lm, request.sampler)
+            options["sampler"] = _lossless(lm, request.sampler, request.steps)
         options = lm.chosen(options)
         word = options.setdefault("sampler", lm.default_sampler)
         options.setdefault("temperature", lm.defaults.get("temperature", 1.0))  # said or not, it is the same lane
@@ -128,13 +126,14 @@ class Shelf:
     def describe(self, lm: LanguageModel) -> dict[str, Any]:
         """What the page and other clients know of a model."""
         noise = lm.config.noise["process"] if lm.is_diffusion else None
+        usable = registry.usable(lm.kind, bidirectional=not lm.is_causal, heads=lm.heads is not None)
         kind = "diffusion" if lm.is_diffusion else "autoregressive"
         facts = {
             "kind": kind,
             "noise": {"masked": "mask"}.get(noise, noise) if noise else None,
             "window": lm.window,
             "vocab_size": lm.tokenizer.vocab_size,
-            "samplers": [{"name": name, "about": about} for name, about in samplers(lm).items()],
+            "samplers": [{"name": info.name, "about": info.about} for info in usable],
             "default_sampler": lm.default_sampler,
             "steps": int(lm.defaults.get("steps", lm.window)) if lm.is_diffusion else lm.window,
             "characters": all(len(lm.tokenizer.piece(i)) == 1 for i in range(min(lm.tokenizer.vocab_size, 1024))),
@@ -150,10 +149,15 @@ def _drafting(word: str | None) -> list[str]:
     return [draft.model] if draft is not None and draft.source == "model" else []
 
 
-def _lossless(lm: LanguageModel, word: str | None) -> str:
-    """A sampler that gives the model's own text or law. InputError where another one is asked for, or there is none."""
+def _lossless(lm: LanguageModel, word: str | None, steps: int | None) -> str:
+    """A sampler with the model's own text or law. InputError where another one is asked for, or none has it."""
     if not lm.is_diffusion:
         return word or registry.LOSSLESS
-    if word is not None and (word.partition(":")[0] not in LOSSLESS or "," in word):
-        raise InputError(f"the sampler {word!r} approximates: lossless goes with {', '.join(LOSSLESS)}")
-    return word or ("speculative" if lm.config.noise["process"] == "masked" and not lm.is_causal else "ancestral")
+    info = registry.lossless(lm.kind, bidirectional=not lm.is_causal)
+    if info is None:
+        raise InputError(f"every sampler of {lm.name} approximates, since its noise replaces tokens: leave lossless away")
+    if word is not None and not registry.is_exact(word, lm.kind):
+        raise InputError(f"the sampler {word!r} approximates: lossless goes with {', '.join(lm.exact_samplers)}")
+    if steps is not None and steps < lm.window:
+        raise InputError(f"{steps} steps for a window of {lm.window} tokens approximate: leave steps away, or lossless")
+    return word or info.name
