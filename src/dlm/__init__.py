@@ -15,11 +15,14 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time each name is imp
     from dlm.language_model import LanguageModel as LanguageModel
     from dlm.language_model import load as load
     from dlm.language_model.generation import Generation as Generation
+    from dlm.language_model.options import DecodingOptions as DecodingOptions
+    from dlm.language_model.options import Draft as Draft
     from dlm.models.cache import KVCache as KVCache
     from dlm.models.config import TransformerConfig as TransformerConfig
     from dlm.models.transformer import Transformer as Transformer
     from dlm.noise.hybrid import HybridNoise as HybridNoise
     from dlm.noise.masked import MaskedNoise as MaskedNoise
+    from dlm.noise.process import register_noise as register_noise
     from dlm.noise.semantic import SemanticNoise as SemanticNoise
     from dlm.noise.uniform import UniformNoise as UniformNoise
     from dlm.sampling.autoregressive.plain import AutoregressiveSampler as AutoregressiveSampler
@@ -28,6 +31,9 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time each name is imp
     from dlm.sampling.diffusion.unmasking import Threshold as Threshold
     from dlm.sampling.diffusion.unmasking import TopScore as TopScore
     from dlm.sampling.draw import Draw as Draw
+    from dlm.sampling.registry import SamplerInfo as SamplerInfo
+    from dlm.sampling.registry import register_drafter as register_drafter
+    from dlm.sampling.registry import register_sampler as register_sampler
     from dlm.text.tokenizer import Tokenizer as Tokenizer
     from dlm.train.config import TrainConfig as TrainConfig
     from dlm.trajectory import Canvas as Canvas
@@ -61,6 +67,12 @@ _WHERE = {  # public name: its module, and its name there where that is another
     "TopScore": "dlm.sampling.diffusion.unmasking",
     "Threshold": "dlm.sampling.diffusion.unmasking",
     "DiffusionSampler": "dlm.sampling.diffusion.loop",
+    "SamplerInfo": "dlm.sampling.registry",
+    "register_sampler": "dlm.sampling.registry",
+    "register_drafter": "dlm.sampling.registry",
+    "register_noise": "dlm.noise.process",
+    "DecodingOptions": "dlm.language_model.options",
+    "Draft": "dlm.language_model.options",
     "AutoregressiveSampler": "dlm.sampling.autoregressive.plain",
     "Tokenizer": "dlm.text.tokenizer",
     "evaluate": "dlm.workflows.evaluate",

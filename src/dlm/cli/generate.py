@@ -15,14 +15,7 @@ from rich.console import Console
 from dlm import bundled
 from dlm.cli.app import Deterministic, Device, Dtype, Json, Seed, app, err, fail, load, named_models
 from dlm.errors import InputError
-
-SAMPLERS = (
-    "masks: ancestral | first-hitting | speculative[:8] | topk | margin | entropy | confidence[:0.9] | factor[:1] | entropy-bound[:0.1] | "
-    "klass[:0.6] | remdm-cap[:0.04] | remdm-rescale | remdm-conf | remdm-loop | revoke[:0.6] | planner[:1] | predictor-corrector[:1]; "
-    "auto (what `dlm calibrate` found best); replacement noise: ancestral | predictor-corrector | refine | entropy-bound | worst[:2]; "
-    "autoregressive models, the same text in fewer calls: strided[:4] | lookup[:4] | draft:MODEL[,4] (int4, int8: itself, "
-    "rounded), auto for 4: as many as pay; or lossless, the best that there is."
-)
+from dlm.sampling import registry
 
 
 @app.command()
@@ -40,7 +33,7 @@ def generate(
     template: Annotated[str | None, typer.Option(help="Text with holes: every _ is one token to fill, \\_ an underscore.")] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", help="Texts to write, with the seeds SEED, SEED + 1 ...")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps for each window.")] = None,
-    sampler: Annotated[str | None, typer.Option(help=SAMPLERS)] = None,
+    sampler: Annotated[str | None, typer.Option(help=registry.help_text())] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0: all.")] = 0,

@@ -117,7 +117,10 @@ class SamplerInfo:
         return made
 
     def parse(self, word: str) -> dict[str, Any]:
-        """The parameters by name that `name:1:2` means, defaults put in; a comma is an old spelling. InputError for what is no number, or one too many."""
+        """The parameters by name that `name:1:2` means, defaults put in; a comma is an old spelling.
+
+        InputError for text that is no number, and for one parameter too many.
+        """
         _, colon, text = word.partition(":")
         if colon and not self.parameters:
             raise InputError(f"the sampler {self.name!r} has no setting, got {word!r}")
