@@ -24,17 +24,15 @@ from rich.console import Console
 from rich.table import Table
 
 import dlm
-from dlm.cli.app import bar, judging, named_models
-from dlm.evaluation import card, generative, order_cost
-from dlm.formats import native
+from dlm.cli.app import named_models
+from dlm.cli.progress import showing
+from dlm.evaluation import card, generative
 from dlm.model_scheduling import search
-from dlm.model_scheduling.cost import call_costs, cost, expected_calls
-from dlm.model_scheduling.ledger import Ledger
+from dlm.model_scheduling.cost import cost, expected_calls
 from dlm.model_scheduling.outcome import Outcome
 from dlm.model_scheduling.plan import ModelSchedule
-from dlm.model_scheduling.sensitivity import on_text, predictors
-from dlm.model_scheduling.trial import Trial
-from dlm.train import data as reading
+from dlm.workflows.inputs import Counter, Text, silent
+from dlm.workflows.model_pair import ModelPair, Trials
 
 PAPER = "L0.125 H0.75 L0.125"
 SHAPES = ("prefix", "sandwich", "suffix", "middle", "alternate", "random")
@@ -44,43 +42,29 @@ class Bench:
     """Trials of one pair of models, by number of steps, all with the same seeds."""
 
     def __init__(self, args: argparse.Namespace, *, temperature: float = 1.0) -> None:
-        self.args, self.temperature = args, temperature
-        self.lm = dlm.load(args.heavy, device=args.device)
+        self.args = args
+        self.pair = ModelPair.of(args.heavy, named_models(args.light), args.device)
+        self.lm, self.prices = self.pair.lm, self.pair.prices
         twin = dlm.load(args.judge, device=args.device) if args.mauve else None
         self.twin = twin if twin is not None and twin.tokenizer.fingerprint() == self.lm.tokenizer.fingerprint() else None
-        self.lights = named_models(args.light)
-        self.prices = call_costs(self.lm.denoisers(self.lights), self.lm.window)
-        self.source = args.data or self.lm.config.training["data"]
-        text = reading.select(reading.read(self.source), "val", 0.1)
-        self.windows_WT = reading.Stream.encode(text, self.lm.tokenizer, self.lm.window).windows(max(args.samples, args.windows))
-        self.prompts = [row[: args.prompted].tolist() for row in self.windows_WT]
-        self.figures = judging(args.judge, self.lm, args.prompted)
-        self.judge_weights = native.digest(native.find(args.judge))
-        self.trials: dict[int, Trial] = {}
-        self.ledger = Ledger(args.ledger) if args.ledger else None
+        text = Text.read(self.lm, args.data or None, max_windows=max(args.samples, args.windows))
+        self.source, self.windows_WT = text.source, text.windows_WT
+        prompts = [row[: args.prompted].tolist() for row in self.windows_WT]
+        self.trials = Trials(self.pair, args.judge, sampler=args.sampler, temperature=temperature, prompts=prompts, ledger=args.ledger)
 
     def __call__(self, word: str, steps: int | None = None) -> Outcome:
-        steps = steps or self.args.steps
-        if steps not in self.trials:
-            settings = {"sampler": self.args.sampler, "steps": steps, "temperature": self.temperature, "judge": self.args.judge}
-            settings |= {"judge_weights": self.judge_weights}
-            where = {"prompts": self.prompts, "ledger": self.ledger}
-            self.trials[steps] = Trial.of(self.lm, self.lights, self.figures, **settings, **where)
-        return self.trials[steps](word, self.args.seed, self.args.seed + self.args.samples)
+        return self.trials(steps or self.args.steps)(word, self.args.seed, self.args.seed + self.args.samples)
 
     def kl(self) -> dict[str, list[float]]:
         """KL of every segment, on noised text."""
-        networks = self.lm.denoisers(self.lights)
-        predict = predictors(networks)
-        windows_WT = self.windows_WT[: self.args.windows].to(self.args.device)
-        with bar("KL of every segment", len(windows_WT) * self.args.segments) as progress:
-            return on_text(self.lm.noise, predict, windows_WT, segments=self.args.segments, progress=progress.forward).kl()
+        windows_WT = self.windows_WT[: self.args.windows]
+        with showing("KL of every segment") as progress:
+            return self.pair.kl(windows_WT, self.args.segments, 0, Counter(progress, len(windows_WT) * self.args.segments))
 
     @cached_property
     def price(self) -> Callable[[int], float]:
         """Nats a text that a number of steps loses by drawing tokens at once, by the heavy model's entropies."""
-        windows_WT = self.windows_WT[: self.args.windows].to(self.args.device)
-        return order_cost.ancestral_prices(self.lm.noise, self.lm.predict, windows_WT)
+        return self.pair.price(self.windows_WT[: self.args.windows], Counter(silent, 0))
 
     def mauve(self, outcome: Outcome) -> float | None:
         """Against as many windows of text, by the hidden states of the judge; None where the judge has another vocabulary."""
@@ -99,7 +83,7 @@ def fewer_steps(steps: int, free: int, saved: float) -> int:
 
 def rows_of(bench: Bench, kl: dict[str, list[float]], args: argparse.Namespace) -> list[dict[str, Any]]:
     """(label, schedule, steps) measured, the heavy model alone first."""
-    blocks = {key: order_cost.blocks for key, order_cost in bench.prices.items()}
+    blocks = bench.pair.blocks
     free = bench.lm.window - args.prompted
     planned = str(search.by_kl(kl, blocks, args.saved))
     share = min(1.0, args.saved / (1 - blocks["L"] / blocks["H"]))
@@ -115,12 +99,12 @@ def rows_of(bench: Bench, kl: dict[str, list[float]], args: argparse.Namespace) 
         plan.append((f"jointly, {saved:.0%}", str(schedule), steps))
     plan += [(f"{word}", word, args.steps) for word in args.more.split(";") if word]
     rows, reference = [], None
-    with bar("schedules", len(plan)) as progress:
-        for label, word, steps in plan:
+    with showing("schedules") as progress:
+        for done, (label, word, steps) in enumerate(plan, 1):
             outcome = bench(word, steps)
             reference = reference or outcome
             rows.append(row_of(label, word, steps, outcome, reference, bench, kl))
-            progress.forward()
+            progress(done, len(plan))
     return rows
 
 

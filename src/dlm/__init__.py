@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time each name is imp
     from dlm.trajectory import Canvas as Canvas
     from dlm.trajectory import Frame as Frame
     from dlm.trajectory import Trajectory as Trajectory
+    from dlm.workflows import schedule as schedule
     from dlm.workflows.calibrate import calibrate as calibrate
     from dlm.workflows.curse import curse as curse
     from dlm.workflows.evaluate import evaluate as evaluate
@@ -47,7 +48,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time each name is imp
 
 __version__ = "0.1.0"
 
-_WHERE = {  # public name: its module, and its name there where that is another
+_WHERE = {  # public name: its module, and its name there where that is another; nothing after the colon: the module
     "load": "dlm.language_model",
     "LanguageModel": "dlm.language_model",
     "Generation": "dlm.language_model.generation",
@@ -81,6 +82,7 @@ _WHERE = {  # public name: its module, and its name there where that is another
     "settle": "dlm.workflows.settle",
     "TrainConfig": "dlm.train.config",
     "fit": "dlm.workflows.fit",
+    "schedule": "dlm.workflows.schedule:",
 }
 __all__ = ["__version__", *_WHERE]
 
@@ -88,8 +90,9 @@ __all__ = ["__version__", *_WHERE]
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'dlm' has no attribute {name!r}")
-    module, _, attribute = _WHERE[name].partition(":")
-    return getattr(importlib.import_module(module), attribute or name)
+    where, colon, attribute = _WHERE[name].partition(":")
+    module = importlib.import_module(where)
+    return module if colon and not attribute else getattr(module, attribute or name)
 
 
 def __dir__() -> list[str]:

@@ -9,10 +9,10 @@ import tokenizers
 import torch
 
 from conftest import ALPHABET, Dlm, make_model
-from dlm.cli.app import judging
 from dlm.errors import InputError
 from dlm.evaluation import generative
 from dlm.language_model import load
+from dlm.workflows.inputs import judge_figures
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_a_judge_with_words_of_its_own(dlm: Dlm, family: Path, text_file: Path, 
         assert code == 0, err
         found[judge] = next(row for row in json.loads(out.splitlines()[-1])["rows"] if row["schedule"] == "H1.0")["bits"]["mean"]
     with pytest.raises(InputError, match="cousin has a vocabulary of its own"):
-        judging("cousin", load(f"{family}/heavy"), given=4)
+        judge_figures("cousin", load(f"{family}/heavy"), given=4)
     texts = [one.text for one in load(f"{family}/heavy").generate(["", ""], length=16, steps=8)]
     nats = 0.0
     for text in texts:

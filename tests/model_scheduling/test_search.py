@@ -14,13 +14,13 @@ from dlm.evaluation import generative
 from dlm.language_model import LanguageModel
 from dlm.model_scheduling import search, sensitivity
 from dlm.model_scheduling.cost import CallCost, call_costs, cost, expected_calls
-from dlm.model_scheduling.ledger import Ledger
 from dlm.model_scheduling.outcome import Outcome
 from dlm.model_scheduling.plan import ModelSchedule
 from dlm.model_scheduling.trial import Trial
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 from dlm.sampling.draw import generators
+from dlm.workflows.model_pair import ModelPair, Trials
 
 PRICES = {"H": CallCost(1200.0, 50.0, 16), "M": CallCost(800.0, 50.0, 16), "L": CallCost(400.0, 50.0, 16)}
 BLOCKS = {key: price.blocks for key, price in PRICES.items()}
@@ -134,7 +134,7 @@ def pair(layers: int = 1) -> tuple[LanguageModel, LanguageModel]:
 
 def trial_of(heavy: LanguageModel, ledger: Path | None = None, steps: int = 16) -> Trial:
     judge = make_model("autoregressive", window=16, context=0)
-    return Trial.of(heavy, "small", generative.figures(judge.noise, judge.predict), steps=steps, ledger=ledger and Ledger(ledger))
+    return Trials(ModelPair.of(heavy, "small"), judge, ledger=ledger)(steps)
 
 
 def test_a_trial_counts_what_happens() -> None:

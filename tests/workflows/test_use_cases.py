@@ -151,3 +151,69 @@ def test_settle(dlm: Dlm, masked_dir: Path, autoregressive_dir: Path) -> None:
     assert math.isnan(library.settle(["1.traj"]).runs[0].edits_stderr)
     with pytest.raises(library.InputError, match=r"no file nowhere\.traj"):
         library.settle(["nowhere.traj"])
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("family")
+    make_model(window=16, context=0).save_pretrained(root / "heavy")
+    make_model(window=16, context=0, layers=1).save_pretrained(root / "light")
+    make_model("autoregressive", window=16, context=0).save_pretrained(root / "judge")
+    return root
+
+
+def without_seconds(found: dict[str, object]) -> dict[str, object]:
+    for row in found["rows"]:  # type: ignore[attr-defined]
+        assert row.pop("seconds") > 0
+    return found
+
+
+def test_schedule_cost(dlm: Dlm, family: Path) -> None:
+    heavy, light = f"{family}/heavy", f"{family}/light"
+    shown = printed(dlm, "schedule", "cost", "sandwich:0.5", "--heavy", heavy, "--light", light, "--steps", "10")
+    found = library.schedule.cost("sandwich:0.5", library.load(heavy), library.load(light), steps=10)
+    assert plain(found) == shown
+    assert found.cost.saved_blocks == pytest.approx(0.25)
+
+
+def test_schedule_sensitivity(dlm: Dlm, family: Path, text_file: Path) -> None:
+    heavy, light, judge = (f"{family}/{name}" for name in ("heavy", "light", "judge"))
+    words = ("--data", str(text_file), "--segments", "4", "--max-windows", "6", "-n", "3", "--swap", "2", "--judge", judge)
+    shown = printed(dlm, "schedule", "sensitivity", heavy, light, *words)
+    watch = Watch()
+    settings = {"data": text_file, "segments": 4, "max_windows": 6, "samples": 3, "swap": 2}
+    found = library.schedule.sensitivity(heavy, {"L": light}, judge=library.load(judge), progress=watch, **settings)
+    assert plain(found) == shown
+    watch.check()
+    assert [mean.count for mean in found.swap["L"]] == [3, 3]
+
+
+@pytest.mark.parametrize("way", ["kl", "joint", "exhaustive", "halving"])
+def test_schedule_search(dlm: Dlm, family: Path, text_file: Path, way: str) -> None:
+    make_model(window=16, context=0).save_pretrained("heavy")
+    light, judge = f"{family}/light", f"{family}/judge"
+    words = ("--saved", "0.25", "--segments", "4", "--steps", "8", "-n", "8", "--count", "4", "--judge", judge, "--data", str(text_file))
+    shown = printed(dlm, "schedule", "search", "heavy", light, "--search", way, *words, "--save")
+    settings = {"saved": 0.25, "segments": 4, "steps": 8, "samples": 8, "count": 4, "judge": judge, "data": text_file}
+    watch = Watch()
+    found = library.schedule.search("heavy", light, way=way, progress=watch, **settings)
+    assert without_seconds(plain(found)) == without_seconds(shown)
+    assert found.file is None
+    assert watch.calls[-1][0] == watch.calls[-1][1]
+    assert found.winner in {row.label for row in found.rows}
+    assert json.loads(Path("heavy/schedule.json").read_text())["schedule"] == found.best
+    with pytest.raises(library.InputError, match="tiny-masked is not on disk"):
+        library.schedule.search(make_model(window=16, context=0), light, save=True)
+    with pytest.raises(library.InputError, match="unknown search 'magic'"):
+        library.schedule.search("heavy", light, way="magic")
+
+
+def test_schedule_compare(dlm: Dlm, family: Path, text_file: Path) -> None:
+    heavy, light, judge = (f"{family}/{name}" for name in ("heavy", "light", "judge"))
+    words = ("--steps", "8", "--segments", "4", "-n", "4", "--judge", judge, "--data", str(text_file), "--max-windows", "2")
+    shown = printed(dlm, "schedule", "compare", heavy, light, "L0.5 H0.5; H@4", *words)
+    watch = Watch()
+    settings = {"steps": 8, "segments": 4, "samples": 4, "data": text_file, "max_windows": 2}
+    found = library.schedule.compare(heavy, light, ["L0.5 H0.5", "H@4"], judge=judge, progress=watch, **settings)
+    assert without_seconds(plain(found)) == without_seconds(shown)
+    watch.check()

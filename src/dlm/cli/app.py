@@ -21,7 +21,6 @@ from typer.core import TyperCommand
 from typer.models import CommandInfo
 
 import dlm
-from dlm import bundled
 from dlm.errors import InputError
 
 app = typer.Typer(
@@ -173,38 +172,6 @@ def load(
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"no device {device!r} here ({str(error).splitlines()[0]}): use --device cpu") from None
     return load(name, device=device, dtype=dtype, adapter=adapter, deterministic=deterministic, compile=compile)
-
-
-def load_judge(name: str, device: str = "cpu") -> Any:
-    """A LanguageModel with an exact likelihood. InputError for a diffusion model."""
-    lm = load(name, device)
-    if lm.is_diffusion:
-        raise InputError(f"{name} is a diffusion model: a judge must be autoregressive, to have an exact likelihood")
-    return lm
-
-
-def judging(name: str, lm: Any, given: int = 0) -> Any:
-    """Texts of `lm` (N, T) -> what each is worth under a judge: by token where the vocabulary is the same, else through text.
-
-    given: tokens at the beginning that are not counted. InputError for a diffusion model, or one that cannot read the texts.
-    """
-    from dlm.evaluation import generative, judge
-    from dlm.formats import native
-
-    device = str(lm.network.device)
-    try:
-        ours = name in bundled.models() or native.is_ours(native.find(name))
-    except InputError:
-        ours = True  # the message of `load_judge` is better
-    twin = load_judge(name, device) if ours else None
-    if twin is None or twin.tokenizer.fingerprint() != lm.tokenizer.fingerprint():
-        if given:
-            raise InputError(f"{name} has a vocabulary of its own: it judges whole texts, not what comes after {given} tokens")
-        bits = judge.of_transformers(name, device) if twin is None else judge.of_model(twin)
-        return judge.figures(bits, lm.tokenizer.decode)
-    if twin.window < lm.window:
-        raise InputError(f"{name} reads windows of {twin.window}, {lm.name} writes {lm.window}: a judge needs windows at least as long")
-    return generative.figures(twin.noise, twin.predict, given=given)
 
 
 def named_models(words: str) -> str | dict[str, str]:

@@ -14,6 +14,8 @@ from dlm.model_scheduling.plan import HEAVY, LIGHT, SHAPES, ModelSchedule
 
 Run = Callable[[str, int, int], Outcome]
 """(schedule, first seed, one past the last) -> what came of it."""
+Price = Callable[[int], float]
+"""Number of steps -> nats a text that it loses by drawing tokens at once."""
 ROUNDS = 3  # of halving
 ENUMERATED_SCHEDULES = 5000  # at most, by --search exhaustive
 CHANCE = 0.01  # of the FLOPs: how far the forward passes that happened may fall short of the plan
@@ -46,7 +48,7 @@ class Search:
         steps: int,
         tokens: int,
         count: int,
-        price: Callable[[int], float] | None = None,
+        price: Price | None = None,
     ) -> Search:
         """kl, blocks, saved: as of `by_kl`. tokens: of a text; count: schedules that halving begins with; price: of `joint`, nats a text
         that a number of steps loses by drawing tokens at once. InputError where nothing saves so much, or there is too much to try."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dlm.errors import InputError
+from dlm.evaluation.statistics import Curve
 from dlm.model_scheduling.plan import HEAVY
 from dlm.noise.loss import Predict
 from dlm.noise.masked import MaskedNoise
@@ -38,8 +39,16 @@ class Sensitivity:
         return next(iter(self.kl_WJ.values())).shape[1]
 
     def gap_WJ(self, key: str) -> Tensor:
-        """What the light model loses on the text."""
+        """Loss of a light model above that of H, on the text."""
         return self.loss_WJ[key] - self.loss_WJ[HEAVY]
+
+    def curves(self) -> dict[str, dict[str, Curve]]:
+        """`kl`, and on text `loss` and `gap`: means over windows with their intervals, by key."""
+        found = {"kl": {key: Curve.of(values_WJ) for key, values_WJ in self.kl_WJ.items()}}
+        if self.loss_WJ:
+            found["loss"] = {key: Curve.of(values_WJ) for key, values_WJ in self.loss_WJ.items()}
+            found["gap"] = {key: Curve.of(self.gap_WJ(key)) for key in self.kl_WJ}
+        return found
 
     def kl(self) -> dict[str, list[float]]:
         """Means over windows, 0 for the heavy model itself: what `search.by_kl` plans with."""

@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
 
 from torch import Tensor
 
-from dlm.errors import InputError
 from dlm.model_scheduling import routing
-from dlm.model_scheduling.cost import CallCost, Metered, call_costs
+from dlm.model_scheduling.cost import CallCost, Metered
 from dlm.model_scheduling.ledger import Ledger
 from dlm.model_scheduling.outcome import Outcome
 from dlm.protocols import Denoiser
@@ -23,7 +21,7 @@ from dlm.sampling.draw import generators
 from dlm.trajectory import Canvas
 
 Figures = Callable[[Tensor], dict[str, Tensor]]
-"""Texts (N, T) -> what each is worth (N,), by name; `bits` among them, less is better."""
+"""Texts (N, T) -> figures of each text (N,), by name; `bits` among them, less is better."""
 
 
 @dataclass(frozen=True)
@@ -39,49 +37,11 @@ class Trial:
     figures: Figures
     length: int
     mask_id: int
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     device: str = "cpu"
     batch: int = 16
     prompts: Sequence[Sequence[int]] = ((),)
     ledger: Ledger | None = None
-
-    @classmethod
-    def of(
-        cls,
-        lm: Any,
-        light: str | Mapping[str, str],
-        figures: Figures,
-        *,
-        sampler: str = "ancestral",
-        steps: int,
-        temperature: float = 1.0,
-        judge: str = "",
-        judge_weights: str = "",
-        prompts: Sequence[Sequence[int]] = ((),),
-        ledger: Ledger | None = None,
-    ) -> Trial:
-        """Of a `LanguageModel` as H and others by name, texts a window long. judge_weights: fingerprint of the judge. InputError as
-        `LanguageModel.denoisers`."""
-        networks = lm.denoisers(light)
-        settings = {"heavy": lm.name, "light": light, "sampler": sampler, "steps": steps, "temperature": temperature, "judge": judge}
-        settings |= {"prompted": len(prompts[0]), "prompts": len(prompts)}
-        if ledger is not None:  # a model that was trained again keeps its name
-            settings["weights"] = lm.fingerprints(light) | {"judge": judge_weights}
-        made = lm.sampler(sampler=sampler, steps=steps, temperature=temperature)
-        if not isinstance(made, DiffusionSampler):
-            raise InputError(f"the sampler {sampler!r} has no steps to schedule: take ancestral, first-hitting, topk ...")
-        return cls(
-            made,
-            networks,
-            call_costs(networks, lm.window),
-            figures,
-            lm.window,
-            lm.tokenizer.mask_id,
-            settings,
-            device=str(lm.network.device),
-            prompts=prompts,
-            ledger=ledger,
-        )
 
     def __call__(self, word: str, first: int, last: int) -> Outcome:
         """Measured in batches, each kept in the ledger as soon as it is done."""

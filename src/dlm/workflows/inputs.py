@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from dlm.errors import InputError
 from dlm.evaluation import generative, judge
 from dlm.formats import native
 from dlm.language_model import LanguageModel, load
+from dlm.model_scheduling.trial import Figures
 from dlm.noise.masked import MaskedNoise
 from dlm.train import data as reading
 from dlm.trajectory import Trajectory
@@ -22,8 +23,6 @@ FORMAT = 1  # of every record
 Model = str | Path | LanguageModel
 Progress = Callable[[int, int], None]
 """Called with (done, total) as the work goes on; the unit is the use case's own."""
-Figures = Callable[[Tensor], dict[str, Tensor]]
-"""Texts (N, T) -> figures of each text (N,), by name."""
 
 
 def silent(done: int, total: int) -> None:
@@ -146,12 +145,3 @@ def saved_run(path: str | Path) -> Trajectory:
     if not Path(path).is_file():
         raise InputError(f"no file {path}: make one with dlm generate --save {path}")
     return Trajectory.load(Path(path))
-
-
-def light_models(lm: LanguageModel, light: Model | Mapping[str, Model]) -> dict[str, str]:
-    """Names of the models beside H by key; those given as objects are made known to it."""
-    named = light if isinstance(light, Mapping) else {"L": light}
-    for one in named.values():
-        if isinstance(one, LanguageModel):
-            lm.introduce(one)
-    return {key: one.name if isinstance(one, LanguageModel) else str(one) for key, one in named.items()}
