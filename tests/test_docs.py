@@ -1,0 +1,54 @@
+"""The documentation speaks of what is there: names import, files exist, code on a page is the code of an example that runs."""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+NAME = re.compile(r"`(dlm(?:\.\w+)+)(?:\(.*?\))?`")
+FILE = re.compile(r"`((?:src|tests|docs|benchmarks|examples|dev)/[\w./-]+\.\w+)`")
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_name_on_a_page_can_be_imported(page: Path) -> None:
+    for name in NAME.findall(page.read_text(encoding="utf-8")):
+        assert pkgutil.resolve_name(name) is not None, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_file_on_a_page_exists(page: Path) -> None:
+    missing = [name for name in FILE.findall(page.read_text(encoding="utf-8")) if not (ROOT / name).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_no_page_needs_a_file_outside_the_repository(page: Path) -> None:
+    assert "../shared" not in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["own_rule", "own_noise", "own_denoiser"])
+def test_the_code_of_extending_is_the_example(name: str) -> None:
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    section = page.split(f"`examples/{name}.py`", 1)[1].split("\n## ", 1)[0]
+    shown = "\n".join(re.findall(r"```python\n(.*?)```", section, re.S))
+    example = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    assert [line for line in shown.splitlines() if line] == [line for line in example.split('"""', 2)[2].splitlines() if line]
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "LanguageModel" in (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
