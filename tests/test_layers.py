@@ -29,7 +29,7 @@ ALLOWED = {
     "evaluation": LEVEL0 | {"noise", "sampling"},
     "calibration": LEVEL0 | {"sampling", "noise", "evaluation"},
     "train": LEVEL0 | {"noise", "models", "formats", "text"},
-    "adapters": LEVEL0 | {"models", "formats", "text", "train"},
+    "adapters": LEVEL0 | {"models", "formats", "text", "train", "sampling"},
     "language_model": LEVEL0
     | {"text", "noise", "models", "sampling", "inference", "formats", "calibration", "model_scheduling", "adapters"},
     "viz": {"trajectory"},

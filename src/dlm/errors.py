@@ -16,6 +16,12 @@ def at_least(value: float, low: float, what: str) -> None:
         raise InputError(f"{what} must be at least {low:g}, got {value}")
 
 
+def in_range(value: float, low: float, high: float, what: str) -> None:
+    """InputError unless value lies in low .. high, both included."""
+    if not low <= value <= high:
+        raise InputError(f"{what} must lie in {low:g} .. {high:g}, got {value}")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the known name closest in spelling, nothing where none is close: the end of a message."""
     found = get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import cast
 
 import pytest
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from conftest import make_model
 from dlm.adapters import divergence, lora
-from dlm.adapters.objective import acceptance, consistency, slots, tokens_per_forward
+from dlm.adapters.objective import acceptance, consistency, slots
 from dlm.language_model import LanguageModel
 from dlm.models import attention
 from dlm.models.transformer import Transformer
@@ -234,14 +233,3 @@ def test_acceptance_does_not_depend_on_the_batch() -> None:
     assert alone.sampled == pytest.approx(together.sampled, abs=1e-5)
     assert all(0 < a < 1 for a in alone.sampled)
     assert alone.greedy == together.greedy
-
-
-def test_tokens_per_forward() -> None:
-    for n in (2, 3, 4, 8):  # I-DLM's closed form
-        for p in (0.5, 0.8, 0.9, 0.95):
-            closed = (2 + sum(p**k for k in range(1, n - 1))) / (2 - p ** (n - 1))
-            assert tokens_per_forward([p] * (n - 1)) == pytest.approx(closed)
-    assert (round(tokens_per_forward([0.9] * 3), 2), round(tokens_per_forward([0.9] * 3, restart=False), 2)) == (2.92, 3.44)
-    assert tokens_per_forward([0.0] * 3) == 1.0
-    assert tokens_per_forward([1.0] * 3) == 4.0
-    assert math.isclose(tokens_per_forward([1.0, 0.0]), (2 + 1) / 2)  # two tokens, then one and new drafts

@@ -176,16 +176,3 @@ def mean_acceptance(found: Sequence[Consistency]) -> Acceptance:
     count_S = torch.stack([one.count_S for one in found]).sum(0).clamp(min=1)
     kept_2S = torch.stack([torch.stack([cast(Tensor, part) for part in (one.accepted_S, one.agreed_S)]) for one in found]).sum(0)
     return Acceptance(*(kept_2S / count_S).tolist())
-
-
-def tokens_per_forward(accept_S: Sequence[float], *, restart: bool = True) -> float:
-    """Tokens that a call commits where slot j is accepted with chance accept_S[j], each for itself.
-
-    A call that verifies S drafts commits 1 + a1 + a1 a2 + ... tokens. restart: unless all are accepted, a call follows that commits one
-    and drafts again; with equal chances a and stride N it is then (2 + a + ... + a^(N - 2)) / (2 - a^(N - 1)) (I-DLM).
-    """
-    reach, tokens = 1.0, 1.0
-    for chance in accept_S:
-        reach *= chance
-        tokens += reach
-    return (tokens + 1 - reach) / (2 - reach) if restart else tokens

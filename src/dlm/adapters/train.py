@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from dlm.adapters import attach, lora, medusa
 from dlm.adapters.distillation_data import Rows
-from dlm.adapters.objective import LOSSES, Acceptance, acceptance, consistency, tokens_per_forward
+from dlm.adapters.objective import LOSSES, Acceptance, acceptance, consistency
 from dlm.errors import InputError
 from dlm.models.transformer import Transformer
+from dlm.sampling.autoregressive.draft_length import tokens_per_forward
 from dlm.train import state
 from dlm.train.learner import step_generator
 from dlm.train.loop import Figures, Update, Validation

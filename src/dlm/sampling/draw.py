@@ -49,24 +49,20 @@ def race(logp_BTV: Tensor, u_BT: Tensor) -> Tensor:
 
 
 def scores(logp_BTV: Tensor, u_BT: Tensor) -> Tensor:
-    """What a race is decided by, the greatest wins: log p minus the log of the clock; log p alone where one token is certain.
+    """The scores of a race, the greatest wins: log p minus the log of the clock; log p alone where one token is certain.
 
-    A law whose log-probabilities all differ from these by less than half the winner's lead draws the same token.
+    A distribution whose log-probabilities all differ from these by less than half the winner's lead draws the same token. Without the
+    winner the next greatest wins. u_BT: (B, 1) for the same clocks at all positions of a row.
     """
     open_BT = logp_BTV.amax(-1) < 0
     if not bool(open_BT.any()):
         return logp_BTV
+    u_BT = u_BT.to(logp_BTV.device)
     if bool(open_BT.all()):
-        return logp_BTV.double() - _clocks(u_BT.to(logp_BTV.device).flatten(), logp_BTV.shape[-1]).log_().view_as(logp_BTV)
+        return logp_BTV.double() - _clocks(u_BT.flatten(), logp_BTV.shape[-1]).log_().view(*u_BT.shape, -1)
     score_BTV = logp_BTV.to(torch.float64, copy=True)
-    score_BTV[open_BT] -= _clocks(u_BT.to(logp_BTV.device)[open_BT], logp_BTV.shape[-1]).log_()
+    score_BTV[open_BT] -= _clocks(u_BT.expand(open_BT.shape)[open_BT], logp_BTV.shape[-1]).log_()
     return score_BTV
-
-
-def finishers(logp_BTV: Tensor, u_B: Tensor, count: int) -> Tensor:
-    """The first tokens to ring of a `race`, in their order, int64 (B, T, count); all laws of a row are given the same u."""
-    clock_BV = _clocks(u_B.to(logp_BTV.device), logp_BTV.shape[-1])
-    return (logp_BTV.double() - clock_BV.log_()[:, None]).topk(count, -1).indices
 
 
 def _clocks(u_N: Tensor, size: int) -> Tensor:

@@ -22,7 +22,11 @@ def check(window: int, context: int) -> None:
 
 def start(open_BL: Tensor, window: int, context: int) -> Tensor:
     """Start of the tile in which the first open position of each row lies with `context` before it; int64 (B,)."""
-    first_B = open_BL.int().argmax(-1)
+    return tile(open_BL.int().argmax(-1), window, context)
+
+
+def tile(first_B: Tensor, window: int, context: int) -> Tensor:
+    """Start of the tile in which these positions lie with `context` before them; int64 (B,)."""
     return (first_B - context).clamp(min=0) // (window - context) * (window - context)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 
-from dlm.sampling.autoregressive.draft_length import AdaptiveDraftLength
+from dlm.sampling.autoregressive.draft_length import AdaptiveDraftLength, tokens_per_forward
 
 
 def paced(pace: AdaptiveDraftLength, seconds: dict[int, float], chance: float, calls: int, seed: int = 0, rows: int = 1) -> list[int]:
@@ -16,7 +17,7 @@ def paced(pace: AdaptiveDraftLength, seconds: dict[int, float], chance: float, c
         stride = pace.choose(rows)
         chosen.append(stride)
         held = [next((k for k in range(stride - 1) if rng.random() >= chance), stride - 1) for _ in range(rows)]
-        pace.saw(rows, stride, seconds[stride] * rng.uniform(0.9, 1.1), held)
+        pace.record(rows, stride, seconds[stride] * rng.uniform(0.9, 1.1), held)
     return chosen
 
 
@@ -56,3 +57,14 @@ def test_rows_are_learned_of_by_their_number() -> None:
     assert pace.choose(16) == 1
     assert pace.choose(1) == 2
     assert [pace.choose(9) for _ in range(3)] == [1, 1, 1]  # as 16
+
+
+def test_tokens_per_forward() -> None:
+    for n in (2, 3, 4, 8):  # I-DLM's closed form
+        for p in (0.5, 0.8, 0.9, 0.95):
+            closed = (2 + sum(p**k for k in range(1, n - 1))) / (2 - p ** (n - 1))
+            assert tokens_per_forward([p] * (n - 1)) == pytest.approx(closed)
+    assert (round(tokens_per_forward([0.9] * 3), 2), round(tokens_per_forward([0.9] * 3, restart=False), 2)) == (2.92, 3.44)
+    assert tokens_per_forward([0.0] * 3) == 1.0
+    assert tokens_per_forward([1.0] * 3) == 4.0
+    assert math.isclose(tokens_per_forward([1.0, 0.0]), (2 + 1) / 2)  # two tokens, then one and new drafts

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.models.cache import RaggedCache
+from dlm.sampling.autoregressive.draft_tokens import DraftTokens
 from dlm.sampling.autoregressive.draft_tree import Tree
 from dlm.sampling.autoregressive.drafters import MaskDrafter
-from dlm.sampling.autoregressive.protocols import DraftTokens
 from dlm.sampling.autoregressive.speculative import SpeculativeDecoder
-from dlm.sampling.autoregressive.verification import agree
-from dlm.sampling.draw import Draw, finishers, generators, race
+from dlm.sampling.autoregressive.verification import accept_equal
+from dlm.sampling.draw import Draw, generators, race, scores
 from sampling.autoregressive.test_speculative import MASK, Acceptance, canvas_of
 
 
@@ -69,7 +69,7 @@ def test_the_longest_path_that_holds_is_taken(count_B: list[int]) -> None:
             token_BK[:, of] = torch.rand(4, 5, generator=rng).argsort(-1)[:, : len(of)]
         u_BD = torch.rand(4, 4, generator=rng, dtype=torch.float64)
         token_BP = race(logp_BPV, u_BD[:, tree.tables(u_BD.device).depth_P])
-        place_B, next_B = agree(token_BP, DraftTokens(token_BK, counts), tree)
+        place_B, next_B = accept_equal(token_BP, DraftTokens(token_BK, counts), tree)
         for b in range(4):
             place = 0
             while True:
@@ -83,11 +83,11 @@ def test_the_longest_path_that_holds_is_taken(count_B: list[int]) -> None:
     assert len(seen) > 6
 
 
-def test_finishers_are_the_order_of_the_race() -> None:
+def test_scores_are_the_order_of_the_race() -> None:
     """The first is the race's; the second is its, once the first is out; and as often as the law says."""
     logp_BTV = torch.tensor([0.5, 0.3, 0.2]).log().expand(20_000, 1, -1)
     u_BT = torch.rand(20_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    order_BC = finishers(logp_BTV, u_BT[:, 0], 3)[:, 0]
+    order_BC = scores(logp_BTV, u_BT).topk(3, -1).indices[:, 0]
     assert torch.equal(order_BC[:, 0], race(logp_BTV, u_BT)[:, 0])
     rest_BTV = logp_BTV.clone().scatter(-1, order_BC[:, None, :1], -torch.inf)
     assert torch.equal(order_BC[:, 1], race(rest_BTV.log_softmax(-1), u_BT)[:, 0])

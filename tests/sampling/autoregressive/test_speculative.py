@@ -29,7 +29,9 @@ from dlm.language_model import load
 from dlm.models.cache import RaggedCache
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
-from dlm.sampling.autoregressive.draft_length import AdaptiveDraftLength
+from dlm.sampling.autoregressive.committed_text import CommittedText
+from dlm.sampling.autoregressive.draft_length import AdaptiveDraftLength, tokens_per_forward
+from dlm.sampling.autoregressive.draft_tokens import DraftTokens
 from dlm.sampling.autoregressive.draft_tree import Tree
 from dlm.sampling.autoregressive.drafters import (
     DraftModel,
@@ -38,12 +40,12 @@ from dlm.sampling.autoregressive.drafters import (
     MedusaDrafter,
     PromptLookup,
     SelfDraft,
-    tokens_per_call,
 )
 from dlm.sampling.autoregressive.plain import AutoregressiveSampler
-from dlm.sampling.autoregressive.protocols import DraftTokens, Round
+from dlm.sampling.autoregressive.protocols import DraftContext, LastPass, Request
 from dlm.sampling.autoregressive.speculative import SpeculativeDecoder
-from dlm.sampling.autoregressive.verification import ratio
+from dlm.sampling.autoregressive.token_draw import TokenDraw
+from dlm.sampling.autoregressive.verification import accept_by_ratio
 from dlm.sampling.draw import Draw, categorical, generators
 from dlm.trajectory import Canvas, Frame, Trajectory
 from oracle import Tiny, chi_square_of_counts, chi_square_p
@@ -244,9 +246,10 @@ class Sometimes:
     def groups(self, count_B: Tensor) -> Tensor:
         return count_B.new_zeros(len(count_B), 0)
 
-    def __call__(self, round: Round) -> DraftTokens:
-        last_B1 = round.text_BL.gather(1, round.known_B[:, None] - 1)
-        return DraftTokens((last_B1 + 1 + torch.arange(round.u_BK.shape[1])) % TINY.vocab, round.most_B)
+    def __call__(self, context: DraftContext) -> DraftTokens:
+        last_B1 = context.text.tokens_BL.gather(1, context.text.known_B[:, None] - 1)
+        drafts_BK = (last_B1 + 1 + torch.arange(context.request.u_BK.shape[1])) % TINY.vocab
+        return DraftTokens(drafts_BK, context.request.limit_B)
 
 
 @pytest.mark.slow
@@ -331,7 +334,7 @@ def first_token(token_B: Tensor, tested_V: Tensor | None, law_V: Tensor = P, row
     logp_BKV = law_V.log().expand(rows, 2, -1)
     logq_BKV = None if tested_V is None else tested_V.log().expand(rows, 1, -1)
     test_BK, last_B = torch.rand(rows, 1, generator=rng, dtype=torch.float64), torch.rand(rows, generator=rng, dtype=torch.float64)
-    taken_B, other_B = ratio(logp_BKV, DraftTokens(token_B[:, None], torch.ones_like(token_B), logq_BKV), test_BK, last_B)
+    taken_B, other_B = accept_by_ratio(logp_BKV, DraftTokens(token_B[:, None], torch.ones_like(token_B), logq_BKV), test_BK, last_B)
     return torch.bincount(torch.where(taken_B > 0, token_B, other_B), minlength=len(law_V))
 
 
@@ -539,7 +542,7 @@ class Acceptance:
 
 @pytest.mark.parametrize(("chance", "stride"), [(0.9, 4), (0.7, 3), (0.5, 5), (0.8, 2)])
 @pytest.mark.parametrize("layout", ["restart", "tree"])
-def test_tokens_per_call_are_those_of_the_formula(layout: str, chance: float, stride: int) -> None:
+def test_tokens_per_forward_are_those_of_the_formula(layout: str, chance: float, stride: int) -> None:
     known, rows, length = Acceptance(chance), 40, 400
     sampler = SpeculativeDecoder(known, MASK, length, known.ragged_cache, MaskDrafter(layout), stride, draw=Draw(0.0))
     committed = calls = 0
@@ -548,14 +551,14 @@ def test_tokens_per_call_are_those_of_the_formula(layout: str, chance: float, st
     assert committed == rows * length
     a, n = chance, stride
     formula = (2 + sum(a**k for k in range(1, n - 1))) / (2 - a ** (n - 1)) if layout == "restart" else (1 - a**n) / (1 - a)
-    assert tokens_per_call(layout, n, a) == pytest.approx(formula)
+    assert tokens_per_forward([a] * (n - 1), restart=layout == "restart") == pytest.approx(formula)
     assert committed / calls == pytest.approx(formula, rel=0.03)
 
 
 def test_no_restart_is_worth_half_a_token() -> None:
-    assert tokens_per_call("tree", 4, 0.9) == pytest.approx(3.44, abs=0.005)
-    assert tokens_per_call("restart", 4, 0.9) == pytest.approx(2.92, abs=0.005)
-    assert tokens_per_call("tree", 1, 0.9) == tokens_per_call("restart", 1, 0.9) == 1
+    assert tokens_per_forward([0.9] * 3, restart=False) == pytest.approx(3.44, abs=0.005)
+    assert tokens_per_forward([0.9] * 3) == pytest.approx(2.92, abs=0.005)
+    assert tokens_per_forward([]) == tokens_per_forward([], restart=False) == 1
 
 
 @pytest.mark.parametrize(("layout", "nodes", "most"), [("restart", 3, 7), ("tree", 3, 16), ("tree", 8, 36), ("tree", 16, 68)])
@@ -624,13 +627,10 @@ def test_the_greatest_stride_is_the_adapters(autoregressive_dir: Path) -> None:
 
 
 def looked_up(text: list[int], ngram: int = 3, most: int = 3) -> list[int]:
-    text_BL = torch.tensor([[*text, *[MASK] * 5]])
-    known_B, most_B, u_BK = torch.tensor([len(text)]), torch.tensor([most]), torch.rand(1, 3)
-    nothing = torch.zeros(1, 0, 0)
-    unused: Any = lambda *_: pytest.fail("nothing is drawn")  # noqa: E731
-    found = PromptLookup(ngram)(
-        Round(text_BL, known_B * 0, known_B, most_B, u_BK, nothing, most_B > 0, unused, unused, unused, 0, cast(Any, None), {})
-    )
+    committed = CommittedText.of(canvas_of([text], 5), len(text) + 5, 0, MASK)
+    request = Request(torch.tensor([most]), torch.rand(1, 3), Tree.chain(3), TokenDraw(Draw(), MASK))
+    last = LastPass(torch.zeros(1, 0, 0), torch.tensor([False]), None, cast(Any, None), 0)
+    found = PromptLookup(ngram)(DraftContext(committed, request, last))
     assert found.logq_BKV is None
     return found.token_BK[0, : int(found.count_B)].tolist()
 

@@ -1,7 +1,7 @@
-"""Which guesses a call of strided decoding verifies: the first choice for every place, or a tree of first, second ... choices.
+"""Draft trees: which draft tokens a forward pass verifies, the first choice for every place or also second, third ... choices.
 
-More candidates for a place cost positions of a call, not calls, and one of them holds more often (SpecInfer, Miao et al. 2305.09781;
-Medusa, Cai et al. 2401.10774). A path of the tree is a text; a node reads the nodes of its path.
+More candidates for a place cost positions of a forward pass, not passes, and one of them is accepted more often (SpecInfer, Miao et al.
+2305.09781; Medusa, Cai et al. 2401.10774). A path of the tree is a text; a node reads the nodes of its path.
 Shapes: B rows, K nodes, P = K + 1 places (the committed text, then after each node), N paths, C choices, D depth, V vocabulary.
 """
 
@@ -15,10 +15,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dlm.errors import InputError
+from dlm.errors import InputError, in_range
+from dlm.sampling.autoregressive.token_draw import TokenDraw
 
-HOLDS = 0.5  # how often the first choice for a place holds
-FALLS = 0.35  # and every later one, as a share of the one before it; both decide about shapes alone
+FIRST_ACCEPTED = 0.5
+"""The share of first choices for a place that are accepted, assumed for the shape of a tree alone."""
+NEXT_ACCEPTED = 0.35
+"""And of every later choice, as a share of the one before it."""
+MAX_NODES = 1024
+
+
+def _preference(path: tuple[int, ...]) -> tuple[float, list[int]]:
+    """The probability that a path of ranks is accepted; of equals, shorter paths and earlier choices first."""
+    return FIRST_ACCEPTED ** len(path) * NEXT_ACCEPTED ** sum(path), [-len(path), *(-rank for rank in path)]
 
 
 @dataclass(frozen=True)
@@ -38,8 +47,9 @@ class Tree:
     @classmethod
     @lru_cache(maxsize=64)
     def likeliest(cls, nodes: int, depth: int, choices: int = 64) -> Tree:
-        """The nodes that hold most often, if the first choice for a place does with chance HOLDS, and there are so many choices; fewer
-        nodes where that leaves none. InputError for fewer than the depth."""
+        """The nodes that are accepted most often, if the first choice for a place is with probability FIRST_ACCEPTED, and there are so many
+        choices; fewer nodes where that leaves none. InputError for fewer than the depth, or too many."""
+        in_range(nodes, 0, MAX_NODES, "the nodes of a draft tree")
         if nodes < depth:
             raise InputError(f"a tree of depth {depth} has {depth} nodes at least, got {nodes}")
         paths = {(0,) * d for d in range(depth + 1)}  # the rank of every choice on the way
@@ -47,7 +57,7 @@ class Tree:
             ends = {(*path, rank) for path in paths if len(path) < depth for rank in range(min(nodes, choices))} - paths
             if not ends:
                 break
-            paths.add(max(ends, key=lambda path: (HOLDS ** len(path) * FALLS ** sum(path), [-len(path), *(-rank for rank in path)])))
+            paths.add(max(ends, key=_preference))
         order = sorted(paths, key=lambda path: (len(path), path))
         index = {path: k for k, path in enumerate(order, -1)}
         return cls(tuple(index[path[:-1]] for path in order[1:]), tuple(path[-1] for path in order[1:]))
@@ -79,25 +89,20 @@ class Tree:
     def tables(self, device: torch.device) -> Tables:
         return _tables(self, device)
 
-    def grow(
-        self,
-        law: Callable[[int, Tensor], Tensor],
-        choose: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
-        u_BD: Tensor,
-        depth: int,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, K') of the nodes up to a depth and, of a chain, the log-probabilities (B, K', V) that they were drawn from.
+    def grow(self, logits_of: Callable[[int, Tensor], Tensor], draw: TokenDraw, u_BD: Tensor, depth: int) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, K') of the nodes up to a depth and, of a chain that is drawn, the log-probabilities (B, K', V).
 
-        law(d, path_BND): logits (B, N, V), or (B, 1, V) for all, of what follows N paths of d tokens. choose(logits, u_B, C): the first C
-        choices (B, N, C) with those numbers, and what they are drawn from.
+        logits_of(d, path_BND): logits (B, N, V), or (B, 1, V) for all, of what follows N paths of d tokens. The choices of a level are the
+        tokens that its number would draw first, second ...
         """
-        token_BK, laws = u_BD.new_empty(len(u_BD), 0, dtype=torch.long), []
+        token_BK, laws = u_BD.new_empty(len(u_BD), 0, dtype=torch.long), list[Tensor]()
         for d, level in enumerate(self.tables(u_BD.device).levels[:depth]):
-            logits_BNV = law(d, token_BK[:, level.path_ND] if d else token_BK[:, None].expand(-1, len(level.path_ND), -1))
-            choice_BNC, logq_BNV = choose(logits_BNV, u_BD[:, d], level.choices)
-            of_K = level.of_K.clamp(max=choice_BNC.shape[1] - 1)  # one law for all paths
+            path_BND = token_BK[:, level.path_ND] if d else token_BK[:, None].expand(-1, len(level.path_ND), -1)
+            score_BNV, logq_BNV = draw.scores(logits_of(d, path_BND), u_BD[:, d : d + 1])
+            choice_BNC = score_BNV.argmax(-1, keepdim=True) if level.choices == 1 else score_BNV.topk(level.choices, -1).indices
+            of_K = level.of_K.clamp(max=choice_BNC.shape[1] - 1)  # one distribution for all paths
             token_BK = torch.cat([token_BK, choice_BNC[:, of_K, level.rank_K]], 1)
-            laws.append(logq_BNV)
+            laws += [] if logq_BNV is None else [logq_BNV]
         return token_BK, torch.cat(laws, 1) if laws and self.is_chain else None
 
 

@@ -1,6 +1,7 @@
 """Drafters: where draft tokens come from. Masks in the same forward pass, heads, the text so far, a smaller or quantized network.
 
-Shapes: B rows, L columns of the canvas, K proposals, M masks of a group, G groups, Q inputs of one call, V vocabulary.
+Shapes: B rows, L columns of the canvas, K draft tokens, N paths of a tree, M masks of a group, G groups, Q inputs of a forward pass,
+S places of a path, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -13,54 +14,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlm.errors import InputError
+from dlm.errors import InputError, in_range
 from dlm.protocols import Denoiser
-from dlm.sampling.autoregressive.protocols import DraftTokens, Round, RowCache
-from dlm.sampling.draw import race
+from dlm.sampling.autoregressive.committed_text import put, read_inputs
+from dlm.sampling.autoregressive.draft_length import MAX_STRIDE, tokens_per_forward
+from dlm.sampling.autoregressive.draft_tokens import DraftTokens
+from dlm.sampling.autoregressive.network_call import causal
+from dlm.sampling.autoregressive.protocols import DraftContext, RowCache
 
 LAYOUTS = ("tree", "restart")
-
-
-def inputs(text_BL: Tensor, begin_B: Tensor, index_BQ: Tensor, start: int | None) -> Tensor:
-    """What a network reads at these indices of each row's window: the start token if it has one, then the text."""
-    shift = 0 if start is None else 1
-    token_BQ = text_BL.gather(1, (begin_B[:, None] + index_BQ - shift).clamp(0, text_BL.shape[1] - 1))
-    return token_BQ if start is None else token_BQ.masked_fill(index_BQ == 0, start)
-
-
-def put(text_BL: Tensor, known_B: Tensor, token_BK: Tensor, count_B: Tensor) -> None:
-    """Write the first count_B tokens of each row after its known columns."""
-    row, k = (torch.arange(token_BK.shape[1], device=text_BL.device) < count_B[:, None]).nonzero(as_tuple=True)
-    text_BL[row, known_B[row] + k] = token_BK[row, k]
-
-
-def causal(length: int, device: torch.device) -> Tensor:
-    """bool (Q, Q)."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+MAX_NGRAM = 64
+"""Tokens that prompt lookup compares at most."""
+MAX_LEAD_NATS = 100.0
 
 
 def no_groups(count_B: Tensor) -> Tensor:
-    """For proposers that add nothing to the call."""
+    """For drafters that add nothing to the forward pass."""
     return count_B.new_zeros(len(count_B), 0)
-
-
-def tokens_per_call(layout: str, stride: int, acceptance: float) -> float:
-    """Tokens that a call commits if every proposal is accepted with this chance (I-DLM, arXiv 2604.11035, and without its restart)."""
-    reach = [acceptance**k for k in range(stride)]  # the chance that the first k are accepted
-    if layout == "tree":
-        return sum(reach)
-    return (1 + sum(reach[:-1])) / (2 - reach[-1]) if stride > 1 else 1.0
 
 
 @dataclass(frozen=True)
 class MaskDrafter:
-    """The network's own guesses: masks in the call that verifies the last ones (introspective strided decoding, I-DLM).
+    """The network itself: masks in the forward pass that verifies the last draft (introspective strided decoding, I-DLM 2604.11035).
 
-    A group of stride - 1 masks stands for the token after a prefix of the proposals, still unknown, and those after it; each reads the
-    prefix and the masks before it in its group. `restart`, as published: one group, after all proposals, so that a rejection leaves no
-    guess and the next call proposes anew; 2N - 1 positions a call. `tree`: a group after every prefix, so that there is always one; N^2.
+    A group of stride - 1 masks stands for the token after a prefix of the draft tokens, still unknown, and those after it; each reads the
+    prefix and the masks before it in its group. `restart`, as published: one group, after all draft tokens, so that a rejection leaves no
+    draft and the next pass drafts anew; 2N - 1 positions a pass. `tree`: a group after every prefix, so that there is always one; N^2.
     chain(slot, state_BD, before_BS): logits (B, V) of the masks of a slot once the tokens of the places up to theirs are drawn
-    (`dlm.adapters.chain`). Without, each mask is drawn from as if the others were unknown.
+    (`dlm.adapters.chain`). Without, each mask is drawn from as if the others were unknown. InputError for an unknown layout.
     """
 
     layout: str = "tree"
@@ -79,46 +60,46 @@ class MaskDrafter:
             return count_B[:, None]
         return torch.arange(int(count_B.max()) + 1, device=count_B.device).expand(len(count_B), -1)
 
-    def __call__(self, round: Round) -> DraftTokens:
-        most_B = torch.where(round.guessed_B, round.most_B, 0)
-        last_B1 = round.text_BL.gather(1, (round.known_B - 1).clamp(min=0)[:, None])
+    def __call__(self, context: DraftContext) -> DraftTokens:
+        text, last = context.text, context.last
+        last_B1 = text.tokens_BL.gather(1, (text.known_B - 1).clamp(min=0)[:, None])
 
-        def law(slot: int, path_BNS: Tensor) -> Tensor:
+        def logits_of(slot: int, path_BNS: Tensor) -> Tensor:
             if self.chain is None:
-                return round.guess_BMX[:, slot, None]
-            (rows, paths), state_BD = path_BNS.shape[:2], round.guess_BMX[:, slot]
+                return last.mask_BMX[:, slot, None]
+            (rows, paths), state_BD = path_BNS.shape[:2], last.mask_BMX[:, slot]
             before_BNS = torch.cat([last_B1[:, None].expand(-1, paths, -1), path_BNS], 2)
             logits_NV = self.chain(slot, state_BD.repeat_interleave(paths, 0), before_BNS.flatten(0, 1))
             return logits_NV.view(rows, paths, -1)
 
-        return round.grow(law, most_B)
+        return context.request.grow(logits_of, torch.where(last.masked_B, context.request.limit_B, 0))
 
     @classmethod
     def cheapest(cls, seconds: Callable[[Sequence[int]], Sequence[float]], stride: int, acceptance: float, **options: Any) -> MaskDrafter:
-        """The layout with more tokens a second at this acceptance. seconds: what calls of so many positions take."""
+        """The layout with more tokens a second at this acceptance. seconds: of forward passes of so many positions."""
         taken = dict(zip(LAYOUTS, seconds([stride**2, 2 * stride - 1]), strict=True))
-        return cls(max(LAYOUTS, key=lambda layout: tokens_per_call(layout, stride, acceptance) / taken[layout]), **options)
+        accept_S = [acceptance] * (stride - 1)
+        return cls(max(LAYOUTS, key=lambda layout: tokens_per_forward(accept_S, restart=layout == "restart") / taken[layout]), **options)
 
 
 @dataclass(frozen=True)
 class PromptLookup:
-    """Prompt lookup: what followed when the last tokens stood in the text before, up to `ngram` of them, the latest place of the longest.
+    """The tokens that followed when the last ones stood in the text before, up to `ngram` of them, the latest place of the longest match.
 
     Saxena, prompt-lookup-decoding, 2023; `ngram` in vLLM. Where that place is so near that its continuation reaches the end of the text,
-    it goes on from its beginning, as a text does that repeats itself.
+    it goes on from its beginning, as a text does that repeats itself. InputError for an ngram out of range.
     """
 
     reads_states: ClassVar[bool] = False
     ngram: int = 3
 
     def __post_init__(self) -> None:
-        if self.ngram < 1:
-            raise InputError(f"prompt lookup compares 1 token or more, got {self.ngram}")
+        in_range(self.ngram, 1, MAX_NGRAM, "the tokens that prompt lookup compares")
 
     groups = staticmethod(no_groups)
 
-    def __call__(self, round: Round) -> DraftTokens:
-        text_BL, known_B1 = round.text_BL, round.known_B[:, None]
+    def __call__(self, context: DraftContext) -> DraftTokens:
+        text_BL, known_B1 = context.text.tokens_BL, context.text.known_B[:, None]
         column_L = torch.arange(text_BL.shape[1], device=text_BL.device)
         same_BL, length_BL = column_L < known_B1 - 1, torch.zeros_like(text_BL)
         for back in range(self.ngram):  # does the token so far before this column equal the one so far before the last?
@@ -127,16 +108,17 @@ class PromptLookup:
             length_BL += same_BL
         best_B1 = (length_BL * text_BL.shape[1] + column_L).masked_fill(length_BL == 0, -1).argmax(1, keepdim=True)
         found_B = length_BL.gather(1, best_B1).squeeze(1) > 0
-        k_K = torch.arange(round.u_BK.shape[1], device=text_BL.device)
+        k_K = torch.arange(context.request.u_BK.shape[1], device=text_BL.device)
         after_BK = best_B1 + 1 + k_K % (known_B1 - 1 - best_B1).clamp(min=1)
-        return DraftTokens(text_BL.gather(1, after_BK.clamp(max=text_BL.shape[1] - 1)), torch.where(found_B, round.most_B, 0))
+        token_BK = text_BL.gather(1, after_BK.clamp(max=text_BL.shape[1] - 1))
+        return DraftTokens(token_BK, torch.where(found_B, context.request.limit_B, 0))
 
 
 @dataclass(frozen=True)
 class FittedVocabulary:
     """A network of the same tokens but another number of ids as one with `wanted` of them; the last id of each is its mask.
 
-    An id that it lacks it reads as its own mask, and never proposes: what has no logit is -inf.
+    An id that it lacks it reads as its own mask, and never drafts: its logit is -inf.
     """
 
     denoiser: Denoiser
@@ -151,30 +133,33 @@ class FittedVocabulary:
 
 @dataclass(frozen=True)
 class MedusaDrafter:
-    """Guesses of heads on the hidden state that the last token was drawn from: the k-th says which token stands k places after that one,
-    without having seen it. Medusa (Cai et al. 2401.10774).
+    """Heads on the hidden state that the last token was drawn from: the k-th predicts the token k places after that one, without having
+    seen it. Medusa (Cai et al. 2401.10774).
 
-    logits(state_BD, K) gives (B, K, V) of the first K heads; count: how many there are.
+    logits(state_BD, K) gives (B, K, V) of the first K heads; count: how many there are. InputError for a count out of range.
     """
 
     reads_states: ClassVar[bool] = True
     logits: Callable[[Tensor, int], Tensor]
     count: int
 
+    def __post_init__(self) -> None:
+        in_range(self.count, 1, MAX_STRIDE - 1, "the number of heads")
+
     groups = staticmethod(no_groups)
 
-    def __call__(self, round: Round) -> DraftTokens:
-        assert round.state_BD is not None
-        most_B = round.most_B.clamp(max=self.count)
-        logits_BKV = self.logits(round.state_BD, int(most_B.max()))
-        return round.grow(lambda k, path_BNS: logits_BKV[:, k, None], most_B)
+    def __call__(self, context: DraftContext) -> DraftTokens:
+        assert context.last.state_BD is not None
+        limit_B = context.request.limit_B.clamp(max=self.count)
+        logits_BKV = self.logits(context.last.state_BD, int(limit_B.max()))
+        return context.request.grow(lambda k, path_BNS: logits_BKV[:, k, None], limit_B)
 
 
 @dataclass(frozen=True)
 class DraftModel:
-    """A smaller causal network of the same vocabulary, one call a proposal (Leviathan et al. 2211.17192, Chen et al. 2302.01318).
+    """A smaller causal network of the same vocabulary, one pass a draft token (Leviathan et al. 2211.17192, Chen et al. 2302.01318).
 
-    make_cache(rows, positions) gives it a `RowCache`; start: what it reads before a text, None for nothing.
+    make_cache(rows, positions) gives it a `RowCache`; start: its token before a text, None for nothing.
     """
 
     reads_states: ClassVar[bool] = False
@@ -184,42 +169,44 @@ class DraftModel:
 
     groups = staticmethod(no_groups)
 
-    def __call__(self, round: Round) -> DraftTokens:
-        text_BL, begin_B, most = round.text_BL, round.begin_B, int(round.most_B.max())
-        rows, device, known_B = len(text_BL), text_BL.device, round.known_B
-        if "cache" not in round.memory:
-            round.memory.update(cache=self.make_cache(rows, round.capacity), begin=begin_B)
-        cache: RowCache = round.memory["cache"]
-        total_B = known_B - begin_B + (self.start is not None)  # inputs that are known
-        # it has read its own proposals: those that were not accepted are forgotten, and all of a window that was left
-        kept_B = torch.minimum(cache.length_B, total_B - 1).masked_fill(begin_B != round.memory["begin"], 0)
-        cache.trim(kept_B)
-        round.memory["begin"] = begin_B
-        text_BL = torch.cat([text_BL, text_BL[:, :1].expand(-1, most)], 1)
-        token_BK, logq_BKV = torch.zeros(rows, 0, dtype=torch.long, device=device), None
+    def __call__(self, context: DraftContext) -> DraftTokens:
+        text, request, known_B = context.text, context.request, context.text.known_B
+        total_B, most = text.count(self.start), int(request.limit_B.max())
+        cache = self._cache(context, total_B)
+        text_BL = torch.cat([text.tokens_BL, text.tokens_BL[:, :1].expand(-1, most)], 1)
+        token_BK, logq = text_BL[:, :0], list[Tensor]()
         for k in range(most):
             held_B = cache.length_B
             width = int((total_B + k - held_B).max())
-            index_BQ = held_B[:, None] + torch.arange(width, device=device)
+            index_BQ = held_B[:, None] + torch.arange(width, device=text_BL.device)
             at_BQ = index_BQ == (total_B + k - 1)[:, None]
-            z_BQ, own_BQQ = inputs(text_BL, begin_B, index_BQ, self.start), causal(width, device).expand(rows, -1, -1)
-            logits_BQV = self.denoiser(z_BQ, pos_BQ=index_BQ, own_BQQ=own_BQQ, at_BQ=at_BQ, cache=cache)
+            z_BQ, own_BQQ = read_inputs(text_BL, text.begin_B, index_BQ, self.start), causal(width, text_BL.device)
+            logits_BQV = self.denoiser(z_BQ, pos_BQ=index_BQ, own_BQQ=own_BQQ.expand(len(z_BQ), -1, -1), at_BQ=at_BQ, cache=cache)
             cache.trim(total_B + k)
-            logq_B1V = round.shape(logits_BQV[at_BQ][:, None])
-            new_B1 = race(logq_B1V, round.u_BK[:, k : k + 1])
-            put(text_BL, known_B + k, new_B1, torch.ones_like(known_B))
-            token_BK = torch.cat([token_BK, new_B1], 1)
-            logq_BKV = logq_B1V if logq_BKV is None else torch.cat([logq_BKV, logq_B1V], 1)
-        return DraftTokens(token_BK, round.most_B, logq_BKV)
+            score_B1V, logq_B1V = request.draw.scores(logits_BQV[at_BQ][:, None], request.u_BK[:, k : k + 1])
+            put(text_BL, known_B + k, score_B1V.argmax(-1), torch.ones_like(known_B))
+            token_BK = torch.cat([token_BK, score_B1V.argmax(-1)], 1)
+            logq += [] if logq_B1V is None else [logq_B1V]
+        return DraftTokens(token_BK, request.limit_B, torch.cat(logq, 1) if logq else None)
+
+    def _cache(self, context: DraftContext, total_B: Tensor) -> RowCache:
+        """Its KV cache without the rejected draft tokens that it has read, and without a window that the text has left."""
+        memory, begin_B = context.memory, context.text.begin_B
+        if memory.cache is None or memory.begin_B is None:
+            memory.cache, memory.begin_B = self.make_cache(len(begin_B), context.last.capacity), begin_B
+        memory.cache.trim(torch.minimum(memory.cache.length_B, total_B - 1).masked_fill(begin_B != memory.begin_B, 0))
+        memory.begin_B = begin_B
+        return memory.cache
 
 
 @dataclass(frozen=True)
 class SelfDraft:
-    """The network itself with its weights rounded, one call a proposal, on the keys and values that it wrote unrounded.
+    """The network itself with quantized weights, one forward pass a draft token, on the KV cache that it wrote unquantized.
 
-    So nothing is read twice: what the draft writes after them is forgotten, and written anew by the call that verifies. QSpec (Zhao et
-    al. 2410.11305) shares them so, QuantSpec (Tiwari et al. 2502.10424) rounds them too. start: as of the network. lead: of a proposal
-    over the second choice, in nats; none is made after one whose lead is smaller, which rounding may have turned.
+    So nothing is read twice: keys and values of draft tokens are forgotten, and written anew by the pass that verifies. QSpec (Zhao et al.
+    2410.11305) shares them so, QuantSpec (Tiwari et al. 2502.10424) quantizes them too. start: as of the network. lead: of a draft token
+    over the second choice, in nats; none is drafted after one whose lead is smaller, which quantization may have turned. InputError for a
+    lead out of range.
     """
 
     reads_states: ClassVar[bool] = False
@@ -227,24 +214,28 @@ class SelfDraft:
     start: int | None
     lead: float = 0.05
 
+    def __post_init__(self) -> None:
+        in_range(self.lead, 0, MAX_LEAD_NATS, "the lead in nats")
+
     groups = staticmethod(no_groups)
 
-    def __call__(self, round: Round) -> DraftTokens:
-        cache, rows = round.cache, len(round.text_BL)
+    def __call__(self, context: DraftContext) -> DraftTokens:
+        text, request, cache = context.text, context.request, context.last.cache
         held_B = cache.length_B
-        read_B = held_B == round.known_B - round.begin_B + (self.start is not None) - 1  # a row that enters a window is not
-        most_B = torch.where(read_B, round.most_B, 0)
-        token_B1 = inputs(round.text_BL, round.begin_B, held_B[:, None], self.start)
-        own_BQQ = torch.ones(rows, 1, 1, dtype=torch.bool, device=token_B1.device)
-        token_BK: list[Tensor] = [token_B1[:, :0]]
-        logq_BKV: list[Tensor] = []
-        count_B, going_B = torch.zeros_like(most_B), most_B > 0
+        read_B = held_B == text.count(self.start) - 1  # a row that enters a window is not
+        limit_B = torch.where(read_B, request.limit_B, 0)
+        token_B1 = text.inputs(held_B[:, None], self.start)
+        own_BQQ = torch.ones(len(held_B), 1, 1, dtype=torch.bool, device=held_B.device)
+        tokens, logq = [token_B1[:, :0]], list[Tensor]()
+        count_B, going_B = torch.zeros_like(limit_B), limit_B > 0
         while bool(going_B.any()):
             logits_B1V = self.denoiser(token_B1, pos_BQ=cache.length_B[:, None], own_BQQ=own_BQQ, cache=cache)
-            token_B1, lead_B1, law_B1V = round.lead(logits_B1V, round.u_BK[:, len(token_BK) - 1, None])
-            token_BK.append(token_B1)
-            logq_BKV += [] if law_B1V is None else [law_B1V]
+            score_B1V, logq_B1V = request.draw.scores(logits_B1V, request.u_BK[:, len(tokens) - 1, None])
+            best_B12, choice_B12 = score_B1V.topk(2, -1)
+            token_B1, lead_B1 = choice_B12[..., 0], best_B12[..., 0] - best_B12[..., 1]
+            tokens.append(token_B1)
+            logq += [] if logq_B1V is None else [logq_B1V]
             count_B += going_B
-            going_B = going_B & (count_B < most_B) & (lead_B1 >= self.lead).squeeze(1)
+            going_B = going_B & (count_B < limit_B) & (lead_B1 >= self.lead).squeeze(1)
         cache.trim(held_B)
-        return DraftTokens(torch.cat(token_BK, 1), count_B, torch.cat(logq_BKV, 1) if logq_BKV else None)
+        return DraftTokens(torch.cat(tokens, 1), count_B, torch.cat(logq, 1) if logq else None)

@@ -1,22 +1,28 @@
-"""The signatures of speculative decoding: drafters, their draft tokens, and a KV cache of rows that grow at their own pace.
+"""The signatures of speculative decoding: drafters, the context that they draft from, and a KV cache of rows that grow at their own pace.
 
-Shapes: B rows, L columns of the text, K draft tokens, M masks of a group, G groups, V vocabulary, D width.
+Shapes: B rows, K draft tokens, M masks of a group, G groups, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+from dlm.sampling.autoregressive.committed_text import CommittedText
+from dlm.sampling.autoregressive.draft_tokens import DraftTokens
+from dlm.sampling.autoregressive.draft_tree import Tree
+from dlm.sampling.autoregressive.token_draw import TokenDraw
 
 
 class RowCache(Protocol):
     """Keys and values of rows that grow at their own pace (`dlm.models.cache.RaggedCache`)."""
 
     length_B: Tensor
-    """Positions that each row holds; a call adds all that it reads."""
+    """Positions that each row holds; a forward pass adds all that it reads."""
 
     def trim(self, length_B: Tensor) -> None:
         """Forget every position of a row from its new length on."""
@@ -31,56 +37,78 @@ class RowCache(Protocol):
         """Go on with these rows alone."""
 
 
+@dataclass
+class DrafterMemory:
+    """The KV cache of a draft model, and where the window of each row began when it last read; None before its first pass."""
+
+    cache: RowCache | None = None
+    begin_B: Tensor | None = None
+
+    def join(self, other: DrafterMemory) -> None:
+        """Take in the rows of another memory. ValueError unless both or neither began."""
+        if (self.cache is None) != (other.cache is None):
+            raise ValueError("a drafter knows the rows of one run alone: let them take their first step by themselves")
+        if self.cache is not None and self.begin_B is not None and other.begin_B is not None:
+            self.cache.join(other.cache)
+            self.begin_B = torch.cat([self.begin_B, other.begin_B])
+
+    def keep(self, rows_K: Tensor) -> None:
+        """Go on with these rows alone."""
+        if self.cache is not None and self.begin_B is not None:
+            self.cache.keep(rows_K)
+            self.begin_B = self.begin_B[rows_K]
+
+
 @dataclass(frozen=True)
-class DraftTokens:
-    """What may come next in each row: the first count_B of token_BK, the nodes of the tree that the sampler verifies. logq_BKV: log of what
-    they were drawn from, None if not drawn."""
+class Request:
+    """The draft tokens that are asked for: limit_B at most in each row, nodes of a tree; u_BK: a uniform for each depth, to draw with."""
 
-    token_BK: Tensor
-    count_B: Tensor
-    logq_BKV: Tensor | None = None
+    limit_B: Tensor
+    u_BK: Tensor
+    tree: Tree
+    draw: TokenDraw
+
+    def grow(self, logits_of: Callable[[int, Tensor], Tensor], limit_B: Tensor) -> DraftTokens:
+        """Draft tokens from the logits of what follows a path, as deep in each row as limit_B says (`Tree.grow`)."""
+        token_BK, logq_BKV = self.tree.grow(logits_of, self.draw, self.u_BK, int(limit_B.max()))
+        return DraftTokens(token_BK, self.tree.tables(limit_B.device).count_D[limit_B], logq_BKV)
 
 
 @dataclass(frozen=True)
-class Round:
-    """What a drafter sees after a call of strided decoding. M masks of a group.
+class LastPass:
+    """Outputs of the forward pass that has just verified.
 
-    text_BL: the committed text, known_B columns of it; begin_B: where the window begins that a row is in; most_B: proposals wanted at
-    most; u_BK: a uniform for each, to draw it with; guess_BMX: logits of the group of masks after the text, of the rows in guessed_B, or
-    their hidden states where `Drafter.reads_states`;
-    shape: logits (B, K, V) to the log-probabilities that the sampler draws from; lead(logits, u_BK): the tokens drawn, how far each lies
-    before the second choice in nats, and those log-probabilities, None where the tokens are certain;
-    grow(law, most_B): the proposals that the sampler wants of a law, as of `Tree.grow`; what has no law gives the first
-    token for each place. capacity: positions that a cache of this run needs.
-    cache: what the network has read of the text, all but its last token. memory: what the drafter keeps for its next round. state_BD: the
-    hidden state that the last token was drawn from, where `Drafter.reads_states`.
+    mask_BMX: logits of the group of masks after the committed text, of the rows in masked_B; hidden states where `Drafter.reads_states`.
+    state_BD: the hidden state that the last token was drawn from, where `Drafter.reads_states`.
+    cache: the target's KV cache of the text but for its last token. capacity: positions that a cache of this run needs.
     """
 
-    text_BL: Tensor
-    begin_B: Tensor
-    known_B: Tensor
-    most_B: Tensor
-    u_BK: Tensor
-    guess_BMX: Tensor
-    guessed_B: Tensor
-    shape: Callable[[Tensor], Tensor]
-    lead: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
-    grow: Callable[[Callable[[int, Tensor], Tensor], Tensor], DraftTokens]
-    capacity: int
+    mask_BMX: Tensor
+    masked_B: Tensor
+    state_BD: Tensor | None
     cache: RowCache
-    memory: dict[str, Any]
-    state_BD: Tensor | None = None
+    capacity: int
+
+
+@dataclass(frozen=True)
+class DraftContext:
+    """All that a drafter may draft from; `memory` is its own."""
+
+    text: CommittedText
+    request: Request
+    last: LastPass
+    memory: DrafterMemory = field(default_factory=DrafterMemory)
 
 
 class Drafter(Protocol):
-    """Where the tokens come from that strided decoding verifies; a frozen dataclass, so that it prints and goes into the run record."""
+    """The source of draft tokens; a frozen dataclass, so that it prints and goes into the run record."""
 
     @property
     def reads_states(self) -> bool:
-        """Whether it wants hidden states, of the last token and of the masks that it added to the call, and no logits of those."""
+        """Whether it reads hidden states, of the last token and of the masks that it adds to the forward pass, and no logits of those."""
 
     def groups(self, count_B: Tensor) -> Tensor:
-        """Groups of masks that the next call reads too: after how many of a row's proposals each stands, int64 (B, G)."""
+        """Groups of masks that the next forward pass reads too: after how many draft tokens of a row each stands, int64 (B, G)."""
 
-    def __call__(self, round: Round) -> DraftTokens:
-        """What comes after the committed text, as far as it can tell. The law of what it draws may depend on that text alone."""
+    def __call__(self, context: DraftContext) -> DraftTokens:
+        """Draft tokens after the committed text. Their distribution may depend on that text alone."""
