@@ -32,15 +32,19 @@ SETTINGS: dict[str, Callable[[], list[str]]] = {
     "own_rule": lambda: ["6"],
     "own_noise": lambda: ["200"],
     "own_denoiser": lambda: ["4"],
+    "evaluate_bound": lambda: ["1"],
+    "schedule_search": lambda: ["2", "4"],
     "lossless_draft": lambda: ["24"],
     "serve_openai": lambda: [free_port()],
 }
 PRINTED = {
     "generate_and_watch": "tokens per forward pass",
-    "train_on_your_text": "val_nats",
+    "train_on_your_text": "nats per token after 4 steps",
     "own_rule": "ROMEO:",
     "own_noise": "nats per character, entropy",
     "own_denoiser": "ROMEO:",
+    "evaluate_bound": "blocks of 256",
+    "schedule_search": "best: ",
     "lossless_draft": "The same text from all of them",
     "serve_openai": "ROMEO:",
 }
