@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time each name is imp
     from dlm.workflows.calibrate import calibrate as calibrate
     from dlm.workflows.curse import curse as curse
     from dlm.workflows.evaluate import evaluate as evaluate
+    from dlm.workflows.export import export as export
     from dlm.workflows.fit import fit as fit
     from dlm.workflows.settle import settle as settle
 
@@ -77,6 +78,7 @@ _WHERE = {  # public name: its module, and its name there where that is another;
     "AutoregressiveSampler": "dlm.sampling.autoregressive.plain",
     "Tokenizer": "dlm.text.tokenizer",
     "evaluate": "dlm.workflows.evaluate",
+    "export": "dlm.workflows.export",
     "calibrate": "dlm.workflows.calibrate",
     "curse": "dlm.workflows.curse",
     "settle": "dlm.workflows.settle",

@@ -1,12 +1,28 @@
 """The command line. Verbs import what they need when they run, so that `dlm --help` is quick."""
 
-from dlm.cli import bench, calibrate, catalogue, chat, convert, curse, evaluate, generate, pull, schedule, serve, settle, show, train
+from dlm.cli import (
+    bench,
+    calibrate,
+    catalogue,
+    chat,
+    convert,
+    curse,
+    evaluate,
+    export,
+    generate,
+    pull,
+    schedule,
+    serve,
+    settle,
+    show,
+    train,
+)
 from dlm.cli.app import arrange, main
 
 arrange(
     {
         "Write": ("generate", "chat", "serve", "show"),
-        "Train": ("train", "convert"),
+        "Train": ("train", "convert", "export"),
         "Measure": ("eval", "settle", "curse", "calibrate", "schedule", "bench"),
         "Find": ("list", "samplers", "pull"),
     }
@@ -20,6 +36,7 @@ __all__ = [
     "convert",
     "curse",
     "evaluate",
+    "export",
     "generate",
     "main",
     "pull",
