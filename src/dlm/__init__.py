@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time each name is imp
     from dlm.trajectory import Trajectory as Trajectory
     from dlm.workflows import schedule as schedule
     from dlm.workflows.calibrate import calibrate as calibrate
+    from dlm.workflows.convert import convert as convert
     from dlm.workflows.curse import curse as curse
     from dlm.workflows.evaluate import evaluate as evaluate
     from dlm.workflows.export import export as export
@@ -85,6 +86,7 @@ _WHERE = {  # public name: its module, and its name there where that is another;
     "TrainConfig": "dlm.train.config",
     "fit": "dlm.workflows.fit",
     "schedule": "dlm.workflows.schedule:",
+    "convert": "dlm.workflows.convert",
 }
 __all__ = ["__version__", *_WHERE]
 

@@ -22,6 +22,7 @@ from dlm.errors import InputError
 from dlm.language_model import LanguageModel
 from dlm.train import data, display, objective, state
 from dlm.train.display import Display
+from dlm.train.loop import Progress
 from dlm.workflows.fit import fit
 from train import tiny
 
@@ -165,6 +166,19 @@ def test_a_bar_for_a_terminal(text: Path, tmp_path: Path) -> None:
     assert "12/12" in shown
     assert "eta" in shown
     assert "tokens/s" in shown
+    assert "- nats, - tokens/s" in shown  # before the first line of the log
+    assert "nan" not in shown
+
+
+def test_a_callback_is_told_of_every_step(text: Path, tmp_path: Path) -> None:
+    told: list[Progress] = []
+    fit(tiny.config(text), tmp_path / "run", progress=told.append)
+    steps = [one for one in told if not one.text and not one.logged]
+    assert [one.done for one in steps] == list(range(1, 13))
+    assert {one.total for one in told} == {12}
+    assert [one.nats is None for one in steps] == [True] * 4 + [False] * 8
+    assert [one.done for one in told if one.logged] == [5, 10, 12]
+    assert [one.text.split()[2] for one in told if one.text][1:] == ["validation"] * 3
 
 
 def test_a_preview_may_hold_anything(text: Path, tmp_path: Path) -> None:
@@ -204,7 +218,7 @@ def test_a_preview_may_hold_anything(text: Path, tmp_path: Path) -> None:
         ("estimator=any_order noise=uniform", "uniform noise has no estimator any_order: --set estimator=auto"),
         ("estimator=counted", "masked noise has no estimator counted: --set estimator=auto"),
         ("estimator=counted noise=uniform noise_schedule=log-linear", "does not run from 1 to 0"),
-        ("noise=magic", "unknown noise 'magic'; known: masked, uniform, semantic, hybrid"),
+        ("noise=odd", "unknown noise 'odd'; known: masked, uniform, semantic, hybrid"),
         ("noise=uniform:2", "uniform noise has no setting, got 'uniform:2'"),
         ("noise=hybrid:x", "'x' is no number"),
         ("noise=uniform clusters=groups.json", "uniform noise has no clusters"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dlm.adapters import attach, lora, medusa
 from dlm.adapters.distillation_data import Rows
 from dlm.adapters.objective import LOSSES, Acceptance, acceptance, consistency
-from dlm.errors import InputError
+from dlm.errors import InputError, unknown
 from dlm.models.transformer import Transformer
 from dlm.sampling.autoregressive.draft_length import tokens_per_forward
 from dlm.train import state
@@ -67,7 +67,7 @@ class ConvertConfig:
             if self.init:
                 raise InputError("--init is an adapter to begin with: leave --full and --heads away")
         if self.loss not in LOSSES:
-            raise InputError(f"unknown loss {self.loss!r}; known: {', '.join(LOSSES)}")
+            raise unknown("loss", self.loss, LOSSES)
         for name, low in LEAST.items():
             if not getattr(self, name) >= low:
                 raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")

@@ -84,7 +84,7 @@ def parse(word: str) -> dict[str, Any]:
 
 def make(settings: Mapping[str, Any], vocab_size: int, mask_id: int) -> Process:
     """The process that config.json describes: process, schedule and what that process needs. ValueError says what is wrong."""
-    rest = dict(settings)
+    rest: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}  # JSON has lists
     name, alpha = rest.pop("process", ""), schedule.parse(rest.pop("schedule", "linear"))
     made = _class(name)
     if "clusters" in rest:

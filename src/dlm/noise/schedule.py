@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlm.errors import unknown
 from dlm.protocols import NoiseSchedule
 
 
@@ -152,7 +153,7 @@ def parse(word: str) -> NoiseSchedule:
     """`"cosine"`, or with arguments `"polynomial:3"`, `"geometric:1e-5,20"`. ValueError says what is known."""
     name, _, arguments = word.partition(":")
     if name not in SCHEDULES:
-        raise ValueError(f"unknown noise schedule {name!r}; known: {', '.join(SCHEDULES)}")
+        raise unknown("noise schedule", name, SCHEDULES)
     try:
         return SCHEDULES[name](*(float(a) for a in arguments.split(",") if a))
     except (TypeError, ValueError) as error:

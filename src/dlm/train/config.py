@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
 
-from dlm.errors import InputError
+from dlm.errors import InputError, nearest, unknown
 from dlm.models.config import TransformerConfig
 from dlm.noise import loss, process, schedule
 from dlm.noise.masked import MaskedNoise
@@ -113,7 +113,7 @@ class TrainConfig:
         for word in settings:
             key, equals, value = word.partition("=")
             if not equals or key not in own | net:
-                raise InputError(f"--set {word}: known keys are {', '.join(sorted(own | net))}")
+                raise InputError(f"--set {word}: known keys are {', '.join(sorted(own | net))}{nearest(key, own | net)}")
             try:
                 changes[key] = _parse(value, getattr(self if key in own else self.network, key))
             except ValueError as error:
@@ -138,11 +138,11 @@ class TrainConfig:
 
 def _objective(c: TrainConfig) -> Iterator[str]:
     if c.objective not in OBJECTIVES:
-        yield f"unknown objective {c.objective!r}; known: {', '.join(OBJECTIVES)}"
+        yield str(unknown("objective", c.objective, OBJECTIVES))
     if c.optimizer not in OPTIMISERS:
-        yield f"unknown optimizer {c.optimizer!r}; known: {', '.join(OPTIMISERS)}"
+        yield str(unknown("optimizer", c.optimizer, OPTIMISERS))
     if c.estimator not in ESTIMATORS:
-        yield f"unknown estimator {c.estimator!r}; known: {', '.join(ESTIMATORS)}"
+        yield str(unknown("estimator", c.estimator, ESTIMATORS))
     if c.objective == "autoregressive" and c.network.attention != "causal":
         yield "an autoregressive network that sees the future learns nothing: --set attention=causal"
 
@@ -165,7 +165,7 @@ def _noise(c: TrainConfig) -> Iterator[str]:
     if not isinstance(c.noise, str) and c.noise_schedule != "linear":
         yield f"the {noise} noise that is given has a schedule of its own: leave noise_schedule away"
     if c.head not in HEADS:
-        yield f"unknown head {c.head!r}; known: {', '.join(HEADS)}"
+        yield str(unknown("head", c.head, HEADS))
     if c.clusters != "classes" and c.process != "semantic":
         yield f"{noise} noise has no clusters: --noise semantic, or leave --set clusters={c.clusters} away"
     kind = process.PROCESSES[c.process]

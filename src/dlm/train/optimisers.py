@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from dlm.errors import InputError
+from dlm.errors import unknown
 
 
 def learning_rate(step: int, *, peak: float, steps: int, warmup: int, decay_share: float) -> float:
@@ -55,7 +55,7 @@ OPTIMISERS: dict[str, Callable[[nn.Module, Settings], torch.optim.Optimizer]] = 
 def make(name: str, network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """The optimiser of that name for the parameters that require gradients. InputError for an unknown one."""
     if name not in OPTIMISERS:
-        raise InputError(f"unknown optimizer {name!r}; known: {', '.join(OPTIMISERS)}")
+        raise unknown("optimizer", name, OPTIMISERS)
     return OPTIMISERS[name](network, settings)
 
 

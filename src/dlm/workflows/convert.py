@@ -13,14 +13,13 @@ from dlm.adapters.objective import Acceptance
 from dlm.adapters.train import ConvertConfig
 from dlm.errors import InputError
 from dlm.formats import native
-from dlm.language_model import LanguageModel, load
+from dlm.language_model import LanguageModel
 from dlm.train import state
 from dlm.train.log import Log
 from dlm.train.loop import Loop, Progress, Tell
 from dlm.train.processes import Processes
 from dlm.workflows.fit import shown
-
-FORMAT = 1  # of the record
+from dlm.workflows.inputs import FORMAT, Model, language_model
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Conversion:
 
 
 def convert(
-    model: LanguageModel | str,
+    model: Model,
     data: str | SelfDistillation | Rows,
     out: str | Path,
     *,
@@ -92,7 +91,7 @@ def convert(
     that the model writes itself, or rows. resume, progress, stop_after: as of `dlm.fit`. Raises KeyboardInterrupt after saving when
     interrupted; InputError for a model, data or settings that cannot work.
     """
-    lm = load(model) if isinstance(model, str) else model
+    lm = language_model(model)
     config, out = config or ConvertConfig(), Path(out)
     base = train.Base(lm.name, lm.network, lm.tokenizer.mask_id, _is_autoregressive(lm), lambda path, made: _save_full(lm, path, made))
     config.check(base)

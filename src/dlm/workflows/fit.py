@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm.formats.native import ModelConfig
+from dlm.language_model import LanguageModel
 from dlm.models.transformer import Transformer
 from dlm.text.tokenizer import Tokenizer
 from dlm.train import processes, recipes, setup, state, training
@@ -17,8 +18,7 @@ from dlm.train.display import Display
 from dlm.train.log import Log
 from dlm.train.loop import Loop, Tell
 from dlm.train.processes import Processes
-
-FORMAT = 1  # of the record
+from dlm.workflows.inputs import FORMAT
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,6 @@ def shown(progress: Tell | None, unit: str = "nats per token") -> Iterator[Tell]
 
 def sample(network: Transformer, config: ModelConfig, tokenizer: Tokenizer) -> str:
     """A `preview`: one line of text, so that one sees it learn."""
-    from dlm.language_model import LanguageModel
-
     network.eval()
     text: str = LanguageModel(network, config, tokenizer).generate(max_new_tokens=64, steps=32).text
     return "  " + text.replace("\n", "\u21b5")
