@@ -309,7 +309,7 @@ def test_generate_with_an_adapter(dlm: Dlm, base_dir: Path, masked_dir: Path, te
     assert code == 0, err
     calls = {"autoregressive": 0, "strided:3": 0, "adapted": 0}
     for seed, temperature in ((0, "0"), (1, "1"), (2, "0.7")):
-        base = ("generate", "I sing", "--base", str(base_dir), "--seed", str(seed), "--temperature", temperature, "--json")
+        base = ("generate", "I sing", "--model", str(base_dir), "--seed", str(seed), "--temperature", temperature, "--json")
         made = {}
         for name in calls:
             more = ("--adapter", "adapted", "--sampler", "strided:3") if name == "adapted" else ("--sampler", name)
@@ -317,5 +317,5 @@ def test_generate_with_an_adapter(dlm: Dlm, base_dir: Path, masked_dir: Path, te
             calls[name] += made[name]["forwards"]
         assert made["adapted"]["text"] == made["strided:3"]["text"] == made["autoregressive"]["text"]
     assert calls["adapted"] < calls["strided:3"] < calls["autoregressive"]
-    assert "was made for another base" in dlm.told("generate", "--base", str(masked_dir), "--adapter", "adapted")
-    assert "adapter" in dlm.told("generate", "--base", str(base_dir), "--adapter", "nowhere")
+    assert "was made for another base" in dlm.told("generate", "--model", str(masked_dir), "--adapter", "adapted")
+    assert "adapter" in dlm.told("generate", "--model", str(base_dir), "--adapter", "nowhere")

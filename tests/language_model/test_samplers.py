@@ -131,7 +131,7 @@ BAD: list[tuple[str, str, str]] = [
     ("masked", "--cache dual --guidance 2", "combined"),
     ("masked", "--sampler speculative --cache dual", "speculative"),
     ("masked", "--sampler speculative:0", "draft tokens"),
-    ("masked", "--sampler speculative:x", "speculative:TOKENS,TOLERANCE"),
+    ("masked", "--sampler speculative:x", "speculative:TOKENS:TOLERANCE"),
     ("masked", "--sampler speculative:4,-1", "tolerance"),
     ("masked", "--guidance -1", "guidance"),
     ("masked", "--guidance nan", "guidance"),

@@ -25,7 +25,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_generate_with_a_schedule(dlm: Dlm, family: Path) -> None:
-    base = ("generate", "--heavy", f"{family}/heavy", "--json", "--length", "16", "--steps", "16", "--seed", "4")
+    base = ("generate", "--model", f"{family}/heavy", "--json", "--length", "16", "--steps", "16", "--seed", "4")
     light = ("--light", f"{family}/light")
     text = {}
     for word in ("H", "L", "L4 H8 L4", "L0.25 H0.5 L0.25", "sandwich:0.5"):
@@ -46,7 +46,7 @@ def test_generate_with_a_schedule(dlm: Dlm, family: Path) -> None:
     "sampler", ["first-hitting", "topk", "confidence:0.5", "remdm-cap:0.1", "predictor-corrector:1", "speculative:4", "revoke"]
 )
 def test_every_sampler_takes_a_schedule(dlm: Dlm, family: Path, sampler: str) -> None:
-    words = ("generate", "--heavy", f"{family}/heavy", "--light", f"{family}/light", "--schedule", "L0.5 H0.5", "--json", "--length", "40")
+    words = ("generate", "--model", f"{family}/heavy", "--light", f"{family}/light", "--schedule", "L0.5 H0.5", "--json", "--length", "40")
     code, out, err = dlm(*words, "--sampler", sampler)
     assert code == 0, err
     assert len(json.loads(out.splitlines()[-1])["text"]) == 40
@@ -121,7 +121,7 @@ def test_search_and_auto(dlm: Dlm, family: Path, text_file: Path, tmp_path: Path
     trials = Path("trials.jsonl").read_text()
     assert json.loads(dlm(*words)[1].splitlines()[-1])["rows"] == found["rows"]
     assert Path("trials.jsonl").read_text() == trials  # nothing was measured twice
-    base = ("generate", "--heavy", "heavy", "--length", "16", "--json")
+    base = ("generate", "--model", "heavy", "--length", "16", "--json")
     auto = json.loads(dlm(*base, "--schedule", "auto")[1].splitlines()[-1])["text"]
     steps = str(json.loads(Path("heavy/schedule.json").read_text())["steps"])
     mine = ("--schedule", found["best"], "--light", f"{family}/light", "--steps", steps)
@@ -155,18 +155,18 @@ def test_bad_input(dlm: Dlm, family: Path, text_file: Path) -> None:
     heavy, light, judge = (f"{family}/{name}" for name in ("heavy", "light", "judge"))
     make_model(window=16, context=0, alphabet="abcd").save_pretrained("other")
     make_model(window=32, context=0).save_pretrained("wide")
-    generate = ("generate", "--heavy", heavy, "--light", light, "--schedule")
+    generate = ("generate", "--model", heavy, "--light", light, "--schedule")
     assert "has 1000 steps and the run 16" in dlm.told(*generate, "L125 H750 L125")
     assert "names X; the models are H, L" in dlm.told(*generate, "L0.5 X0.5")
     assert "no schedule 'nonsense'" in dlm.told(*generate, "nonsense")
     assert "belongs to one model" in dlm.told(*generate, "H", "--cache", "prefix")
-    assert "needs --schedule and --light" in dlm.told("generate", "--heavy", heavy, "--schedule", "L0.5 H0.5")
-    assert "run dlm schedule search" in dlm.told("generate", "--heavy", heavy, "--schedule", "auto")
+    assert "needs --schedule and --light" in dlm.told("generate", "--model", heavy, "--schedule", "L0.5 H0.5")
+    assert "run dlm schedule search" in dlm.told("generate", "--model", heavy, "--schedule", "auto")
     for other in ("other", "wide"):
-        assert "another vocabulary or window" in dlm.told("generate", "--heavy", heavy, "--light", other, "--schedule", "L0.5 H0.5")
-    assert "no bidirectional diffusion model" in dlm.told("generate", "--heavy", heavy, "--light", judge, "--schedule", "H")
-    assert "H is heavy itself" in dlm.told("generate", "--heavy", heavy, "--light", f"H={light}", "--schedule", "H")
-    assert "capital letters" in dlm.told("generate", "--heavy", heavy, "--light", f"l={light}", "--schedule", "H")
+        assert "another vocabulary or window" in dlm.told("generate", "--model", heavy, "--light", other, "--schedule", "L0.5 H0.5")
+    assert "no bidirectional diffusion model" in dlm.told("generate", "--model", heavy, "--light", judge, "--schedule", "H")
+    assert "H is heavy itself" in dlm.told("generate", "--model", heavy, "--light", f"H={light}", "--schedule", "H")
+    assert "capital letters" in dlm.told("generate", "--model", heavy, "--light", f"l={light}", "--schedule", "H")
     search = ("schedule", "search", heavy, light, "--judge", judge, "--data", str(text_file))
     assert "unknown search" in dlm.told(*search, "--search", "magic")
     assert "has no steps to schedule" in dlm.told(*search, "--sampler", "speculative:4")

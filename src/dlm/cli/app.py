@@ -6,14 +6,17 @@ spelling works for one version, with a warning that says the new one: `renamed` 
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import math
 import platform
 import re
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -22,6 +25,10 @@ from typer.models import CommandInfo
 
 import dlm
 from dlm.errors import InputError
+
+if TYPE_CHECKING:
+    from dlm.language_model import LanguageModel
+    from dlm.sampling.autoregressive.draft import Draft
 
 app = typer.Typer(
     name="dlm",
@@ -32,6 +39,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 err = Console(stderr=True)
+
+
+def between(low: float, high: float = math.inf) -> Callable[[float | None], float | None]:
+    """A check of an option's value, for its `callback`: without torch, and before any work."""
+
+    def check(value: float | None) -> float | None:
+        if value is not None and not low <= value <= high:
+            limits = f"be at least {low:g}" if high == math.inf else f"lie in {low:g} .. {high:g}"
+            raise typer.BadParameter(f"must {limits}, got {value}")
+        return value
+
+    return check
+
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.", rich_help_panel="Machine")]
 Seed = Annotated[int, typer.Option(help="The same seed on the same machine gives the same output.")]
@@ -50,6 +70,33 @@ Compile = Annotated[
     typer.Option("--compile", help="torch.compile for forward passes of few positions; the first take seconds.", rich_help_panel="Machine"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object.")]
+SAMPLING, DRAFTING = "Sampling", "Speculative decoding (autoregressive models)"  # panels of the help
+TopP = Annotated[
+    float, typer.Option(callback=between(0, 1), help="Keep the likeliest tokens up to this probability.", rich_help_panel=SAMPLING)
+]
+TopK = Annotated[int, typer.Option(callback=between(0), help="Keep this many likeliest tokens; 0: all.", rich_help_panel=SAMPLING)]
+DraftOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        help="Drafter: adapter, ngram, heads, self:int8, self:int4 (quantized weights), or a draft model's directory or name.",
+        rich_help_panel=DRAFTING,
+    ),
+]
+DraftTokens = Annotated[
+    str | None,
+    typer.Option(show_default="auto", help="Draft tokens that a forward pass verifies; auto: as many as pay.", rich_help_panel=DRAFTING),
+]
+DraftTree = Annotated[
+    int, typer.Option(callback=between(0), help="Nodes of a draft tree, of adapter and heads; 0: a chain.", rich_help_panel=DRAFTING)
+]
+Lossless = Annotated[
+    bool, typer.Option("--lossless", help="The drafter that is fastest for this model; the text stays the same.", rich_help_panel=DRAFTING)
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(help="What `dlm convert` made for the model: directory, bundled name, auto.", rich_help_panel=DRAFTING),
+]
 
 
 def _version(asked: bool) -> None:
@@ -142,6 +189,28 @@ def listed(words: str, option: str) -> list[str]:
     return kept
 
 
+def sampler_word(word: str | None) -> str | None:
+    """A sampler with its settings after colons; after commas with a warning."""
+    if word is None or "," not in word:
+        return word
+    new = word.replace(",", ":")
+    warn_old(f"--sampler {word}", f"--sampler {new}")
+    return new
+
+
+def drafting(draft: str | None, tokens: str | None, tree: int) -> Draft | None:
+    """The drafter that --draft, --draft-tokens and --draft-tree mean. InputError for numbers without a drafter."""
+    from dlm.sampling.autoregressive.draft import Draft
+
+    if draft is None:
+        if tokens is not None or tree:
+            raise InputError(f"{'--draft-tree' if tree else '--draft-tokens'} is for a drafter: add --draft ngram, or another one")
+        return None
+    if tokens not in (None, "auto") and not str(tokens).isdecimal():
+        raise InputError(f"--draft-tokens is a whole number or auto, got {tokens!r}")
+    return Draft.parse(draft, tokens=None if tokens in (None, "auto") else int(str(tokens)), tree=tree)
+
+
 SETTING = re.compile(r"[0-9.]+(x[0-9]+)?|auto")  # of a sampler, after a colon
 
 
@@ -161,8 +230,8 @@ def load(
     adapter: Path | list[Path] | None = None,
     deterministic: bool = False,
     compile: bool = False,
-) -> Any:
-    """A LanguageModel. InputError for a device or dtype that is not there, or an adapter of another base."""
+) -> LanguageModel:
+    """InputError for a device or dtype that is not there, or an adapter of another base."""
     import torch
 
     from dlm.language_model import load
@@ -208,6 +277,27 @@ def bar(label: str, total: int) -> Any:
     made = Bar(TextColumn(label), BarColumn(), TimeRemainingColumn(), console=err, disable=not err.is_terminal, transient=True)
     made.add_task("", total=total)
     return made
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells whether Ctrl-C was pressed: work ends between two steps, none is kept by halves. A second one raises
+    KeyboardInterrupt at once."""
+    pressed = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as a shell's background jobs inherit it
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def _group() -> None:
 
 @bench.command(cls=renamed({"--base": "MODEL", "--model": "MODEL", "-m": "MODEL", "--new": "--max-new-tokens"}))
 def decode(
-    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="An autoregressive model.")] = "shakespeare-ar",
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="An autoregressive model.")] = "shakespeare-ar",
     methods: Annotated[
         str, typer.Option(help="Samplers, with commas, or ar, draft, ngram, mtp, isd; the autoregressive baseline comes first.")
     ] = "lookup:4,strided:4",

@@ -15,7 +15,7 @@ from dlm.errors import InputError
 @app.command(cls=renamed(dict.fromkeys(("--base", "--model", "-m"), "MODEL")))
 def chat(
     model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help="A model with a chat template: pulled name, directory, GGUF file, hub id.")
+        str, typer.Argument(metavar="MODEL", help="A model with a chat template: pulled name, directory, GGUF file, hub id.")
     ] = "smollm2-135m",
     system: Annotated[str | None, typer.Option(help="What the model is told first; default: what its template says.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,

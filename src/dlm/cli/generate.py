@@ -6,122 +6,277 @@ import contextlib
 import json
 import re
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from dlm import bundled
-from dlm.cli.app import Deterministic, Device, Dtype, Json, Seed, app, err, fail, load, named_models
+from dlm.cli.app import (
+    SAMPLING,
+    Adapter,
+    Compile,
+    Deterministic,
+    Device,
+    DraftOption,
+    DraftTokens,
+    DraftTree,
+    Dtype,
+    Json,
+    Lossless,
+    Seed,
+    TopK,
+    TopP,
+    app,
+    between,
+    drafting,
+    err,
+    fail,
+    interrupts,
+    load,
+    named_models,
+    renamed,
+    sampler_word,
+)
 from dlm.errors import InputError
-from dlm.sampling import registry
+
+if TYPE_CHECKING:
+    from dlm.language_model import LanguageModel
+    from dlm.language_model.generation import Generation, Run
+    from dlm.language_model.options import DecodingOptions, LayoutKeywords
+
+DEFAULT = "shakespeare-mask"
+TEXT, CONSTRAINTS, SEVERAL, OUTPUT = "Text", "Constraints and guidance", "Several models", "Output"
+SAMPLERS = "How tokens are chosen in each step, as NAME or NAME:SETTING; `dlm samplers` lists them."
 
 
-@app.command()
+@dataclass(frozen=True)
+class Entry:
+    """One run of a comparison: its label, its model, and its sampler where one is named."""
+
+    label: str
+    model: str
+    sampler: str | None
+
+
+@app.command(cls=renamed({"--heavy": "--model", "--base": "--model"}))
 def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to begin with.")] = "",
-    model: Annotated[
-        str, typer.Option("--model", "--heavy", "--base", "-m", help="Bundled name, directory or hub id.")
-    ] = "shakespeare-mask",
-    compare: Annotated[
-        str | None, typer.Option(help="Several at once, side by side: mask,uniform,semantic or MODEL@SAMPLER, with commas.")
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to begin with.")] = "",
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", show_default=DEFAULT, help="Bundled or pulled name, directory, GGUF file, hub id (dlm list)."),
     ] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of the whole text; default: one window.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to add, instead of --length.")] = None,
-    suffix: Annotated[str, typer.Option(help="Text to end with.")] = "",
-    template: Annotated[str | None, typer.Option(help="Text with holes: every _ is one token to fill, \\_ an underscore.")] = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", help="Texts to write, with the seeds SEED, SEED + 1 ...")] = 1,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps for each window.")] = None,
-    sampler: Annotated[str | None, typer.Option(help=registry.help_text())] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0: all.")] = 0,
-    greedy_tail: Annotated[int, typer.Option(help="Last steps that take the likeliest token everywhere (replacement noise).")] = 0,
-    until_settled: Annotated[int, typer.Option(help="Stop once no token has changed for this many steps; 0: never.")] = 0,
-    block_length: Annotated[int | None, typer.Option(help="Fill each window in blocks of this length, from left to right.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="The same, for where no prompt stands before it.")] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(callback=between(1), show_default="one window", help="Tokens of the whole text.", rich_help_panel=TEXT),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(callback=between(1), help="Tokens to add, instead of --length.", rich_help_panel=TEXT)
+    ] = None,
+    suffix: Annotated[str, typer.Option(help="Text to end with.", rich_help_panel=TEXT)] = "",
+    template: Annotated[
+        str | None,
+        typer.Option(help="Text with holes: every _ is one token to fill, \\_ an underscore.", rich_help_panel=TEXT),
+    ] = None,
+    samples: Annotated[
+        int,
+        typer.Option(
+            "--samples", "-n", callback=between(1), help="Texts to write, with the seeds SEED, SEED + 1 ...", rich_help_panel=TEXT
+        ),
+    ] = 1,
+    seed: Seed = 0,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            callback=between(1),
+            show_default="the model's own, else one for each token",
+            help="Denoising steps of each window.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(show_default="the model's own, else ancestral", help=SAMPLERS, rich_help_panel=SAMPLING),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            callback=between(0), show_default="the model's own, else 1", help="0 takes the likeliest token.", rich_help_panel=SAMPLING
+        ),
+    ] = None,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    block_length: Annotated[
+        int | None,
+        typer.Option(callback=between(1), help="Fill each window in blocks of this length, from left to right.", rich_help_panel=SAMPLING),
+    ] = None,
     cache: Annotated[
         str | None,
-        typer.Option(help="prefix | dual | delayed[:8] | drift[:0.1]: what to keep between calls; none: not even what is exact."),
-    ] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens of a window that a long text carries into the next.")] = None,
-    guidance: Annotated[float, typer.Option(help="Above 1 the prompt counts for more than its due; 1: for what it is.")] = 1.0,
-    allow: Annotated[str | None, typer.Option(help="The only characters that may be written.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="A regular expression that the whole text must match (constraints extra).")] = None,
-    budget: Annotated[str | None, typer.Option(help="Of --sampler auto: calls:32 | seconds:2 | bits:0.1 (allowed loss).")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Which model takes which step: 'L0.5 H0.5' | sandwich:0.25 | auto.")] = None,
-    light: Annotated[str | None, typer.Option(help="The smaller model L of a schedule; several: M=NAME,L=NAME.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="What `dlm convert` made for an autoregressive base, for --lossless.")] = None,
-    lossless: Annotated[
-        bool,
         typer.Option(
-            "--lossless",
-            help="The text of plain decoding in fewer calls: with --adapter, else a rounded copy drafts (on a GPU: a bundled one).",
+            show_default="an exact KV cache where the model has one",
+            help="Approximate KV cache of a bidirectional model: prefix, dual, delayed:8, drift:0.1; none: not even an exact one.",
+            rich_help_panel=SAMPLING,
         ),
-    ] = False,
-    seed: Seed = 0,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="See the text settle.")] = False,
-    save: Annotated[Path | None, typer.Option(help="Write the run as a .traj file for `dlm show` and `dlm settle`.")] = None,
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            show_default="the model's own", help="Tokens of a window that a long text carries into the next.", rich_help_panel=SAMPLING
+        ),
+    ] = None,
+    greedy_tail: Annotated[
+        int,
+        typer.Option(
+            callback=between(0), help="Last steps that take the likeliest token everywhere (replacement noise).", rich_help_panel=SAMPLING
+        ),
+    ] = 0,
+    until_settled: Annotated[
+        int,
+        typer.Option(callback=between(0), help="Stop once no token has changed for this many steps; 0: never.", rich_help_panel=SAMPLING),
+    ] = 0,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Of --sampler auto: calls:32, seconds:2 or bits:0.1 (bits per token lost).", rich_help_panel=SAMPLING),
+    ] = None,
+    draft: DraftOption = None,
+    draft_tokens: DraftTokens = None,
+    draft_tree: DraftTree = 0,
+    lossless: Lossless = False,
+    adapter: Adapter = None,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1: none.", rich_help_panel=CONSTRAINTS)] = 1.0,
+    allow: Annotated[str | None, typer.Option(help="The only characters that may be written.", rich_help_panel=CONSTRAINTS)] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(help="A regular expression that the whole text must match (constraints extra).", rich_help_panel=CONSTRAINTS),
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="Runs side by side, with commas: mask,uniform,semantic or MODEL@SAMPLER,MODEL@SAMPLER.", rich_help_panel=SEVERAL),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="Which model takes which step: 'L0.5 H0.5', sandwich:0.25 or auto.", rich_help_panel=SEVERAL),
+    ] = None,
+    light: Annotated[
+        str | None, typer.Option(help="The smaller model L of a schedule; several: M=NAME,L=NAME.", rich_help_panel=SEVERAL)
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="See the text settle.", rich_help_panel=OUTPUT)] = False,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the run as a .traj file for dlm show and dlm settle.", rich_help_panel=OUTPUT)
+    ] = None,
     as_json: Json = False,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     deterministic: Deterministic = False,
+    compile: Compile = False,
 ) -> None:
-    """Write text: continue a prompt, fill holes, or lead to a suffix."""
-    from dlm.language_model.generation import Run
+    """Write text: continue a prompt, fill holes, or lead to a suffix.
 
-    layout: dict[str, Any] = {"length": length, "max_new_tokens": max_new_tokens, "suffix": suffix, "template": template}
-    options: dict[str, Any] = {"steps": steps, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    options |= {"greedy_tail": greedy_tail, "until_settled": until_settled, "block_length": block_length}
-    options |= {"context": context, "guidance": guidance, "allow": allow, "pattern": pattern, "budget": budget}
-    options |= {"schedule": schedule, "light": None if light is None else named_models(light)}
-    options |= {"cache": True if cache is None else cache if cache != "none" else False}
-    if samples < 1 or (samples > 1 and template is not None):
-        raise InputError("--samples counts texts from 1, and a template makes one")
-    if lossless and (sampler is not None or compare is not None):
-        raise InputError("--lossless chooses the sampler: leave --sampler and --compare away")
-    sampler = "lossless" if lossless else sampler
-    runs: dict[str, Run] = {}
-    for label, name, word in _entries(compare, model, sampler):
-        lm = load(name, device, dtype, adapter, deterministic)
-        canvas = lm.canvas(prompt if samples == 1 else [prompt] * samples, **layout)
-        own = options if lm.is_diffusion or compare is None else {k: options[k] for k in ("temperature", "top_p", "top_k")}
-        own = own | {"sampler": word, "budget": budget if compare is None or word == "auto" else None}
-        runs[label or lm.name] = Run(lm, canvas, seed, own)
+    The prompt stands first and the model second, so that a sentence alone is enough; --model names one without a prompt.
+    """
+    from dlm.language_model.options import DecodingOptions
+
+    drafter = drafting(draft, draft_tokens, draft_tree)
+    _check(name, model, sampler, compare, lossless, drafter is not None)
+    if samples > 1 and template is not None:
+        raise InputError("--samples counts texts, and a template makes one: leave one of them away")
+    word = "lossless" if lossless else sampler_word(sampler)
+    options = DecodingOptions(
+        draft=drafter,
+        steps=steps,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        greedy_tail=greedy_tail,
+        until_settled=until_settled,
+        block_length=block_length,
+        cache=True if cache is None else cache if cache != "none" else False,
+        context=context,
+        guidance=guidance,
+        allow=allow,
+        pattern=pattern,
+        budget=budget,
+        schedule=schedule,
+        light=None if light is None else named_models(light),
+    )
+    layout: LayoutKeywords = {"length": length, "max_new_tokens": max_new_tokens, "suffix": suffix, "template": template}
+    entries = _entries(compare, name or model or DEFAULT, word)
+    _hint(prompt, name or model)
+
+    def opened(wanted: str) -> LanguageModel:
+        return load(wanted, device, dtype, adapter, deterministic, compile)
+
+    runs = _runs(entries, opened, [prompt] * samples if samples > 1 else prompt, layout, options, seed)
     paths = _paths(save, list(runs))
     console = Console(stderr=as_json)
     watching = watch and console.is_terminal
-    try:
-        with _watch(runs, console) if watching else _quiet(runs) as update:
-            going = list(runs.values())
-            while going := [run for run in going if run.step() is not None]:
-                update()
-    except KeyboardInterrupt:
-        kept = [(run.trajectory, path) for run, path in zip(runs.values(), paths, strict=False) if len(run.trajectory) > 1]
-        for trajectory, path in kept:
-            trajectory.save(path)
-        told = " and ".join(f"the {len(trajectory) - 1} steps so far are in {path}" for trajectory, path in kept)
-        fail(f"stopped; {told}" if kept else "stopped", 130)
-    for run, path in zip(runs.values(), paths, strict=False):
-        run.trajectory.save(path)
-    if paths:
-        files = " ".join(map(str, paths))
-        err.print(f"saved {files}; see it again with: dlm show {files}", highlight=False, soft_wrap=True)
+    _write(runs, paths, _watch(runs, console) if watching else _quiet(runs))
     _report(runs, watching, as_json)
 
 
-def _entries(compare: str | None, model: str, sampler: str | None) -> list[tuple[str, str, str | None]]:
-    """(label, model, sampler) of every run. `mask` means the bundled sister of `model` of that name."""
+def _check(name: str | None, model: str | None, sampler: str | None, compare: str | None, lossless: bool, drafts: bool) -> None:
+    """InputError for options that do not go together, before anything is loaded."""
+    if name is not None and model is not None:
+        raise InputError(f"the model is given twice, {name} and --model {model}: leave one away")
+    for chooses, option in ((lossless, "--lossless"), (drafts, "--draft")):
+        if chooses and (sampler is not None or compare is not None):
+            raise InputError(f"{option} chooses the sampler: leave --sampler and --compare away")
+    if lossless and drafts:
+        raise InputError("--lossless chooses the drafter: leave --draft away")
+
+
+def _hint(prompt: str, model: str | None) -> None:
+    """A line for those who put the model where the prompt stands."""
+    if model is None and prompt in bundled.models():
+        err.print(
+            f"{prompt} is the prompt here; to write with that model: dlm generate --model {prompt}",
+            style="dim",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _entries(compare: str | None, model: str, sampler: str | None) -> list[Entry]:
+    """Every run. `mask` means the bundled sister of `model` of that name."""
     if compare is None:
-        return [("", model, sampler)]
+        return [Entry("", model, sampler)]
+    known = bundled.models()
     entries = []
     for label in (part.strip() for part in compare.split(",") if part.strip()):
         name, at, word = label.partition("@")
         sister = f"{model.rsplit('-', 1)[0]}-{name}"
-        entries.append((label, sister if name not in bundled.models() and sister in bundled.models() else name, word if at else sampler))
-    if len({label for label, _, _ in entries}) < max(2, len(entries)):
+        entries.append(Entry(label, sister if name not in known and sister in known else name, word if at else sampler))
+    if len({entry.label for entry in entries}) < max(2, len(entries)):
         raise InputError(f"--compare {compare}: name two or more different runs, as in mask,uniform or uniform@refine,uniform@worst")
     return entries
+
+
+def _runs(
+    entries: Sequence[Entry],
+    opened: Callable[[str], LanguageModel],
+    prompt: str | list[str],
+    layout: LayoutKeywords,
+    options: DecodingOptions,
+    seed: int,
+) -> dict[str, Run]:
+    """By label. In a comparison an autoregressive model takes the options that it knows."""
+    from dlm.language_model.generation import Run
+    from dlm.language_model.options import DecodingOptions
+
+    runs = {}
+    for entry in entries:
+        lm = opened(entry.model)
+        own = options
+        if len(entries) > 1 and not lm.is_diffusion:
+            own = DecodingOptions(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, budget=options.budget)
+        if len(entries) > 1 and entry.sampler != "auto":
+            own = replace(own, budget=None)
+        runs[entry.label or lm.name] = Run(lm, lm.canvas(prompt, **layout), seed, dict(vars(replace(own, sampler=entry.sampler))))
+    return runs
 
 
 def _paths(save: Path | None, labels: list[str]) -> list[Path]:
@@ -132,31 +287,66 @@ def _paths(save: Path | None, labels: list[str]) -> list[Path]:
     return [save.with_stem(f"{save.stem}-{re.sub('[^A-Za-z0-9.]+', '-', label).strip('-.')}") for label in labels]
 
 
-def _report(runs: dict[str, Any], watched: bool, as_json: bool) -> None:
+def _write(runs: dict[str, Run], paths: Sequence[Path], view: contextlib.AbstractContextManager[Callable[[], None]]) -> None:
+    """Take turns until all are done, then save. After Ctrl-C the frames so far are saved."""
+    try:
+        with interrupts() as stopped, view as update:
+            going = list(runs.values())
+            while not stopped() and (going := [run for run in going if run.step() is not None]):
+                update()
+            if stopped():
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        _stopped(runs, paths)
+    for run, path in zip(runs.values(), paths, strict=False):
+        run.trajectory.save(path)
+    if paths:
+        files = " ".join(map(str, paths))
+        err.print(f"saved {files}; see it again with: dlm show {files}", highlight=False, soft_wrap=True)
+
+
+def _stopped(runs: dict[str, Run], paths: Sequence[Path]) -> NoReturn:
+    kept = [(run.trajectory, path) for run, path in zip(runs.values(), paths, strict=False) if len(run.trajectory) > 1]
+    for trajectory, path in kept:
+        trajectory.save(path)
+    told = " and ".join(f"the {len(trajectory) - 1} steps so far are in {path}" for trajectory, path in kept)
+    fail(f"stopped; {told}" if kept else "stopped", 130)
+
+
+def _report(runs: dict[str, Run], watched: bool, as_json: bool) -> None:
+    """The texts, a dim line of figures for each, and the record. The live view of a single text has shown both."""
     results = {label: run.results() for label, run in runs.items()}
     for label, rows in results.items():
-        head = f"--- {label}" if len(results) > 1 else "---"
-        for row in rows if not (as_json or (watched and len(rows) == 1)) else ():
-            sys.stdout.write((f"{head}, seed {row.seed}\n" if len(rows) > 1 else f"{head}\n" if len(results) > 1 else "") + row.text + "\n")
+        shown = watched and len(rows) == 1
         for row in rows:
-            if row.steps_saved is not None:
-                err.print(
-                    f"{label}, seed {row.seed}: settled early, {row.steps_saved} steps saved; of {row.tokens} tokens the model "
-                    f"expects {row.expected_edits:.1f} to have changed in them",
-                    highlight=False,
-                )
-            if row.proposed is not None and not (watched and len(rows) == 1):
-                share = f"{row.accepted / row.proposed:.0%} of " if row.proposed else ""
-                rate = f"{row.tokens} tokens in {row.forwards} calls, {row.tokens_per_forward:.1f} a call"
-                facts = f"{label}, {row.sampler}, seed {row.seed}: {rate}; {share}{row.proposed} proposals accepted"
-                err.print(facts, highlight=False, soft_wrap=True)
+            if not as_json and not shown:
+                head = f"--- {label}, seed {row.seed}\n" if len(rows) > 1 else f"--- {label}\n"
+                sys.stdout.write((head if len(rows) > 1 or len(results) > 1 else "") + row.text + "\n")
+        sys.stdout.flush()
+        for row in rows:
+            if not shown or row.steps_saved is not None:
+                err.print(_figures(label, row), style="dim", highlight=False, markup=False, soft_wrap=True)
     if as_json:
         records = [row.record() for rows in results.values() for row in rows]
         print(json.dumps(records[0] if len(records) == 1 else {"runs": records}))
 
 
+def _figures(label: str, row: Generation) -> str:
+    """A line on what was done: tokens, forward passes, seconds, and what was accepted or saved."""
+    passes = f"{row.forwards} forward pass{'es' * (row.forwards != 1)}"
+    facts = f"{label}, {row.sampler}, seed {row.seed}: {row.tokens} tokens in {passes}"
+    facts += f", {row.tokens_per_forward:.1f} a pass, {row.seconds:.1f} s"
+    if row.proposed is not None:
+        share = f"{row.accepted / row.proposed:.0%} of " if row.proposed and row.accepted is not None else ""
+        facts += f"; {share}{row.proposed} draft tokens accepted"
+    if row.steps_saved is not None:
+        facts += f"; settled early, {row.steps_saved} steps saved; of {row.tokens} tokens the model expects {row.expected_edits:.1f} "
+        facts += "to have changed in them"
+    return facts
+
+
 @contextlib.contextmanager
-def _quiet(runs: dict[str, Any]) -> Any:
+def _quiet(runs: dict[str, Run]) -> Iterator[Callable[[], None]]:
     """A bar on the error stream; nothing when that is no terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -169,14 +359,14 @@ def _quiet(runs: dict[str, Any]) -> Any:
         def update() -> None:
             rows = [figures(run.trajectory, row) for run in runs.values() for row in range(len(run.trajectory.free_BT))]
             total, done = sum(row.free for row in rows), sum(row.free * row.share for row in rows)
-            calls = sum(run.trajectory.forwards[-1] for run in runs.values())
-            progress.update(task, total=total, completed=done, description=f"{total} tokens, {calls} network calls")
+            passes = sum(run.trajectory.forwards[-1] for run in runs.values())
+            progress.update(task, total=total, completed=done, description=f"{total} tokens, {passes} forward passes")
 
         yield update
 
 
 @contextlib.contextmanager
-def _watch(runs: dict[str, Any], console: Console) -> Any:
+def _watch(runs: dict[str, Run], console: Console) -> Iterator[Callable[[], None]]:
     """The live view, one pane a run."""
     from dlm.viz.terminal import LiveView
 

@@ -159,7 +159,7 @@ def search(
             f"{found.winner} saved {found.shortfall:.1%}, not {saved:.1%}: its light steps came after the text was done", highlight=False
         )
     if found.file is not None:
-        err.print(f"wrote {found.file}; try: dlm generate --heavy {heavy} --schedule auto", highlight=False, soft_wrap=True)
+        err.print(f"wrote {found.file}; try: dlm generate --model {heavy} --schedule auto", highlight=False, soft_wrap=True)
     if as_json:
         print(dumps(found.record()))
 

@@ -741,7 +741,7 @@ def test_lossless_takes_the_best_that_there_is(dlm: Dlm, autoregressive_dir: Pat
     config = lora.AdapterConfig(rank=2, stride=3, base="x", fingerprint=lora.fingerprint(model.network))
     lora.attach(model.network, config, model.tokenizer.mask_id)
     lora.save_adapter(tmp_path / "adapter", model.network, config)
-    words = ("generate", "ROMEO:", "--base", str(autoregressive_dir), "--max-new-tokens", "40")
+    words = ("generate", "ROMEO:", "--model", str(autoregressive_dir), "--max-new-tokens", "40")
     code, base, _ = dlm(*words)
     assert code == 0
     for options, chosen in (((), "lookup:auto"), (("--adapter", str(tmp_path / "adapter")), "strided:auto")):
