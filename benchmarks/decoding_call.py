@@ -18,7 +18,6 @@ from rich.table import Table
 
 import dlm
 from dlm.evaluation import card
-from dlm.inference import fused
 from dlm.inference.quantized_linear import Int4Linear
 
 PRODUCTS = (
@@ -86,7 +85,7 @@ def main() -> None:
     for mode in args.modes.split(";"):
         dtype, _, how = mode.partition(",")
         lm = dlm.load(args.base, dtype=dtype, compile=how == "compile")
-        network = fused.fuse(lm.network)
+        network = lm.network
         held = min(args.held, lm.window // 2)
         for positions in map(int, args.positions.split(",")):
             call, taken = one_call(network, positions, held), []

@@ -86,7 +86,9 @@ def test_acceptance_rises_and_the_base_stays(dlm: Dlm, base_dir: Path, text: Pat
     assert sorted(p.name for p in Path("out").iterdir()) == ["adapter.json", "adapter.safetensors", "log.jsonl", "training.safetensors"]
 
     base, lm = load(str(base_dir)), attach.with_adapter(load(str(base_dir)), "out")
-    config = lm.network.adapter.config
+    adapter = lora.adapter_of(lm.network)
+    assert adapter is not None
+    config = adapter.config
     assert (config.stride, config.base, config.made["settings"]["steps"]) == (3, "tiny-base", 120)
     assert config.made["accept"] == figures["accept"]
     for seed in (0, 1):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from adapters.test_objective import adapted, batch
 from conftest import make_model
 from dlm import bundled
 from dlm.adapters import attach, lora
+from dlm.adapters.chain import Chain
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel, load
 
@@ -24,19 +27,18 @@ CONFIG = lora.AdapterConfig(rank=4, alpha=8.0)
 
 def test_a_layer_is_its_formula() -> None:
     torch.manual_seed(0)
-    base, adapter = nn.Linear(6, 5), lora.Adapter(CONFIG, 9)
-    layer = lora.LoRALinear.from_base(base, adapter, torch.Generator().manual_seed(0))
+    base, embed = nn.Linear(6, 5), lora.MaskEmbedding(nn.Embedding(10, 6), CONFIG, 9)
+    layer = lora.LoRALinear.from_base(base, CONFIG, torch.Generator().manual_seed(0))
     x, z, pos = torch.randn(2, 3, 6), torch.tensor([[9, 1, 9], [2, 9, 9]]), torch.tensor([[0, 1, 2], [4, 5, 6]])
-    adapter.begin(z, pos)
-    assert torch.equal(layer(x), base(x))  # B is zero
+    masks = embed.mask_tokens(z, pos)
+    assert torch.equal(layer(x, masks), base(x))  # B is zero
     nn.init.normal_(layer.lora_B)
     gate = torch.tensor([[0.0, 0, 1], [0, 1, 1]])[..., None]  # the mask at position 0 is a start token
     expected = base(x) + 8 / 4 * gate * (x @ layer.lora_A.T @ layer.lora_B.T)
-    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(x, masks), expected)
+    assert torch.equal(layer(x), base(x))  # told of no masks
     everywhere = base(x) + 8 / 4 * (x @ layer.lora_A.T @ layer.lora_B.T)
-    torch.testing.assert_close(layer.fuse()(x), everywhere)
-    adapter.begin(z.fill_(9), pos + 1)
-    torch.testing.assert_close(layer(x), everywhere)
+    torch.testing.assert_close(layer(x, embed.mask_tokens(z.fill_(9), pos + 1)), everywhere)
     assert layer.weight is base.weight
     assert layer.to_base().weight is base.weight
 
@@ -75,6 +77,47 @@ def test_greedy_text_is_the_base_s() -> None:
     assert lm.generate("ROMEO", **options).text == base.generate("ROMEO", **options).text
 
 
+@pytest.fixture
+def fast_switching() -> Iterator[None]:
+    """Threads that take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("fast_switching")
+def test_two_threads_decode_with_one_adapted_network() -> None:
+    lm, prompts = adapted(chain=6), ("ROMEO: ", "But soft, what light ")
+
+    def decode(prompt: str) -> tuple[str, int]:
+        found = lm.generate(prompt, sampler="strided:3", max_new_tokens=25, seed=3)
+        return found.text, found.forwards
+
+    alone = [decode(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(decode, prompts * 8))
+    assert together == alone * 8
+
+
+@pytest.mark.usefixtures("fast_switching")
+def test_two_threads_read_masks_and_text_with_one_adapted_network() -> None:
+    lm = adapted()
+    x_BT, _ = batch(lm)
+    z_BT = x_BT.clone()
+    z_BT[:, 5:] = lm.tokenizer.mask_id
+
+    def read(tokens_BT: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits_BTV: Tensor = lm.network(tokens_BT)
+        return logits_BTV
+
+    alone = [read(tokens_BT) for tokens_BT in (x_BT, z_BT)]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(read, [x_BT, z_BT] * 20))
+    assert all(torch.equal(*pair) for pair in zip(together, alone * 20, strict=True))
+
+
 def test_a_fresh_adapter_changes_nothing_and_detaching_leaves_nothing() -> None:
     lm = make_model("autoregressive")
     before, z_BT = deepcopy(lm.network), torch.full((1, 5), lm.tokenizer.mask_id)
@@ -86,7 +129,7 @@ def test_a_fresh_adapter_changes_nothing_and_detaching_leaves_nothing() -> None:
     assert len(lora.adapter_state(lm.network)) == 2 * 2 * 2 + 1
     lora.detach(lm.network)
     assert str(lm.network) == str(before)
-    assert lm.network.adapter is None
+    assert lora.adapter_of(lm.network) is None
 
 
 def test_the_mask_s_row_learns_and_the_embedding_does_not() -> None:
@@ -129,12 +172,21 @@ def test_save_and_load(saved: Path) -> None:
     lm, made = fresh(), adapted()
     config = lora.load_adapter(saved, lm.network, lm.tokenizer.mask_id)
     assert (config.rank, config.alpha, config.targets, config.stride, config.made) == (4, 8.0, lora.TARGETS, 3, {"steps": 7})
-    assert lm.network.adapter.config == config
+    adapter = lora.adapter_of(lm.network)
+    assert adapter is not None
+    assert adapter.config == config
     assert not any(p.requires_grad for p in lm.network.parameters())
     z_BT = torch.full((2, 6), lm.tokenizer.mask_id)
     assert torch.equal(lm.network(z_BT), made.network(z_BT))
     assert torch.equal(attach.with_adapter(fresh(), saved).network(z_BT), lm.network(z_BT))
     assert sorted(p.name for p in saved.iterdir()) == ["adapter.json", "adapter.safetensors"]
+
+
+def chain(lm: LanguageModel) -> Chain:
+    adapter = lora.adapter_of(lm.network)
+    assert adapter is not None
+    assert adapter.chain is not None
+    return adapter.chain
 
 
 def test_a_chain_goes_with_its_adapter(tmp_path: Path) -> None:
@@ -143,17 +195,17 @@ def test_a_chain_goes_with_its_adapter(tmp_path: Path) -> None:
     assert about["fingerprint"] == lora.fingerprint(fresh().network)  # it is no part of the base
     lora.save_adapter(tmp_path, made.network, lora.AdapterConfig(4, 8.0, stride=8, chain=6, **about))
     lm = attach.with_adapter(fresh(), tmp_path)
-    assert made.network.chain is not None
-    assert lm.network.chain is not None
+    own, loaded = chain(made), chain(lm)
     hidden_ND, before_NSD = torch.randn(2, lm.network.config.width), torch.randn(2, 3, lm.network.config.width)
-    assert torch.equal(lm.network.chain(2, hidden_ND, before_NSD), made.network.chain(2, hidden_ND, before_NSD))
-    assert not torch.equal(lm.network.chain(2, hidden_ND, before_NSD), hidden_ND)
+    assert torch.equal(loaded(2, hidden_ND, before_NSD), own(2, hidden_ND, before_NSD))
+    assert not torch.equal(loaded(2, hidden_ND, before_NSD), hidden_ND)
     lora.attach(lm.network, lora.AdapterConfig(4, 8.0, stride=8, chain=6), lm.tokenizer.mask_id)
-    assert torch.equal(lm.network.chain(2, hidden_ND, before_NSD), hidden_ND)  # fresh, it changes nothing
+    assert torch.equal(chain(lm)(2, hidden_ND, before_NSD), hidden_ND)  # fresh, it changes nothing
     attach.begin_with(lm.network, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(*(lora.adapter_state(one.network).values() for one in (lm, made)), strict=True))
     lora.detach(lm.network)
-    assert lm.network.chain is None
+    assert lora.adapter_of(lm.network) is None
+    assert not [name for name, _ in lm.network.named_parameters() if name.startswith("chain.")]
 
 
 def test_bfloat16(saved: Path) -> None:
@@ -237,7 +289,7 @@ def test_what_cannot_be_loaded(saved: Path, damage: str) -> None:
     lm = fresh()
     with pytest.raises(InputError, match=message):
         lora.load_adapter(saved, lm.network, lm.tokenizer.mask_id)
-    assert lm.network.adapter is None
+    assert lora.adapter_of(lm.network) is None
     assert not lora.adapter_state(lm.network)
 
 

@@ -109,7 +109,7 @@ def saved(tmp_path: Path) -> Path:
 def test_save_and_load(saved: Path) -> None:
     lm, made = make_model("autoregressive"), guessing(make_model("autoregressive"))
     assert attach.with_adapter(lm, saved).heads.config == made.config
-    assert lm.network.adapter is None
+    assert lora.adapter_of(lm.network) is None
     for name, parameter in lm.heads.named_parameters():
         assert not parameter.requires_grad
         assert torch.equal(parameter, dict(made.named_parameters())[name].bfloat16().float())
@@ -119,7 +119,9 @@ def test_save_and_load(saved: Path) -> None:
     lora.save_adapter(saved, lm.network, config)  # a directory may hold both
     both = attach.with_adapter(make_model("autoregressive"), saved)
     assert both.heads.config == made.config
-    assert both.network.adapter.config == config
+    adapter = lora.adapter_of(both.network)
+    assert adapter is not None
+    assert adapter.config == config
     low = load_in_bfloat16(saved)
     assert low.heads(low.network(batch(low)[0], logits=False)[:, -1], 2).dtype == torch.bfloat16
 

@@ -70,8 +70,8 @@ def slow(lm: LanguageModel, x: Tensor, free: Tensor, stride: int, phase: int) ->
             begin -= 1
         read = [*x[:begin].tolist(), *(mask_id if free[i] else int(x[i]) for i in range(begin, s + 1))]
         hidden_1D, slot = lm.network(torch.tensor([read]), logits=False)[:, -1], int(free[begin:s].sum())
-        if lm.network.chain is not None:
-            hidden_1D = lm.network.chain(slot, hidden_1D, lm.network.embed.weight[x[None, s - slot : s + 1]])
+        if (adapter := lora.adapter_of(lm.network)) is not None and adapter.chain is not None:
+            hidden_1D = adapter.chain(slot, hidden_1D, lm.network.embed.weight[x[None, s - slot : s + 1]])
         logq = lm.network.head(hidden_1D)[0, :mask_id].log_softmax(-1)
         logp = lm.network(x[None, : s + 1])[0, -1, :mask_id].log_softmax(-1)
         found.append((slot, logp, logq, int(x[s + 1])))
@@ -159,7 +159,7 @@ def test_the_teacher_of_a_mask_is_the_clean_row_beside_it() -> None:
     """A network that says at every row what it read there last: mask s then learns from the token at s, which says s + 1."""
 
     class Echo(torch.nn.Module):
-        head, chain = torch.nn.Linear(6, 6, bias=False), None
+        head = torch.nn.Linear(6, 6, bias=False)
 
         def forward(self, z_BQ: Tensor, **pattern: object) -> Tensor:
             length = z_BQ.shape[1] // 2

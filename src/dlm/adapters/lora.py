@@ -1,4 +1,4 @@
-"""Gated LoRA: an adapter that acts where the input is MASK and nowhere else, so that what a base says of text stays to the bit.
+"""Gated LoRA: an adapter that acts where the input is MASK and nowhere else, so that the base's logits of text stay bitwise identical.
 
 Hu et al. 2106.09685 with the gate of Samragh et al. 2507.11851 and of R-ISD (I-DLM, arXiv 2604.11035). In a causal network no text
 reads a mask after it: keys, values and logits of text are those of the base. A mask at position 0 is none: our own autoregressive
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from dlm.adapters import files
 from dlm.adapters.chain import Chain
 from dlm.errors import InputError
-from dlm.models.block import version
+from dlm.models.block import Embedding, Linear, LowRank, MaskTokens
 from dlm.models.transformer import Transformer
 
 TARGETS = ("q", "k", "v", "out", "up", "down", "gate")  # linear layers of a block; not every network has a gate
@@ -55,97 +54,41 @@ class AdapterConfig:
             raise InputError(f"adapter targets are some of {', '.join(TARGETS)}; got {', '.join(self.targets) or 'none'}")
 
 
-class Adapter:
-    """What every adapted layer of a network shares: the settings, and where the masks stand in the present call."""
+class LoRALinear(Linear):
+    """y = W x, and at mask tokens y = W x + alpha / R * B A x. W is the base's own; A (R, I) and B (O, R) are float32, B begins at zero."""
 
-    def __init__(self, config: AdapterConfig, mask_id: int) -> None:
-        self.config, self.mask_id = config, mask_id
-        self.masks_M: Tensor | None = None  # places of the masks in the flattened (B, Q); None without any
-        self.alone = False  # nothing but masks is read
-        self.gate_BQ1 = torch.zeros(0)  # 1.0 at masks, for compiled blocks
-        self.joined = False  # its layers have met `adapt_together`, which compiled blocks rely on
-
-    def begin(self, z_BQ: Tensor, pos_BQ: Tensor) -> None:
-        """Called by the network before it reads z at these positions."""
-        gate_BQ = (z_BQ == self.mask_id) & (pos_BQ > 0)
-        masks_M, self.gate_BQ1 = gate_BQ.flatten().nonzero().squeeze(-1), gate_BQ[..., None].float()
-        self.masks_M, self.alone = masks_M if len(masks_M) else None, len(masks_M) == z_BQ.numel()
-
-
-class LoRALinear(nn.Linear):
-    """y = W x, and at masks y = W x + alpha / R * B A x. W is the base's own; A (R, I) and B (O, R) are float32, B begins at zero."""
-
-    def __init__(self, inputs: int, outputs: int, bias: bool, adapter: Adapter) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool, config: AdapterConfig) -> None:
         super().__init__(inputs, outputs, bias, device="meta")
-        self.adapter = adapter
-        rank = adapter.config.rank
-        self.scale = adapter.config.alpha / rank
-        self.lora_A, self.lora_B = nn.Parameter(torch.empty(rank, inputs)), nn.Parameter(torch.zeros(outputs, rank))
+        self.scale = config.alpha / config.rank
+        self.lora_A, self.lora_B = nn.Parameter(torch.empty(config.rank, inputs)), nn.Parameter(torch.zeros(outputs, config.rank))
 
     @classmethod
-    def from_base(cls, base: nn.Linear, adapter: Adapter, rng: torch.Generator | None = None) -> LoRALinear:
+    def from_base(cls, base: nn.Linear, config: AdapterConfig, rng: torch.Generator | None = None) -> LoRALinear:
         """Around the weights of `base`, which both then hold. rng: of A, on the CPU."""
-        self = cls(base.in_features, base.out_features, base.bias is not None, adapter)
+        self = cls(base.in_features, base.out_features, base.bias is not None, config)
         self.weight, self.bias = base.weight, base.bias
         with torch.no_grad():
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=rng)
-        return self if base.weight is None else self.to(base.weight.device)  # quantised: the weights are elsewhere, on the CPU
+        return self if base.weight is None else self.to(base.weight.device)  # quantized: the weights are elsewhere, on the CPU
 
-    def to_base(self) -> nn.Linear:
+    def to_base(self) -> Linear:
         """The layer without its adapter, around the same weights."""
-        return self._linear(self.weight)
-
-    @torch.no_grad()
-    def fuse(self) -> nn.Linear:
-        """A layer that does everywhere what this one does at masks: W + alpha / R * B A, in the base's dtype."""
-        weight = self.weight + self.scale * (self.lora_B @ self.lora_A)
-        return self._linear(nn.Parameter(weight.to(self.weight.dtype), requires_grad=False))
-
-    def _linear(self, weight: Tensor) -> nn.Linear:
-        base = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        base.weight, base.bias = cast(nn.Parameter, weight), self.bias
+        base = Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        base.weight, base.bias = self.weight, self.bias
         return base
 
-    def forward(self, x_BQI: Tensor) -> Tensor:
-        return self.adapt(x_BQI, super().forward(x_BQI))
+    @property
+    def low_rank(self) -> LowRank:
+        return LowRank(self.lora_A, self.lora_B, self.scale)
 
-    def adapt(self, x_BQI: Tensor, y_BQO: Tensor) -> Tensor:
-        """W x with the adapter's part added at masks."""
-        masks_M = self.adapter.masks_M
-        if masks_M is None:
+    def adapt(self, x_BQI: Tensor, y_BQO: Tensor, mask_tokens: MaskTokens | None) -> Tensor:
+        if mask_tokens is None:
             return y_BQO
-        if self.adapter.alone:
+        if mask_tokens.alone:
             return y_BQO + F.linear(F.linear(x_BQI, self.lora_A.to(x_BQI.dtype)), self.scale * self.lora_B.to(x_BQI.dtype))
-        x_MI = x_BQI.flatten(0, -2).index_select(0, masks_M)
+        x_MI = x_BQI.flatten(0, -2).index_select(0, mask_tokens.index_M)
         delta_MO = F.linear(F.linear(x_MI, self.lora_A.to(x_MI.dtype)), self.lora_B.to(x_MI.dtype))
-        return y_BQO.flatten(0, -2).index_add(0, masks_M, delta_MO, alpha=self.scale).view_as(y_BQO)
-
-    def adapt_together(self, layers: Sequence[nn.Linear], product: Any, x_BQI: Tensor, y_BQO: Tensor) -> Tensor:
-        """What `adapt` does to each of the layers, whose outputs stand side by side in y: two products for all of them.
-
-        product: keeps their matrices, as long as the adapter stays as it is.
-        """
-        masks_M = self.adapter.masks_M
-        if masks_M is None:
-            return y_BQO
-        if torch.compiler.is_compiling():  # of few positions: all are adapted, which counts at masks
-            *_, lora_A, lora_B = product.low_rank
-            return y_BQO + self.adapter.gate_BQ1.to(y_BQO.dtype) * F.linear(F.linear(x_BQI, lora_A), lora_B)
-        self.adapter.joined = True
-        adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
-        low = [matrix for layer in adapted for matrix in (layer.lora_A, layer.lora_B)]
-        known = getattr(product, "low_rank", None)
-        if known is None or [*map(id, known[0])] != [*map(id, low)] or known[1] != version(low):
-            lora_A = torch.cat([layer.lora_A for layer in adapted])
-            lora_B = torch.block_diag(  # type: ignore[no-untyped-call]
-                *(layer.scale * layer.lora_B if layer in adapted else self.lora_B.new_zeros(layer.out_features, 0) for layer in layers)
-            )
-            product.low_rank = low, version(low), lora_A.to(x_BQI.dtype), lora_B.to(x_BQI.dtype)
-        *_, lora_A, lora_B = product.low_rank
-        if self.adapter.alone:
-            return y_BQO + F.linear(F.linear(x_BQI, lora_A), lora_B)
-        delta_MO = F.linear(F.linear(x_BQI.flatten(0, -2).index_select(0, masks_M), lora_A), lora_B)
-        return y_BQO.flatten(0, -2).index_add(0, masks_M, delta_MO).view_as(y_BQO)
+        return y_BQO.flatten(0, -2).index_add(0, mask_tokens.index_M, delta_MO, alpha=self.scale).view_as(y_BQO)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """A network's state is its base's: the adapter has files of its own."""
@@ -153,49 +96,71 @@ class LoRALinear(nn.Linear):
         del destination[prefix + "lora_A"], destination[prefix + "lora_B"]
 
 
-class MaskEmbedding(nn.Embedding):
-    """The base's embedding with a row of the adapter's own (float32, begun as the base's) in place of the mask's."""
+class MaskEmbedding(Embedding):
+    """The base's embedding with a row of the adapter's own (float32, begun as the base's) in place of the mask's.
 
-    def __init__(self, base: nn.Embedding, adapter: Adapter) -> None:
+    It finds the mask tokens of a forward pass, which every adapted layer is then told.
+    """
+
+    def __init__(self, base: nn.Embedding, config: AdapterConfig, mask_id: int) -> None:
         super().__init__(base.num_embeddings, base.embedding_dim, device="meta")
-        self.weight, self.adapter = base.weight, adapter
-        self.mask_row = nn.Parameter(base.weight[adapter.mask_id].detach().float().clone())
+        self.weight, self.config, self.mask_id = base.weight, config, mask_id
+        self.mask_row = nn.Parameter(base.weight[mask_id].detach().float().clone())
 
-    def to_base(self) -> nn.Embedding:
-        base = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
+    def to_base(self) -> Embedding:
+        """The embedding without the adapter's row, around the same weights."""
+        base = Embedding(self.num_embeddings, self.embedding_dim, device="meta")
         base.weight = self.weight
         return base
 
-    def forward(self, z_BQ: Tensor) -> Tensor:
+    def mask_tokens(self, z_BQ: Tensor, pos_BQ: Tensor) -> MaskTokens | None:
+        gate_BQ = (z_BQ == self.mask_id) & (pos_BQ > 0)
+        index_M = gate_BQ.flatten().nonzero().squeeze(-1)
+        return MaskTokens(index_M, gate_BQ[..., None].float(), len(index_M) == z_BQ.numel(), self) if len(index_M) else None
+
+    def forward(self, z_BQ: Tensor, mask_tokens: MaskTokens | None = None) -> Tensor:
         x_BQD = super().forward(z_BQ)
-        masks_M = self.adapter.masks_M
-        if masks_M is None:
+        if mask_tokens is None:
             return x_BQD
-        if self.adapter.alone:
+        if mask_tokens.alone:
             return self.mask_row.to(x_BQD.dtype).expand_as(x_BQD)
-        rows_MD = self.mask_row.to(x_BQD.dtype).expand(len(masks_M), -1)
-        return x_BQD.flatten(0, 1).index_copy(0, masks_M, rows_MD).view_as(x_BQD)
+        rows_MD = self.mask_row.to(x_BQD.dtype).expand(len(mask_tokens.index_M), -1)
+        return x_BQD.flatten(0, 1).index_copy(0, mask_tokens.index_M, rows_MD).view_as(x_BQD)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[prefix + "mask_row"]
 
 
-def attach(network: Transformer, config: AdapterConfig, mask_id: int, *, seed: int = 0) -> Adapter:
+@dataclass(frozen=True)
+class Adapter:
+    """What is attached to a network; its state is in the network's modules."""
+
+    config: AdapterConfig
+    mask_id: int
+    chain: Chain | None
+
+
+def adapter_of(network: Transformer) -> Adapter | None:
+    """The adapter that is attached to a network, if there is one."""
+    parts = dict(network.named_children())
+    embed, chain = parts.get("embed"), cast(Chain | None, parts.get("chain"))
+    return Adapter(embed.config, embed.mask_id, chain) if isinstance(embed, MaskEmbedding) else None
+
+
+def attach(network: Transformer, config: AdapterConfig, mask_id: int, *, seed: int = 0) -> None:
     """Put a fresh adapter, which changes nothing yet, into every block and freeze the base; a former adapter goes."""
     detach(network)
     network.requires_grad_(False)
-    adapter, rng = Adapter(config, mask_id), torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     for block in network.blocks:
         for part in (block.attention, block.mlp):
             for name in config.targets:
                 if isinstance(layer := getattr(part, name, None), nn.Linear):
-                    setattr(part, name, LoRALinear.from_base(layer, adapter, rng))
-    network.embed = MaskEmbedding(network.embed, adapter)
-    network.adapter = adapter
+                    setattr(part, name, LoRALinear.from_base(layer, config, rng))
+    network.embed = MaskEmbedding(network.embed, config, mask_id)
     if config.chain:
-        network.chain = Chain(config.stride - 1, network.config.width, config.chain, rng).to(network.device)
-    return adapter
+        network.add_module("chain", Chain(config.stride - 1, network.config.width, config.chain, rng).to(network.device))
 
 
 def detach(network: Transformer) -> None:
@@ -204,7 +169,8 @@ def detach(network: Transformer) -> None:
         for name, child in list(module.named_children()):
             if isinstance(child, LoRALinear | MaskEmbedding):
                 setattr(module, name, child.to_base())
-    network.adapter = network.chain = None
+    if hasattr(network, "chain"):
+        del network.chain
 
 
 def adapter_state(network: Transformer) -> dict[str, Tensor]:
@@ -218,12 +184,13 @@ def adapter_state(network: Transformer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fingerprint(network: Transformer) -> str:
-    """sha256 over names, shapes and bytes of the base's weights, 64 hex digits; an adapter does not count.
+    """sha256 over names, shapes and bytes of the base's weights, 64 hex digits; an adapter does not count. InputError for a network whose
+    weights are quantized.
 
     In bfloat16, so that a base loaded in float32 and in bfloat16 is the same base.
     """
     if network.quantized:
-        raise InputError("the weights are rounded to int8, and an adapter names those before: load both at once, with --adapter")
+        raise InputError("the weights are quantized, and an adapter names those before: load both at once, with --adapter")
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         if name == "head.weight" and network.config.tied:

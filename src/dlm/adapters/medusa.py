@@ -56,7 +56,7 @@ class Heads(nn.Module):
 
     def forward(self, hidden_BD: Tensor, count: int) -> Tensor:
         """Logits (B, K, V) of the first `count` heads."""
-        return self._base[0].read_out(self.states(hidden_BD, count), coarsely=True)
+        return self._base[0].read_out(self.states(hidden_BD, count), draft=True)
 
 
 def foresight(

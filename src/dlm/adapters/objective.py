@@ -16,9 +16,11 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from dlm.adapters.chain import Chain
 from dlm.adapters.divergence import divergence
+from dlm.adapters.lora import adapter_of
 from dlm.models.cache import TextCache
 from dlm.models.transformer import Transformer
 
@@ -79,9 +81,10 @@ def consistency(
     slot_BPT = torch.stack([slots(free_BT, stride, phase_B) for phase_B in phase_BP.T], 1)
     slot_M = slot_BPT.transpose(1, 2)[scored_BT].flatten()
     of_M = torch.arange(len(rows_N), device=x_BT.device).repeat_interleave(phases)
-    if network.chain is not None:
+    adapter = adapter_of(network)
+    if adapter is not None and adapter.chain is not None:
         place_M = scored_BT.flatten().nonzero().squeeze(-1)[of_M]
-        hidden_MD = _chained(network, hidden_MD, x_BT.flatten(), place_M, slot_M, stride - 1)
+        hidden_MD = _chained(network, adapter.chain, hidden_MD, x_BT.flatten(), place_M, slot_M, stride - 1)
     next_BT, weight_VD = x_BT.roll(-1, 1), network.head.weight[:mask_id]
     accept_M = agree_M = None
     if how == "kl" or measure:
@@ -109,12 +112,12 @@ def _row_means(value_M: Tensor, row_M: Tensor, rows: int) -> Tensor:
     return sums(value_M, row_M, rows) / torch.bincount(row_M, minlength=rows).clamp(min=1)
 
 
-def _chained(network: Transformer, hidden_MD: Tensor, x_N: Tensor, place_M: Tensor, slot_M: Tensor, count: int) -> Tensor:
+def _chained(network: Transformer, chain: Chain, hidden_MD: Tensor, x_N: Tensor, place_M: Tensor, slot_M: Tensor, count: int) -> Tensor:
     """What the network's chain makes of masks in `count` slots at these places of text x, given the tokens that masks stand for."""
     for slot in range(count):
         at_N = (slot_M == slot).nonzero().squeeze(-1)
         before_NS = x_N[place_M[at_N, None] + torch.arange(-slot, 1, device=x_N.device)]
-        chained_ND = cast(nn.Module, network.chain)(slot, hidden_MD[at_N], F.embedding(before_NS, network.embed.weight))
+        chained_ND = chain(slot, hidden_MD[at_N], F.embedding(before_NS, network.embed.weight))
         hidden_MD = hidden_MD.index_copy(0, at_N, chained_ND)
     return hidden_MD
 

@@ -197,12 +197,9 @@ def _networks(models: dict[str, Any], label: str) -> list[Any]:
 
 def _weights(*networks: Any) -> int:
     """Bytes of their tensors, those that share memory counted once."""
-    from dlm.inference import packed
+    from dlm.inference.preparation import held_bytes
 
-    tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers(), *(network.turns or ()))]
-    modules = [module for network in networks for module in network.modules()]
-    second = sum(part.numel() * part.element_size() for module in modules for part in packed.second_layout(module))
-    return int(second + sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
+    return held_bytes(*networks)
 
 
 def _cache(lm: Any, label: str, rows: int, length: int) -> int:

@@ -1,4 +1,7 @@
-"""Blocks compiled by torch.compile for forward passes of few positions over a KV cache."""
+"""Blocks compiled by torch.compile for forward passes of few positions over a KV cache.
+
+Shapes: B batch, Q positions, D width, G kv heads, T capacity of the cache, K head dimension.
+"""
 
 from __future__ import annotations
 
@@ -6,76 +9,129 @@ import itertools
 import os
 import shutil
 import types
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlm.errors import InputError
-from dlm.inference.fused import fuse
-from dlm.models.block import Block
+from dlm.inference.fused import fuse, fused_layers
+from dlm.models.block import Block, Blocks, ForwardPass, MaskTokens
 from dlm.models.cache import Memory
 from dlm.models.transformer import Transformer
 
-TOGETHER = 5  # blocks that are compiled as one at most: starting a graph takes time, compiling a large one far more
+BLOCKS_PER_GRAPH = 5  # at most: starting a graph takes time, compiling a large one far more
+POSITIONS = 16  # of a forward pass at most, rows times positions, for which blocks are compiled
 
 
 def compile(network: Transformer) -> Transformer:
-    """Compile the blocks for calls of decoding, of few positions: most of their time goes into many small operations.
+    """Replace the blocks by compiled ones, in place: in decoding, most time goes into many small operations.
 
-    The first call of a shape then takes seconds. The weights and the adapter have to stay as they are from here on: nothing but the
+    The first forward pass of a shape takes seconds. The weights and the adapter have to stay as they are from here on: nothing but the
     shape of the input is checked before a compiled block is used, since a check of everything costs as much as it saves.
     """
     if network.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
         raise InputError("a network is compiled with a C++ compiler, and there is none: install g++, or decode without compiling")
-    network.compiled = CompiledBlocks(len(network.blocks))
-    return fuse(network)
+    fuse(network)
+    network.blocks = CompiledBlocks(network.blocks)
+    return network
 
 
-class CompiledBlocks:
-    """All blocks of one network over a cache. An adapter that acts has a compilation of its own, for nothing else tells them apart."""
+class CompiledBlocks(Blocks):
+    """`Blocks`, compiled for decoding. An adapter that acts has a compilation of its own, for nothing else tells them apart."""
 
-    def __init__(self, layers: int) -> None:
-        self.options: dict[str, Any] = {
-            "guard_filter_fn": lambda guards: [g.guard_type == "SHAPE_ENV" or g.name in ("L['x']", "x") for g in guards],
-            "size_asserts": False,
-        }
-        self.made: dict[Any, Any] = {}
-        self.together = next(n for n in range(TOGETHER, 0, -1) if layers % n == 0)  # no graph is made for a rest
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        super().__init__(blocks)
+        self.train(next(iter(self)).training)
+        self.together = next(n for n in range(BLOCKS_PER_GRAPH, 0, -1) if len(self) % n == 0)  # no graph is made for a rest
+        self.plain = _compile()
+        self.adapted: weakref.WeakKeyDictionary[nn.Module, Callable[..., Tensor]] = weakref.WeakKeyDictionary()  # by adapter
 
-    def __call__(
-        self, network: Transformer, x: Tensor, cos: Tensor, sin: Tensor, memory: Memory, span: tuple[int, int], mask: Tensor | None
-    ) -> Tensor:
-        """x after them, new positions in this span of the memory."""
-        adapter = network.adapter if network.adapter is not None and network.adapter.masks_M is not None else None
-        if adapter not in self.made:
-            self.made[adapter] = torch.compile(_own(_over), fullgraph=True, options=self.options)
+    def forward(self, x: Tensor, forward_pass: ForwardPass) -> Tensor:
+        cache, few = forward_pass.cache, x.shape[0] * x.shape[1] <= POSITIONS
+        span = None
+        if few and isinstance(cache, Memory) and not forward_pass.is_causal and not torch.is_grad_enabled():
+            span = cache.span(x.shape[1])
+        if span is None or not isinstance(cache, Memory):
+            return super().forward(x, forward_pass)
+        return self.over(x, forward_pass, cache, span)
+
+    def over(self, x: Tensor, forward_pass: ForwardPass, memory: Memory, span: tuple[int, int]) -> Tensor:
+        """x (B, Q, D) after the blocks, new positions in this span of the memory."""
+        cos, sin, mask, _, _, mask_tokens = forward_pass
+        assert mask is None or isinstance(mask, Tensor)
+        run = self.plain if mask_tokens is None else self._adapted(mask_tokens, x.dtype)
         kept, slot_Q, mask_B1QT = memory.whole(*span, mask)
         cos, sin = (turn.expand(len(x), -1, -1, -1).contiguous() for turn in (cos, sin))  # of one layout, which is not checked either
         torch._dynamo.mark_dynamic(mask_B1QT, 3)  # one compilation for memories of any length
         if x.shape[1] > 1:  # and for any number of positions, which guards of x hold together
-            gates = [] if adapter is None else [(adapter.gate_BQ1, 1)]
+            gates = [] if mask_tokens is None else [(mask_tokens.gate_BQ1, 1)]
             for tensor, axis in [(x, 1), (cos, 2), (sin, 2), (slot_Q, 0), (mask_B1QT, 2), *gates]:
                 torch._dynamo.maybe_mark_dynamic(tensor, axis)
         for tensor in itertools.chain.from_iterable(kept):
             if not hasattr(tensor, "_dynamo_dynamic_indices"):
                 torch._dynamo.mark_dynamic(tensor, 2)
-        blocks = list(network.blocks)
+        blocks, gate = list(self), None if mask_tokens is None else mask_tokens.gate_BQ1
         for first in range(0, len(blocks), self.together):
             some = slice(first, first + self.together)
-            x = self.made[adapter](blocks[some], x, cos, sin, kept[some], slot_Q, mask_B1QT)
+            x = run(blocks[some], x, cos, sin, kept[some], slot_Q, mask_B1QT, gate)
         return x
+
+    def _adapted(self, mask_tokens: MaskTokens, dtype: torch.dtype) -> Callable[..., Tensor]:
+        """The compilation for this adapter, whose joined matrices it reads as they are now."""
+        if mask_tokens.adapter not in self.adapted:
+            for fused, layers in fused_layers(self):
+                if any(layer.low_rank is not None for layer in layers):
+                    fused.join_low_rank(layers, dtype)
+            self.adapted[mask_tokens.adapter] = _compile()
+        return self.adapted[mask_tokens.adapter]
 
 
 def _over(
-    blocks: Sequence[Block], x: Tensor, cos: Tensor, sin: Tensor, kept: Sequence[tuple[Tensor, Tensor]], slot_Q: Tensor, mask_B1QT: Tensor
+    blocks: Sequence[Block],
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kept: Sequence[tuple[Tensor, Tensor]],
+    slot_Q: Tensor,
+    mask_B1QT: Tensor,
+    gate_BQ1: Tensor | None,
 ) -> Tensor:
+    """`Blocks` over the whole memory of a cache, keys and values (B, G, T, K), of which the new ones take these slots.
+
+    mask: added to the scores.
+    """
+    mask_tokens = None if gate_BQ1 is None else MaskTokens(gate_BQ1, gate_BQ1, False, blocks[0])  # the gate is all that is read
     for block, own in zip(blocks, kept, strict=True):
-        x = block.over(x, cos, sin, own, slot_Q, mask_B1QT)
+        attention: Any = block.attention
+        q, *new = attention.heads(block.attention_norm(x), cos, sin, mask_tokens)
+        for kept_BGTK, new_BGQK in zip(own, new, strict=True):
+            kept_BGTK.index_copy_(2, slot_Q, new_BGQK)
+        one = x.shape[1] == 1 and x.device.type == "cpu"
+        read = attend_alone(q, *own, mask_B1QT) if one else attention.attend(q, *own, mask_B1QT, False)
+        x = x + block.dropout(attention.project_out(read, mask_tokens))
+        x = x + block.dropout(block.mlp(block.mlp_norm(x), mask_tokens))
     return x
 
 
-def _own(function: Any) -> Any:
-    """A copy with code of its own, by which torch.compile knows it: another network must not find what was compiled for this one."""
-    return types.FunctionType(function.__code__.replace(co_name=function.__name__), function.__globals__)
+def attend_alone(q_BH1K: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_B11T: Tensor) -> Tensor:
+    """`attention.attend` for one query, without products: compiled they are two loops, where the kernel takes as long to begin as to read.
+
+    mask: added to the scores.
+    """
+    q_BGR1K = torch.unflatten(q_BH1K.float() * q_BH1K.shape[-1] ** -0.5, 1, (k_BGTK.shape[1], -1))
+    scores_BGRT = (q_BGR1K * k_BGTK[:, :, None]).sum(-1) + mask_B11T
+    read_BGRK = (scores_BGRT.softmax(-1)[..., None] * v_BGTK[:, :, None]).sum(-2)
+    return read_BGRK.flatten(1, 2)[:, :, None].to(q_BH1K.dtype)
+
+
+def _compile() -> Callable[..., Tensor]:
+    """`_over`, compiled by itself: another network must not find what was compiled for this one."""
+    code = _over.__code__.replace(co_name=_over.__name__)  # torch.compile knows a function by its code
+    options: dict[str, Any] = {
+        "guard_filter_fn": lambda guards: [g.guard_type == "SHAPE_ENV" or g.name in ("L['x']", "x") for g in guards],
+        "size_asserts": False,
+    }
+    return torch.compile(types.FunctionType(code, _over.__globals__), fullgraph=True, options=options)

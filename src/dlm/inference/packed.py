@@ -1,4 +1,4 @@
-"""Weights that are held once more in a layout of oneDNN, in which products of several rows take less time. CPU only."""
+"""Weights prepacked for oneDNN: a second copy in its blocked layout, in which products of several rows take less time. CPU only."""
 
 from __future__ import annotations
 
@@ -8,66 +8,70 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-ROWS = 16  # that the layout is made for
-NUMBERS = itertools.count()
+PACKED_FOR_ROWS = 16  # rows of a product that the layout is chosen for
+SERIALS = itertools.count()
 
 
-class TwoLayouts(nn.Module):
-    """A linear layer that makes the second layout when it is first wanted, and anew when its weights change."""
+class PrepackedLinear(nn.Module):
+    """A linear layer that prepacks its weights when they are first wanted so, and anew when they change."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.packs = False  # whether memory allows it
-        self.laid_out: tuple[Tensor, int] | None = None  # and the version of the weights that it was made of
-        self.register_buffer("number", torch.tensor(next(NUMBERS)), persistent=False)  # a graph may hold this, but no layer
-        LAYERS[int(self.number)] = self
+        self.packs = False  # whether memory allows a second copy
+        self.prepacked: tuple[Tensor, int] | None = None  # and the version of the weights that it was made of
+        self.register_buffer("serial", torch.tensor(next(SERIALS)), persistent=False)  # a graph may hold this, but no layer
+        LAYERS[int(self.serial)] = self
 
-    number: Tensor
+    serial: Tensor
 
-    def written_out(self) -> Tensor:
-        """The weights (O, I)."""
+    def dense_weight(self) -> Tensor:
+        """The weights (O, I), float32 or bfloat16."""
         raise NotImplementedError
 
     def version(self) -> int:
         """Another number whenever they change."""
         return 0
 
-    def second(self, x: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
-        """W x + b, x float32 or bfloat16 as the weights are."""
+    def prepacked_product(self, x: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
+        """W x + b by the prepacked weights, x float32 or bfloat16 as the weights are."""
         if torch.compiler.is_compiling():  # which knows no tensors of this layout
-            y: Tensor = torch.ops.dlm.product(x, outputs, bias, self.number)
+            y: Tensor = torch.ops.dlm.product(x, outputs, bias, self.serial)
             return y
-        return self.in_second_layout(x, bias)
+        return self.product_now(x, bias)
 
-    def in_second_layout(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self.laid_out is None or self.laid_out[1] != self.version():
-            self.laid_out = torch.ops.mkldnn._reorder_linear_weight(self.written_out().contiguous(), ROWS), self.version()
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.laid_out[0], bias, "none", [], "")
+    def product_now(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """As `prepacked_product`, outside of a graph."""
+        prepacked = self.prepacked
+        if prepacked is None or prepacked[1] != self.version():
+            packed = torch.ops.mkldnn._reorder_linear_weight(self.dense_weight().contiguous(), PACKED_FOR_ROWS)
+            prepacked = self.prepacked = packed, self.version()
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, prepacked[0], bias, "none", [], "")
         return y
 
 
-LAYERS: weakref.WeakValueDictionary[int, TwoLayouts] = weakref.WeakValueDictionary()  # by number
+LAYERS: weakref.WeakValueDictionary[int, PrepackedLinear] = weakref.WeakValueDictionary()  # by serial
 LIBRARY = torch.library.Library("dlm", "DEF")  # type: ignore[no-untyped-call]
-LIBRARY.define("product(Tensor x, int outputs, Tensor? bias, Tensor number) -> Tensor")  # type: ignore[no-untyped-call]
+LIBRARY.define("product(Tensor x, int outputs, Tensor? bias, Tensor serial) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 @torch.library.impl(LIBRARY, "product", "CPU")
-def _numbered(x: Tensor, outputs: int, bias: Tensor | None, number: Tensor) -> Tensor:
-    return LAYERS[int(number)].in_second_layout(x, bias)
+def _product(x: Tensor, outputs: int, bias: Tensor | None, serial: Tensor) -> Tensor:
+    return LAYERS[int(serial)].product_now(x, bias)
 
 
 @torch.library.register_fake("dlm::product", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _shape(x: Tensor, outputs: int, bias: Tensor | None, number: Tensor) -> Tensor:
+def _product_shape(x: Tensor, outputs: int, bias: Tensor | None, serial: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], outputs)
 
 
 def available(dtype: torch.dtype) -> bool:
-    """Whether this machine has such a layout for weights of this type."""
+    """Whether oneDNN prepacks weights of this type on this machine."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
-def second_layout(module: nn.Module) -> list[Tensor]:
-    """The weights that a layer holds once more."""
-    return [module.laid_out[0]] if isinstance(module, TwoLayouts) and module.laid_out is not None else []
+def prepacked_bytes(network: nn.Module) -> int:
+    """Of the second copies that the layers of a network hold."""
+    held = [module.prepacked for module in network.modules() if isinstance(module, PrepackedLinear)]
+    return sum(pair[0].numel() * pair[0].element_size() for pair in held if pair is not None)

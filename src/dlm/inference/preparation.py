@@ -1,11 +1,12 @@
-"""One function that prepares a network for decoding, once, when it is loaded."""
+"""One function that prepares a network for decoding, once, when it is loaded; and the memory that a network then takes."""
 
 from __future__ import annotations
 
 from dlm.errors import InputError
 from dlm.inference.compiled import compile
-from dlm.inference.deterministic import steady
-from dlm.inference.fused import fuse
+from dlm.inference.deterministic import make_batch_invariant
+from dlm.inference.fused import RotaryTable, fuse
+from dlm.inference.packed import prepacked_bytes
 from dlm.inference.quantize import quantize
 from dlm.models.transformer import Transformer
 
@@ -24,7 +25,16 @@ def prepare(network: Transformer, *, bits: int | None = None, batch_invariant: b
     if bits is not None:
         quantize(network, bits)
     if batch_invariant:
-        steady(network)
+        make_batch_invariant(network)
     if compiled:
         compile(network)
     return network
+
+
+def held_bytes(*networks: Transformer) -> int:
+    """Memory of the tensors of networks, prepacked weights and tables among them; those that share memory count once."""
+    tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+    tables = [network.rotary.tables.values() for network in networks if isinstance(network.rotary, RotaryTable)]
+    tensors += [tensor for table in tables for pair in table for tensor in pair]
+    shared = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(shared.values()) + sum(prepacked_bytes(network) for network in networks)

@@ -1,7 +1,7 @@
-"""Weights in eight or four bits for the CPU, by torch's own kernels; what they are multiplied with stays as it is, in bfloat16.
+"""Weights quantized to eight or four bits for the CPU, by torch's own kernels; activations stay in bfloat16.
 
 Eight bits: a scale for each output. Four: a scale and an offset for every `GROUP` weights of an output, as in GGUF's Q4_1, so that weights
-which came in that form are met again, each one exactly but for the sixteen bits of its scale and offset.
+which came in that form are reproduced, each one exactly but for the sixteen bits of its scale and offset.
 Shapes: I and O features in and out, G groups, N rows.
 """
 
@@ -13,66 +13,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlm.inference.packed import TwoLayouts
-from dlm.models.block import in_pieces
+from dlm.inference.packed import PrepackedLinear
+from dlm.models.block import MaskTokens
 
 GROUP = 32  # weights that share a scale: the least that the kernel knows
 OUTPUTS = 16  # the kernels want a multiple of these, and of `GROUP` inputs
+LARGE_HEAD_WEIGHTS = 2**22  # numbers, from which on a head is a large part of a forward pass
 
 
-class RoundedLinear(TwoLayouts):
-    """y = W x + b with W in a few bits. Only for inference, and only on a CPU. `rows`: of `in_pieces`.
+class QuantizedLinear(PrepackedLinear):
+    """y = W x + b with W in a few bits. Only for inference, and only on a CPU.
 
-    For more rows than a few W is read in bfloat16: from a second layout, or where memory is short written out each time.
+    For more than a few rows W is read in bfloat16: prepacked, or where memory is short dequantized each time.
     """
 
-    few: ClassVar[int]  # where there is a second layout
-    short: ClassVar[int]  # where there is none
+    kernel_rows: ClassVar[int]  # rows up to which the kernel of few bits pays, beside prepacked weights
+    kernel_rows_alone: ClassVar[int]  # and beside dequantized ones
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         super().__init__()
-        self.rows = 0
         self.out_features, self.in_features = weight_OI.shape
         self.register_buffer("bias", None if bias_O is None else bias_O.detach().float(), persistent=False)
         self.pads = -self.in_features % GROUP, -self.out_features % OUTPUTS
         weight_OI = weight_OI.detach().float()
-        self.round(F.pad(weight_OI, (0, self.pads[0], 0, self.pads[1])) if any(self.pads) else weight_OI)
+        self.quantize(F.pad(weight_OI, (0, self.pads[0], 0, self.pads[1])) if any(self.pads) else weight_OI)
 
     bias: Tensor | None
 
-    def round(self, weight_OI: Tensor) -> None:
+    def quantize(self, weight_OI: Tensor) -> None:
         """Keep these weights in fewer bits."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return in_pieces(self._product, x, self.rows)
-
-    def _product(self, x: Tensor) -> Tensor:
         x_NI = x.flatten(0, -2).bfloat16()
         if self.pads[0]:
             x_NI = F.pad(x_NI, (0, self.pads[0]))
-        if len(x_NI) <= (self.few if self.packs else self.short):
-            y_NO = self.read(x_NI)
+        if len(x_NI) <= (self.kernel_rows if self.packs else self.kernel_rows_alone):
+            y_NO = self.kernel_product(x_NI)
+        elif self.packs:
+            y_NO = self.prepacked_product(x_NI, self.out_features + self.pads[1])
         else:
-            y_NO = self.second(x_NI, self.out_features + self.pads[1]) if self.packs else F.linear(x_NI, self.written_out())
+            y_NO = F.linear(x_NI, self.dense_weight())
         if self.pads[1]:
             y_NO = y_NO[:, : self.out_features]
         y_NO = y_NO.to(x.dtype) if self.bias is None else (y_NO + self.bias).to(x.dtype)
         return y_NO.view(*x.shape[:-1], self.out_features)
 
-    def read(self, x_NI: Tensor) -> Tensor:
-        """W x, bfloat16 (N, O)."""
+    def kernel_product(self, x_NI: Tensor) -> Tensor:
+        """W x by the kernel of few bits, bfloat16 (N, O)."""
         raise NotImplementedError
 
-    def written_out(self) -> Tensor:
-        """W in bfloat16."""
+    def dense_weight(self) -> Tensor:
+        """W dequantized, in bfloat16."""
         raise NotImplementedError
 
 
-class Int8Linear(RoundedLinear):
-    few, short = 1, 16
+class Int8Linear(QuantizedLinear):
+    kernel_rows, kernel_rows_alone = 1, 16
 
-    def round(self, weight_OI: Tensor) -> None:
+    def quantize(self, weight_OI: Tensor) -> None:
         scale_O = (weight_OI.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
         self.register_buffer("scale", scale_O, persistent=False)
         self.register_buffer("weight", (weight_OI / scale_O.float()[:, None]).round().clamp(-127, 127).to(torch.int8), persistent=False)
@@ -80,18 +79,18 @@ class Int8Linear(RoundedLinear):
     weight: Tensor
     scale: Tensor
 
-    def read(self, x_NI: Tensor) -> Tensor:
+    def kernel_product(self, x_NI: Tensor) -> Tensor:
         y_NO: Tensor = torch.ops.aten._weight_int8pack_mm(x_NI, self.weight, self.scale)
         return y_NO
 
-    def written_out(self) -> Tensor:
+    def dense_weight(self) -> Tensor:
         return self.weight.bfloat16() * self.scale[:, None]
 
 
-class Int4Linear(RoundedLinear):
-    few, short = 6, 64
+class Int4Linear(QuantizedLinear):
+    kernel_rows, kernel_rows_alone = 6, 64
 
-    def round(self, weight_OI: Tensor) -> None:
+    def quantize(self, weight_OI: Tensor) -> None:
         weight_OGI = torch.unflatten(weight_OI, 1, (-1, GROUP))
         low_OG1, high_OG1 = torch.aminmax(weight_OGI, dim=-1, keepdim=True)
         scale_OG1 = ((high_OG1 - low_OG1) / 15).clamp(min=1e-12)
@@ -109,11 +108,11 @@ class Int4Linear(RoundedLinear):
     scale_GO2: Tensor
     codes: Tensor
 
-    def read(self, x_NI: Tensor) -> Tensor:
+    def kernel_product(self, x_NI: Tensor) -> Tensor:
         y_NO: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_NI, self.packed, GROUP, self.scale_GO2)
         return y_NO
 
-    def written_out(self) -> Tensor:
+    def dense_weight(self) -> Tensor:
         code_OI = torch.stack([self.codes & 15, self.codes >> 4], -1).flatten(1)
         scale_OG1, offset_OG1 = self.scale_GO2.transpose(0, 1)[..., None].unbind(2)
         weight_OGI = torch.unflatten(code_OI.bfloat16() - 8, 1, (-1, GROUP)) * scale_OG1 + offset_OG1
@@ -121,14 +120,13 @@ class Int4Linear(RoundedLinear):
 
 
 class Shortlist(nn.Module):
-    """y = W x with W in four bits, but for the greatest outputs of each row, which are computed anew with W as it is.
+    """y = W x with W in four bits, but for the greatest outputs of each row, which are computed again with W as it is.
 
-    For a large head: the likeliest tokens are exactly so likely, to one another, as they should be, and the others nearly.
+    For a large head: the ratios among the likeliest tokens' probabilities are exact, those of the others approximate.
     """
 
     def __init__(self, weight_OI: Tensor, best: int = 256) -> None:
         super().__init__()
-        self.rows = 0  # of `in_pieces`
         self.coarse, self.best = Int4Linear(weight_OI), min(best, len(weight_OI))
         self.out_features, self.in_features = weight_OI.shape
         self.register_buffer("weight", weight_OI.detach(), persistent=False)
@@ -136,12 +134,34 @@ class Shortlist(nn.Module):
     weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return in_pieces(self._product, x, self.rows)
-
-    def _product(self, x: Tensor) -> Tensor:
         y: Tensor = self.coarse(x)
         best = y.topk(self.best, -1, sorted=False).indices
         return y.scatter_(-1, best, (F.embedding(best, self.weight) @ x[..., None]).squeeze(-1).to(y.dtype))
 
 
 LINEAR = {8: Int8Linear, 4: Int4Linear}  # by bits
+
+
+class QuantizedHead(nn.Module):
+    """`dlm.models.block.Head` with quantized weights, which also draft."""
+
+    def __init__(self, product: nn.Module) -> None:
+        super().__init__()
+        self.product = product
+
+    def forward(self, x: Tensor, mask_tokens: MaskTokens | None = None) -> Tensor:
+        logits: Tensor = self.product(x)
+        return logits
+
+    def draft(self, hidden: Tensor) -> Tensor:
+        return self.forward(hidden)
+
+
+def is_large_head(weight_VD: Tensor) -> bool:
+    """Whether reading this head is a large part of a forward pass."""
+    return weight_VD.numel() >= LARGE_HEAD_WEIGHTS
+
+
+def quantized_head(weight_VD: Tensor, *, tied: bool) -> nn.Module:
+    """In four bits with its greatest logits exact, if it is large and the embedding keeps its weights anyway; else in eight bits."""
+    return Shortlist(weight_VD) if tied and is_large_head(weight_VD) else Int8Linear(weight_VD)

@@ -20,8 +20,7 @@ from dlm.formats import huggingface, native
 from dlm.formats.families import known
 from dlm.formats.families import load as foreign
 from dlm.formats.native import ModelConfig
-from dlm.inference import compiled, quantize
-from dlm.inference.deterministic import steady
+from dlm.inference import prepare, quantize
 from dlm.language_model import samplers
 from dlm.language_model.generation import Generation, Run
 from dlm.language_model.options import DecodingOptions
@@ -65,6 +64,8 @@ class LanguageModel:
         self.heads: Any = None  # of dlm.adapters.medusa, which propose with `heads:4`
         self.paces: dict[tuple[str, bool], AdaptiveDraftLength] = {}  # what `auto` strides have learned, by word, with and without adapter
         self.seconds: dict[tuple[int, bool], float] = {}  # of calls by positions
+        if not self.is_diffusion:
+            prepare(network)
         self._others: dict[str, LanguageModel] = {}
         self._quantized: dict[str, Transformer] = {}
 
@@ -250,13 +251,13 @@ class LanguageModel:
     def quantized(self, dtype: str) -> Transformer:
         """This network with its weights quantized to `int8` or `int4`, made once; the embedding is held once."""
         if dtype not in self._quantized:
-            self._quantized[dtype] = quantize.rounded_copy(self.network, quantize.BITS[dtype])
+            self._quantized[dtype] = quantize.quantized_copy(self.network, quantize.BITS[dtype])
         return self._quantized[dtype]
 
     def draft_network(self, draft: Draft) -> Transformer | None:
         """The network that drafts for this one, if it is another: a quantized copy or another model's."""
         if draft.source == "self":
-            return self.quantized(draft.model or quantize.worth_rounding(self.network) or "int8")
+            return self.quantized(draft.model or quantize.draft_dtype(self.network) or "int8")
         return self.other(draft.model).network if draft.source == "model" else None
 
     def introduce(self, other: LanguageModel) -> None:
@@ -314,15 +315,17 @@ class LanguageModel:
         network, or from the text itself; elsewhere with the adapter bundled for it."""
         if self.is_diffusion:
             raise InputError(f"{self.name} is a diffusion model: lossless decoding is for autoregressive ones")
-        from dlm.adapters import attach
+        from dlm.adapters import attach, lora
 
         network = self.network
-        if network.adapter is None and self.heads is not None:
+        adapted = lora.adapter_of(network) is not None
+        if not adapted and self.heads is not None:
             return "heads:auto"
-        if network.adapter is None and network.device.type != "cpu" and (path := attach.bundled_for(network)) is not None:
+        if not adapted and network.device.type != "cpu" and (path := attach.bundled_for(network)) is not None:
             attach.with_adapter(self, path)
-        rounded = "" if network.adapter is not None else quantize.worth_rounding(network)
-        return "strided:auto" if network.adapter is not None else f"draft:{rounded},auto" if rounded else "lookup:auto"
+            adapted = lora.adapter_of(network) is not None
+        rounded = "" if adapted else quantize.draft_dtype(network)
+        return "strided:auto" if adapted else f"draft:{rounded},auto" if rounded else "lookup:auto"
 
     def calibration(self) -> Calibration:
         """What `dlm calibrate` measured. InputError where it has not."""
@@ -442,14 +445,8 @@ def load(
     bits = quantize.BITS.get(str(dtype))
     if (bits or deterministic or compile) and model.is_diffusion:
         raise InputError(f"{name} is a diffusion model: int8, int4, deterministic and compiled decoding are for autoregressive models")
-    if deterministic and compile:
-        raise InputError("a compiled network rounds as its compiler likes: choose deterministic or compiled decoding")
-    if bits:
-        if model.network.device.type != "cpu":
-            raise InputError(f"{dtype} is for the CPU: use --dtype bfloat16 on other devices")
-        quantize.quantize(model.network, bits)
-    if deterministic:
-        steady(model.network)
-    if compile:
-        compiled.compile(model.network)
+    if bits and model.network.device.type != "cpu":
+        raise InputError(f"{dtype} is for the CPU: use --dtype bfloat16 on other devices")
+    if not model.is_diffusion:
+        prepare(model.network, bits=bits, batch_invariant=deterministic, compiled=compile)
     return model

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dlm.adapters import lora
+from dlm.adapters.chain import Chain
 from dlm.errors import InputError
-from dlm.inference import fused, quantize
 from dlm.model_scheduling import routing
 from dlm.models.transformer import Transformer
 from dlm.noise.masked import MaskedNoise
@@ -118,7 +119,7 @@ def make(
 
 
 def _autoregressive(model: LanguageModel, word: str, draft: Draft | None, draw: Draw, cache: bool, context: int) -> Sampler:
-    network, mask_id, start = fused.fuse(model.network), model.tokenizer.mask_id, model.config.start_token_id
+    network, mask_id, start = model.network, model.tokenizer.mask_id, model.config.start_token_id
     if draft is None:
         make = network.cache if cache else None
         return AutoregressiveSampler(network, mask_id, model.window, make, draw, context, model.name, start, model.stops)
@@ -127,14 +128,13 @@ def _autoregressive(model: LanguageModel, word: str, draft: Draft | None, draw: 
     most, pace, tree = _most(model, draft) if draft.tokens is None else draft.tokens + 1, None, None
     if draft.tokens is None and not draft.tree:
         grows = 5 if most == ITSELF else 2
-        pace = model.paces.setdefault((word, model.network.adapter is not None), AdaptiveDraftLength(most, grows))
+        pace = model.paces.setdefault((word, lora.adapter_of(network) is not None), AdaptiveDraftLength(most, grows))
     if draft.tree:
         tree = Tree.likeliest(draft.tree, most - 1, model.tokenizer.vocab_size)
     drafter: Drafter = PromptLookup()
-    if draft.source in ("adapter", "heads"):
-        quantize.coarsen(network)
     if draft.source == "adapter":
-        chain = None if network.chain is None else partial(_chained, network)
+        adapter = lora.adapter_of(network)
+        chain = None if adapter is None or adapter.chain is None else partial(_chained, network, adapter.chain)
         seconds = partial(_seconds, network, model.seconds)
         drafter = MaskDrafter.cheapest(seconds, most, _acceptance(network), chain=chain) if tree is None else MaskDrafter(chain=chain)
     elif draft.source == "heads":
@@ -175,22 +175,23 @@ def _autoregressive(model: LanguageModel, word: str, draft: Draft | None, draw: 
     )
 
 
-def _chained(network: Transformer, slot: int, state_BD: Tensor, before_BS: Tensor) -> Tensor:
+def _chained(network: Transformer, chain: Chain, slot: int, state_BD: Tensor, before_BS: Tensor) -> Tensor:
     """Logits of masks of this slot, given the tokens of the places up to theirs."""
-    assert network.chain is not None
-    return network.read_out(network.chain(slot, state_BD, F.embedding(before_BS, network.embed.weight)), coarsely=True)
+    return network.read_out(chain(slot, state_BD, F.embedding(before_BS, network.embed.weight)), draft=True)
 
 
 def _acceptance(network: Transformer) -> float:
     """Of a proposal: what the adapter had on texts held back, or that of a good one."""
-    found = network.adapter.config.made.get("accept") if network.adapter is not None else None
+    adapter = lora.adapter_of(network)
+    found = adapter.config.made.get("accept") if adapter is not None else None
     return sum(found) / len(found) if found else 0.8
 
 
 def _most(model: LanguageModel, draft: Draft) -> int:
     """The most tokens that a forward pass may commit, where nothing else is asked for."""
-    if draft.source == "adapter" and model.network.adapter is not None:
-        return int(model.network.adapter.config.stride)
+    adapter = lora.adapter_of(model.network)
+    if draft.source == "adapter" and adapter is not None:
+        return adapter.config.stride
     if draft.source == "heads" and model.heads is not None:
         return int(model.heads.config.count) + 1
     if draft.source == "self":
@@ -203,7 +204,7 @@ def _seconds(
     network: Transformer, known: dict[tuple[int, bool], float], sizes: Sequence[int], held: int = 128, calls: int = 5
 ) -> list[float]:
     """What calls of so many positions take after a text of `held`, at best and in turns; decides about speed alone, never about text."""
-    keys = [(positions, network.adapter is not None) for positions in sizes]
+    keys = [(positions, lora.adapter_of(network) is not None) for positions in sizes]
     taken: dict[tuple[int, bool], list[float]] = {key: [] for key in keys if key not in known}
     for _ in range(calls + 1):
         for key, found in taken.items():

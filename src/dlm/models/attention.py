@@ -6,13 +6,24 @@ Shapes: B batch, H heads, G key-value heads, Q queries, T keys, K head dimension
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 PATTERNS = ("full", "causal", "block_causal")
+
+
+class FlexMask(NamedTuple):
+    """In place of a mask: attend with FlexAttention by this pattern."""
+
+    pattern: str
+    block_length: int
+
+
+Mask = Tensor | FlexMask | None
+"""Which keys a query reads: bool, or added to the scores; None for all."""
 
 
 def allowed(pattern: str, query: Tensor, key: Tensor, block_length: int) -> Tensor:
@@ -113,51 +124,6 @@ def attend_by_products(q_BHQK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Ten
         scores_BGRQT = scores_BGRQT.masked_fill(~allowed, -torch.inf) if mask.dtype == torch.bool else scores_BGRQT + allowed
     read_BGNK = scores_BGRQT.softmax(-1).flatten(2, 3) @ v_BGTK
     return torch.unflatten(read_BGNK, 2, (-1, queries)).flatten(1, 2)
-
-
-def attend_alone(q_BH1K: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_B11T: Tensor) -> Tensor:
-    """As `attend` for one query, without products: compiled they are two loops, where the kernel takes as long to begin as to read.
-
-    mask: added to the scores.
-    """
-    q_BGR1K = torch.unflatten(q_BH1K.float() * q_BH1K.shape[-1] ** -0.5, 1, (k_BGTK.shape[1], -1))
-    scores_BGRT = (q_BGR1K * k_BGTK[:, :, None]).sum(-1) + mask_B11T
-    read_BGRK = (scores_BGRT.softmax(-1)[..., None] * v_BGTK[:, :, None]).sum(-2)
-    return read_BGRK.flatten(1, 2)[:, :, None].to(q_BH1K.dtype)
-
-
-def attend_steadily(
-    q_BHQK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Any, is_causal: bool, *, queries: int = 16, keys: int = 64
-) -> Tensor:
-    """As `attend`, bit for bit the same for a query whatever others are asked with it and however many keys it does not read follow.
-
-    Matrix products have one shape, `queries` by `keys`, sums over keys go block by block from the left: what is not read adds zeros.
-    """
-    (batch, _, asked, dim), (_, groups, held, _), dtype = q_BHQK.shape, k_BGTK.shape, q_BHQK.dtype
-    reads_BQT = torch.ones(batch, asked, held, dtype=torch.bool, device=q_BHQK.device)
-    if is_causal:
-        reads_BQT = reads_BQT.tril()
-    elif mask is not None:
-        mask_BQT = mask[:, 0].expand_as(reads_BQT)
-        reads_BQT = mask_BQT if mask.dtype == torch.bool else mask_BQT == 0
-    reads_BQT = F.pad(reads_BQT, (0, -held % keys, 0, -asked % queries))
-    k_BGNTK, v_BGNTK = (torch.unflatten(F.pad(x.float(), (0, 0, 0, -held % keys)), 2, (-1, keys)) for x in (k_BGTK, v_BGTK))
-    q_BGRQK = torch.unflatten(F.pad(q_BHQK.float() * dim**-0.5, (0, 0, 0, -asked % queries)), 1, (groups, -1))
-    found = []
-    for piece_BGRQK, reads in zip(torch.split(q_BGRQK, queries, 3), torch.split(reads_BQT, queries, 1), strict=True):
-        blocked_BNQT = ~torch.unflatten(reads, 2, (-1, keys)).transpose(1, 2)
-        # a dimension of rows for all the heads that share keys
-        scores = piece_BGRQK.flatten(2, 3)[:, :, None] @ k_BGNTK.transpose(-1, -2)
-        scores = torch.unflatten(scores, 3, (-1, queries)).masked_fill(blocked_BNQT[:, None, :, None], -torch.inf)
-        best = scores.amax((2, 5), keepdim=True)
-        weights = (scores - best.nan_to_num(neginf=0.0)).exp()
-        sums = weights.sum(-1, keepdim=True)
-        values = torch.unflatten(weights.flatten(3, 4) @ v_BGNTK, 3, (-1, queries))
-        total, value = sums[:, :, 0], values[:, :, 0]
-        for block in range(1, sums.shape[2]):
-            total, value = total + sums[:, :, block], value + values[:, :, block]
-        found.append((value / total).flatten(1, 2))
-    return torch.cat(found, 2)[:, :, :asked].to(dtype)
 
 
 def attend_flex(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, pattern: str, block_length: int) -> Tensor:

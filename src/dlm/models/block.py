@@ -1,13 +1,16 @@
-"""What a block of the backbone is made of: RMSNorm, rotary positions, attention with grouped queries, gated or squared-ReLU MLP.
+"""The parts of the backbone: RMSNorm, rotary positions, attention with grouped queries, gated or squared-ReLU MLP.
 
-Shapes: B batch, T positions of the window, Q queried positions, D width, H heads, G kv heads, K head dim.
+A part keeps nothing of a forward pass, so threads may share a network; `ForwardPass` is handed down instead.
+`dlm.inference` and `dlm.adapters` replace parts by others with the same call signature.
+Shapes: B batch, T positions of the window, Q queried positions, M mask tokens, D width, H heads, G kv heads, K head dim, R rank,
+I and O features in and out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +23,82 @@ from dlm.models.config import TransformerConfig
 AnyCache = KVCache | RaggedCache | TextCache | WindowCache
 
 
+class MaskTokens(NamedTuple):
+    """Where the mask tokens of a forward pass stand, for an adapter that acts on them alone (`dlm.adapters.lora`)."""
+
+    index_M: Tensor  # their places in the flattened (B, Q)
+    gate_BQ1: Tensor  # 1.0 at mask tokens, else 0.0
+    alone: bool  # no other tokens are read
+    adapter: nn.Module  # the embedding of the adapter that acts
+
+
+class ForwardPass(NamedTuple):
+    """One forward pass, as every block reads it."""
+
+    cos: Tensor  # (B or 1, 1, Q, K)
+    sin: Tensor
+    mask: attention.Mask = None
+    is_causal: bool = False
+    cache: AnyCache | None = None
+    mask_tokens: MaskTokens | None = None
+
+
+class LowRank(NamedTuple):
+    """An adapter of a linear layer: scale * B A x is added to W x."""
+
+    A_RI: Tensor
+    B_OR: Tensor
+    scale: float
+
+
+class Linear(nn.Linear):
+    """A linear layer that is told where the mask tokens stand. An adapter may act on them, this layer does not."""
+
+    def forward(self, x: Tensor, mask_tokens: MaskTokens | None = None) -> Tensor:
+        return self.adapt(x, F.linear(x, self.weight, self.bias), mask_tokens)
+
+    def adapt(self, x: Tensor, y: Tensor, mask_tokens: MaskTokens | None) -> Tensor:
+        """y = W x with what an adapter adds to it."""
+        return y
+
+    @property
+    def low_rank(self) -> LowRank | None:
+        """The matrices of the adapter, if there is one."""
+        return None
+
+
+class Embedding(nn.Embedding):
+    """Embeddings of tokens. An adapter replaces this module by one that finds the mask tokens."""
+
+    def mask_tokens(self, z_BQ: Tensor, pos_BQ: Tensor) -> MaskTokens | None:
+        """Where an adapter acts; None: nowhere."""
+        return None
+
+    def forward(self, z_BQ: Tensor, mask_tokens: MaskTokens | None = None) -> Tensor:
+        return super().forward(z_BQ)
+
+
+class Head(Linear):
+    """The output layer: logits (..., V) of hidden states (..., D)."""
+
+    def draft(self, hidden: Tensor) -> Tensor:
+        """Logits that draft tokens are drawn from. They may be approximate, since draft tokens are verified; here they are exact."""
+        logits: Tensor = self(hidden)
+        return logits
+
+
+class RMSNorm(nn.RMSNorm):
+    """The gain follows the input's dtype: under autocast a float32 gain would keep torch from its fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, None if self.weight is None else self.weight.to(x.dtype), self.eps)
+
+
 def rotary(pos_BQ: Tensor, head_dim: int, base: float, scaling: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:
     """cos and sin (B, 1, Q, K), float32, of RoPE (Su et al. 2104.09864), halves rotated as in Llama.
 
-    scaling: (factor, low, high, window before) of Llama 3.1: what turns less than `low` times in the former window turns `factor`
-    times slower, what turns more than `high` times as ever, and between them it goes over smoothly.
+    scaling: (factor, low, high, former window) of Llama 3.1: frequencies of fewer than `low` turns in the former window are divided by
+    `factor`, those of more than `high` turns stay, and those between are interpolated.
     """
     frequency_K = base ** (-torch.arange(0, head_dim, 2, device=pos_BQ.device, dtype=torch.float32) / head_dim)
     if scaling:
@@ -41,112 +115,102 @@ def rotate(x_BHQK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x_BHQK * cos.to(x_BHQK.dtype) + torch.cat([-second, first], -1) * sin.to(x_BHQK.dtype)
 
 
-def in_pieces(function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-    """A function of rows (..., D), called with exactly so many at a time, the last ones filled up; 0: with all at once.
+class Rotary(nn.Module):
+    """`rotary` of the positions of a forward pass."""
 
-    What a row becomes can then not depend on how many others there are, for no kernel sees that.
-    """
-    if not rows:
-        return function(x)
-    x_ND = x.flatten(0, -2)
-    filled_ND = F.pad(x_ND, (0, 0, 0, -len(x_ND) % rows))
-    y_NO = torch.cat([function(piece) for piece in torch.split(filled_ND, rows)])[: len(x_ND)]
-    return y_NO.view(*x.shape[:-1], -1)
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, pos_BQ: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary(pos_BQ, self.config.head_dim, self.config.rope_base, self.config.rope_scaling)
 
 
-def version(tensors: Sequence[Tensor]) -> int:
-    """Another number whenever one of them was changed in place; 0 for those of inference mode, which forbids that."""
-    return sum(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+class Attend(nn.Module):
+    """Scaled dot-product attention: values (B, H, Q, K) that the queries read."""
 
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
 
-def project(product: Callable[[Tensor], Tensor] | None, layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
-    """What each layer says of x; `product`, of `dlm.inference.fused`, is all of them at once. An adapter acts on its layer's part.
-
-    A product knows no gradients: where those are recorded, the layers are asked one by one, if they still have weights.
-    """
-    if product is None or (torch.is_grad_enabled() and layers[0].weight is not None):
-        return [layer(x) for layer in layers]
-    y, adapted = product(x), [layer for layer in layers if hasattr(layer, "adapt")]
-    if adapted and not torch.is_grad_enabled():
-        y, adapted = cast(Any, adapted[0]).adapt_together(layers, product, x, y), []
-    parts = torch.split(y, [cast(nn.Linear, layer).out_features for layer in layers], -1) if len(layers) > 1 else [y]
-    return [cast(Any, layer).adapt(x, part) if layer in adapted else part for layer, part in zip(layers, parts, strict=True)]
-
-
-class RMSNorm(nn.RMSNorm):
-    """The gain follows the input's dtype: under autocast a float32 gain would keep torch from its fused kernel."""
-
-    rows = 0  # of `in_pieces`
-
-    def forward(self, x: Tensor) -> Tensor:
-        return in_pieces(self._normed, x, self.rows)
-
-    def _normed(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, None if self.weight is None else self.weight.to(x.dtype), self.eps)
+    def forward(self, q_BHQK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: attention.Mask, is_causal: bool) -> Tensor:
+        if isinstance(mask, attention.FlexMask):
+            return attention.attend_flex(q_BHQK, k_BGTK, v_BGTK, mask.pattern, mask.block_length)
+        return attention.attend(q_BHQK, k_BGTK, v_BGTK, mask, is_causal, self.config.dropout if self.training else 0.0)
 
 
 class Attention(nn.Module):
-    steady = False  # whether what a query reads is summed in one order in every call
+    """Attention with grouped queries, rotary positions and optional qk-norm."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.joined: nn.Module | None = None  # of `dlm.inference.fused`: q, k and v as one product
-        self.product: nn.Module | None = None  # and that of `out`
         inner, kv_inner = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q = nn.Linear(config.width, inner, bias=config.qkv_bias)
-        self.k = nn.Linear(config.width, kv_inner, bias=config.qkv_bias)
-        self.v = nn.Linear(config.width, kv_inner, bias=config.qkv_bias)
-        self.out = nn.Linear(inner, config.width, bias=False)
+        self.q = Linear(config.width, inner, bias=config.qkv_bias)
+        self.k = Linear(config.width, kv_inner, bias=config.qkv_bias)
+        self.v = Linear(config.width, kv_inner, bias=config.qkv_bias)
+        self.out = Linear(inner, config.width, bias=False)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.attend = Attend(config)
 
-    def heads(self, x_BQD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_BQD: Tensor, forward_pass: ForwardPass) -> Tensor:
+        cos, sin, mask, is_causal, cache, mask_tokens = forward_pass
+        q, k, v = self.heads(x_BQD, cos, sin, mask_tokens)
+        if cache is not None:
+            k, v = cache.write(self.layer, k, v)
+        return self.project_out(self.attend(q, k, v, mask, is_causal), mask_tokens)
+
+    def heads(self, x_BQD: Tensor, cos: Tensor, sin: Tensor, mask_tokens: MaskTokens | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, Q, K), keys and values (B, G, Q, K) of these positions."""
-        parts = project(self.joined, (self.q, self.k, self.v), x_BQD)
+        parts = self.project_in(x_BQD, mask_tokens)
         q, k, v = (part.view(*x_BQD.shape[:2], -1, self.config.head_dim).transpose(1, 2) for part in parts)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, is_causal: bool) -> Tensor:
-        """What the queries read of keys and values, (B, H, Q, K)."""
-        if self.steady:
-            return attention.attend_steadily(q, k, v, mask, is_causal)
-        if isinstance(mask, tuple):  # ("flex", block length)
-            return attention.attend_flex(q, k, v, self.config.attention, mask[1])
-        return attention.attend(q, k, v, mask, is_causal, self.config.dropout if self.training else 0.0)
+    def project_in(self, x_BQD: Tensor, mask_tokens: MaskTokens | None) -> Sequence[Tensor]:
+        """Features of queries, keys and values."""
+        return [layer(x_BQD, mask_tokens) for layer in (self.q, self.k, self.v)]
 
-    def join(self, read_BHQK: Tensor) -> Tensor:
-        """What the heads have read as one (B, Q, D)."""
-        (y_BQD,) = project(self.product, (self.out,), read_BHQK.transpose(1, 2).flatten(2))
+    def project_out(self, read_BHQK: Tensor, mask_tokens: MaskTokens | None = None) -> Tensor:
+        """(B, Q, D) of the values that the heads have read."""
+        y_BQD: Tensor = self.out(read_BHQK.transpose(1, 2).flatten(2), mask_tokens)
         return y_BQD
 
 
 class MLP(nn.Module):
-    rows = 0  # of `in_pieces`
+    """down(silu(gate x) * up x), or down(relu(up x)^2) where there is no gate."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.joined: nn.Module | None = None  # of gate and up, as in `Attention`
-        self.product: nn.Module | None = None  # of down
-        self.gate = nn.Linear(config.width, config.mlp_width, bias=False) if config.mlp == "swiglu" else None
-        self.up = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.down = nn.Linear(config.mlp_width, config.width, bias=False)
+        self.gate = Linear(config.width, config.mlp_width, bias=False) if config.mlp == "swiglu" else None
+        self.up = Linear(config.width, config.mlp_width, bias=False)
+        self.down = Linear(config.mlp_width, config.width, bias=False)
+        self.silu: nn.Module = nn.SiLU()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.gate is None:
-            (up,) = project(self.joined, (self.up,), x)
-            hidden = F.relu(up).square()
-        else:
-            gate, up = project(self.joined, (self.gate, self.up), x)
-            hidden = in_pieces(F.silu, gate, self.rows) * up
-        (y,) = project(self.product, (self.down,), hidden)
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        """The layers that read the input."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
+
+    def forward(self, x: Tensor, mask_tokens: MaskTokens | None = None) -> Tensor:
+        *gate, up = self.project_in(x, mask_tokens)
+        return self.project_out(self.silu(gate[0]) * up if gate else F.relu(up).square(), mask_tokens)
+
+    def project_in(self, x: Tensor, mask_tokens: MaskTokens | None) -> Sequence[Tensor]:
+        """Features of gate, if there is one, and up."""
+        return [layer(x, mask_tokens) for layer in self.inputs]
+
+    def project_out(self, hidden: Tensor, mask_tokens: MaskTokens | None) -> Tensor:
+        y: Tensor = self.down(hidden, mask_tokens)
         return y
 
 
 class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
@@ -155,26 +219,22 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any, is_causal: bool, cache: AnyCache | None) -> Tensor:
-        q, k, v = self.attention.heads(self.attention_norm(x), cos, sin)
-        if cache is not None:
-            k, v = cache.write(self.attention.layer, k, v)
-        return self._after(x, self.attention.read(q, k, v, mask, is_causal))
-
-    def over(self, x: Tensor, cos: Tensor, sin: Tensor, kept: tuple[Tensor, Tensor], slot_Q: Tensor, mask_B1QT: Tensor) -> Tensor:
-        """As `forward` over the whole memory of a cache, keys and values (B, G, T, K), of which the new ones take these slots; what
-        `dlm.inference.fused` compiles. mask: added to the scores."""
-        q, *new = self.attention.heads(self.attention_norm(x), cos, sin)
-        for kept_BGTK, new_BGQK in zip(kept, new, strict=True):
-            kept_BGTK.index_copy_(2, slot_Q, new_BGQK)
-        if x.shape[1] == 1 and x.device.type == "cpu" and not self.attention.steady:
-            return self._after(x, attention.attend_alone(q, *kept, mask_B1QT))
-        return self._after(x, self.attention.read(q, *kept, mask_B1QT, False))
-
-    def _after(self, x: Tensor, read_BHQK: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention.join(read_BHQK))
-        y: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
+    def forward(self, x: Tensor, forward_pass: ForwardPass) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), forward_pass))
+        y: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x), forward_pass.mask_tokens))
         return y
+
+
+class Blocks(nn.ModuleList):
+    """All blocks, one after another."""
+
+    def __iter__(self) -> Iterator[Block]:
+        return super().__iter__()  # type: ignore[return-value]
+
+    def forward(self, x: Tensor, forward_pass: ForwardPass) -> Tensor:
+        for block in self:
+            x = block(x, forward_pass)
+        return x
 
 
 class TimeEmbedding(nn.Module):

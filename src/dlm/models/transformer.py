@@ -6,39 +6,32 @@ Shapes: B batch, T positions of the window, Q queried positions, V vocabulary, D
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor, nn
 
 from dlm.models import attention
-from dlm.models.block import AnyCache, Block, RMSNorm, TimeEmbedding, project, rotary
+from dlm.models.attention import FlexMask, Mask
+from dlm.models.block import AnyCache, Block, Blocks, Embedding, ForwardPass, Head, RMSNorm, Rotary, TimeEmbedding
 from dlm.models.cache import KVCache, RaggedCache, TextCache, WindowCache
 from dlm.models.config import TransformerConfig
 
-SMALL = 16  # positions of a call that compiled blocks are for
+Attends = tuple[Tensor, Mask, bool]
+"""Positions of the queries (B, Q), which keys they read, and whether those up to their own."""
 
 
 class Transformer(nn.Module):
     """A `Denoiser`: token ids in, logits out; bidirectional, block-causal or causal by its config."""
 
-    quantized = False  # of `dlm.inference.fused`: the weights are gone, and a network that is saved needs them
-
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.embed = Embedding(config.vocab_size, config.width)
         self.time = TimeEmbedding(config.width) if config.time_conditioning else None
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.rotary = Rotary(config)
+        self.blocks = Blocks(Block(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = Head(config.width, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.turns: tuple[Tensor, Tensor] | None = None  # of dlm.inference.fused: cos and sin (T, K) of every position
-        self.head_product: nn.Module | None = None  # of dlm.inference.fused, as of the layers of a block
-        self.coarse: nn.Module | None = None  # of dlm.inference.fused: the head in few bits
-        self.compiled: Any = None  # of dlm.inference.fused: all blocks, compiled
-        self.adapter: Any = None  # of dlm.adapters.lora: told at every call where the masks stand
-        self.chain: nn.Module | None = None  # of dlm.adapters.chain: reads what the adapter's masks say
         self.reset()
 
     def reset(self) -> None:
@@ -64,12 +57,15 @@ class Transformer(nn.Module):
         """Number of trainable numbers, a tied head counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    def read_out(self, hidden_BQD: Tensor, *, coarsely: bool = False) -> Tensor:
-        """Logits (B, Q, V) of hidden states as `forward` gives them; coarsely: for guesses that are verified."""
-        if coarsely and self.coarse is not None and hidden_BQD.device.type == "cpu":
-            guesses_BQV: Tensor = self.coarse(hidden_BQD)
-            return guesses_BQV
-        (logits_BQV,) = project(self.head_product, (self.head,), hidden_BQD)
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights of the blocks are held in few bits alone: nothing can be trained or saved."""
+        weight: Tensor | None = next(iter(self.blocks)).mlp.up.weight
+        return weight is None
+
+    def read_out(self, hidden_BQD: Tensor, *, draft: bool = False) -> Tensor:
+        """Logits (B, Q, V) of hidden states as `forward` gives them. draft: of draft tokens, which may be approximate (`Head.draft`)."""
+        logits_BQV: Tensor = self.head.draft(hidden_BQD) if draft else self.head(hidden_BQD)
         return logits_BQV
 
     def cache(self, batch: int, capacity: int | None = None) -> KVCache:
@@ -112,7 +108,7 @@ class Transformer(nn.Module):
         slots of its window that z overwrites; with a RaggedCache, z at pos_BQ continues every row where it ends.
         own_BQQ: bool, for a RaggedCache: which of the new positions each new one reads, besides all that its row holds.
         pattern `clean`: z is [noisy | clean] (B, 2T) and every noisy block reads the clean blocks before it; logits of the noisy half.
-        pattern `shadow`: z is [text | masks] (B, 2T) and a mask guesses its position without seeing the text there (but for
+        pattern `shadow`: z is [text | masks] (B, 2T) and a mask predicts its position without seeing the text there (but for
         what deeper layers of other positions have read of it); logits of both.
         pattern `introspective`: z is [masks | text] (B, 2T), causal; a mask reads its block of masks and the text before the block;
         logits of both. phase_B: how far into a block each row begins.
@@ -122,99 +118,96 @@ class Transformer(nn.Module):
         logits: False gives what the head would read instead, (B, Q, D); states: a list that gets it beside the logits.
         """
         if own_BQQ is not None:
-            assert pos_BQ is not None
-            assert isinstance(cache, RaggedCache | TextCache)
-            mask, is_causal = cache.begin(own_BQQ), False
-            if mask is not None:  # added to the scores: made once, not in every layer
-                scores_BQT = torch.zeros(mask.shape, dtype=self.embed.weight.dtype, device=mask.device)
-                mask = scores_BQT.masked_fill_(~mask, -torch.inf)[:, None]
+            attends = self._continues(pos_BQ, own_BQQ, cache)
+        elif pattern:
+            attends = self._halves(z_BQ, pos_BQ, pattern, block_length, phase_B)
+        elif isinstance(cache, WindowCache):
+            attends = self._window(pos_BQ, cache, block_length)
         else:
-            block_length = block_length or self.config.block_length
-            pos_BQ, mask, is_causal = self._attends(z_BQ, pos_BQ, valid_BT, cache, pattern, block_length, phase_B)
-        if self.adapter is not None:
-            self.adapter.begin(z_BQ, pos_BQ)
-        x_BQD = self.embed(z_BQ)
+            attends = self._text(z_BQ, pos_BQ, valid_BT, cache, block_length)
+        pos_BQ, mask, is_causal = attends
+        mask_tokens = self.embed.mask_tokens(z_BQ, pos_BQ)
+        x_BQD = self.embed(z_BQ, mask_tokens)
         if self.time is not None:
             if t_B is None:
                 raise ValueError("this network is conditioned on time: give t_B")
             x_BQD = x_BQD + self.time(t_B)[:, None]
-        x_BQD = self.dropout(x_BQD)
-        cos, sin = self._rotary(pos_BQ)
-        span = cache.span(z_BQ.shape[1]) if isinstance(cache, KVCache | RaggedCache) and self._is_small(z_BQ) and not is_causal else None
-        if span is not None:
-            x_BQD = self.compiled(self, x_BQD, cos, sin, cache, span, mask)
-        else:
-            for block in self.blocks:
-                x_BQD = block(x_BQD, cos, sin, mask, is_causal, cache)
+        cos, sin = self.rotary(pos_BQ)
+        x_BQD = self.blocks(self.dropout(x_BQD), ForwardPass(cos, sin, mask, is_causal, cache, mask_tokens))
         if isinstance(cache, KVCache | RaggedCache):
             cache.advance(z_BQ.shape[1])
         if pattern == "clean":
             x_BQD = x_BQD[:, : x_BQD.shape[1] // 2]
-        if not logits or states is not None:
+        if not logits:
             hidden_BQD: Tensor = self.norm(x_BQD)
-            if not logits:
-                return hidden_BQD
-            cast(list[Tensor], states).append(hidden_BQD)
-        if at_BQ is not None and not (x_BQD.device.type == "cpu" and bool(at_BQ.all())):
-            logits_MV = self.read_out(self.norm(x_BQD[at_BQ]))
-            return logits_MV.new_zeros(*z_BQ.shape, logits_MV.shape[-1]).index_put_((at_BQ,), logits_MV)
-        return self.read_out(self.norm(x_BQD))
+            return hidden_BQD
+        if states is not None:
+            states.append(self.norm(x_BQD))
+        return self._logits(x_BQD, at_BQ)
 
-    def _is_small(self, z_BQ: Tensor) -> bool:
-        """Whether it is a call of decoding for which blocks are compiled."""
-        if self.compiled is None or z_BQ.numel() > SMALL or torch.is_grad_enabled():
-            return False
-        return self.adapter is None or self.adapter.masks_M is None or self.adapter.joined
+    def _logits(self, x_BQD: Tensor, at_BQ: Tensor | None) -> Tensor:
+        if at_BQ is None or (x_BQD.device.type == "cpu" and bool(at_BQ.all())):
+            return self.read_out(self.norm(x_BQD))
+        logits_MV = self.read_out(self.norm(x_BQD[at_BQ]))
+        return logits_MV.new_zeros(*at_BQ.shape, logits_MV.shape[-1]).index_put_((at_BQ,), logits_MV)
 
-    def _rotary(self, pos_BQ: Tensor) -> tuple[Tensor, Tensor]:
-        if self.turns is None:
-            return rotary(pos_BQ, self.config.head_dim, self.config.rope_base, self.config.rope_scaling)
-        cos, sin = self.turns
-        return cos[pos_BQ][:, None], sin[pos_BQ][:, None]
+    def _continues(self, pos_BQ: Tensor | None, own_BQQ: Tensor, cache: AnyCache | None) -> Attends:
+        """New positions that read what a cache holds, and one another by own_BQQ."""
+        assert pos_BQ is not None
+        assert isinstance(cache, RaggedCache | TextCache)
+        mask = cache.begin(own_BQQ)
+        if mask is None:
+            return pos_BQ, None, False
+        scores_BQT = torch.zeros(mask.shape, dtype=self.embed.weight.dtype, device=mask.device)  # made once, not in every layer
+        return pos_BQ, scores_BQT.masked_fill_(~mask, -torch.inf)[:, None], False
 
-    def _attends(
+    def _halves(self, z_BQ: Tensor, pos_BT: Tensor | None, pattern: str, block_length: int, phase_B: Tensor | None) -> Attends:
+        """Two halves that stand at the same positions."""
+        half, device = z_BQ.shape[1] // 2, z_BQ.device
+        half_BT = torch.arange(half, device=device)[None] if pos_BT is None else pos_BT
+        block_length = block_length or self.config.block_length
+        if pattern == "clean":
+            mask_BQT = attention.beside_clean(half_BT, block_length)
+        elif pattern == "introspective":
+            mask_BQT = attention.introspective(half_BT, block_length, phase_B)
+        else:
+            mask_BQT = attention.beside_shadow(half, device)
+        return torch.cat([half_BT, half_BT], 1), mask_BQT[:, None], False
+
+    def _window(self, pos_BQ: Tensor | None, cache: WindowCache, block_length: int) -> Attends:
+        """Some positions of a window that are read anew."""
+        assert pos_BQ is not None
+        slots_BT, filled_BT = cache.begin(pos_BQ)
+        if filled_BT is None and self.config.attention == "full":
+            return pos_BQ, None, False
+        block_length = block_length or self.config.block_length
+        mask_BQT = attention.allowed(self.config.attention, pos_BQ[:, :, None], slots_BT[:, None, :], block_length)
+        return pos_BQ, (mask_BQT if filled_BT is None else mask_BQT & filled_BT[:, None])[:, None], False
+
+    def _text(
         self,
         z_BQ: Tensor,
         pos_BQ: Tensor | None,
         valid_BT: Tensor | None,
-        cache: Any,
-        pattern: str,
+        cache: KVCache | RaggedCache | TextCache | None,
         block_length: int,
-        phase_B: Tensor | None,
-    ) -> tuple[Tensor, Any, bool]:
-        """(pos_BQ, mask, is_causal): where the queries stand and what they read."""
-        config, (batch, queries), device = self.config, z_BQ.shape, z_BQ.device
-        if pattern:
-            half_BT = torch.arange(queries // 2, device=device)[None] if pos_BQ is None else pos_BQ
-            if pattern == "clean":
-                mask_BQT = attention.beside_clean(half_BT, block_length)
-            elif pattern == "introspective":
-                mask_BQT = attention.introspective(half_BT, block_length, phase_B)
-            else:
-                mask_BQT = attention.beside_shadow(queries // 2, device)
-            return torch.cat([half_BT, half_BT], 1), mask_BQT[:, None], False
-        if isinstance(cache, WindowCache):
-            assert pos_BQ is not None
-            slots_BT, filled_BT = cache.begin(pos_BQ)
-            if filled_BT is None and config.attention == "full":
-                return pos_BQ, None, False
-            mask_BQT = attention.allowed(config.attention, pos_BQ[:, :, None], slots_BT[:, None, :], block_length)
-            return pos_BQ, (mask_BQT if filled_BT is None else mask_BQT & filled_BT[:, None])[:, None], False
-        held = cache.length if cache is not None else 0
+    ) -> Attends:
+        """A text, or what continues the text that a cache holds."""
+        (batch, queries), device, pattern = z_BQ.shape, z_BQ.device, self.config.attention
+        held = cache.length if isinstance(cache, KVCache) else 0
         plain = pos_BQ is None and valid_BT is None
         if pos_BQ is None:
-            pos_BT = (
-                torch.arange(held + queries, device=device)[None] if valid_BT is None else (valid_BT.long().cumsum(-1) - 1).clamp(min=0)
-            )
+            count_1T = torch.arange(held + queries, device=device)[None]
+            pos_BT = count_1T if valid_BT is None else (valid_BT.long().cumsum(-1) - 1).clamp(min=0)
             pos_BQ = pos_BT[:, held:]
         else:
             pos_BT = torch.cat([torch.arange(held, device=device).expand(batch, held), pos_BQ], 1) if held else pos_BQ
-        square = plain and held == 0
+        block_length, square = block_length or self.config.block_length, plain and held == 0
         if self._use_flex(z_BQ, square):
-            return pos_BQ, ("flex", block_length), False
-        if held and queries == 1 and valid_BT is None and config.attention == "causal":
+            return pos_BQ, FlexMask(pattern, block_length), False
+        if held and queries == 1 and valid_BT is None and pattern == "causal":
             return pos_BQ, None, False  # one new token reads everything before it
-        return pos_BQ, *attention.mask(config.attention, block_length, pos_BQ, pos_BT, valid_BT, plain=square)
+        return pos_BQ, *attention.mask(pattern, block_length, pos_BQ, pos_BT, valid_BT, plain=square)
 
     def _use_flex(self, z_BQ: Tensor, square: bool) -> bool:
         backend = self.config.backend

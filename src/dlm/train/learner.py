@@ -10,11 +10,12 @@ from typing import cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dlm.errors import InputError
 from dlm.formats import native
+from dlm.models.block import Blocks
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 from dlm.noise import loss
@@ -36,7 +37,7 @@ def begin_with(name: str, network: Transformer) -> None:
     found = native.load(native.find(name))[0]
     deep, own = len(found.blocks), len(network.blocks)
     if deep > own:
-        found.blocks = nn.ModuleList(found.blocks[i * deep // own] for i in range(own))
+        found.blocks = Blocks(list(found.blocks)[i * deep // own] for i in range(own))
     state, fresh = found.state_dict(), network.state_dict()
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in fresh.items()}:
         raise InputError(f"init={name} has another size, vocabulary or kind of network than this run")

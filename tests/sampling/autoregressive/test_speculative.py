@@ -89,7 +89,7 @@ DRAFTERS: dict[str, Any] = {
     "draft": DraftModel(SMALL, SMALL.ragged_cache, MASK),
     "heads": guessing(BASE),
     "itself": DraftModel(BASE, BASE.ragged_cache, MASK),  # nearly everything holds
-    "rounded": SelfDraft(quantize.rounded_copy(BASE, 4), MASK),
+    "rounded": SelfDraft(quantize.quantized_copy(BASE, 4), MASK),
 }
 BRANCHES = {"tree": 9, "chain": 14, "heads": 7}  # nodes of a tree of candidates
 DRAFTERS |= {f"{name}, {nodes} nodes": (DRAFTERS[name], nodes) for name, nodes in BRANCHES.items()}
@@ -148,7 +148,7 @@ def test_many_seeds(name: str) -> None:
 @pytest.mark.parametrize("draw", DRAWS[:2], ids=str)
 @pytest.mark.parametrize("name", ["tree", "restart", "lookup", "itself", "rounded"])
 def test_a_base_without_start_token(name: str, draw: Draw) -> None:
-    own = {"itself": DraftModel(BASE, BASE.ragged_cache, None), "rounded": SelfDraft(quantize.rounded_copy(BASE, 8), None)}
+    own = {"itself": DraftModel(BASE, BASE.ragged_cache, None), "rounded": SelfDraft(quantize.quantized_copy(BASE, 8), None)}
     drafter = own.get(name, DRAFTERS[name])
     prompts = [[1, 2, 3], [4], [5] * 14]
     *_, frame = decoder(drafter, draw=draw, start=None).steps(canvas_of(prompts, 20), rng=generators(3, 3))
@@ -261,7 +261,7 @@ def test_ratio_has_the_law_of_the_plain_chain(name: str, draw: Draw) -> None:
     own = {"draft": DraftModel(small, small.ragged_cache, TINY.mask_id), "heads": guessing(tiny_network(0)), "certain": Sometimes()}
     own |= {
         "chain": MaskDrafter(chain=chained(tiny_network(0))),
-        "rounded": SelfDraft(quantize.rounded_copy(tiny_network(0), 4), TINY.mask_id),
+        "rounded": SelfDraft(quantize.quantized_copy(tiny_network(0), 4), TINY.mask_id),
     }
     law_S, samples = tiny_law(draw), tiny_samples((DRAFTERS | own)[name], draw, 3)
     assert float(law_S.sum()) == pytest.approx(1)

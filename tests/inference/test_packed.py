@@ -1,0 +1,41 @@
+"""Prepacked weights give the same products, where memory allows a second copy.
+
+Shapes: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dlm.inference import fused, packed
+from dlm.models.block import Linear
+from inference.networks import model
+
+
+@pytest.mark.parametrize(("dtype", "close", "least"), [(torch.float32, 1e-5, 3), (torch.bfloat16, 0.05, 1)])
+def test_prepacked_products_are_the_same(dtype: torch.dtype, close: float, least: int) -> None:
+    """It is made when it is first needed, and again when the weights change."""
+    layers = [Linear(24, 40, dtype=dtype), Linear(24, 8, dtype=dtype)]
+    product = fused.JoinedLinear(layers)
+    product.packs = packed.available(dtype)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for change in (0.0, 1.0):
+            layers[1].weight.add_(change)
+            for rows in (1, 2, 3, 17, 256, 257):
+                x_BNI = torch.randn(1, rows, 24, generator=rng).to(dtype)
+                found = product(x_BNI)
+                torch.testing.assert_close(found, torch.cat([layer(x_BNI) for layer in layers], -1), atol=close, rtol=close)
+                assert (product.prepacked is not None) == (product.packs and (rows >= least or change > 0))
+                assert found.shape == (1, rows, 48)
+
+
+def test_large_networks_are_not_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = model(), model()
+    fused.fuse(small.network)
+    assert fused.fuse(model().network.bfloat16()).head.fused.product.packs == packed.available(torch.bfloat16)
+    monkeypatch.setattr(fused, "PREPACK_BYTES", 1000)
+    fused.fuse(large.network)
+    assert small.network.head.fused.product.packs
+    assert not large.network.head.fused.product.packs
