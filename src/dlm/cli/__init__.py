@@ -16,6 +16,7 @@ from dlm.cli import (
     settle,
     show,
     train,
+    verify,
 )
 from dlm.cli.app import arrange, main
 
@@ -23,7 +24,7 @@ arrange(
     {
         "Write": ("generate", "chat", "serve", "show"),
         "Train": ("train", "convert", "export"),
-        "Measure": ("eval", "settle", "curse", "calibrate", "schedule", "bench"),
+        "Measure": ("eval", "settle", "curse", "calibrate", "schedule", "verify", "bench"),
         "Find": ("list", "samplers", "pull"),
     }
 )
@@ -45,4 +46,5 @@ __all__ = [
     "settle",
     "show",
     "train",
+    "verify",
 ]
