@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dlm.sampling import registry
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 NAME = re.compile(r"`(dlm(?:\.\w+)+)(?:\(.*?\))?`")
@@ -44,6 +46,12 @@ def test_the_code_of_extending_is_the_example(name: str) -> None:
     shown = "\n".join(re.findall(r"```python\n(.*?)```", section, re.S))
     example = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
     assert [line for line in shown.splitlines() if line] == [line for line in example.split('"""', 2)[2].splitlines() if line]
+
+
+def test_the_table_of_samplers_is_that_of_the_registry() -> None:
+    page = (ROOT / "docs" / "generating.md").read_text(encoding="utf-8")
+    shown = page.split("<!-- samplers -->\n")[1].split("<!-- end of samplers -->")[0]
+    assert shown == registry.markdown_table(registry.BUILT_IN)
 
 
 @pytest.mark.slow
