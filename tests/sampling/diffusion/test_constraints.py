@@ -298,8 +298,8 @@ def test_characters_outside_ascii_and_tokens_without_text() -> None:
 
 def test_the_automaton_is_no_larger_than_it_must_be() -> None:
     pattern = Pattern.compile("(ab?){3}", PIECES, V)
-    assert pattern.both(pattern).next_SK.shape == pattern.next_SK.shape == (1 + 7, 4)  # ba. is as dead as the mask
+    assert pattern.both(pattern).automaton.next_SK.shape == pattern.automaton.next_SK.shape == (1 + 7, 4)  # ba. is as dead as the mask
 
 
 def test_a_pattern_prints_as_its_expression() -> None:
-    assert repr(Pattern.compile("a+", PIECES, V)) == "Pattern(regex='a+')"
+    assert repr(Pattern.compile("a+", PIECES, V)) == "Pattern(automaton=Automaton(regex='a+'))"

@@ -1,30 +1,85 @@
-"""How many steps the blocks of each row take, and the noise level at which a step begins and ends.
+"""The time of every row: how many steps its blocks take, which positions move in the next one, and between which noise levels.
 
-Shapes: B rows, A rows that move now, N steps. Levels are float64.
+Shapes: B rows, A rows that move now, T positions of the window, N steps. Levels are float64.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from dlm.protocols import NoiseSchedule
+from dlm.noise.schedule import time_when
+from dlm.protocols import RNG, NoiseSchedule
+from dlm.sampling.batching import stacked
+from dlm.sampling.diffusion.protocols import PlannedRule
+
+NEVER_STEP = 2**62
+"""The step at which a position moves that is not open."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """The next step of the rows A: the positions that move, from level t to s; left_A: steps left, this one included, of steps_A."""
+
+    at_AT: Tensor
+    t_A: Tensor
+    s_A: Tensor
+    left_A: Tensor
+    steps_A: Tensor
 
 
 class Clock:
-    """steps_B: of every block of a row; clock_B: of them taken in the block that is worked on. Steps are equally spaced in time."""
+    """steps_B: of every block of a row; clock_B: of them taken in the block that is worked on. Steps are equally spaced in time.
 
-    def __init__(self, schedule: NoiseSchedule, steps_B: Tensor) -> None:
+    due_BT: the step at which a planned rule moves each position; alpha_BT: the alpha at which it does where no grid says so, else nan.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, steps_B: Tensor, window: int) -> None:
         self.schedule, self.steps_B, self.clock_B = schedule, steps_B, torch.zeros_like(steps_B)
+        self.due_BT = steps_B.new_zeros(len(steps_B), window)
+        self.alpha_BT = torch.full_like(self.due_BT, torch.nan, dtype=torch.float64)
         self._grids: dict[int, tuple[Tensor, Tensor]] = {}
 
     def join(self, other: Clock) -> None:
         """Take in the rows of another clock."""
-        self.steps_B, self.clock_B = torch.cat([self.steps_B, other.steps_B]), torch.cat([self.clock_B, other.clock_B])
+        for name in ("steps_B", "clock_B", "due_BT", "alpha_BT"):
+            setattr(self, name, stacked(getattr(self, name), getattr(other, name)))
 
     def keep(self, rows_K: Tensor) -> None:
         """Go on with these rows alone."""
-        self.steps_B, self.clock_B = self.steps_B[rows_K], self.clock_B[rows_K]
+        for name in ("steps_B", "clock_B", "due_BT", "alpha_BT"):
+            setattr(self, name, getattr(self, name)[rows_K])
+
+    def restart(self, rows_A: Tensor) -> None:
+        """These rows begin a block."""
+        self.clock_B[rows_A] = 0
+
+    def plan(self, rule: PlannedRule, rows_A: Tensor, open_AT: Tensor, rng: RNG) -> None:
+        """Ask a rule when the open positions of rows that begin a block move."""
+        steps_A = self.steps_B[rows_A]
+        for steps in set(steps_A.tolist()):
+            at_A = steps_A == steps
+            chosen = [rng[a] for a in at_A.nonzero().squeeze(-1).tolist()]
+            self.due_BT[rows_A[at_A]], self.alpha_BT[rows_A[at_A]] = rule.plan(open_AT[at_A], self.alphas(steps), chosen)
+
+    def next_planned(self, rows_A: Tensor, open_AT: Tensor) -> Move:
+        """Jump to the next step in which a position of each row is due."""
+        self.clock_B[rows_A] = self.due_BT[rows_A].masked_fill(~open_AT, NEVER_STEP).min(-1).values
+        at_AT = open_AT & (self.due_BT[rows_A] == self.clock_B[rows_A][:, None])
+        t_A, s_A = self.levels(rows_A)
+        alpha_A = self.alpha_BT[rows_A].masked_fill(~at_AT, -1).amax(-1)  # of a rule without a grid
+        reached_A = time_when(self.schedule, alpha_A.clamp(min=0))
+        return self._move(rows_A, at_AT, *(torch.where(alpha_A >= 0, reached_A, x_A) for x_A in (t_A, s_A)))
+
+    def next(self, rows_A: Tensor, at_AT: Tensor) -> Move:
+        """The next step of the grid, in which all these positions may move."""
+        return self._move(rows_A, at_AT, *self.levels(rows_A))
+
+    def tick(self, rows_A: Tensor) -> None:
+        """These rows have taken their step."""
+        self.clock_B[rows_A] += 1
 
     def levels(self, rows_A: Tensor) -> tuple[Tensor, Tensor]:
         """t_A and s_A of the next step of these rows."""
@@ -36,8 +91,12 @@ class Clock:
         return ends_A2[:, 0], ends_A2[:, 1]
 
     def alphas(self, steps: int) -> Tensor:
-        """The chance that a position masked at t = 1 is revealed by the end of each step, float64 (N,)."""
+        """The probability that a position masked at t = 1 is revealed by the end of each step, float64 (N,)."""
         return self._grid(steps)[1]
+
+    def _move(self, rows_A: Tensor, at_AT: Tensor, t_A: Tensor, s_A: Tensor) -> Move:
+        steps_A = self.steps_B[rows_A]
+        return Move(at_AT, t_A, s_A, (steps_A - self.clock_B[rows_A]).clamp(min=1), steps_A)
 
     def _grid(self, steps: int) -> tuple[Tensor, Tensor]:
         if steps not in self._grids:

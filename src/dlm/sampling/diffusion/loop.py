@@ -19,18 +19,19 @@ from dlm.noise.masked import MaskedNoise
 from dlm.noise.schedule import time_when
 from dlm.protocols import RNG, Denoiser, NoiseProcess
 from dlm.sampling import windows
-from dlm.sampling.batching import Law, stacked
-from dlm.sampling.diffusion.clock import Clock
-from dlm.sampling.diffusion.constraints import Held
-from dlm.sampling.diffusion.network_call import Reader
+from dlm.sampling.batching import Law
+from dlm.sampling.diffusion.clock import Clock, Move
+from dlm.sampling.diffusion.constraints import WindowedConstraint
+from dlm.sampling.diffusion.network_call import NetworkCall
+from dlm.sampling.diffusion.noisy_text import Active, NoisyText
 from dlm.sampling.diffusion.protocols import CachePolicy, CheckingRule, Constraint, Guidance, PlannedRule, Rule, Step
+from dlm.sampling.diffusion.rule_memory import RuleMemory
 from dlm.sampling.diffusion.stopping import Stopping
 from dlm.sampling.diffusion.unmasking import Ancestral
-from dlm.sampling.draw import uniform
 from dlm.trajectory import Canvas, Frame
 
-NEVER = 2**62  # of a clock, in steps
-PLAIN = ("valid_BL", "open_BL", "given_BL", "place_B", "phase_B", "due_BT", "level_BT", "t_B")
+MAX_STEPS = 1_000_000
+"""Steps of a window at most."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,22 @@ class DiffusionSampler:
         first_B = canvas.free_BT.int().argmax(-1)
         return first_B % self.block_length if self.block_length and self.block_phase == "prompt" else torch.zeros_like(first_B)
 
+    def steps_of(self, canvas: Canvas) -> Tensor:
+        """Steps of a block of each row, int64 (B,)."""
+        count_B, block_length = canvas.free_BT.sum(-1), self.block_length or self.window
+        if self.fills_window:
+            return torch.full_like(count_B, -(-self.budget * block_length // self.window))
+        blocks_B = -(-count_B // block_length).clamp(max=-1)
+        return -(-self.budget // blocks_B)
+
     def begin(self, canvas: Canvas, *, rng: RNG) -> DiffusionRun:
-        """A run on this canvas before its first call. rng: one a row."""
+        """A run on this canvas before its first forward pass. rng: one a row. InputError for a canvas that a causal network cannot fill."""
         if not self.sees_ahead:
             self._check_order(canvas)
         return DiffusionRun(self, canvas, rng)
 
     def steps(self, canvas: Canvas, *, rng: RNG) -> Iterator[Frame]:
-        """A frame after every network call; for replacement noise one more before the first, the noise itself. rng: one a row."""
+        """A frame after every forward pass; for replacement noise one more before the first, the noise itself. rng: one a row."""
         run = self.begin(canvas, rng=rng)
         if not isinstance(self.noise, MaskedNoise):
             yield run.frame()
@@ -122,179 +131,126 @@ class DiffusionRun:
 
     def __init__(self, sampler: DiffusionSampler, canvas: Canvas, rng: RNG) -> None:
         noise, device, (rows, length) = sampler.noise, canvas.tokens_BT.device, canvas.tokens_BT.shape
+        window = sampler.window if sampler.fills_window else min(sampler.window, length)
         self.sampler, self.rng = sampler, list(rng)
-        self.masked = isinstance(noise, MaskedNoise)
-        self.window = window = sampler.window if sampler.fills_window else min(sampler.window, length)
-        self.clock = Clock(noise.schedule, self._steps(canvas))
-        self.phase_B = sampler.phase(canvas)
-        past_BL = torch.zeros(rows, window, dtype=torch.bool, device=device)
-        self.text_BL, self.valid_BL = canvas.tokens_BT, canvas.valid_BT
-        self.z_BL = self._start(canvas)
-        self.open_BL = torch.cat([canvas.free_BT, past_BL], 1)
-        self.given_BL = torch.cat([canvas.given_BT, past_BL], 1)
-        self.beyond_BL = torch.cat([~canvas.valid_BT, ~past_BL], 1)  # no part of the text: read as noise, denoised with it unless masked
+        self.text = NoisyText(canvas, noise, window, sampler.phase(canvas), rng)
+        self.clock = Clock(noise.schedule, sampler.steps_of(canvas), window)
         self.place_B = torch.full((rows,), -1, device=device)
-        self.due_BT = torch.zeros(rows, window, dtype=torch.long, device=device)
-        self.level_BT = torch.full((rows, window), torch.nan, dtype=torch.float64, device=device)
         self.t_B = torch.ones(rows, dtype=torch.float64, device=device)
-        self.memory: dict[str, Tensor] = {}
+        self.memory = RuleMemory(rows, window)
+        self.network = NetworkCall(
+            sampler.denoiser, noise.mask_id, self.text.z_BL[:, length:], sampler.rule, sampler.cache, sampler.make_cache, sampler.guidance
+        )
+        self.stopping = Stopping(sampler.until_settled, rows, device)
+        self.constraint = WindowedConstraint(sampler.constraint, self.text) if sampler.constraint is not None else None
         self.forwards = 0
         self.law: Law | None = None
-        self.reader = Reader(sampler.denoiser, noise.mask_id, past_BL, sampler.rule, sampler.cache, sampler.make_cache, sampler.guidance)
-        self.stopping = Stopping(sampler.until_settled, rows, device)
-        self.held = Held(sampler.constraint, self.valid_BL, window) if sampler.constraint is not None else None
-
-    def _steps(self, canvas: Canvas) -> Tensor:
-        """Of a block of each row, int64 (B,)."""
-        sampler, count_B = self.sampler, canvas.free_BT.sum(-1)
-        if sampler.fills_window:
-            return torch.full_like(count_B, -(-sampler.budget * (sampler.block_length or sampler.window) // sampler.window))
-        blocks_B = -(-count_B // (sampler.block_length or sampler.window)).clamp(max=-1)
-        return -(-sampler.budget // blocks_B)
-
-    def _start(self, canvas: Canvas) -> Tensor:
-        """Noise at the free positions, on the padding and for a window past the end: all that a window can show."""
-        noise, window, (rows, length) = self.sampler.noise, self.window, canvas.tokens_BT.shape
-        z_BL = torch.full((rows, length + window), noise.mask_id, device=canvas.tokens_BT.device)
-        for b in range(rows) if not self.masked else ():  # as many draws as the row is long, whatever its neighbours are
-            count = int(canvas.valid_BT[b].sum()) + window
-            z_BL[b, :count] = noise.prior(uniform(self.rng[b : b + 1], count).to(z_BL.device))[0]
-        z_BL[:, :length] = torch.where(canvas.given_BT, canvas.tokens_BT, z_BL[:, :length])
-        return z_BL
 
     @property
     def live_B(self) -> Tensor:
-        return self.open_BL.any(-1)
+        return self.text.open_BL.any(-1)
 
     def frame(self) -> Frame:
         """The state as it is."""
-        length = self.text_BL.shape[1]
-        adaptive = (self.stopping.saved_B.clone(), self.stopping.doubt_B.clone()) if self.sampler.until_settled else (None, None)
-        tokens_BL = torch.where(self.valid_BL, self.z_BL[:, :length], self.text_BL)  # padding is no text
-        taken = getattr(self.sampler.denoiser, "taken", "") or self.sampler.model  # of several models, whose turn it was
-        return Frame(tokens_BL, ~self.open_BL[:, :length], self.t_B, taken, self.forwards, *adaptive)
+        text, stopping = self.text, self.stopping
+        adaptive = (stopping.saved_B.clone(), stopping.doubt_B.clone()) if self.sampler.until_settled else (None, None)
+        model = getattr(self.sampler.denoiser, "taken", "") or self.sampler.model  # of several models, the one that was run
+        return Frame(text.shown_BL, ~text.open_BL[:, : text.length], self.t_B, model, self.forwards, *adaptive)
 
     @torch.no_grad()
     def step(self) -> Frame:
-        """One network call for the rows that have something to do."""
-        sampler, noise, rule, window = self.sampler, self.sampler.noise, self.sampler.rule, self.window
-        planned, revises, length = isinstance(rule, PlannedRule), self.sampler.revises, self.text_BL.shape[1]
-        rows_A = self.live_B.nonzero().squeeze(-1)
-        rng_A = [self.rng[b] for b in rows_A.tolist()]
-        start_A = windows.start(self.open_BL[rows_A], window, sampler.context)
-        shown = (windows.take(x_BL[rows_A], start_A, window) for x_BL in (self.z_BL, self.open_BL, self.given_BL, self.beyond_BL))
-        z_AT, hole_AT, given_AT, beyond_AT = shown
-        open_AT, block_A = windows.block(hole_AT, sampler.block_length, 0 if sampler.fills_window else self.phase_B[rows_A] - start_A)
-        place_A = start_A + block_A
-        entered_A = place_A != self.place_B[rows_A]  # rows that begin a window or a block
-        self.place_B[rows_A], self.clock.clock_B[rows_A[entered_A]] = place_A, 0
-        self.stopping.begin(rows_A[entered_A])
-        for kept in self.memory.values():
-            kept[rows_A[entered_A]] = torch.nan
-        if isinstance(rule, PlannedRule):
-            for steps in set(self.clock.steps_B[rows_A[entered_A]].tolist()):
-                begun_A = entered_A & (self.clock.steps_B[rows_A] == steps)
-                begun_B = rows_A[begun_A]
-                plan = rule.plan(open_AT[begun_A], self.clock.alphas(steps), [self.rng[b] for b in begun_B.tolist()])
-                self.due_BT[begun_B], self.level_BT[begun_B] = plan
-            # jump to the next step in which something of the row moves
-            self.clock.clock_B[rows_A] = self.due_BT[rows_A].masked_fill(~open_AT, NEVER).min(-1).values
-        steps_A, clock_A = self.clock.steps_B[rows_A], self.clock.clock_B[rows_A]
-        move_AT = open_AT & (self.due_BT[rows_A] == clock_A[:, None]) if planned else open_AT
-        if revises and not self.masked:
-            move_AT = move_AT | beyond_AT
-        t_A, s_A = self.clock.levels(rows_A)
-        if planned:  # a rule without a grid says at which alpha each position moves
-            alpha_A = self.level_BT[rows_A].masked_fill(~move_AT, -1).amax(-1)
-            reached_A = time_when(noise.schedule, alpha_A.clamp(min=0))
-            t_A, s_A = (torch.where(alpha_A >= 0, reached_A, x_A) for x_A in (t_A, s_A))
-        seen_A = t_A
-        if sampler.block_length:  # the network knows the noise of a window, not of a block
-            seen_A = time_when(noise.schedule, (z_AT != noise.mask_id).double().mean(-1))
-        due_AT = move_AT if planned and not revises and self.held is None else None
-        told = self._text(beyond_AT, rows_A)
-        logits_ATV, shadow_ATV = self.reader(rows_A, start_A, z_AT, hole_AT, open_AT, given_AT, entered_A, seen_A, due_AT, told)
-        logp_ATV = noise.log_probs(logits_ATV, z_AT, t_A)
-        self.forwards += 1
-        if self.held is not None:
-            logp_ATV = self.held.narrow(logp_ATV, self.z_BL[rows_A, :length], self.open_BL[rows_A, :length], rows_A, start_A)
-        left_A, kept_A = (steps_A - clock_A).clamp(min=1), {name: value[rows_A] for name, value in self.memory.items()}
-        step = Step(z_AT, move_AT, logp_ATV, t_A, s_A, left_A, steps_A, noise, kept_A, shadow_ATV, ~beyond_AT)
-        next_AT = rule(step, rng_A)
-        for name, value in step.memory.items():
-            self.memory.setdefault(name, value.new_full((len(self.rng), *value.shape[1:]), torch.nan))[rows_A] = value
-        if self.held is not None and not revises:
-            next_AT = self.held.keep(next_AT, z_AT, move_AT)
-        if revises:
-            written_AT, done_AT = move_AT, open_AT & self.stopping(rows_A, step, next_AT, open_AT)[:, None]
-        else:
-            written_AT = done_AT = move_AT & (next_AT != noise.mask_id)
-            waits = getattr(rule, "waits", False) and not bool(logp_ATV.isnan().any())
-            if not waits and not bool(written_AT.any(-1).all()):
-                raise InputError("the model gives no probabilities (nan) where a token is due: its weights or its guidance are broken")
-        windows.put(self.z_BL, rows_A, start_A, next_AT, written_AT)
-        windows.put(self.open_BL, rows_A, start_A, torch.zeros_like(done_AT), done_AT)
+        """One forward pass for the rows with open positions, and the move that the rule makes of it."""
+        self.law = None  # its memory is free for this pass
+        sampler, text = self.sampler, self.text
+        active = text.active(sampler.context, sampler.block_length, fills_window=sampler.fills_window)
+        entered_A, rng = self._enter(active), [self.rng[b] for b in active.rows_A.tolist()]
+        step = self._read(active, entered_A, self._next_move(active, entered_A, rng))
+        next_AT = sampler.rule(step, rng)
+        self.memory.store(active.rows_A, step.memory)
+        if self.constraint is not None and not sampler.revises:
+            next_AT = self.constraint.keep(next_AT, step.z_BT, step.open_BT)
+        text.write(active, next_AT, *self._written(active, step, next_AT))
         if sampler.stops:
-            self._end_texts(rows_A, place_A)
-        self.clock.clock_B[rows_A] += 1
-        self.t_B = torch.zeros(len(self.rng), dtype=torch.float64, device=z_AT.device)
-        self.t_B[rows_A] = s_A * self.open_BL[rows_A].any(-1)
-        self.law = Law(rows_A, start_A, logp_ATV)
+            text.end(active, sampler.block_length, sampler.stops)
+        self.clock.tick(active.rows_A)
+        self.t_B = torch.zeros(len(self.rng), dtype=torch.float64, device=next_AT.device)
+        self.t_B[active.rows_A] = step.s_B * text.open_BL[active.rows_A].any(-1)
+        self.law = Law(active.rows_A, active.start_A, step.logp_BTV)
         return self.frame()
 
-    def _text(self, beyond_AT: Tensor, rows_A: Tensor) -> dict[str, Tensor]:
-        """What the network is told of windows that it does not fill: where text stands, and positions that begin a block at a multiple."""
-        if self.sampler.fills_window:
-            return {}
-        told = {"valid_BT": ~beyond_AT} if bool(beyond_AT.any()) else {}
-        if not self.sampler.sees_ahead and self.sampler.block_phase == "prompt":
-            begin_A1 = (-self.phase_B[rows_A] % self.sampler.block_length)[:, None]
-            told["pos_BQ"] = begin_A1 + torch.arange(self.window, device=beyond_AT.device)
-        return told
+    def _enter(self, active: Active) -> Tensor:
+        """Which rows begin a window or a block, bool (A,): their clock and the memories of the last one begin anew."""
+        entered_A = active.place_A != self.place_B[active.rows_A]
+        self.place_B[active.rows_A] = active.place_A
+        for part in (self.clock.restart, self.stopping.begin, self.memory.forget):
+            part(active.rows_A[entered_A])
+        return entered_A
 
-    def _end_texts(self, rows_A: Tensor, place_A: Tensor) -> None:
-        """Leave the rest of a row open no more once a block that is done holds a stop."""
-        pos_L = torch.arange(self.z_BL.shape[1], device=place_A.device)
-        block_AL = (pos_L >= place_A[:, None]) & (pos_L < place_A[:, None] + (self.sampler.block_length or self.window))
-        stop_AL = torch.isin(self.z_BL[rows_A], torch.tensor(sorted(self.sampler.stops), device=place_A.device))
-        stop_AL &= block_AL & ~self.given_BL[rows_A] & ~self.beyond_BL[rows_A]
-        ended_A = stop_AL.any(-1) & ~(self.open_BL[rows_A] & block_AL).any(-1)
-        self.open_BL[rows_A[ended_A]] = False
+    def _next_move(self, active: Active, entered_A: Tensor, rng: RNG) -> Move:
+        """The next step of every row: a planned rule is asked for its plan when a block begins, and skips steps without a move."""
+        rule, sampler, rows_A = self.sampler.rule, self.sampler, active.rows_A
+        if isinstance(rule, PlannedRule):
+            entered = [g for g, entered in zip(rng, entered_A.tolist(), strict=True) if entered]
+            self.clock.plan(rule, rows_A[entered_A], active.block_AT[entered_A], entered)
+            return self.clock.next_planned(rows_A, active.block_AT)
+        denoises_all = sampler.revises and not isinstance(sampler.noise, MaskedNoise)
+        return self.clock.next(rows_A, active.block_AT | active.beyond_AT if denoises_all else active.block_AT)
+
+    def _read(self, active: Active, entered_A: Tensor, move: Move) -> Step:
+        """One forward pass, and all that the rule sees of it."""
+        sampler, noise, z_AT = self.sampler, self.sampler.noise, active.z_AT
+        seen_A = move.t_A
+        if sampler.block_length:  # the network knows the noise of a window, not of a block
+            seen_A = time_when(noise.schedule, (z_AT != noise.mask_id).double().mean(-1))
+        skips = isinstance(sampler.rule, PlannedRule) and not sampler.revises and self.constraint is None
+        due_AT = move.at_AT if skips else None
+        logits_ATV, shadow_ATV = self.network(active, entered_A, seen_A, due_AT, self._described(active))
+        self.forwards += 1
+        logp_ATV = noise.log_probs(logits_ATV, z_AT, move.t_A)
+        if self.constraint is not None:
+            logp_ATV = self.constraint.narrow(logp_ATV, active)
+        kept, valid_AT = self.memory.of(active.rows_A), ~active.beyond_AT
+        levels = move.t_A, move.s_A, move.left_A, move.steps_A
+        return Step(z_AT, move.at_AT, logp_ATV, *levels, noise, kept, shadow_ATV, valid_AT)
+
+    def _described(self, active: Active) -> dict[str, Tensor]:
+        """Arguments of the network for windows that it does not fill: where text stands, and positions that begin a block at a multiple."""
+        sampler, beyond_AT = self.sampler, active.beyond_AT
+        if sampler.fills_window:
+            return {}
+        described = {"valid_BT": ~beyond_AT} if bool(beyond_AT.any()) else {}
+        if not sampler.sees_ahead and sampler.block_phase == "prompt":
+            begin_A1 = (-self.text.phase_B[active.rows_A] % sampler.block_length)[:, None]
+            described["pos_BQ"] = begin_A1 + torch.arange(beyond_AT.shape[1], device=beyond_AT.device)
+        return described
+
+    def _written(self, active: Active, step: Step, next_AT: Tensor) -> tuple[Tensor, Tensor]:
+        """(positions that are written, positions that are settled), bool (A, T). InputError where a token is due and none was drawn."""
+        rule = self.sampler.rule
+        if rule.revises:
+            done_A = self.stopping(active.rows_A, step, next_AT, active.block_AT)
+            return step.open_BT, active.block_AT & done_A[:, None]
+        written_AT = step.open_BT & (next_AT != step.noise.mask_id)
+        waits = getattr(rule, "waits", False) and not bool(step.logp_BTV.isnan().any())
+        if not waits and not bool(written_AT.any(-1).all()):
+            raise InputError("the model gives no probabilities (nan) where a token is due: its weights or its guidance are broken")
+        return written_AT, written_AT
 
     def join(self, other: DiffusionRun) -> None:
         """Take in the rows of another run of the same sampler; the other is used up."""
-        for name, fill in self._rows().items():
-            setattr(self, name, stacked(getattr(self, name), getattr(other, name), fill))
-        for name in self.memory.keys() | other.memory.keys():
-            known = self.memory.get(name, other.memory.get(name))
-            assert known is not None
-            shapes = ((len(run.rng), run.window, *known.shape[2:]) for run in (self, other))
-            ours, theirs = (run.memory.get(name, known.new_full(next(shapes), torch.nan)) for run in (self, other))
-            self.memory[name] = stacked(ours, theirs, torch.nan)
         self.rng += other.rng
-        self.window = max(self.window, other.window)
+        self.place_B, self.t_B = torch.cat([self.place_B, other.place_B]), torch.cat([self.t_B, other.t_B])
+        self.text.join(other.text)
         self.clock.join(other.clock)
-        self.reader.join(other.reader)
+        self.memory.join(other.memory)
+        self.network.join(other.network)
         self.stopping.join(other.stopping)
-        self._changed()
+        self.law = None
 
     def keep(self, rows_K: Tensor) -> None:
         """Go on with these rows alone, in this order."""
-        for name in self._rows():
-            setattr(self, name, getattr(self, name)[rows_K])
-        self.memory = {name: value[rows_K] for name, value in self.memory.items()}
         self.rng = [self.rng[b] for b in rows_K.tolist()]
-        self.clock.keep(rows_K)
-        self.reader.keep(rows_K)
-        self.stopping.keep(rows_K)
-        self._changed()
-
-    def _changed(self) -> None:
-        self.law = None  # of other rows
-        if self.held is not None:
-            self.held.valid_BL = self.valid_BL
-
-    def _rows(self) -> dict[str, float]:
-        """The names of what there is of each row, and what a shorter row is filled up with."""
-        mask_id = self.sampler.noise.mask_id
-        return dict.fromkeys(PLAIN, 0.0) | {"text_BL": mask_id, "z_BL": mask_id, "beyond_BL": True}
+        self.place_B, self.t_B = self.place_B[rows_K], self.t_B[rows_K]
+        for part in (self.text, self.clock, self.memory, self.network, self.stopping):
+            part.keep(rows_K)
+        self.law = None

@@ -1,6 +1,6 @@
-"""One network call for the rows that move: whole windows, guided, with shadows, or the positions that a cache policy asks for.
+"""The forward pass of a diffusion step: whole windows, guided, with shadows, or the positions that a cache policy asks for.
 
-Shapes: B rows, A rows of this call, T positions of the window, Q positions read, V vocabulary.
+Shapes: B rows, A rows of this pass, T positions of the window, Q positions read, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from torch import Tensor
 from dlm.errors import InputError
 from dlm.protocols import Denoiser
 from dlm.sampling.batching import stacked
+from dlm.sampling.diffusion.noisy_text import Active
 from dlm.sampling.diffusion.protocols import CachePolicy, CheckingRule, Guidance, Rule, View
 
-HALF = (torch.bfloat16, torch.float16)
+HALF_PRECISION = (torch.bfloat16, torch.float16)
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
-class Reader:
-    """Keeps which token was last read where, and so what a cache still knows. InputError for what cannot go together.
+class NetworkCall:
+    """Remembers the token that was last read at each position, and so what a cache still holds. InputError for parts that do not combine.
 
     like_BT: any tensor with the rows, the window and the device of the run.
     """
@@ -48,8 +49,8 @@ class Reader:
         self.seen_BT = torch.full_like(like_BT, -1, dtype=torch.long)
         self.age_B, self.start_B = torch.zeros_like(self.seen_BT[:, 0]), self.seen_BT[:, 0].clone()
 
-    def join(self, other: Reader) -> None:
-        """Take in the rows of another reader of the same kind."""
+    def join(self, other: NetworkCall) -> None:
+        """Take in the rows of another of the same kind."""
         for name in ("seen_BT", "age_B", "start_B"):
             setattr(self, name, stacked(getattr(self, name), getattr(other, name), -1))
         if self.cache is not None:
@@ -63,53 +64,48 @@ class Reader:
             self.cache.keep(rows_K)
 
     def __call__(
-        self,
-        rows_A: Tensor,
-        start_A: Tensor,
-        z_AT: Tensor,
-        hole_AT: Tensor,
-        block_AT: Tensor,
-        given_AT: Tensor,
-        entered_A: Tensor,
-        t_A: Tensor,
-        due_AT: Tensor | None,
-        told: Mapping[str, Tensor] = NOTHING,
+        self, active: Active, entered_A: Tensor, t_A: Tensor, due_AT: Tensor | None, described: Mapping[str, Tensor] = NOTHING
     ) -> tuple[Tensor, Tensor | None]:
-        """(logits_ATV, shadow_ATV or None). due_AT: the only positions whose logits matter, where no logit decides which; logits of
-        positions that were not read are 0. told: further arguments of the network, tensors of the rows A."""
+        """(logits_ATV, shadow_ATV or None) of the active windows.
+
+        entered_A: rows that begin a block. due_AT: the only positions whose logits matter, where no logit decides which; logits of
+        positions that were not read are 0. described: further arguments of the network, tensors of the rows A. InputError for windows that
+        a rule which checks its text cannot read.
+        """
+        z_AT = active.z_AT
         if self.policy is not None:
-            return self._cached(rows_A, start_A, z_AT, hole_AT, block_AT, entered_A, t_A), None
+            return self._cached(active, entered_A, t_A), None
         if self.guidance is not None:
-            return self.guidance(partial(self._several, told), z_AT, t_A, given_AT), None
+            return self.guidance(partial(self._several, described), z_AT, t_A, active.given_AT), None
         if not self.shadow:
-            return self._read(z_AT, t_A, **told) if due_AT is None else self._read(z_AT, t_A, at_BQ=due_AT, **told), None
-        if told:
+            return self._read(z_AT, t_A, **described) if due_AT is None else self._read(z_AT, t_A, at_BQ=due_AT, **described), None
+        if described:
             raise InputError("a sampler that checks what it wrote needs rows of one length, in blocks from zero: generate them one by one")
         logits_AQV = self._read(torch.cat([z_AT, torch.full_like(z_AT, self.mask_id)], 1), t_A, pattern="shadow")
         return logits_AQV[:, : z_AT.shape[1]], logits_AQV[:, z_AT.shape[1] :]
 
-    def _several(self, told: Mapping[str, Tensor], z_MQ: Tensor, t_M: Tensor) -> Tensor:
+    def _several(self, described: Mapping[str, Tensor], z_MQ: Tensor, t_M: Tensor) -> Tensor:
         """`_read` of a batch in which the rows A stand one or more times, one after another."""
-        return self._read(z_MQ, t_M, **{name: x_A.repeat(len(z_MQ) // len(x_A), 1) for name, x_A in told.items()})
+        return self._read(z_MQ, t_M, **{name: x_A.repeat(len(z_MQ) // len(x_A), 1) for name, x_A in described.items()})
 
     def _read(self, z_AQ: Tensor, t_A: Tensor, **how: Any) -> Tensor:
         """Logits in float32 at least: in bf16 probabilities of a large vocabulary do not sum to 1."""
         logits_AQV = self.denoiser(z_AQ, t_A, **how)
-        return logits_AQV.float() if logits_AQV.dtype in HALF else logits_AQV
+        return logits_AQV.float() if logits_AQV.dtype in HALF_PRECISION else logits_AQV
 
-    def _cached(
-        self, rows_A: Tensor, start_A: Tensor, z_AT: Tensor, hole_AT: Tensor, block_AT: Tensor, entered_A: Tensor, t_A: Tensor
-    ) -> Tensor:
+    def _cached(self, active: Active, entered_A: Tensor, t_A: Tensor) -> Tensor:
+        """Logits of the positions that the policy reads anew, against keys and values of the others."""
         assert self.policy is not None
         assert self.cache is not None
+        rows_A, start_A, z_AT, block_AT = active.rows_A, active.start_A, active.z_AT, active.block_AT
         window, moved_A = z_AT.shape[1], rows_A[self.start_B[rows_A] != start_A]
         self.cache.clear(moved_A)
         self.seen_BT[moved_A], self.start_B[rows_A] = -1, start_A
         known = self.seen_BT[rows_A], entered_A, self.age_B[rows_A], self.cache.drift_BT[rows_A]
-        read_AT = self.policy(View(z_AT, hole_AT, block_AT, *known)) | block_AT
+        read_AT = self.policy(View(z_AT, active.hole_AT, block_AT, *known)) | block_AT
         count_A = read_AT.sum(-1)
         order_AQ = read_AT.int().argsort(dim=-1, descending=True, stable=True)[:, : int(count_A.max())]
-        # rows that read less than the longest fill up with a position that nobody looks at
+        # rows that read less than the longest fill up with a position whose logits are not used
         real_AQ = torch.arange(order_AQ.shape[1], device=z_AT.device) < count_A[:, None]
         pos_AQ = torch.where(real_AQ, order_AQ, window)
         token_AQ = torch.where(real_AQ, z_AT.gather(1, order_AQ), self.mask_id)

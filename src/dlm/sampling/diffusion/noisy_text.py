@@ -1,0 +1,107 @@
+"""The noisy text of the rows of a run, and the windows of it that are active.
+
+Shapes: B rows, A rows with open positions, K rows that stay, L positions of the canvas, past its end a window more, T of the window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dlm.noise.masked import MaskedNoise
+from dlm.protocols import RNG, NoiseProcess
+from dlm.sampling import windows
+from dlm.sampling.batching import stacked
+from dlm.sampling.draw import uniform
+from dlm.trajectory import Canvas
+
+
+@dataclass(frozen=True)
+class Active:
+    """The windows of the rows with open positions.
+
+    start_A: where each begins; place_A: where the block begins that is worked on, both in the canvas; hole_AT: open positions, block_AT
+    those of that block; given_AT: prompt and suffix; beyond_AT: no part of the text.
+    """
+
+    rows_A: Tensor
+    start_A: Tensor
+    place_A: Tensor
+    z_AT: Tensor
+    hole_AT: Tensor
+    block_AT: Tensor
+    given_AT: Tensor
+    beyond_AT: Tensor
+
+
+class NoisyText:
+    """z_BL: the state; open_BL: positions that are not settled; given_BL: prompt and suffix; beyond_BL: no part of the text, which is read
+    as noise and, unless it is masked, denoised with it. phase_B: a position at which some block of each row begins.
+    """
+
+    def __init__(self, canvas: Canvas, noise: NoiseProcess, window: int, phase_B: Tensor, rng: RNG) -> None:
+        past_BL = torch.zeros(len(canvas.tokens_BT), window, dtype=torch.bool, device=canvas.tokens_BT.device)
+        self.tokens_BL, self.valid_BL, self.phase_B = canvas.tokens_BT, canvas.valid_BT, phase_B
+        self.window, self.mask_id = window, noise.mask_id
+        self.z_BL = prior(canvas, noise, window, rng)
+        self.open_BL = torch.cat([canvas.free_BT, past_BL], 1)
+        self.given_BL = torch.cat([canvas.given_BT, past_BL], 1)
+        self.beyond_BL = torch.cat([~canvas.valid_BT, ~past_BL], 1)
+
+    @property
+    def length(self) -> int:
+        """Positions of the canvas."""
+        return self.tokens_BL.shape[1]
+
+    @property
+    def shown_BL(self) -> Tensor:
+        """The tokens of the canvas, its own on padding."""
+        return torch.where(self.valid_BL, self.z_BL[:, : self.length], self.tokens_BL)
+
+    def active(self, context: int, block_length: int, *, fills_window: bool) -> Active:
+        """The windows of the rows with open positions, which carry `context` tokens over."""
+        rows_A = self.open_BL.any(-1).nonzero().squeeze(-1)
+        start_A = windows.start(self.open_BL[rows_A], self.window, context)
+        canvases = (self.z_BL, self.open_BL, self.given_BL, self.beyond_BL)
+        z_AT, hole_AT, given_AT, beyond_AT = (windows.take(x_BL[rows_A], start_A, self.window) for x_BL in canvases)
+        block_AT, begin_A = windows.block(hole_AT, block_length, 0 if fills_window else self.phase_B[rows_A] - start_A)
+        return Active(rows_A, start_A, start_A + begin_A, z_AT, hole_AT, block_AT, given_AT, beyond_AT)
+
+    def write(self, active: Active, next_AT: Tensor, written_AT: Tensor, done_AT: Tensor) -> None:
+        """Put tokens where `written` says and settle positions where `done` says."""
+        windows.put(self.z_BL, active.rows_A, active.start_A, next_AT, written_AT)
+        windows.put(self.open_BL, active.rows_A, active.start_A, torch.zeros_like(done_AT), done_AT)
+
+    def end(self, active: Active, block_length: int, stops: frozenset[int]) -> None:
+        """Settle the rest of a row once a block that is done holds a stop token that was written."""
+        rows_A, pos_L = active.rows_A, torch.arange(self.z_BL.shape[1], device=self.z_BL.device)
+        block_AL = (pos_L >= active.place_A[:, None]) & (pos_L < active.place_A[:, None] + (block_length or self.window))
+        stop_AL = torch.isin(self.z_BL[rows_A], torch.tensor(sorted(stops), device=pos_L.device))
+        stop_AL &= block_AL & ~self.given_BL[rows_A] & ~self.beyond_BL[rows_A]
+        ended_A = stop_AL.any(-1) & ~(self.open_BL[rows_A] & block_AL).any(-1)
+        self.open_BL[rows_A[ended_A]] = False
+
+    def join(self, other: NoisyText) -> None:
+        """Take in the rows of another text."""
+        fill = {"tokens_BL": self.mask_id, "z_BL": self.mask_id, "beyond_BL": True}
+        for name in ("tokens_BL", "valid_BL", "phase_B", "z_BL", "open_BL", "given_BL", "beyond_BL"):
+            setattr(self, name, stacked(getattr(self, name), getattr(other, name), fill.get(name, 0)))
+        self.window = max(self.window, other.window)
+
+    def keep(self, rows_K: Tensor) -> None:
+        """Go on with these rows alone."""
+        for name in ("tokens_BL", "valid_BL", "phase_B", "z_BL", "open_BL", "given_BL", "beyond_BL"):
+            setattr(self, name, getattr(self, name)[rows_K])
+
+
+def prior(canvas: Canvas, noise: NoiseProcess, window: int, rng: RNG) -> Tensor:
+    """Noise at the free positions, on the padding and for a window past the end: all that a window can show; int64 (B, L + T)."""
+    rows, length = canvas.tokens_BT.shape
+    z_BL = torch.full((rows, length + window), noise.mask_id, device=canvas.tokens_BT.device)
+    for b in range(rows) if not isinstance(noise, MaskedNoise) else ():  # as many draws as the row is long, whatever its neighbours are
+        count = int(canvas.valid_BT[b].sum()) + window
+        z_BL[b, :count] = noise.prior(uniform(rng[b : b + 1], count).to(z_BL.device))[0]
+    z_BL[:, :length] = torch.where(canvas.given_BT, canvas.tokens_BT, z_BL[:, :length])
+    return z_BL
