@@ -30,6 +30,7 @@ except SystemExit as left:
         (["--help"], 0),
         (["--version"], 0),
         (["list"], 0),
+        (["samplers"], 0),
         (["generate", "--help"], 0),
         (["generate", "--steps", "0"], 2),
         (["generate", "--temprature", "1"], 2),

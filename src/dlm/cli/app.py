@@ -214,15 +214,6 @@ def drafting(draft: str | None, tokens: str | None, tree: int) -> Draft | None:
 SETTING = re.compile(r"[0-9.]+(x[0-9]+)?|auto")  # of a sampler, after a colon
 
 
-WIDE = 160  # columns of a table that goes into a pipe or a file
-
-
-def console(as_json: bool = False) -> Console:
-    """For tables: on the error stream beside JSON; where that is no terminal, wide enough that no column is lost."""
-    made = Console(stderr=as_json)
-    return made if made.is_terminal else Console(stderr=as_json, width=WIDE)
-
-
 def load(
     name: str,
     device: str = "cpu",

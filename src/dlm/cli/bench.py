@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from dlm.cli.app import Compile, Deterministic, Device, Json, Seed, app, bar, console, listed, load, prompt_lines, renamed
+from dlm.cli.app import Compile, Deterministic, Device, Json, Seed, app, bar, listed, load, prompt_lines, renamed
+from dlm.cli.tables import console
 from dlm.errors import InputError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from rich.markup import escape
 
 from dlm import bundled
-from dlm.cli.app import app, console
+from dlm.cli.app import app
+from dlm.cli.tables import console
 
 
 @app.command(name="list")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlm.cli.app import Device, Json, Seed, app, console, err, load
+from dlm.cli.app import Device, Json, Seed, app, err, load
+from dlm.cli.tables import console
 from dlm.errors import InputError
 
 if TYPE_CHECKING:

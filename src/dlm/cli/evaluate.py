@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlm.cli.app import Device, Json, Seed, app, console, load
+from dlm.cli.app import Device, Json, Seed, app, load
+from dlm.cli.tables import console
 from dlm.errors import InputError
 
 if TYPE_CHECKING:

@@ -42,6 +42,7 @@ from dlm.cli.app import (
     sampler_word,
 )
 from dlm.errors import InputError
+from dlm.sampling import registry
 
 if TYPE_CHECKING:
     from dlm.language_model import LanguageModel
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 
 DEFAULT = "shakespeare-mask"
 TEXT, CONSTRAINTS, SEVERAL, OUTPUT = "Text", "Constraints and guidance", "Several models", "Output"
-SAMPLERS = "How tokens are chosen in each step, as NAME or NAME:SETTING; `dlm samplers` lists them."
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def generate(
     ] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(show_default="the model's own, else ancestral", help=SAMPLERS, rich_help_panel=SAMPLING),
+        typer.Option(show_default="the model's own, else ancestral", help=registry.help_text(), rich_help_panel=SAMPLING),
     ] = None,
     temperature: Annotated[
         float | None,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlm.cli.app import Device, Json, Seed, app, console, err, named_models
+from dlm.cli.app import Device, Json, Seed, app, err, named_models
+from dlm.cli.tables import console
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlm.cli.app import Device, Json, app, console, err
+from dlm.cli.app import Device, Json, app, err
+from dlm.cli.tables import console
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -107,6 +107,11 @@ class SamplerInfo:
         return text + ends
 
     @property
+    def exact_by_default(self) -> bool:
+        """Whether it is exact with its default parameters, whatever the steps."""
+        return self.noise is None or self.exact(Use(self.parse(self.name), None, 2))
+
+    @property
     def needs_a_name(self) -> bool:
         """Whether its name alone is not enough."""
         return any(one.default is None for one in self.parameters)
@@ -498,7 +503,7 @@ def usable(noise: Noise | None, *, bidirectional: bool = True, heads: bool = Tru
 def lossless(noise: Noise | None, *, bidirectional: bool) -> SamplerInfo | None:
     """The exact sampler of a diffusion model that takes the fewest forward passes; None where no sampler is exact."""
     fits = [one for one in BUILT_IN if one.noise == noise and (bidirectional or not one.bidirectional)]
-    exact = [one for one in fits if one.exact(Use(one.parse(one.name), None, 2))]
+    exact = [one for one in fits if one.exact_by_default]
     return exact[-1] if exact else None
 
 
@@ -513,16 +518,21 @@ def trials(window: int, *, causal: bool, quick: bool = False) -> list[tuple[str,
     return [found[0], *(one for one in found if one[0] == "topk")][:3] if quick else found
 
 
+CHOICES = (
+    f"{AUTO}: the sampler that dlm calibrate found best; {LOSSLESS}: the fastest drafter that the model has; auto as the number of a "
+    "drafter: as many draft tokens as pay."
+)
+
+
 def help_text() -> str:
-    """The help of `--sampler`: every name with its parameters and defaults, by the models that can use it."""
+    """The help of `--sampler`, a paragraph for each kind of model: every name with its parameters and defaults."""
     heads: tuple[tuple[Noise | None, str], ...] = (
-        ("masked", "masked noise"),
-        ("replacement", "replacement noise"),
-        (None, "autoregressive models, all with the same text"),
+        ("masked", "Masked noise"),
+        ("replacement", "Replacement noise"),
+        (None, "Autoregressive models, all with the same text"),
     )
-    parts = [f"{head}: {' | '.join(one.usage for one in known(noise))}" for noise, head in heads]
-    more = f"{AUTO}: the one that `dlm calibrate` found best; {LOSSLESS}: the fastest drafter that the model has. "
-    return "; ".join(parts) + f"; {more}The stride of a drafter may be auto: as many draft tokens as pay."
+    parts = [f"{head}: {', '.join(one.usage for one in known(noise))}." for noise, head in heads]
+    return "\n\n".join(["NAME or NAME:SETTING; dlm samplers says what each does.", *parts, CHOICES])
 
 
 def markdown_table(infos: Sequence[SamplerInfo] | None = None) -> str:
@@ -536,5 +546,5 @@ def _cells(infos: Iterable[SamplerInfo]) -> Iterable[tuple[str, ...]]:
     for one in infos:
         models = f"{one.noise} noise{', bidirectional' if one.bidirectional else ''}" if one.noise else "autoregressive"
         values = [f"{p.name} {'' if p.default is None else f'{p.default} '}{p.range}".strip() for p in one.parameters]
-        exact = "yes" if one.noise is None or one.exact(Use(one.parse(one.name), None, 2)) else "no"
+        exact = "yes" if one.exact_by_default else "no"
         yield f"`{one.usage}`", ", ".join(values), models, exact, one.about
