@@ -9,6 +9,7 @@ import tokenizers
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from dlm.adapters.lora import adapter_of
 from dlm.errors import InputError, unknown
 from dlm.formats import huggingface
 from dlm.formats.native import CONVERTIBLE
@@ -51,7 +52,7 @@ def export(model: Model, out: str | Path, *, to: str = "hf", dtype: str | None =
     out, lm = Path(out), language_model(model)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: name a directory")
-    if lm.network.adapter is not None:
+    if adapter_of(lm.network) is not None:
         raise InputError(f"{lm.name} has an adapter attached, which is a directory of its own: export the base without it")
     stored = None if dtype is None else DTYPES[dtype]
     converted = lm.config.family in CONVERTIBLE and not lm.is_diffusion
