@@ -12,7 +12,7 @@ import torch
 import dlm
 from dlm.protocols import RNG
 from dlm.sampling.diffusion.protocols import Step
-from dlm.sampling.draw import generators, ranked
+from dlm.sampling.draw import ranked
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ class LeftToRight:
         return torch.where(ranked(left_BT, step.open_BT, share_B), token_BT, step.z_BT)
 
 
+# Registered under a name, it is an option like the built-in samplers, with steps, temperature, blocks and constraints.
+dlm.register_sampler(dlm.SamplerInfo("left-to-right", noise="masked", factory=LeftToRight, about="The leftmost masks first."))
+
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 64
 model = dlm.load("shakespeare-mask")
-sampler = dlm.DiffusionSampler(model.network, model.noise, model.window, LeftToRight(dlm.Draw(temperature=0.7)), budget=steps)
-for frame in sampler.steps(model.canvas("ROMEO:", length=120), rng=generators(0, rows=1)):
+for frame in model.stream("ROMEO:", sampler="left-to-right", steps=steps, length=120, temperature=0.7, seed=0):
     print(model.decode(frame).replace("\n", " "))
