@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from dlm.errors import InputError
 from dlm.language_model import LanguageModel, load
 from dlm.models.transformer import predict_next
 from dlm.text.chat import ChatTemplate
-from dlm.train.loop import quiet
+from dlm.train.loop import Progress, quiet
 from dlm.trajectory import Canvas
-from dlm.workflows.convert import convert
+from dlm.workflows.convert import SelfDistillation, convert
 
 SONG = "I sing of arms and the man\n" * 60
 CONFIG = ConvertConfig(stride=3, rank=4, alpha=8.0, steps=12, batch=4, length=16, warmup=3, log_every=5, eval_every=6, save_every=4)
@@ -214,6 +214,43 @@ def test_a_base_that_writes_its_own_text(dlm: Dlm, base_dir: Path) -> None:
     distillation_data.write(lm, file, 30, 16, batch=64, tell=told.append)
     assert told[2:] == [30]
     assert file.read_text() == whole
+
+
+def test_texts_from_before_format_numbers_are_gone_on_with(base_dir: Path, tmp_path: Path) -> None:
+    lm, whole, before = load(str(base_dir)), tmp_path / "whole.jsonl", tmp_path / "before.jsonl"
+    distillation_data.write(lm, whole, 12, 16, batch=4)
+    head, *texts = whole.read_text().splitlines()
+    about = json.loads(head)
+    assert about.pop("format") == 1
+    del about["dlm_version"]
+    before.write_text("\n".join([json.dumps(about), *texts[:4]]) + "\n")
+    told: list[int] = []
+    distillation_data.write(lm, before, 12, 16, batch=4, tell=told.append)
+    assert told == [4, 8, 12]
+    assert before.read_text().splitlines()[1:] == texts
+    before.write_text(json.dumps(about | {"format": 99}) + "\n")
+    with pytest.raises(InputError, match=r"has format 99, .* upgrade dlm"):
+        distillation_data.write(lm, before, 12, 16, batch=4)
+
+
+def test_the_function_gives_what_the_command_prints(dlm: Dlm, base_dir: Path, text: Path, tmp_path: Path) -> None:
+    words = ("convert", str(base_dir), "--self-distill", "8", "--temperatures", "0,1", *SMALL, "--steps", "3", "--out", "out", "--json")
+    code, printed, err = dlm(*words)
+    assert code == 0, err
+    told: list[Progress] = []
+    config = ConvertConfig(stride=3, rank=4, alpha=8.0, batch=4, length=16, steps=3)
+    result = convert(str(base_dir), SelfDistillation(8, temperatures=(0.0, 1.0)), tmp_path / "made", config=config, progress=told.append)
+    record, expected = result.record(), json.loads(printed.splitlines()[-1])
+    assert record.pop("out") == str(tmp_path / "made")
+    assert expected.pop("out") == "out"
+    assert record.pop("tokens_per_second") > 0
+    assert expected.pop("tokens_per_second") > 0
+    assert record == expected
+    assert record["format"] == 1
+    assert [one.done for one in told if one.label == "tiny-base writes"] == [0, 8]
+    assert [one.done for one in told if one.label == "converting" and not one.text and not one.logged] == [1, 2, 3]
+    with pytest.raises(FrozenInstanceError):
+        result.step = 4  # type: ignore[misc]
 
 
 def test_temperatures_take_turns(base_dir: Path, tmp_path: Path) -> None:

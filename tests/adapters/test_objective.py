@@ -118,7 +118,7 @@ def test_the_loss_is_what_blocks_give_alone(stride: int, clean: float | None, ch
 @pytest.mark.parametrize("chain", [0, 6])
 @pytest.mark.parametrize("how", ["kl", "ce"])
 def test_the_gradient_is_that_of_blocks_alone(how: str, chain: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(divergence, "CHUNK", 5)
+    monkeypatch.setattr(divergence, "CHUNK_MASKS", 5)
     lm = adapted(kv_heads=1, mlp="swiglu", chain=chain)
     x_BT, free_BT = batch(lm)
     found = consistency(lm.network, x_BT, free_BT, phases(4), stride=4, mask_id=lm.tokenizer.mask_id, how=how)

@@ -35,7 +35,7 @@ def write_text(path: Path, size: int = 6000) -> Path:
     return path
 
 
-def config(data: Path, *settings: str, **changes: Any) -> TrainConfig:
+def config(data: Path, *settings: str) -> TrainConfig:
     """The tiny config with `key=value` words applied; causal where the objective asks for it."""
     causal = ["attention=causal"] if "objective=autoregressive" in settings else []
     return CONFIG.with_settings([f"data={data}", *causal, *settings])

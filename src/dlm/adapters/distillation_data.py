@@ -1,4 +1,4 @@
-"""Rows to convert a base with: windows of a text, or texts that the base wrote itself (self-distillation, which needs no data set).
+"""Rows to convert a base with: windows of a text, or texts that the base wrote itself (self-distillation needs no data set).
 
 Shapes: B rows, T positions, the start token included where the base reads one.
 """
@@ -28,7 +28,7 @@ from dlm.trajectory import Canvas, Frame
 
 FILE = "texts.jsonl"
 FORMAT = 1
-ASKED = 1 << 31  # added to the seed of what users say, so that no answer is drawn with the same numbers (32 bits of a seed count)
+QUESTION_SEED = 1 << 31  # added to the seed of a user's words, so that no answer is drawn with the same numbers (32 bits of a seed count)
 Batch = tuple[Tensor, Tensor]  # x_BT int64 and free_BT, False where a token is only read: start, prompt, padding
 
 
@@ -58,7 +58,7 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """draw(batch, rng) gives rows to learn from; `held` are rows that it never gives."""
+    """draw(batch, rng) gives training rows; `held` are rows that it never gives. tokens: of the training rows."""
 
     draw: Callable[[int, torch.Generator], Batch]
     held: Batch
@@ -90,18 +90,21 @@ def from_text(source: str, tokenizer: Tokenizer, start: int | None, length: int,
 def from_base(path: Path, start: int | None, length: int, *, val_fraction: float = 0.1, held: int = 64) -> Rows:
     """Texts of a file that `write` wrote, cut to `length`; the last ones are held back. InputError where it is missing or damaged.
 
-    The fingerprint is of the base and the settings, which the texts follow from: a run may go on with more of them, and what is then
-    held back was never learned.
+    The fingerprint is of the base and the settings, which the texts follow from: a run may go on with more of them, and the texts that
+    are then held back were never trained on.
     """
     try:
         head, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         texts = [([int(i) for i in line["ids"]], int(line["given"])) for line in lines]
         made_by = str(head["made_by"])[:16]
+        check_stamp(head, FORMAT, path)
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is missing or damaged ({error}): let the base write again into another --out") from None
     if len(texts) < 2:
         raise InputError(f"{path} holds {len(texts)} texts, two are needed: one to learn from, one to measure on")
-    count = max(1, min(held, round(len(texts) * val_fraction)))  # more would be measured by nobody
+    count = max(1, min(held, round(len(texts) * val_fraction)))  # no more are measured
 
     def rows(chosen: Sequence[tuple[list[int], int]]) -> Batch:
         x_BT, free_BT = torch.zeros(len(chosen), length, dtype=torch.long), torch.zeros(len(chosen), length, dtype=torch.bool)
@@ -120,6 +123,55 @@ def from_base(path: Path, start: int | None, length: int, *, val_fraction: float
     )
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """Texts that a base is to write: `room` tokens each, behind the prompts in turns, or behind questions of its own.
+
+    frame: tokens before and after a user's words, where the base also writes those.
+    """
+
+    lm: Writer
+    length: int
+    prompts: list[list[int]]
+    frame: tuple[list[int], list[int]] | None
+    temperatures: list[float]
+    seed: int
+    batch: int
+
+    @property
+    def room(self) -> int:
+        return self.length - (self.lm.config.start_token_id is not None)
+
+    def check(self) -> None:
+        """InputError for a base without start token or room."""
+        if self.lm.config.start_token_id is None and self.prompts == [[]] and self.frame is None:
+            raise InputError(f"{self.lm.name} reads no start token: give --prompts FILE for its texts to begin with")
+        longest = max(map(len, self.prompts)) if self.frame is None else len(self.frame[0] + self.frame[1]) + 4
+        if longest > self.room - 2:
+            raise InputError(f"a prompt has {longest} tokens, a text {self.room}: shorter prompts or a greater --length")
+
+    def head(self) -> dict[str, object]:
+        """The first line of the file, with a digest of all that the texts follow from."""
+        about = {"base": lora.fingerprint(self.lm.network), "length": self.length, "seed": self.seed, "heads": self.prompts}
+        about |= {"turn": self.frame, "temperatures": self.temperatures, "batch": self.batch}
+        return {"made_by": hashlib.sha256(json.dumps(about).encode()).hexdigest(), "base": self.lm.name, "seed": self.seed}
+
+    def write(self, first: int, count: int) -> list[str]:
+        """The lines of texts `first` and after, to the end of their batch or to text `count`. Text i draws with seed + i."""
+        mask_id, turn = self.lm.tokenizer.mask_id, first // self.batch
+        chosen = [self.prompts[i % len(self.prompts)] for i in range(first, min((turn + 1) * self.batch, count))]
+        if self.frame is not None:
+            chosen = _questions(self.lm, self.frame, len(chosen), self.room, self.seed + first + QUESTION_SEED)
+        canvas = Canvas.from_rows([[*ids, *[None] * (self.room - len(ids))] for ids in chosen], fill=mask_id)
+        temperature = self.temperatures[turn % len(self.temperatures)]
+        *_, frame = self.lm.stream(canvas=canvas, seed=self.seed + first, temperature=temperature)
+        lines = []
+        for ids, row in zip(chosen, frame.tokens_BT.tolist(), strict=True):
+            row = row[: row.index(mask_id)] if mask_id in row else row  # it has ended its text
+            lines.append(json.dumps({"given": len(ids), "text": self.lm.tokenizer.decode(row), "ids": row}))
+        return lines
+
+
 def write(
     lm: Writer,
     path: Path,
@@ -130,66 +182,52 @@ def write(
     temperatures: Sequence[float] = (1.0,),
     seed: int = 0,
     batch: int = 64,
-    tell: Callable[[int], None] = lambda texts: None,
+    tell: Callable[[int], None] = lambda _: None,
 ) -> None:
     """The base writes `count` texts of at most `length` positions; temperatures: one for each batch of them, in turns.
 
-    prompts: taken in turns, as messages of a user where the base has a chat template. Without, such a base writes what users say as
-    well, at temperature 1, and what texts begin with is read, not learned; others begin at their start token.
-    A file that came of the same base and settings is gone on with: a run that was stopped, or fewer texts. tell: gets the number of
-    texts after each batch, which is then on disk.
-    InputError for a base without start token or room.
+    prompts: taken in turns, as messages of a user where the base has a chat template. Without prompts, such a base writes the user's
+    words as well, at temperature 1, which a training then reads and does not predict; any other base begins at its start token.
+    A file that came of the same base and settings is gone on with. tell: gets the number of texts after each batch, which is then on
+    disk. InputError for a base without start token or room.
     """
-    mask_id = lm.tokenizer.mask_id
-    heads = [lm.prompt_ids(prompt) for prompt in prompts] or [[]]
-    turn = _turn(lm) if lm.chat.source and not prompts else None
-    room = length - (lm.config.start_token_id is not None)
-    if lm.config.start_token_id is None and not prompts and turn is None:
-        raise InputError(f"{lm.name} reads no start token: give --prompts FILE for its texts to begin with")
-    if (longest := max(map(len, heads)) if turn is None else len(turn[0] + turn[1]) + 4) > room - 2:
-        raise InputError(f"a prompt has {longest} tokens, a text {room}: shorter prompts or a greater --length")
-    about = {"base": lora.fingerprint(lm.network), "length": length, "seed": seed, "heads": heads, "turn": turn}
-    about |= {"temperatures": list(temperatures), "batch": batch}
-    made_by = {"made_by": hashlib.sha256(json.dumps(about).encode()).hexdigest(), "base": lm.name, "seed": seed}
+    frame = _turn(lm) if lm.chat.source and not prompts else None
+    plan = _Plan(lm, length, [lm.prompt_ids(prompt) for prompt in prompts] or [[]], frame, list(temperatures), seed, batch)
+    plan.check()
+    head = plan.head()
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    if not lines or not _made_by(lines[0], made_by, path):
-        lines = [json.dumps(stamp(FORMAT) | made_by)]
+    if not lines or not _begins_with(lines[0], head, path):
+        lines = [json.dumps(stamp(FORMAT) | head)]
     tell(min(len(lines) - 1, count))
     path.parent.mkdir(parents=True, exist_ok=True)
     while (first := len(lines) - 1) < count:
-        turns = first // batch
-        chosen = [heads[i % len(heads)] for i in range(first, min((turns + 1) * batch, count))]
-        if turn is not None:
-            chosen = _asked(lm, turn, len(chosen), room, seed + first + ASKED)
-        canvas = Canvas.from_rows([[*ids, *[None] * (room - len(ids))] for ids in chosen], fill=mask_id)
-        *_, frame = lm.stream(canvas=canvas, seed=seed + first, temperature=temperatures[turns % len(temperatures)])
-        for ids, row in zip(chosen, frame.tokens_BT.tolist(), strict=True):
-            row = row[: row.index(mask_id)] if mask_id in row else row  # it has ended its text
-            lines.append(json.dumps({"given": len(ids), "text": lm.tokenizer.decode(row), "ids": row}))
+        lines += plan.write(first, count)
         write_text(path, "\n".join(lines) + "\n")
         tell(len(lines) - 1)
 
 
-def _made_by(head: str, made_by: dict[str, object], path: Path) -> bool:
-    """Whether the first line of a file says that it came of the same base and settings."""
+def _begins_with(line: str, head: dict[str, object], path: Path) -> bool:
+    """Whether the first line of a file, of this format or the one before, says that it came of the same base and settings."""
     try:
-        found = json.loads(head)
+        found = json.loads(line)
     except ValueError:
         return False
+    if not isinstance(found, dict):
+        return False
     check_stamp(found, FORMAT, path)
-    return {key: found.get(key) for key in made_by} == made_by
+    return {key: found.get(key) for key in head} == head
 
 
 def _turn(lm: Writer) -> tuple[list[int], list[int]]:
-    """What stands before and after the words of a user: what two conversations have in common."""
+    """Tokens before and after the words of a user: those that two conversations have in common."""
     a, b = (lm.prompt_ids(word) for word in ("a", "b"))
     before = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     after = next(i for i, (x, y) in enumerate(zip(reversed(a), reversed(b), strict=False)) if x != y)
     return a[:before], a[len(a) - after :]
 
 
-def _asked(lm: Writer, turn: tuple[list[int], list[int]], count: int, room: int, seed: int) -> list[list[int]]:
-    """Conversations up to where the base is to speak; what the user says is its own, a third of the room at most."""
+def _questions(lm: Writer, turn: tuple[list[int], list[int]], count: int, room: int, seed: int) -> list[list[int]]:
+    """Conversations up to where the base is to answer; it writes the user's words itself, a third of the room at most."""
     before, after = turn
     most = (room - len(before) - len(after)) // 3
     canvas = Canvas.from_rows([[*before, *[None] * most]] * count, fill=lm.tokenizer.mask_id)

@@ -1,4 +1,4 @@
-"""KL divergence of masks from their teachers over a large vocabulary, without a tensor of all logits.
+"""KL divergence of the predictions at masks from their teachers' over a large vocabulary, without a tensor of all logits.
 
 Shapes: M masks, N teachers, D width, V vocabulary.
 """
@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 48  # masks at once: their logits over 50,000 words take 9 MiB; of 2, 3 or 4 a teacher, no teacher is cut in two
+CHUNK_MASKS = 48  # at once: their logits over 50,000 tokens take 9 MiB; with 2, 3 or 4 masks a teacher, no teacher is cut in two
 
 
 def divergence(
     hidden_MD: Tensor, teacher_ND: Tensor, of_M: Tensor, weight_VD: Tensor, *, measure: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(nats_M, accept_M, agree_M): KL(p || q), sum_v min(p, q), and whether the likeliest token is the same.
+    """(nats_M, accept_M, agree_M): KL(p || q), sum_v min(p, q), and whether the likeliest tokens are the same.
 
-    of_M: the teacher of each mask, in order, so that neighbours may share one. weight_VD: of the head; a frozen one is read in pieces.
-    measure: False spares the last two, which are then None.
+    of_M: the teacher of each mask, in order, so that neighbours may share one. weight_VD: of the output layer; a frozen one is multiplied
+    in chunks. measure: False leaves out the last two, which are then None.
     """
     if not weight_VD.requires_grad:
         found: tuple[Tensor, Tensor | None, Tensor | None]
@@ -35,9 +35,9 @@ def divergence(
 
 
 class Divergence(torch.autograd.Function):
-    """The gradient with respect to the hidden states is made on the way, (q - p) W for each mask, and kept in place of logits.
+    """The forward pass computes the gradient with respect to the hidden states, (q - p) W for each mask, and keeps it instead of logits.
 
-    Within a piece, p is (N, 1, V) beside q (N, P, V) where every teacher has P masks there, else it is copied for each mask.
+    Within a chunk, p is (N, 1, V) beside q (N, P, V) where every teacher has P masks there, else it is copied for each mask.
     """
 
     @staticmethod
@@ -45,8 +45,8 @@ class Divergence(torch.autograd.Function):
         ctx: Any, hidden_MD: Tensor, teacher_ND: Tensor, of_M: Tensor, weight_VD: Tensor, measure: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         nats, accept, agree, slope = [], [], [], []
-        for first in range(0, len(of_M), CHUNK):
-            own_M, h_MD = of_M[first : first + CHUNK], hidden_MD[first : first + CHUNK]
+        for first in range(0, len(of_M), CHUNK_MASKS):
+            own_M, h_MD = of_M[first : first + CHUNK_MASKS], hidden_MD[first : first + CHUNK_MASKS]
             n_N, count_N = torch.unique_consecutive(own_M, return_counts=True)
             logp_NV = (teacher_ND[n_N] @ weight_VD.T).float().log_softmax(-1)
             if bool((count_N != count_N[0]).any()):

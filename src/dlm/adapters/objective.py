@@ -1,9 +1,9 @@
-"""Introspective-consistency training (I-DLM, arXiv 2604.11035): masks learn to say what the clean text would.
+"""Introspective-consistency training (I-DLM, arXiv 2604.11035): the predictions at masks learn those at the clean text.
 
-A row is read as text and as masks, at shared positions. The masks stand in blocks of stride - 1 and read the text before their block;
-hidden state s predicts token s + 1 in both, so the clean row s is the teacher of mask s. The mask in slot j of its block has not seen
-j + 1 tokens that its teacher has. Where the base is frozen, the text is read once, without gradients, and masks cut into blocks at
-several places read it; else one call reads [masks | text].
+A row is read as text and as masks, at shared positions. The masks stand in blocks of stride - 1 and attend to the text before their
+block; hidden state s predicts token s + 1 in both, so the clean position s is the teacher of mask s. The mask in slot j of its block does
+not attend to j + 1 tokens to which its teacher does. Beside a frozen base the text takes one forward pass without gradients, and masks
+cut into blocks at several places attend to its keys and values; else one forward pass reads [masks | text].
 Shapes: B rows, P phases of each, T positions, Q masks of a row, N teachers, M masks that are scored, S = stride - 1 slots, D width,
 V vocabulary without the mask.
 """
@@ -29,8 +29,8 @@ LOSSES = ("kl", "ce")
 
 @dataclass(frozen=True)
 class Consistency:
-    """What one call gives. accepted_S / count_S is the chance that a draft of that slot is accepted, agreed_S / count_S that the
-    likeliest tokens are the same, which is acceptance at temperature 0; None where it was not asked for."""
+    """Loss and acceptance of one batch. accepted_S / count_S is the chance that a draft token of that slot is accepted, agreed_S / count_S
+    the share of equal likeliest tokens, which is acceptance at temperature 0; None where they were not asked for."""
 
     nats_B: Tensor  # of each row, a mean over its masks
     count_S: Tensor
@@ -39,7 +39,7 @@ class Consistency:
 
 
 def slots(free_BT: Tensor, stride: int, phase_B: Tensor) -> Tensor:
-    """int64 (B, T): how many masks stand before this one in its block; -1 where there is no mask.
+    """int64 (B, T): the number of masks before this one in its block; -1 where there is no mask.
 
     Blocks of stride - 1 positions, the first cut by the row's phase; a block that begins with given tokens has fewer masks.
     """
@@ -63,11 +63,11 @@ def consistency(
 ) -> Consistency:
     """Text x, whose free tokens are masked; phase_BP: 0 .. stride - 2, how far into a block each row begins, once or several times.
 
-    how: `kl`, KL(p || q) of the clean guess p and the mask's q, or `ce`, the mask's cross entropy of the text. A draft is accepted with
-    chance sum_v min(p, q) = 1 - TV(p, q), and TV is at most sqrt(KL / 2) (Pinsker).
-    clean: weight of the cross entropy of the clean half, 0 for the ratio of the two (I-DLM eq. 2), None for a frozen one, which has no
-    gradient. measure: False spares what `how` does not need.
-    Position 0 is read, never masked. A last mask, whose token lies outside the row, is not scored. ValueError for an unknown `how`.
+    how: `kl`, KL(p || q) from the clean prediction p to the mask's q, or `ce`, the mask's cross entropy of the text. A draft token is
+    accepted with chance sum_v min(p, q) = 1 - TV(p, q), and TV is at most sqrt(KL / 2) (Pinsker).
+    clean: weight of the cross entropy on the clean half, 0 for the ratio of the two (I-DLM eq. 2), None for a frozen base, which has no
+    gradient. measure: False leaves out the acceptance.
+    Position 0 is never masked. A last mask, whose token lies outside the row, has no loss. ValueError for an unknown `how`.
     """
     if how not in LOSSES:
         raise ValueError(f"unknown loss {how!r}; known: {', '.join(LOSSES)}")
@@ -113,7 +113,7 @@ def _row_means(value_M: Tensor, row_M: Tensor, rows: int) -> Tensor:
 
 
 def _chained(network: Transformer, chain: Chain, hidden_MD: Tensor, x_N: Tensor, place_M: Tensor, slot_M: Tensor, count: int) -> Tensor:
-    """What the network's chain makes of masks in `count` slots at these places of text x, given the tokens that masks stand for."""
+    """Hidden states of masks in `count` slots at these places of text x, after the network's chain has read the tokens before each."""
     for slot in range(count):
         at_N = (slot_M == slot).nonzero().squeeze(-1)
         before_NS = x_N[place_M[at_N, None] + torch.arange(-slot, 1, device=x_N.device)]
@@ -123,15 +123,15 @@ def _chained(network: Transformer, chain: Chain, hidden_MD: Tensor, x_N: Tensor,
 
 
 def _beside(network: Transformer, x_BT: Tensor, free_BT: Tensor, phase_BP: Tensor, stride: int, mask_id: int) -> tuple[Tensor, Tensor]:
-    """Hidden states of masks (B, T, P, D), of every phase, and of the text (B, T, D): the text is read once, without gradients.
+    """Hidden states of masks (B, T, P, D), of every phase, and of the text (B, T, D): one forward pass of the text, without gradients.
 
-    The masks of a row are read in every phase beside it, given tokens left out: they would say what they say in the text.
+    A second pass reads the masks of a row in every phase beside the text; given tokens are left out, for theirs are those of the text.
     """
     (rows, length), phases = x_BT.shape, phase_BP.shape[1]
     cache = TextCache()
     with torch.no_grad():
         clean_BTD = network(x_BT, cache=cache, logits=False)
-    # the places of the masks, and of other tokens where a row has fewer, which nobody reads
+    # places of the masks; where a row has fewer, of other tokens, to which nothing attends
     place_BQ = (~free_BT).int().argsort(dim=-1, stable=True)[:, : max(1, int(free_BT.sum(-1).max()))]
     real_BQ, place_BQ = free_BT.gather(1, place_BQ), place_BQ.clamp(min=1)
     place_CQ, real_CQ, free_CT = (part.repeat_interleave(phases, 0) for part in (place_BQ, real_BQ, free_BT))
@@ -150,7 +150,7 @@ def _beside(network: Transformer, x_BT: Tensor, free_BT: Tensor, phase_BP: Tenso
 
 
 def _together(network: Transformer, x_BT: Tensor, free_BT: Tensor, phase_BP: Tensor, stride: int, mask_id: int) -> tuple[Tensor, Tensor]:
-    """As `_beside`, in one call on [masks | text], in which both have gradients; the text in that of the first phase."""
+    """As `_beside`, in one forward pass on [masks | text], in which both have gradients; the text in that of the first phase."""
     phases = phase_BP.shape[1]
     z_BQ = torch.cat([x_BT.masked_fill(free_BT, mask_id), x_BT], 1).repeat_interleave(phases, 0)
     hidden_CQD = network(z_BQ, pattern="introspective", block_length=stride - 1, phase_B=phase_BP.flatten(), logits=False)
@@ -160,7 +160,7 @@ def _together(network: Transformer, x_BT: Tensor, free_BT: Tensor, phase_BP: Ten
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Of each slot, on held-out rows: the mean chance that a draft is accepted at temperature 1, and at temperature 0."""
+    """Of each slot, on held-out rows: the mean chance that a draft token is accepted at temperature 1, and at temperature 0."""
 
     sampled: list[float]
     greedy: list[float]
@@ -168,14 +168,14 @@ class Acceptance:
 
 @torch.no_grad()
 def acceptance(network: Transformer, x_BT: Tensor, free_BT: Tensor, *, stride: int, mask_id: int, batch: int = 16) -> Acceptance:
-    """On these rows, whose phases go round."""
+    """On these rows, whose phases take turns."""
     phase_BP = torch.arange(len(x_BT), device=x_BT.device)[:, None] % (stride - 1)
     parts = zip(*(torch.split(part, batch) for part in (x_BT, free_BT, phase_BP)), strict=True)
     return mean_acceptance([consistency(network, *rows, stride=stride, mask_id=mask_id) for rows in parts])
 
 
 def mean_acceptance(found: Sequence[Consistency]) -> Acceptance:
-    """Of all that was measured."""
+    """Of several batches."""
     count_S = torch.stack([one.count_S for one in found]).sum(0).clamp(min=1)
     kept_2S = torch.stack([torch.stack([cast(Tensor, part) for part in (one.accepted_S, one.agreed_S)]) for one in found]).sum(0)
     return Acceptance(*(kept_2S / count_S).tolist())

@@ -108,7 +108,7 @@ class Drafting(Protocol):
     def module(self) -> nn.Module:
         """Its parameters that require gradients are those to train."""
 
-    def nats(self, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator) -> Tensor:
+    def nats(self, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, /) -> Tensor:
         """Training loss (B,) of each row."""
 
     def acceptance(self, x_BT: Tensor, free_BT: Tensor) -> Acceptance:
@@ -128,7 +128,7 @@ class AdapterDrafting:
         if config.init and fresh:
             attach.begin_with(base.network, config.init)
 
-    def nats(self, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator) -> Tensor:
+    def nats(self, x_BT: Tensor, free_BT: Tensor, _rng: torch.Generator) -> Tensor:
         phase_BP = torch.arange(self.config.stride - 1).expand(len(x_BT), -1)  # beside a frozen text every position meets every slot
         return self._nats(x_BT, free_BT, phase_BP, clean=None)
 
@@ -172,7 +172,7 @@ class HeadsDrafting:
         self.heads = medusa.Heads(base.network, medusa.HeadsConfig(config.heads, base.name, fingerprint))
         self.module = self.heads
 
-    def nats(self, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator) -> Tensor:
+    def nats(self, x_BT: Tensor, free_BT: Tensor, _rng: torch.Generator) -> Tensor:
         network, mask_id = self.base.network, self.base.mask_id
         return medusa.foresight(network, self.heads, x_BT, free_BT, mask_id=mask_id, how=self.config.loss, measure=False).nats_B
 
@@ -237,7 +237,7 @@ class Conversion:
         self.before = self.drafting.acceptance(self.held_x_BT, self.held_free_BT)
         return Validation({}, self._logged(self.before), f"before: {describe(self.before)}")
 
-    def validate(self, step: int) -> Validation:
+    def validate(self, _step: int) -> Validation:
         after = self.drafting.acceptance(self.held_x_BT, self.held_free_BT)
         figures = {"accept_before": self.before.sampled, "accept": after.sampled}
         figures |= {"greedy_before": self.before.greedy, "greedy": after.greedy}

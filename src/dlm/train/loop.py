@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -53,13 +52,13 @@ class Task(Protocol):
     tokens_per_step: int
     remedy: str
 
-    def update(self, step: int) -> Update:
+    def update(self, step: int, /) -> Update:
         """Take step `step` of the run."""
 
-    def validate(self, step: int) -> Validation:
+    def validate(self, step: int, /) -> Validation:
         """Measure on held-out text after so many steps."""
 
-    def save(self, step: int, figures: Figures, recent: list[float]) -> None:
+    def save(self, step: int, figures: Figures, recent: list[float], /) -> None:
         """Write a model that loads, then the state to resume from. recent: losses since the last line of the log."""
 
 
@@ -214,7 +213,7 @@ class Stop:
             self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _ask(self, *_: object) -> None:
         self.asked = True
         if not self.patient:
             signal.signal(signal.SIGINT, signal.default_int_handler)

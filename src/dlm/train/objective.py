@@ -63,9 +63,9 @@ def estimator(config: TrainConfig, noise: Process, teacher: loss.Predict | None 
             cast(MaskedNoise, noise), partial(predict_beside, network), x_BT, free_BT, rng, block_length, t_B
         )
     if config.objective == "autoregressive":
-        return lambda network, x_BT, free_BT, rng, t_B, block_length: loss.autoregressive(noise, predict(network), x_BT, free_BT)
+        return lambda network, x_BT, free_BT, _rng, _t_B, _length: loss.autoregressive(noise, predict(network), x_BT, free_BT)
     bound = partial(loss.any_order, teacher=teacher) if teacher is not None else ESTIMATORS[config.estimate]
-    return lambda network, x_BT, free_BT, rng, t_B, block_length: bound(noise, predict(network), x_BT, free_BT, rng, t_B)
+    return lambda network, x_BT, free_BT, rng, t_B, _length: bound(noise, predict(network), x_BT, free_BT, rng, t_B)
 
 
 ESTIMATORS: dict[str, Callable[..., Tensor]] = {"any_order": loss.any_order, "counted": loss.counted, "continuous": loss.continuous}

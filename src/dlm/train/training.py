@@ -82,7 +82,7 @@ class Training:
             text=f"validation {nats:.4f} +- {stderr:.4f} nats per token" + (f"\n{text}" if text else ""),
         )
 
-    def save(self, step: int, figures: Figures, recent: list[float]) -> None:
+    def save(self, step: int, _figures: Figures, recent: list[float]) -> None:
         learner, main = self.learner, self.accelerator.is_main_process
         average = state.averaged(learner.network, learner.ema)
         if main:  # the export first: whatever can be resumed can also be loaded
