@@ -86,6 +86,12 @@ class TrainConfig:
         return schedule.parse(self.noise_schedule) if isinstance(self.noise_schedule, str) else self.noise_schedule
 
     @property
+    def schedule_word(self) -> str:
+        """The word of that schedule, as it was given or as `schedule.word` has it."""
+        given = isinstance(self.noise, str) and isinstance(self.noise_schedule, str)
+        return str(self.noise_schedule) if given else schedule.word(self.alpha)
+
+    @property
     def process(self) -> str:
         """The name of the noise process."""
         return self.noise.partition(":")[0] if isinstance(self.noise, str) else process.name_of(type(self.noise))
@@ -151,7 +157,7 @@ def _block_diffusion(c: TrainConfig) -> Iterator[str]:
     if c.blocks and (c.objective != "diffusion" or c.process != "masked" or c.network.time_conditioning):
         yield "block diffusion (attention=block_causal) is for masked noise without time_conditioning"
     if c.blocks and not schedule.is_whole(c.alpha):
-        yield f"the {c.noise_schedule} schedule does not run from 1 to 0: block diffusion needs one that does"
+        yield f"the {c.schedule_word} schedule does not run from 1 to 0: block diffusion needs one that does"
     if c.blocks and c.estimator != "auto":
         yield f"block diffusion has one estimator of its own: leave --set estimator={c.estimator} away"
     if c.block_lengths and not c.blocks:
@@ -175,7 +181,7 @@ def _noise(c: TrainConfig) -> Iterator[str]:
     if c.estimator == "any_order" and c.network.time_conditioning:
         yield "a network with time_conditioning needs --set estimator=continuous"
     if c.estimator in fitting and not schedule.is_whole(c.alpha):
-        yield f"the {c.noise_schedule} schedule does not run from 1 to 0: --set estimator=continuous"
+        yield f"the {c.schedule_word} schedule does not run from 1 to 0: --set estimator=continuous"
 
 
 def _numbers(c: TrainConfig) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""One update of the weights: draw, corrupt, loss, gradient, step, average.
+"""One optimiser step: draw, corrupt, loss, gradient, update, average.
 
 Everything random at step n is a function of (seed, n). Shapes: B rows of the batch, T positions.
 """

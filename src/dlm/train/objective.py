@@ -1,4 +1,4 @@
-"""What is minimised and what is validated. Shapes: B rows, T positions, W validation windows."""
+"""The training loss and the validation bound. Shapes: B rows, T positions, W validation windows."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from dlm.train.config import TrainConfig
 
 
 class RowsOf:
-    """A process that corrupts rows `own` of a batch just as the whole batch would have them: what is drawn does not depend on the
-    number of processes. Everything else is the process's own."""
+    """A process that corrupts rows `own` of a batch as it would corrupt the whole batch, so that the noise does not depend on the number
+    of processes. Everything else is the process's own."""
 
     def __init__(self, noise: Process, *, batch: int, own: slice) -> None:
         self.noise, self.batch, self.own = noise, batch, own

@@ -80,8 +80,8 @@ def noise_settings(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 def cluster_of(source: str, tokenizer: Tokenizer) -> list[int]:
     """The cluster of every token, the mask last and by itself.
 
-    source: `classes` (of characters), `MODEL:COUNT` (k-means on the output embedding of a checkpoint, where tokens that stand in
-    like places lie together), or a JSON file with a list of groups of tokens as they are written.
+    source: `classes` (of characters), `MODEL:COUNT` (k-means on the output embedding of a checkpoint, in which tokens of similar contexts
+    are close), or a JSON file with a list of groups of tokens as they are written. InputError where it does not fit the vocabulary.
     """
     pieces = [tokenizer.piece(token) for token in range(tokenizer.vocab_size)]
     name, colon, count = source.rpartition(":")
