@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from conftest import Dlm, make_model
 from dlm.bench import decoding
+from dlm.cli import bench
 from dlm.sampling.autoregressive.drafters import DraftModel
 from dlm.sampling.autoregressive.speculative import SpeculativeDecoder
 
@@ -35,6 +40,46 @@ def test_another_text_is_told() -> None:
     canvas = model.canvas(["ROMEO"], max_new_tokens=20)
     words = {"plain": model.sampler(temperature=1.0), "cold": model.sampler(temperature=0.0)}
     assert [one.same for one in decoding.compare(words, canvas, rounds=1)] == [True, False]
+
+
+class Starting:
+    """An engine whose first run takes long, as one that compiles."""
+
+    rows, start = 0, [0]
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def write(self, prompts: Sequence[list[int]], new: int) -> tuple[list[list[int]], float]:
+        self.runs += 1
+        time.sleep(0.3 if self.runs == 1 else 0.0)
+        return [[1] * new for _ in prompts], 0.0
+
+    def weights(self) -> int:
+        return 0
+
+
+def test_the_first_run_is_not_timed() -> None:
+    model, told, engine = make_model("autoregressive", window=32, context=0), [], Starting()
+    canvases = [model.canvas(["ROMEO"], max_new_tokens=4), model.canvas(["JULIET"], max_new_tokens=4)]
+    (found,) = decoding.compare({"engine": engine}, canvases, rounds=1, progress=told.append)
+    assert found.seconds < 0.2
+    assert engine.runs == 3
+    assert sum(told) == decoding.runs(1, 2, 1) == 3
+
+
+@pytest.mark.parametrize("width", [160, 120])
+def test_many_draft_tokens_leave_room_for_the_speed(width: int) -> None:
+    rows = [
+        decoding.Decoding(name, batch, 512 * batch, 90, 41.5, 0.1, accepted, True, memory=538_000_000)
+        for name, accepted in (("autoregressive", []), ("draft:int4:24", [0.91 - k / 100 for k in range(23)]))
+        for batch in (1, 4)
+    ]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(bench._table(rows, [1, 4]))
+    line = next(line for line in console.export_text().splitlines() if "draft:int4:24" in line)
+    assert "0.91 0.90 .. 0.69 (23)" in line
+    assert line.rstrip().endswith("12.3 (1.00x)  49.3 (1.00x)")
 
 
 def test_the_verb(dlm: Dlm, autoregressive_dir: Path, masked_dir: Path) -> None:

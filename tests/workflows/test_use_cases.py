@@ -217,3 +217,19 @@ def test_schedule_compare(dlm: Dlm, family: Path, text_file: Path) -> None:
     found = library.schedule.compare(heavy, light, ["L0.5 H0.5", "H@4"], judge=judge, progress=watch, **settings)
     assert without_seconds(plain(found)) == without_seconds(shown)
     watch.check()
+
+
+def test_bench_decode(dlm: Dlm, autoregressive_dir: Path) -> None:
+    from dlm.workflows.bench import decode
+
+    words = ("--methods", "lookup:3", "--batch", "1,2", "--max-new-tokens", "8", "--rounds", "2", "--seed", "3")
+    shown = printed(dlm, "bench", "decode", str(autoregressive_dir), *words)
+    watch = Watch()
+    found = decode(str(autoregressive_dir), methods=["lookup:3"], batches=[1, 2], max_new_tokens=8, rounds=2, seed=3, progress=watch)
+    watch.check()
+    record = plain(found)
+    for one in record, shown:
+        for row in one["rows"]:  # type: ignore[attr-defined]
+            assert row.pop("seconds") > row.pop("first") > 0
+            assert row.pop("tokens_per_second") > 0
+    assert record == shown

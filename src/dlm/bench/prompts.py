@@ -1,4 +1,4 @@
-"""Prompts to measure decoding with: what a proposer gains depends on what is written."""
+"""Prompts to measure decoding with: the gain of a drafter depends on the text."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ _LETTER = (
     "4 April. The six chairs are late: the mill that gives us the wood was closed by the flood, and we expect them in the middle of May. "
     "You may have the table now and the chairs later, or all together in May, at a discount of ten per cent. Please tell us by the end of "
     "the month what you prefer. We are sorry for the trouble. Yours, Peter Lindqvist"
+)
+
+SHAKESPEARE = (
+    "ROMEO:\nBut soft, what light through yonder window breaks? It is the east,",
+    "First Citizen:\nWe are accounted poor citizens, the patricians good.",
+    "The king shall live. The king shall live. The king shall",
+    "What say you to the matter of the people, and to the matter of the people",
 )
 
 KINDS: dict[str, tuple[str, ...]] = {
