@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import re
 import subprocess
@@ -9,8 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from dlm.sampling import registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -48,10 +47,10 @@ def test_the_code_of_extending_is_the_example(name: str) -> None:
     assert [line for line in shown.splitlines() if line] == [line for line in example.split('"""', 2)[2].splitlines() if line]
 
 
-def test_the_table_of_samplers_is_that_of_the_registry() -> None:
-    page = (ROOT / "docs" / "generating.md").read_text(encoding="utf-8")
-    shown = page.split("<!-- samplers -->\n")[1].split("<!-- end of samplers -->")[0]
-    assert shown == registry.markdown_table(registry.BUILT_IN)
+def test_the_generated_parts_are_up_to_date() -> None:
+    words = [sys.executable, "dev/generated.py", "--check"]
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": "src"}, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
