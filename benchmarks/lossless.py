@@ -24,11 +24,13 @@ from rich.table import Table
 from torch import Tensor
 
 import dlm
-from dlm.cli.app import bar, load
+from dlm.cli.app import load
+from dlm.cli.progress import showing
 from dlm.evaluation import card
 from dlm.sampling.autoregressive.speculative import SpeculativeDecoder
 from dlm.sampling.draw import generators
 from dlm.trajectory import Canvas
+from dlm.workflows.inputs import Counter
 
 TASKS = (
     "Tell me a short story about {}.",
@@ -84,7 +86,8 @@ def write(sampler: Any, canvas: Canvas, seed: int) -> tuple[Tensor, int]:
 def greedy(lm: dlm.LanguageModel, args: argparse.Namespace, words: Sequence[str]) -> list[dict[str, Any]]:
     samplers = {word: lm.sampler(sampler=word, temperature=0.0) for word in ("autoregressive", *words)}
     found = {word: {"method": word, "texts": 0, "same": 0, "calls": 0, "gaps": []} for word in samplers}
-    with bar(f"greedy, {args.prompts} prompts", args.prompts) as progress:
+    with showing(f"greedy, {args.prompts} prompts") as progress:
+        count = Counter(progress, args.prompts)
         for canvas in canvases(lm, prompts(args.prompts), args.new, args.batch):
             plain_BL: Tensor | None = None
             for word, sampler in samplers.items():
@@ -95,7 +98,7 @@ def greedy(lm: dlm.LanguageModel, args: argparse.Namespace, words: Sequence[str]
                 row["same"] += int(same_B.sum())
                 row["calls"] += calls
                 row["gaps"] += [gap(lm, plain_BL[b], text_BL[b]) for b in (~same_B).nonzero().flatten().tolist()]
-            progress.forward(len(canvas.tokens_BT))
+            count.add(len(canvas.tokens_BT))
     return list(found.values())
 
 
@@ -109,14 +112,14 @@ def gap(lm: dlm.LanguageModel, plain_L: Tensor, text_L: Tensor) -> float:
     return float((logits_V[plain_L[first]] - logits_V[text_L[first]]).abs())
 
 
-def first_tokens(lm: dlm.LanguageModel, sampler: Any, args: argparse.Namespace, seed: int, progress: Any) -> Tensor:
+def first_tokens(lm: dlm.LanguageModel, sampler: Any, args: argparse.Namespace, seed: int, count: Counter) -> Tensor:
     """The first tokens of `samples` texts (N, K)."""
     row, parts = lm.prompt_ids(args.prompt), []
     for first in range(0, args.samples, args.batch):
         rows = min(args.batch, args.samples - first)
         canvas = Canvas.from_rows([[*row, *[None] * args.first]] * rows, fill=lm.tokenizer.mask_id)
         parts.append(write(sampler, canvas, seed + first)[0][:, len(row) :])
-        progress.forward(rows)
+        count.add(rows)
     return torch.cat(parts)
 
 
@@ -141,10 +144,11 @@ def sampled(lm: dlm.LanguageModel, args: argparse.Namespace, words: Sequence[str
     samplers = {"plain again": lm.sampler(sampler="autoregressive"), **samplers}
     samplers["plain at temperature 0.8"] = lm.sampler(sampler="autoregressive", temperature=0.8)
     rng, rows = torch.Generator().manual_seed(args.seed), []
-    with bar(f"sampled, {args.samples} texts each", args.samples * (1 + len(samplers))) as progress:
-        plain_NK = first_tokens(lm, samplers["plain again"], args, args.seed, progress)
+    with showing(f"sampled, {args.samples} texts each") as progress:
+        count = Counter(progress, args.samples * (1 + len(samplers)))
+        plain_NK = first_tokens(lm, samplers["plain again"], args, args.seed, count)
         for i, (label, sampler) in enumerate(samplers.items(), 1):
-            other_NK = first_tokens(lm, sampler, args, args.seed + i * args.samples, progress)
+            other_NK = first_tokens(lm, sampler, args, args.seed + i * args.samples, count)
             p = [differs(plain_NK[:, : k + 1], other_NK[:, : k + 1], rng) for k in range(args.first)]
             rows.append({"method": label, "samples": args.samples, "p": p})
     return rows

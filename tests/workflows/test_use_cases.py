@@ -222,10 +222,20 @@ def test_schedule_compare(dlm: Dlm, family: Path, text_file: Path) -> None:
 def test_bench_decode(dlm: Dlm, autoregressive_dir: Path) -> None:
     from dlm.workflows.bench import decode
 
-    words = ("--methods", "lookup:3", "--batch", "1,2", "--max-new-tokens", "8", "--rounds", "2", "--seed", "3")
+    Path("prompts.txt").write_text("ROMEO:\nBut soft\n")
+    words = ("--methods", "lookup:3", "--batch", "1,2", "--max-new-tokens", "8", "--rounds", "2", "--seed", "3", "--prompts", "prompts.txt")
     shown = printed(dlm, "bench", "decode", str(autoregressive_dir), *words)
     watch = Watch()
-    found = decode(str(autoregressive_dir), methods=["lookup:3"], batches=[1, 2], max_new_tokens=8, rounds=2, seed=3, progress=watch)
+    found = decode(
+        str(autoregressive_dir),
+        methods=["lookup:3"],
+        prompts=["ROMEO:", "But soft"],
+        batches=[1, 2],
+        max_new_tokens=8,
+        rounds=2,
+        seed=3,
+        progress=watch,
+    )
     watch.check()
     record = plain(found)
     for one in record, shown:

@@ -257,19 +257,6 @@ def prompt_lines(path: Path) -> list[str]:
     return lines
 
 
-def bar(label: str, total: int) -> Any:
-    """A progress bar on the error stream with a method `forward(amount)`; nothing where that is no terminal."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    class Bar(Progress):
-        def forward(self, amount: int = 1) -> None:
-            self.advance(self.task_ids[0], amount)
-
-    made = Bar(TextColumn(label), BarColumn(), TimeRemainingColumn(), console=err, disable=not err.is_terminal, transient=True)
-    made.add_task("", total=total)
-    return made
-
-
 @contextlib.contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
     """Gives a function that tells whether Ctrl-C was pressed: work ends between two steps, none is kept by halves. A second one raises

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dlm.cli.app import Compile, Deterministic, Device, Json, Seed, app, listed, prompt_lines, renamed
-from dlm.cli.tables import console
+from dlm.cli.tables import console, table
 from dlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -112,17 +112,15 @@ def _sizes(batch: str) -> list[int]:
 
 def _table(found: Sequence[Decoding], sizes: Sequence[int]) -> Table:
     """Of one kind of prompt: a row for each method, a column of speeds for each batch."""
-    from rich.table import Table
-
     caption = (
         "acceptance: of the 1st, 2nd ... and of the last draft token of a forward pass (their number); memory: weights and KV cache\n"
         "of the first batch; same text: as the baseline of that dtype; speed against the first baseline of the same batch, in one run"
     )
     kind = found[0].kind
-    table = Table(box=None, header_style="bold", caption=caption, caption_justify="left")
-    table.add_column(f"method, {kind}" if kind else "method", no_wrap=True, min_width=max(len(one.method) for one in found))
-    for head in ("same text", "tokens/forward", "acceptance", "first token", "memory", *(f"tok/s, {rows}" for rows in sizes)):
-        table.add_column(head, justify="right", no_wrap=head != "acceptance")
+    speeds = [f"tok/s, {rows}" for rows in sizes]
+    heads = [f"method, {kind}" if kind else "method", "same text", "tokens/forward", "acceptance", "first token", "memory", *speeds]
+    made = table(*heads, caption=caption, width=max(len(one.method) for one in found), numbers=True)
+    made.columns[heads.index("acceptance")].no_wrap = False  # it gives way, not the speeds
     by = {(one.method, one.batch): one for one in found}
     for method in dict.fromkeys(one.method for one in found):
         own = [by[method, rows] for rows in sizes if (method, rows) in by]
@@ -130,8 +128,8 @@ def _table(found: Sequence[Decoding], sizes: Sequence[int]) -> Table:
         same = "yes" if all(one.same for one in own) else "no"
         per_call = f"{own[0].per_call:.2f}" if own[0].calls else "-"
         seconds, memory = f"{own[0].first * 1000:.0f} ms", f"{own[0].memory / 1e6:.0f} MB"
-        table.add_row(method, same, per_call, _acceptance(own[0].accepted), seconds, memory, *speeds)
-    return table
+        made.add_row(method, same, per_call, _acceptance(own[0].accepted), seconds, memory, *speeds)
+    return made
 
 
 def _speed(one: Decoding, baseline: Decoding) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dlm.cli.app import Device, Json, Seed, app, err, load
-from dlm.cli.tables import console
+from dlm.cli.tables import console, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,16 +59,11 @@ def calibrate(
 
 
 def _table(found: Calibration) -> Table:
-    from rich.table import Table
-
     front = found.front("calls") + found.front("seconds")
     caption = "* on the front of calls (forward passes) or seconds, among settings as varied as the exact ones (=)"
-    table = Table(box=None, header_style="bold", caption=caption, caption_justify="left")
-    table.add_column("setting")
-    for head in ("calls", "seconds", "bits/token", "entropy", "distinct-4", ""):
-        table.add_column(head, no_wrap=True)
+    made = table("setting", "calls", "seconds", "bits/token", "entropy", "distinct-4", "", caption=caption, numbers=True)
     for row in found.rows:
         words = [str(row.options["sampler"])] + [f"{key}={row.options[key]}" for key in row.options if key != "sampler"]
         figures = f"{row.calls:.0f}", f"{row.seconds:.2f}", f"{row.bits:.2f} +- {row.bits_stderr:.2f}", f"{row.entropy:.2f}"
-        table.add_row(" ".join(words), *figures, f"{row.distinct_4:.2f}", "=" * row.exact + "*" * (row in front))
-    return table
+        made.add_row(" ".join(words), *figures, f"{row.distinct_4:.2f}", "=" * row.exact + "*" * (row in front))
+    return made

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dlm.cli.app import Device, Json, Seed, app, err, load
-from dlm.cli.tables import console
+from dlm.cli.tables import console, table
 from dlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -84,16 +84,12 @@ def _sizes(words: str | None) -> list[int] | None:
 
 
 def _table(found: CurseReport) -> Table:
-    from rich.table import Table
-
     facts = f"{found.windows} windows of {found.window} tokens, {found.characters_per_token:.2f} characters each"
     caption = f"{LEGEND} {facts}; the text costs <= {found.bound.value:.3f}."
     words = list(dict.fromkeys(word for row in found.rows for word in row.measured))
-    table = Table(box=None, header_style="bold", caption=caption, caption_justify="left")
-    for head in ("tokens/step", "steps", "equal", "best", "text", *words):
-        table.add_column(head, no_wrap=True, justify="right")
+    made = table("tokens/step", "steps", "equal", "best", "text", *words, caption=caption, numbers=True)
     for row in found.rows:
         cells = [f"{mean.value:.4f}" for mean in (row.equal, row.best, row.text)]
         cells += [f"{mean.value:.4f} +- {mean.band95:.4f}" if (mean := row.measured.get(word)) else "" for word in words]
-        table.add_row(str(row.tokens_per_step), str(row.steps), *cells)
-    return table
+        made.add_row(str(row.tokens_per_step), str(row.steps), *cells)
+    return made

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dlm.cli.app import Device, Json, Seed, app, load
-from dlm.cli.tables import console
+from dlm.cli.tables import console, table
 from dlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -86,12 +86,10 @@ def _lengths(words: str) -> list[int]:
 
 
 def _table(found: Sequence[Evaluation]) -> Table:
-    from rich.table import Table
-
-    table = Table("model", "nats per token", "bits per char", "stderr", "kind", box=None, header_style="bold")
+    made = table("model", "nats per token", "bits per char", "stderr", "kind")
     for one in found:
         sign = "<= " if one.is_bound else ""
         label = f"{one.model}, blocks of {one.block_length}" if one.block_length else one.model
         figures = f"{sign}{one.nats_per_token:.4f}", f"{sign}{one.bits_per_char:.4f}", f"{one.stderr:.4f}"
-        table.add_row(label, *figures, one.estimator)
-    return table
+        made.add_row(label, *figures, one.estimator)
+    return made

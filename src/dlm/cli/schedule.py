@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dlm.cli.app import Device, Json, Seed, app, err, named_models
-from dlm.cli.tables import console
+from dlm.cli.tables import console, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -210,17 +210,13 @@ def compare(
 
 
 def _cost_table(found: CostReport) -> Table:
-    from rich.table import Table
-
     caption = f"{found.schedule}, one text of {found.window} tokens; saved against H alone, in the same sampler"
-    table = Table(box=None, header_style="bold", caption=caption)
-    for head in ("counted", "GFLOPs", "saved"):
-        table.add_column(head, justify="left" if head == "counted" else "right")
+    made = table("counted", "GFLOPs", "saved", caption=caption, numbers=True)
     cost = found.cost
-    table.add_row("blocks, every step", f"{cost.blocks / 1e9:,.2f}", f"{cost.saved_blocks:.1%}")
-    table.add_row("and the head", f"{cost.with_head / 1e9:,.2f}", f"{cost.saved_with_head:.1%}")
-    table.add_row(f"forward passes that happen ({cost.calls:.0f})", f"{cost.executed / 1e9:,.2f}", f"{cost.saved_executed:.1%}")
-    return table
+    made.add_row("blocks, every step", f"{cost.blocks / 1e9:,.2f}", f"{cost.saved_blocks:.1%}")
+    made.add_row("and the head", f"{cost.with_head / 1e9:,.2f}", f"{cost.saved_with_head:.1%}")
+    made.add_row(f"forward passes that happen ({cost.calls:.0f})", f"{cost.executed / 1e9:,.2f}", f"{cost.saved_executed:.1%}")
+    return made
 
 
 Line = list[tuple[float, float, float]]
@@ -244,21 +240,18 @@ def _panels(found: SensitivityReport) -> list[tuple[str, str, dict[str, Line]]]:
 
 
 def _sensitivity_table(found: SensitivityReport, key: str) -> Table:
-    from rich.table import Table
-
     caption = "Nats per token, by share of the steps done; +- 95 %. KL(H || L) on noised text and on the states that H comes by."
-    table = Table(box=None, header_style="bold", title=f"{found.heavy} against {found.light}: {key}", caption=caption)
-    for head in ("steps done", "loss of H", f"loss of {key}", "gap", "KL, text", "KL, runs"):
-        table.add_column(head, no_wrap=True, justify="right")
+    heads = ("steps done", "loss of H", f"loss of {key}", "gap", "KL, text", "KL, runs")
+    made = table(*heads, title=f"{found.heavy} against {found.light}: {key}", caption=caption, numbers=True)
     text, runs = found.text.curves(), found.runs.curves()
     curves = (text["loss"]["H"], text["loss"][key], text["gap"][key], text["kl"][key], runs["kl"][key])
     for j in range(found.segments):
         cells = [f"{curve.mean_S[j]:.4f}" + (f" +- {curve.band_S[j]:.4f}" if i > 1 else "") for i, curve in enumerate(curves)]
-        table.add_row(_part(j, found.segments), *cells)
+        made.add_row(_part(j, found.segments), *cells)
     swaps = found.swap.get(key, ())
     for j, mean in enumerate(swaps):
-        table.add_row(_part(j, len(swaps)), f"only here {key}:", f"{mean.value:+.4f} +- {mean.band95:.4f}", "bits/token")
-    return table
+        made.add_row(_part(j, len(swaps)), f"only here {key}:", f"{mean.value:+.4f} +- {mean.band95:.4f}", "bits/token")
+    return made
 
 
 def _part(j: int, parts: int) -> str:
@@ -266,16 +259,13 @@ def _part(j: int, parts: int) -> str:
 
 
 def _trials_table(rows: Sequence[TrialRow], found: SearchReport | None = None) -> Table:
-    from rich.table import Table
-
     caption = "saved: block FLOPs of the forward passes that happened; bits per token under the judge, against H with 95 %, paired; * front"
-    table = Table(box=None, header_style="bold", caption=caption, caption_justify="left")
-    table.add_column("schedule", min_width=24, overflow="fold")
-    for head in ("texts", "saved", "path KL", "bits", "against H", "entropy", "s/text", ""):
-        table.add_column(head, no_wrap=True, justify="right")
+    heads = ("schedule", "texts", "saved", "path KL", "bits", "against H", "entropy", "s/text", "")
+    made = table(*heads, caption=caption, width=24, numbers=True)
+    made.columns[0].no_wrap, made.columns[0].overflow = False, "fold"  # a schedule may be long
     for row in sorted(rows, key=lambda row: (-row.texts, row.figures["bits"].value)):
         change = row.differences["bits"]
         cells = f"{row.saved:.1%}", f"{row.path_kl:.2f}", f"{row.figures['bits'].value:.3f}", f"{change.value:+.4f} +- {change.band95:.4f}"
         mark = "" if found is None else "best" * (row.label == found.winner) + "*" * (row.label in found.front)
-        table.add_row(row.label, str(row.texts), *cells, f"{row.figures['entropy'].value:.3f}", f"{row.seconds:.2f}", mark)
-    return table
+        made.add_row(row.label, str(row.texts), *cells, f"{row.figures['entropy'].value:.3f}", f"{row.seconds:.2f}", mark)
+    return made

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dlm.cli.app import Device, Json, app, err
-from dlm.cli.tables import console
+from dlm.cli.tables import console, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,20 +50,16 @@ def settle(
 
 
 def _table(found: Sequence[Settling]) -> Table:
-    from rich.table import Table
-
     caption = (
         "edits: changes per token; half, 90 %, last: the step by which so much has settled; first, middle: share that this step changed"
     )
-    table = Table(box=None, header_style="bold", caption=caption, caption_justify="left")
-    table.add_column("run")
-    for head in ("edits", "half", "90 %", "last", "first", "middle", *(["bits/token"] if found[0].bits else [])):
-        table.add_column(head, no_wrap=True)
+    heads = ("run", "edits", "half", "90 %", "last", "first", "middle", *(["bits/token"] if found[0].bits else []))
+    made = table(*heads, caption=caption, numbers=True)
     for one in found:
         changed = one.changed.mean_S
         cells = [f"{one.label}: {one.texts} texts, {one.steps} steps", f"{one.edits:.2f}", str(one.step_of(0.5)), str(one.step_of(0.9))]
         cells += [f"{one.last_step:.0f}", f"{changed[1]:.1%}", f"{changed[(one.steps + 1) // 2]:.1%}"]
         if one.bits is not None:
             cells.append(f"{one.bits.mean_S[-1]:.2f} +- {one.bits.band_S[-1]:.2f}")
-        table.add_row(*cells)
-    return table
+        made.add_row(*cells)
+    return made
