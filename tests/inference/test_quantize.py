@@ -18,6 +18,7 @@ from dlm.errors import InputError
 from dlm.inference import fused, packed, quantize, quantized_linear
 from dlm.inference.quantized_linear import GROUP, Int4Linear, Int8Linear, QuantizedLinear, Shortlist
 from dlm.language_model import load
+from dlm.language_model.options import DecodingOptions
 from dlm.sampling.autoregressive.draft import DTYPES
 from inference.networks import in_calls, model, text
 
@@ -81,12 +82,12 @@ def test_the_dtype_of_a_copy_that_drafts(monkeypatch: pytest.MonkeyPatch) -> Non
     made = model()
     assert tuple(quantize.BITS) == DTYPES
     assert quantize.draft_dtype(made.network) == "int8"
-    assert made.chosen({"sampler": "lossless"})["sampler"] == "draft:int8,auto"
+    assert made.resolve(DecodingOptions(sampler="lossless")).word == "draft:int8:auto"
     up = made.network.blocks[0].mlp.up
     up.weight.data = Int4Linear(up.weight).dense_weight()[: up.out_features, : up.in_features].float()
     assert quantize.draft_dtype(made.network) == "int4"
     assert quantize.draft_dtype(quantize.quantize(made.network)) == ""
-    assert made.chosen({"sampler": "lossless"})["sampler"] == "lookup:auto"
+    assert made.resolve(DecodingOptions(sampler="lossless")).word == "lookup:auto"
 
 
 @pytest.mark.parametrize(("bits", "error"), [("int8", 0.05), ("int4", 0.3)])

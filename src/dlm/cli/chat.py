@@ -34,6 +34,8 @@ def chat(
         raise InputError(f"--max-new-tokens counts from 1, got {max_new_tokens}")
     lm = load(model, device, dtype, adapter, compile=compile)
     options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "sampler": "lossless" if lossless else None}
+    if lossless:
+        lm.prepare_lossless()
     lm.sampler(**options)  # what the model cannot do is told at once
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     lm.chat_prompt([*messages, {"role": "user", "content": ""}])  # a model without template is told at once

@@ -264,7 +264,6 @@ def _runs(
     seed: int,
 ) -> dict[str, Run]:
     """By label. In a comparison an autoregressive model takes the options that it knows."""
-    from dlm.language_model.generation import Run
     from dlm.language_model.options import DecodingOptions
 
     runs = {}
@@ -275,7 +274,9 @@ def _runs(
             own = DecodingOptions(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, budget=options.budget)
         if len(entries) > 1 and entry.sampler != "auto":
             own = replace(own, budget=None)
-        runs[entry.label or lm.name] = Run(lm, lm.canvas(prompt, **layout), seed, dict(vars(replace(own, sampler=entry.sampler))))
+        if entry.sampler == "lossless":
+            lm.prepare_lossless()
+        runs[entry.label or lm.name] = lm.run(lm.canvas(prompt, **layout), replace(own, sampler=entry.sampler), seed=seed)
     return runs
 
 

@@ -6,21 +6,26 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from dlm.language_model.protocols import Model
+from dlm.language_model.resolution import DecodingPlan
+from dlm.protocols import Sampler
 from dlm.sampling.draw import generators
 from dlm.trajectory import Canvas, Frame, Trajectory
-
-if TYPE_CHECKING:
-    from dlm.language_model.model import LanguageModel
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One generated text and what it took. tokens and tokens_per_forward count what was generated, not the prompt;
-    forwards counts network calls, each shared by the whole batch. With until_settled: steps_saved, and expected_edits, how many of
-    the tokens the model itself expects that the saved steps would have changed. turns: calls by model, where a schedule has several.
-    accepted of `proposed` tokens held, from a sampler that proposes."""
+    """One generated text and its cost.
+
+    tokens and tokens_per_forward count generated tokens, without the prompt; forwards counts forward passes, each shared by the whole
+    batch. With until_settled: steps_saved, and expected_edits, the number of tokens that the saved steps would have changed by the
+    model's own probabilities. turns: forward passes by model, of a schedule of several. accepted: of the `proposed` draft tokens, from
+    speculative decoding.
+    """
 
     text: str
     tokens: int
@@ -51,23 +56,24 @@ class Generation:
         return {name: getattr(self, name) for name in (*names, *several, *adaptive, *verified)}
 
 
+def trajectory(model: Model, canvas: Canvas, **meta: Any) -> Trajectory:
+    """An empty trajectory of this model, ready to `append` the frames of a run on `canvas`."""
+    tokenizer = model.tokenizer
+    start_BT = torch.where(canvas.free_BT, tokenizer.mask_id, canvas.tokens_BT)
+    return Trajectory(start_BT, canvas, pieces=tokenizer.pieces(), mask_id=tokenizer.mask_id, meta={"model": model.name} | meta)
+
+
 class Run:
     """A generation under way: call `step` until it gives None, then `results`. Several can take turns.
 
-    Row i of the canvas draws with seed + i. options are those of `LanguageModel.sampler`.
+    Row i of the canvas draws with seed + i. plan: the resolved options; sampler: built from it.
     """
 
-    def __init__(self, model: LanguageModel, canvas: Canvas, seed: int, options: dict[str, Any]) -> None:
-        self.model, self.canvas, self.seed = model, canvas, seed
-        options = model.chosen(options)
-        draft = options.get("draft")
-        self.word: str = draft.word if draft is not None else options.get("sampler") or model.default_sampler
-        kept = {
-            key: options[key] for key in ("steps", "temperature", "top_p", "top_k", "block_length", "schedule", "light") if options.get(key)
-        }
-        sampler = model.sampler(**options)
+    def __init__(self, model: Model, canvas: Canvas, seed: int, plan: DecodingPlan, sampler: Sampler) -> None:
+        self.model, self.canvas, self.seed, self.word = model, canvas, seed, plan.word
         revises = bool(getattr(sampler, "revises", False))
-        self.trajectory = model.trajectory(canvas, seed=seed, sampler=self.word, window=model.window, revises=revises, **kept)
+        about = {"seed": seed, "sampler": plan.word, "window": model.window, "revises": revises}
+        self.trajectory = trajectory(model, canvas, **about, **plan.record())
         rng = generators(seed, len(canvas.tokens_BT))
         self._frames: Iterator[Frame] = sampler.steps(canvas.to(model.network.device), rng=rng)
         self.seconds, self.last = 0.0, None  # type: float, Frame | None

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor
 
+from dlm.adapters import attach, lora, medusa
 from dlm.calibration.table import Calibration
 from dlm.errors import InputError
 from dlm.formats import huggingface, native
@@ -21,15 +23,16 @@ from dlm.formats.families import known
 from dlm.formats.families import load as foreign
 from dlm.formats.native import ModelConfig
 from dlm.inference import prepare, quantize
-from dlm.language_model import samplers
-from dlm.language_model.generation import Generation, Run
-from dlm.language_model.options import DecodingOptions
-from dlm.model_scheduling import plan
+from dlm.language_model.companions import Companions, denoisers, fingerprints
+from dlm.language_model.generation import Generation, Run, trajectory
+from dlm.language_model.options import DecodingKeywords, DecodingOptions, LayoutKeywords, TextKeywords, separate
+from dlm.language_model.prompting import NEW_TOKENS, Prompting
+from dlm.language_model.resolution import DecodingPlan, Facts, needs_calibration, resolve
+from dlm.language_model.samplers import build
 from dlm.model_scheduling.saved import SavedSchedule
 from dlm.models.shifted import Shifted
 from dlm.models.transformer import Transformer, predict_beside, predict_next
 from dlm.noise import process
-from dlm.noise.masked import MaskedNoise
 from dlm.protocols import Denoiser, Sampler
 from dlm.sampling import registry
 from dlm.sampling.autoregressive.draft import Draft
@@ -39,7 +42,7 @@ from dlm.text.chat import ChatTemplate, Messages
 from dlm.text.tokenizer import Tokenizer
 from dlm.trajectory import Canvas, Frame, Trajectory
 
-NEW = 256  # tokens that a converted model adds unless told otherwise, or until it ends its text
+Callback = Callable[[Trajectory, Frame], None]
 
 
 class LanguageModel:
@@ -61,13 +64,12 @@ class LanguageModel:
         self.defaults: dict[str, Any] = {}
         self.path: Path | None = None
         self.chat = ChatTemplate()
-        self.heads: Any = None  # of dlm.adapters.medusa, which propose with `heads:4`
-        self.paces: dict[tuple[str, bool], AdaptiveDraftLength] = {}  # what `auto` strides have learned, by word, with and without adapter
-        self.seconds: dict[tuple[int, bool], float] = {}  # of calls by positions
+        self.heads: medusa.Heads | None = None
+        self.draft_lengths: dict[tuple[Draft, bool], AdaptiveDraftLength] = {}  # learned by adaptive drafts, with and without adapter
+        self.pass_seconds: dict[tuple[int, bool], float] = {}  # measured, by positions, with and without adapter
+        self.companions: Companions[LanguageModel] = Companions(self._load_beside)
         if not self.is_diffusion:
             prepare(network)
-        self._others: dict[str, LanguageModel] = {}
-        self._quantized: dict[str, Transformer] = {}
 
     @classmethod
     def from_pretrained(cls, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -158,101 +160,101 @@ class LanguageModel:
         """Text of one row of a frame; what is still noise shows as █."""
         return "".join("█" if i == self.tokenizer.mask_id else self.tokenizer.piece(i) for i in frame.tokens_BT[row].tolist())
 
-    def canvas(
-        self,
-        prompt: str | Sequence[str | Sequence[int]] = "",
-        *,
-        length: int | None = None,
-        max_new_tokens: int | None = None,
-        suffix: str = "",
-        template: str | None = None,
-    ) -> Canvas:
-        """Prompts, texts or tokens, a suffix and holes as one Canvas, a row for each prompt.
+    @property
+    def prompting(self) -> Prompting:
+        """The encoding of its prompts."""
+        fills, start = self.config.family == "dlm", self.config.start_token_id
+        return Prompting(self.name, self.tokenizer, self.chat, self.window, self.context, fills, start)
 
-        length: tokens of the whole text, prompt and suffix included; max_new_tokens: of the new part alone.
+    def canvas(self, prompt: str | Sequence[str | Sequence[int]] = "", **layout: Unpack[LayoutKeywords]) -> Canvas:
+        """Prompts, texts or token ids, a suffix and holes as one Canvas, a row for each prompt.
+
+        length: tokens of the whole text, prompt and suffix included; max_new_tokens: of the new part alone; suffix: the text's end.
         template: a text in which every `_` is one token to fill (`\\_` is an underscore), instead of the other arguments.
+        InputError for a prompt that leaves no room.
         """
-        if template is not None:
-            if prompt or suffix or length or max_new_tokens:
-                raise InputError("a template stands alone: put prompt, holes and suffix into it")
-            return Canvas.from_rows([self.tokenizer.encode_template(template)], fill=self.tokenizer.mask_id)
-        if length is not None and max_new_tokens is not None:
-            raise InputError("give length or max_new_tokens, not both")
-        tail = self.tokenizer.encode(suffix)
-        rows: list[list[int | None]] = []
-        for text in [prompt] if isinstance(prompt, str) else prompt:
-            head = self.tokenizer.encode(text) if isinstance(text, str) else self.known(text)
-            given = len(head) + len(tail)
-            usual = max(self.window, given + 64) if self.config.family == "dlm" else given + NEW
-            whole = usual if length is None else length
-            new = whole - given if max_new_tokens is None else max_new_tokens
-            if new < 1:
-                raise InputError(f"nothing to generate: the prompt and suffix have {given} tokens, the text is to have {given + new}")
-            if len(head) >= self.window and not self.context:
-                raise InputError(
-                    f"the prompt has {len(head)} tokens, the window {self.window} and no context: use at most {self.window - 1}"
-                )
-            rows.append([*head, *[None] * new, *tail])
-        return Canvas.from_rows(rows, fill=self.tokenizer.mask_id)
+        return self.prompting.canvas(prompt, **layout)
 
     def known(self, tokens: Sequence[int]) -> list[int]:
-        """These tokens. InputError for one that the vocabulary has not; the mask is none of it."""
-        if strange := [token for token in tokens if not 0 <= token < self.tokenizer.vocab_size or token == self.tokenizer.mask_id]:
-            raise InputError(f"the token {strange[0]} is none of the {self.tokenizer.vocab_size} of {self.name}")
-        return list(tokens)
+        """These token ids. InputError for one outside the vocabulary; the mask is outside."""
+        return self.prompting.known(tokens)
 
     def chat_prompt(self, messages: Messages, **variables: Any) -> str:
         """The text of a conversation up to where the model is to speak. InputError without chat template. See `ChatTemplate.render`."""
         return self.chat.render(messages, **variables)
 
-    def chat_canvas(self, messages: Messages, *, max_new_tokens: int = NEW, **variables: Any) -> Canvas:
-        """A conversation and room for an answer; what looks like a control token in a message is text. InputError as `chat_prompt`."""
-        ids = self._conversation(messages, **variables)
-        return Canvas.from_rows([[*ids, *[None] * min(max_new_tokens, self.window - len(ids))]], fill=self.tokenizer.mask_id)
+    def chat_canvas(self, messages: Messages, *, max_new_tokens: int = NEW_TOKENS, **variables: Any) -> Canvas:
+        """A conversation and room for an answer; text that looks like a control token stays text. InputError as `chat_prompt`."""
+        return self.prompting.chat_canvas(messages, max_new_tokens, **variables)
 
     def prompt_ids(self, text: str) -> list[int]:
-        """What this model reads before it answers: the text as a user's message where it has a chat template, else the text alone."""
-        return self._conversation([{"role": "user", "content": text}]) if self.chat.source else self.tokenizer.encode(text)
+        """The ids that this model reads before it answers: the text as a user's message where it has a chat template, else alone."""
+        return self.prompting.prompt_ids(text)
 
-    def _conversation(self, messages: Messages, **variables: Any) -> list[int]:
-        ids = self.chat.encode(messages, self.tokenizer, **variables)
-        ids = ids[1:] if ids[:1] == [self.config.start_token_id] else ids  # the sampler reads it anyway
-        if len(ids) >= self.window:
-            raise InputError(f"the conversation has {len(ids)} tokens, the window {self.window}: begin a new one")
-        return ids
-
-    def sampler(self, **options: Any) -> Sampler:
+    def sampler(self, **options: Unpack[DecodingKeywords]) -> Sampler:
         """The sampler that these options mean for this model; unset ones come from generation_config.json.
 
-        steps: for each window. temperature, top_p, top_k: of every draw.
-        sampler: a word of `dlm.sampling.registry`, with its setting after a colon, as in `confidence:0.7`; `auto` takes what `dlm
-        calibrate` found best within `budget` (`calls:32`, `seconds:2`, `bits:0.1`). An autoregressive model writes the same text in
-        fewer calls with `strided:4` (its own proposals, at masks), `strided:4x16` (16 candidates for those 3 places), `lookup:4` or
-        `draft:MODEL,4`, or `auto` instead of 4: as many as pay, by measurement; `lossless` takes the best that it has.
-        greedy_tail: that many last steps put the likeliest token everywhere. until_settled: stop a window once no token has changed for
-        so many steps. block_length: fill a window block by block; a model of block diffusion has its own. cache: a policy
-        of `dlm.sampling.diffusion.cache_policies` for a bidirectional model; True is the exact KV cache of an autoregressive
-        one or of block diffusion, False none. guidance: how much more than its due the prompt counts.
-        context: tokens of a window that a long text carries into the next;
-        a cache makes a long one cheap.
-        allow: the characters that may be written; pattern: a regular expression that the whole text must match.
-        schedule: which model takes which step, as in `L0.5 H0.5`, `sandwich:0.25`, or `auto` for what `dlm schedule
-        search` found; this model is H. light: name of model L, or names by key.
+        sampler: a name of `dlm.sampling.registry` with its parameters, as in `confidence:0.7`; `auto`: the best within `budget`
+        (`calls:32`, `seconds:2`, `bits:0.1`) by `dlm calibrate`; of an autoregressive model also `strided:4`, `strided:4x16`, `lookup:4`,
+        `heads:4`, `draft:NAME:4`, or `lossless`, its fastest drafter. draft: a drafter by a `Draft` or a text (`self:int4`, `ngram`).
+        steps: of each window. temperature, top_p, top_k: of every draw. greedy_tail: last steps that take the likeliest token everywhere.
+        until_settled: steps without a change that end a window. block_length, cache, context: how a window is filled and carried over.
+        guidance: the classifier-free guidance scale. allow, pattern: characters, and a regular expression that the text must match.
+        schedule, light: which model takes which step, and the names of the others. `DecodingOptions` says more of each.
+        InputError for an unknown option, and for options that do not go with the model or with one another.
         """
-        return samplers.make(self, **self.chosen(options))
+        return self.build(self.resolve(DecodingOptions.of(options)))
+
+    def resolve(self, options: DecodingOptions) -> DecodingPlan:
+        """The plan that these options mean for this model; nothing is attached or changed. InputError as `sampler`."""
+        facts = self.facts(options)
+        if options.schedule == registry.AUTO and options.light is None and self.path is not None:
+            facts = replace(facts, saved_schedule=SavedSchedule.load(self.path))
+        if needs_calibration(options, facts) and self.path is not None:
+            facts = replace(facts, calibration=Calibration.load(self.path))
+        return resolve(options, facts)
+
+    def build(self, plan: DecodingPlan) -> Sampler:
+        """The sampler of a plan. InputError for a rule, cache or draft model that cannot be used."""
+        return build(plan, self)
+
+    def facts(self, options: DecodingOptions) -> Facts:
+        """The facts about this model that a plan for these options depends on."""
+        network = self.config.network
+        adapter = None if self.is_diffusion else lora.adapter_of(self.network)
+        drafts_itself = options.draft is not None and options.draft.source == "self"
+        return Facts(
+            self.name,
+            self.kind,
+            self.window,
+            self.context,
+            bidirectional=not self.is_causal,
+            samples=self.config.fills_window,
+            block_length=network.block_length,
+            default_sampler=self.default_sampler,
+            default_steps=self.defaults.get("steps", self.window),
+            default_temperature=self.defaults.get("temperature", 1.0),
+            adapter_tokens=None if adapter is None else adapter.config.stride - 1,
+            heads=None if self.heads is None else self.heads.config.count,
+            draft_dtype=quantize.draft_dtype(self.network) if options.sampler == registry.LOSSLESS or drafts_itself else "",
+        )
+
+    def _load_beside(self, name: str) -> LanguageModel:
+        """A model of the directory beside this checkpoint, or as `load` finds it."""
+        at = self.path / name if self.path is not None and (self.path / name).is_dir() else name
+        return load(str(at), device=str(self.network.device), dtype=self.network.embed.weight.dtype)
 
     def other(self, name: str) -> LanguageModel:
         """A model to work beside this one, loaded once: from its directory or as `load` finds it."""
-        if name not in self._others:
-            at = self.path / name if self.path is not None and (self.path / name).is_dir() else name
-            self._others[name] = load(str(at), device=str(self.network.device), dtype=self.network.embed.weight.dtype)
-        return self._others[name]
+        return self.companions.get(name)
+
+    def introduce(self, other: LanguageModel) -> None:
+        """Have `other` give this model for its name, instead of loading it once more."""
+        self.companions.introduce(other)
 
     def quantized(self, dtype: str) -> Transformer:
         """This network with its weights quantized to `int8` or `int4`, made once; the embedding is held once."""
-        if dtype not in self._quantized:
-            self._quantized[dtype] = quantize.quantized_copy(self.network, quantize.BITS[dtype])
-        return self._quantized[dtype]
+        return self.companions.quantized(self.network, dtype)
 
     def draft_network(self, draft: Draft) -> Transformer | None:
         """The network that drafts for this one, if it is another: a quantized copy or another model's."""
@@ -260,72 +262,24 @@ class LanguageModel:
             return self.quantized(draft.model or quantize.draft_dtype(self.network) or "int8")
         return self.other(draft.model).network if draft.source == "model" else None
 
-    def introduce(self, other: LanguageModel) -> None:
-        """Have `other` give this model for its name, instead of loading it once more."""
-        self._others[other.name] = other
-
     def denoisers(self, light: str | Mapping[str, str]) -> dict[str, Transformer]:
         """This network as H beside others. InputError for a model of another vocabulary, window or noise."""
-        names = {plan.LIGHT: light} if isinstance(light, str) else dict(light)
-        if plan.HEAVY in names:
-            raise InputError(f"{plan.HEAVY} is {self.name} itself: the other models have other letters")
-        for name in names.values():
-            other = self.other(name)
-            if not other.is_diffusion or other.is_causal or other.config.noise != self.config.noise:
-                raise InputError(f"{name} is no bidirectional diffusion model with the noise of {self.name}: it cannot take its steps")
-            if other.tokenizer.fingerprint() != self.tokenizer.fingerprint() or other.window != self.window:
-                raise InputError(f"{name} has another vocabulary or window than {self.name}: it cannot take its steps")
-        return {plan.HEAVY: self.network} | {key: self.other(name).network for key, name in names.items()}
+        return denoisers(self, light, self.other)
 
     def fingerprints(self, light: str | Mapping[str, str]) -> dict[str, str]:
         """Of the weights of this model as H and of others by key, 16 hex digits. InputError as `denoisers`."""
-        from dlm.adapters.lora import fingerprint
+        return fingerprints(self.denoisers(light))
 
-        return {key: fingerprint(network)[:16] for key, network in self.denoisers(light).items()}
+    def prepare_lossless(self) -> None:
+        """Attach the adapter that is bundled for this base, on a device where one drafts faster than a quantized copy: any but the CPU.
 
-    def chosen(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The same options with what `auto` chooses put in; as they are where another sampler is asked for. InputError as `sampler`."""
-        if (draft := DecodingOptions.of(options).draft) is not None:
-            if options.get("sampler") is not None:
-                raise InputError(f"draft {draft.source} chooses the sampler: leave sampler {options['sampler']!r} away")
-            options = options | {"draft": draft}
-        if options.get("schedule") == "auto":
-            if options.get("light") is not None or self.path is None:
-                raise InputError("--schedule auto has found the light models itself, beside a checkpoint on disk: leave --light away")
-            saved = SavedSchedule.load(self.path)
-            options = options | {"schedule": str(saved.schedule), "light": saved.light, "steps": options.get("steps") or saved.steps}
-        if options.get("sampler") == registry.LOSSLESS:
-            return options | {"sampler": self._lossless()}
-        if (options.get("sampler") or self.default_sampler) != "auto":
-            return options
-        if not self.is_diffusion or not isinstance(self.noise, MaskedNoise):
-            raise InputError(f"{self.name} is no masked diffusion model: --sampler auto chooses among the samplers of those")
-        if options.get("steps") or options.get("block_length") or options.get("cache", True) is not True:
-            raise InputError("--sampler auto chooses steps, blocks and cache itself: leave them away")
-        plain = options.get("guidance", 1.0) == 1 and options.get("allow") is None and options.get("pattern") is None
-
-        def usable(found: dict[str, Any]) -> bool:
-            return (plain or registry.get(found["sampler"], "masked").rule) and (options.get("guidance", 1.0) == 1 or "cache" not in found)
-
-        found = self.calibration().choose(options.get("budget") or "bits:0.1", usable)
-        return options | {"budget": None} | found.options
-
-    def _lossless(self) -> str:
-        """The sampler that writes the text of plain decoding fastest: with what it was given, else on a CPU with a rounded copy of a large
-        network, or from the text itself; elsewhere with the adapter bundled for it."""
-        if self.is_diffusion:
-            raise InputError(f"{self.name} is a diffusion model: lossless decoding is for autoregressive ones")
-        from dlm.adapters import attach, lora
-
-        network = self.network
-        adapted = lora.adapter_of(network) is not None
-        if not adapted and self.heads is not None:
-            return "heads:auto"
-        if not adapted and network.device.type != "cpu" and (path := attach.bundled_for(network)) is not None:
+        For `sampler="lossless"`, once, before decoding; nothing happens where there is none, or where the model has a drafter.
+        """
+        drafts = self.heads is not None or lora.adapter_of(self.network) is not None
+        if self.is_diffusion or drafts or self.network.device.type == "cpu":
+            return
+        if (path := attach.bundled_for(self.network)) is not None:
             attach.with_adapter(self, path)
-            adapted = lora.adapter_of(network) is not None
-        rounded = "" if adapted else quantize.draft_dtype(network)
-        return "strided:auto" if adapted else f"draft:{rounded},auto" if rounded else "lookup:auto"
 
     def calibration(self) -> Calibration:
         """What `dlm calibrate` measured. InputError where it has not."""
@@ -333,24 +287,45 @@ class LanguageModel:
             raise InputError(f"{self.name} is not on disk: save it, then run dlm calibrate")
         return Calibration.load(self.path)
 
-    def stream(self, prompt: str | Sequence[str] = "", *, seed: int = 0, canvas: Canvas | None = None, **options: Any) -> Iterator[Frame]:
+    def stream(
+        self, prompt: str | Sequence[str] = "", *, seed: int = 0, canvas: Canvas | None = None, **options: Unpack[TextKeywords]
+    ) -> Iterator[Frame]:
         """Frames as they come. Options are those of `canvas` and `sampler`; `decode(frame)` gives the text."""
-        layout = {k: options.pop(k) for k in ("length", "max_new_tokens", "suffix", "template") if k in options}
+        layout, decoding = separate(options)
         canvas = self.canvas(prompt, **layout) if canvas is None else canvas
         rng = generators(seed, len(canvas.tokens_BT))
-        yield from self.sampler(**options).steps(canvas.to(self.network.device), rng=rng)
+        yield from self.build(self.resolve(decoding)).steps(canvas.to(self.network.device), rng=rng)
+
+    def run(self, canvas: Canvas, options: DecodingOptions | None = None, *, seed: int = 0) -> Run:
+        """A generation under way, to be stepped by hand: `step` gives the next frame. InputError as `sampler`."""
+        plan = self.resolve(options or DecodingOptions())
+        return Run(self, canvas, seed, plan, self.build(plan))
 
     def trajectory(self, canvas: Canvas, **meta: Any) -> Trajectory:
         """An empty trajectory of this model, ready to `append` frames of a run on `canvas`."""
-        start_BT = torch.where(canvas.free_BT, self.tokenizer.mask_id, canvas.tokens_BT)
-        meta = {"model": self.name} | meta
-        return Trajectory(start_BT, canvas, pieces=self.tokenizer.pieces(), mask_id=self.tokenizer.mask_id, meta=meta)
+        return trajectory(self, canvas, **meta)
 
     @overload
-    def generate(self, prompt: str = "", **options: Any) -> Generation: ...
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        seed: int = 0,
+        streamer: Any = None,
+        callback: Callback | None = None,
+        **options: Unpack[TextKeywords],
+    ) -> Generation: ...
 
     @overload
-    def generate(self, prompt: list[str], **options: Any) -> list[Generation]: ...
+    def generate(
+        self,
+        prompt: list[str],
+        *,
+        seed: int = 0,
+        streamer: Any = None,
+        callback: Callback | None = None,
+        **options: Unpack[TextKeywords],
+    ) -> list[Generation]: ...
 
     def generate(
         self,
@@ -358,19 +333,21 @@ class LanguageModel:
         *,
         seed: int = 0,
         streamer: Any = None,
-        callback: Callable[[Trajectory, Frame], None] | None = None,
-        **options: Any,
+        callback: Callback | None = None,
+        **options: Unpack[TextKeywords],
     ) -> Generation | list[Generation]:
         """A Generation, or a list of them for a list of prompts (row i draws with seed + i, alone or in any batch).
 
         streamer: an object with put(tokens) and end(), and put_draft(tokens) for drafts, as in transformers; one prompt only.
-        callback(trajectory, frame): called after every step. Other options are those of `canvas` and `sampler`.
+        callback(trajectory, frame): called after every step. Other options are those of `canvas` (length, max_new_tokens, suffix,
+        template) and of `sampler`. InputError as of both.
         """
-        layout = {k: options.pop(k) for k in ("length", "max_new_tokens", "suffix", "template") if k in options}
+        layout, decoding = separate(options)
         canvas = self.canvas(prompt, **layout)
         if streamer is not None and len(canvas.tokens_BT) > 1:
             raise InputError("a streamer takes one prompt at a time")
-        run = Run(self, canvas, seed, options)
+        plan = self.resolve(decoding)
+        run = Run(self, canvas, seed, plan, self.build(plan))
         first = int(canvas.free_BT[0].int().argmax())
         if streamer is not None and bool((~canvas.free_BT[0]).any()):
             streamer.put(canvas.tokens_BT[0][:first])
@@ -428,20 +405,19 @@ def load(
 ) -> LanguageModel:
     """Load a checkpoint: a directory, a GGUF file, a bundled name (`shakespeare-mask`), a pulled one (`smollm2-135m`) or a hub id.
 
-    dtype: of torch, or a word: float32, bfloat16, int8 or int4, which round the weights of an autoregressive model (CPU, inference only).
-    adapter: directory that `dlm convert` made for this base, a bundled name, `auto`, or several. deterministic: the logits of a position
-    are the same to the bit however many positions and rows a call has, at a cost in speed. compile: calls of few positions by
-    torch.compile, the first of which take seconds. InputError for the adapter of another base, and for what cannot be.
+    dtype: of torch, or a word: float32, bfloat16, int8 or int4, which quantize the weights of an autoregressive model (CPU, inference
+    only). adapter: directory that `dlm convert` made for this base, a bundled name, `auto`, or several. deterministic: batch-invariant;
+    the logits of a position are bitwise identical in forward passes of any shape, at a cost in speed. compile: forward passes of few
+    positions by torch.compile, the first of which take seconds. InputError for the adapter of another base, and for settings that do not
+    go together.
     """
     words = {"float32": torch.float32, "bfloat16": torch.bfloat16} | dict.fromkeys(quantize.BITS, torch.float32)
     if isinstance(dtype, str) and dtype not in words:
         raise InputError(f"unknown dtype {dtype!r}; known: {', '.join(words)}")
     model = LanguageModel.from_pretrained(name, device=device, dtype=words[dtype] if isinstance(dtype, str) else dtype)
     if adapter is not None:
-        from dlm.adapters.attach import with_adapter
-
         for path in [adapter] if isinstance(adapter, str | Path) else adapter:
-            with_adapter(model, path)
+            attach.with_adapter(model, path)
     bits = quantize.BITS.get(str(dtype))
     if (bits or deterministic or compile) and model.is_diffusion:
         raise InputError(f"{name} is a diffusion model: int8, int4, deterministic and compiled decoding are for autoregressive models")

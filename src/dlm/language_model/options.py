@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from dlm.errors import unknown
 from dlm.sampling.autoregressive.draft import Draft
 
-__all__ = ["DecodingKeywords", "DecodingOptions", "Draft", "GenerateKeywords", "LayoutKeywords", "StreamKeywords"]
+__all__ = ["DecodingKeywords", "DecodingOptions", "Draft", "LayoutKeywords", "TextKeywords", "separate"]
 
 
 class DecodingKeywords(TypedDict, total=False):
@@ -43,12 +43,8 @@ class LayoutKeywords(TypedDict, total=False):
     template: str | None
 
 
-class StreamKeywords(DecodingKeywords, LayoutKeywords, total=False):
-    """The keyword arguments of `LanguageModel.stream` besides its own."""
-
-
-class GenerateKeywords(DecodingKeywords, LayoutKeywords, total=False):
-    """The keyword arguments of `LanguageModel.generate` besides its own."""
+class TextKeywords(DecodingKeywords, LayoutKeywords, total=False):
+    """The keyword arguments of `LanguageModel.generate` and `stream` besides their own: a canvas and how it is decoded."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,13 @@ class DecodingOptions:
     @classmethod
     def of(cls, options: Mapping[str, object]) -> DecodingOptions:
         """From keyword arguments. InputError for a name that is no option, with the nearest one that is."""
-        known = [one.name for one in fields(cls)]
-        if strange := [name for name in options if name not in known]:
-            raise unknown("option", strange[0], known)
-        return cls(**options)  # type: ignore[arg-type]
+        return separate(options)[1]
+
+
+def separate(options: Mapping[str, object]) -> tuple[LayoutKeywords, DecodingOptions]:
+    """The options of a canvas and those of decoding. InputError for a name that is neither, with the nearest one."""
+    decoding, layout = [one.name for one in fields(DecodingOptions)], list(LayoutKeywords.__annotations__)
+    if strange := [name for name in options if name not in (*decoding, *layout)]:
+        raise unknown("option", strange[0], [*decoding, *layout])
+    own = {name: value for name, value in options.items() if name in layout}
+    return cast(LayoutKeywords, own), DecodingOptions(**{n: v for n, v in options.items() if n in decoding})  # type: ignore[arg-type]

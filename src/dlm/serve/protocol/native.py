@@ -63,7 +63,7 @@ class Narrator:
             "model": lm.name,
             "sampler": self.plan.word,
             "seed": self.plan.seed,
-            "steps": self.plan.options.get("steps"),
+            "steps": self.plan.steps,
             "prompt_tokens": len(row.tokens) - len(row.open),
             "mask_id": self.mask_id,
             "tokens": [[token, text] for token, text in zip(row.tokens, texts, strict=True)],

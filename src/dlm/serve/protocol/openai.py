@@ -171,7 +171,7 @@ class Answer:
         if isinstance(self.asked, schema.ChatRequest):
             kind = "chat.completion.chunk" if self.asked.stream else "chat.completion"
         plan = self.plan
-        facts = {"sampler": plan.word, "seed": plan.seed, "steps": plan.options.get("steps")}
+        facts = {"sampler": plan.word, "seed": plan.seed, "steps": plan.steps}
         return {"id": self.ident, "object": kind, "created": self.created, "model": plan.model.name, "dlm": facts}
 
     def _usage(self) -> dict[str, Any]:

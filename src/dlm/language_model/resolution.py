@@ -1,0 +1,234 @@
+"""From options to a plan: one pure function of the options and of facts about the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from dlm.calibration.table import Calibration, Options
+from dlm.errors import InputError
+from dlm.language_model.options import DecodingOptions
+from dlm.model_scheduling.saved import SavedSchedule
+from dlm.sampling import registry, windows
+from dlm.sampling.autoregressive.draft import SOURCES, Draft
+from dlm.sampling.draw import Draw
+
+AUTO_TOKENS = {"ngram": 7, "self": 23}  # draft tokens of `auto` at most: a repeated phrase is long, and a quantized copy nearly agrees
+USUAL_AUTO_TOKENS = 3
+CACHED_BLOCK = 32  # tokens of a block at most, of a bidirectional model with a cache (Fast-dLLM, Wu et al. 2505.22618)
+BUDGET = "bits:0.1"  # of `sampler="auto"`
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan depends on besides the options.
+
+    noise: that its samplers suit, None for an autoregressive model. bidirectional: whether each position reads all others. samples:
+    whether dlm has samplers for its family. block_length: of block diffusion. default_*: what generation_config.json says.
+    adapter_tokens: draft tokens that the attached adapter was taught; heads: how many there are; None without. draft_dtype: that of a
+    quantized copy that drafts and pays, empty where none does. calibration, saved_schedule: what `auto` chooses from, where asked for.
+    """
+
+    name: str
+    noise: registry.Noise | None
+    window: int
+    context: int
+    bidirectional: bool = True
+    samples: bool = True
+    block_length: int = 0
+    default_sampler: str = "ancestral"
+    default_steps: int = 1
+    default_temperature: float = 1.0
+    adapter_tokens: int | None = None
+    heads: int | None = None
+    draft_dtype: str = ""
+    calibration: Calibration | None = None
+    saved_schedule: SavedSchedule | None = None
+
+
+@dataclass(frozen=True)
+class DecodingPlan:
+    """How a model decodes, with nothing left to choose; equal plans share forward passes.
+
+    word: the sampler with its parameters, as records name it. steps: of a window; 0 for an autoregressive model. block_length: 0 for
+    none. cache: as of DecodingOptions. draft: of speculative decoding, with the most draft tokens of a forward pass; adaptive: whether
+    fewer are verified where that pays. exact: whether the law is that of one token a forward pass, or the text that of plain decoding.
+    options: what was asked for, with the choices of `auto` in it.
+    """
+
+    word: str
+    draw: Draw
+    steps: int
+    context: int
+    block_length: int = 0
+    cache: bool | str = True
+    greedy_tail: int = 0
+    until_settled: int = 0
+    guidance: float = 1.0
+    allow: str | None = None
+    pattern: str | None = None
+    schedule: str | None = None
+    light: tuple[tuple[str, str], ...] | str | None = None
+    draft: Draft | None = None
+    adaptive: bool = False
+    exact: bool = False
+    options: DecodingOptions = field(default_factory=DecodingOptions, compare=False, repr=False)
+
+    def record(self) -> dict[str, object]:
+        """The options that a saved run keeps: those that were set."""
+        kept = ("steps", "temperature", "top_p", "top_k", "block_length", "schedule", "light")
+        found = {name: getattr(self.options, name) for name in kept}
+        return {name: value for name, value in found.items() if value and (name, value) != ("top_p", 1.0)}
+
+
+def resolve(options: DecodingOptions, facts: Facts) -> DecodingPlan:
+    """The plan that these options mean for a model. InputError for options that do not go with it or with one another."""
+    options = choose(options, facts)
+    if options.budget is not None:
+        raise InputError("a budget is for --sampler auto")
+    if not facts.samples:
+        raise InputError(f"{facts.name} is read for its logits and bounds only: dlm has no sampler for its family yet")
+    temperature = facts.default_temperature if options.temperature is None else options.temperature
+    draw = Draw(temperature, options.top_k, options.top_p)
+    context = facts.context if options.context is None else options.context
+    windows.check(facts.window, context)
+    _check_schedule(options, facts)
+    return (_left_to_right if facts.noise is None else _denoising)(options, facts, draw, context)
+
+
+def choose(options: DecodingOptions, facts: Facts) -> DecodingOptions:
+    """The same options with the choices of `lossless` and of both `auto` put in. InputError where there is nothing to choose from."""
+    if options.draft is not None and options.sampler is not None:
+        raise InputError(f"draft {options.draft.source} chooses the sampler: leave sampler {options.sampler!r} away")
+    if options.schedule == registry.AUTO:
+        if options.light is not None or facts.saved_schedule is None:
+            raise InputError("--schedule auto has found the light models itself, beside a checkpoint on disk: leave --light away")
+        saved = facts.saved_schedule
+        options = replace(options, schedule=str(saved.schedule), light=saved.light, steps=options.steps or saved.steps)
+    if options.sampler == registry.LOSSLESS:
+        return replace(options, sampler=None, draft=_fastest_drafter(facts))
+    return _calibrated(options, facts) if needs_calibration(options, facts) else options
+
+
+def _fastest_drafter(facts: Facts) -> Draft:
+    """The drafter that speeds decoding up most: what was trained for the model, else its quantized copy, else the text so far."""
+    if facts.noise is not None:
+        raise InputError(f"{facts.name} is a diffusion model: lossless decoding is for autoregressive ones")
+    if facts.adapter_tokens is not None:
+        return Draft("adapter")
+    if facts.heads is not None:
+        return Draft("heads")
+    return Draft("self", facts.draft_dtype) if facts.draft_dtype else Draft("ngram")
+
+
+def needs_calibration(options: DecodingOptions, facts: Facts) -> bool:
+    """Whether the plan depends on the calibration table. InputError for options that leave `auto` no choice."""
+    if options.draft is not None or (options.sampler or facts.default_sampler) != registry.AUTO:
+        return False
+    if facts.noise != "masked":
+        raise InputError(f"{facts.name} is no masked diffusion model: --sampler auto chooses among the samplers of those")
+    if options.steps or options.block_length or options.cache is not True:
+        raise InputError("--sampler auto chooses steps, blocks and cache itself: leave them away")
+    return True
+
+
+def _calibrated(options: DecodingOptions, facts: Facts) -> DecodingOptions:
+    if facts.calibration is None:
+        raise InputError(f"{facts.name} is not on disk: save it, then run dlm calibrate")
+    guided = options.guidance != 1
+    plain = not guided and options.allow is None and options.pattern is None
+
+    def usable(found: Options) -> bool:
+        return (plain or registry.get(found["sampler"], "masked").rule) and not (guided and "cache" in found)
+
+    return replace(options, budget=None, **facts.calibration.choose(options.budget or BUDGET, usable).options)
+
+
+def _check_schedule(options: DecodingOptions, facts: Facts) -> None:
+    if options.schedule is None and options.light is None:
+        return
+    if facts.noise is None or not facts.bidirectional or isinstance(options.cache, str):
+        raise InputError("a schedule of models is for bidirectional diffusion models without a cache, which belongs to one model")
+    if options.schedule is None or options.light is None:
+        raise InputError("a schedule needs --schedule and --light, as in --schedule 'L0.5 H0.5' --light shakespeare-mask-2")
+
+
+def _is_special(options: DecodingOptions) -> bool:
+    """Whether the text is guided, constrained, or filled in blocks or against an approximate cache."""
+    bound = options.allow is not None or options.pattern is not None
+    return bool(options.block_length) or isinstance(options.cache, str) or options.guidance != 1 or bound
+
+
+def _revises(options: DecodingOptions) -> bool:
+    return bool(options.greedy_tail or options.until_settled)
+
+
+def _left_to_right(options: DecodingOptions, facts: Facts, draw: Draw, context: int) -> DecodingPlan:
+    word = options.sampler or facts.default_sampler
+    draft = options.draft
+    if draft is None:
+        registry.get(word, None)
+        draft = Draft.from_word(word)
+    if _revises(options) or _is_special(options):
+        named = f"the sampler {options.sampler!r}" if options.sampler else None
+        named = named or "revising, guided or constrained text, blocks or an approximate cache"
+        raise InputError(f"{facts.name} is autoregressive: {named} needs a diffusion model")
+    plan = DecodingPlan(word, draw, 0, context, cache=bool(options.cache), exact=True, options=options)
+    if draft is None:
+        return plan
+    resolved = _with_numbers(draft, facts)
+    word = replace(draft, model=resolved.model).word if options.draft is not None else word
+    if not options.cache:
+        raise InputError(f"the sampler {word!r} works against a cache: leave --cache none away")
+    return replace(plan, word=word, draft=resolved, adaptive=draft.tokens is None and not draft.tree)
+
+
+def _with_numbers(draft: Draft, facts: Facts) -> Draft:
+    """The draft with its dtype and the most draft tokens of a forward pass."""
+    if draft.source == "heads" and facts.heads is None:
+        raise InputError(f"{facts.name} has no heads to guess with: give --adapter DIRECTORY of dlm convert {facts.name} --heads 3")
+    if draft.source == "self" and not draft.model:
+        draft = replace(draft, model=facts.draft_dtype or "int8")
+    if draft.tokens is not None:
+        return draft
+    taught = {"adapter": facts.adapter_tokens, "heads": facts.heads}.get(draft.source)
+    usual = AUTO_TOKENS.get(draft.source, USUAL_AUTO_TOKENS) if draft.source in SOURCES else USUAL_AUTO_TOKENS
+    most = usual if taught is None else taught
+    return replace(draft, tokens=min(most, draft.tree) if draft.tree else most)
+
+
+def _denoising(options: DecodingOptions, facts: Facts, draw: Draw, context: int) -> DecodingPlan:
+    if options.draft is not None:
+        raise InputError(f"{facts.name} is a diffusion model: a draft is for autoregressive ones")
+    word, masked = options.sampler or facts.default_sampler, facts.noise == "masked"
+    info = registry.get(word, facts.noise)
+    if not info.rule and (_revises(options) or _is_special(options) or not facts.bidirectional):
+        raise InputError("speculative decoding is for bidirectional masked models, with no blocks, cache, guidance or constraint")
+    if options.guidance != 1 and not (masked and facts.bidirectional):
+        raise InputError(f"{facts.name} never saw a text without its beginning: guidance needs a bidirectional masked model")
+    if isinstance(options.cache, str) and not facts.bidirectional:
+        raise InputError(f"{facts.name} has an exact cache already: --cache is for bidirectional models")
+    steps = facts.default_steps if options.steps is None else options.steps
+    block_length = options.block_length or 0
+    if not facts.bidirectional:
+        block_length = block_length or facts.block_length
+        context = context // block_length * block_length if block_length else context
+    elif isinstance(options.cache, str):
+        block_length = block_length or windows.longest_block(facts.window, CACHED_BLOCK)
+    light = options.light if options.light is None or isinstance(options.light, str) else tuple(options.light.items())
+    return DecodingPlan(
+        word,
+        draw,
+        steps,
+        context,
+        block_length,
+        options.cache,
+        options.greedy_tail,
+        options.until_settled or int(info.settles),
+        options.guidance,
+        options.allow,
+        options.pattern,
+        options.schedule,
+        light,
+        exact=registry.is_exact(word, facts.noise, steps=steps, tokens=block_length or facts.window, cache=options.cache),
+        options=options,
+    )
