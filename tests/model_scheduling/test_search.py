@@ -128,7 +128,7 @@ def test_paired_differences_see_through_the_noise() -> None:
 
 def pair(layers: int = 1) -> tuple[LanguageModel, LanguageModel]:
     heavy, light = make_model(window=16, context=0), make_model(window=16, context=0, layers=layers)
-    heavy._others["small"] = light
+    heavy.introduce(light, "small")
     return heavy, light
 
 

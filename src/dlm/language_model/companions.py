@@ -29,9 +29,9 @@ class Companions(Generic[M]):
             self._models[name] = self._load(name)
         return self._models[name]
 
-    def introduce(self, other: M) -> None:
-        """Have `get` give this model for its name, instead of loading it once more."""
-        self._models[other.name] = other
+    def introduce(self, other: M, name: str) -> None:
+        """Have `get` give this model for a name, instead of loading it once more."""
+        self._models[name] = other
 
     def quantized(self, network: Transformer, dtype: str) -> Transformer:
         """The network with its weights quantized to `int8` or `int4`; the embedding is held once."""

@@ -248,9 +248,9 @@ class LanguageModel:
         """A model to work beside this one, loaded once: from its directory or as `load` finds it."""
         return self.companions.get(name)
 
-    def introduce(self, other: LanguageModel) -> None:
-        """Have `other` give this model for its name, instead of loading it once more."""
-        self.companions.introduce(other)
+    def introduce(self, other: LanguageModel, name: str = "") -> None:
+        """Have `other` give this model for a name, by default its own, instead of loading it once more."""
+        self.companions.introduce(other, name or other.name)
 
     def quantized(self, dtype: str) -> Transformer:
         """This network with its weights quantized to `int8` or `int4`, made once; the embedding is held once."""
