@@ -10,16 +10,10 @@ class InputError(ValueError):
     """The input cannot be used as it is; the message is one line that says what to do. The command line exits with 2."""
 
 
-def at_least(value: float, low: float, what: str) -> None:
-    """InputError unless value is finite and not below `low`."""
-    if not low <= value < float("inf"):
-        raise InputError(f"{what} must be at least {low:g}, got {value}")
-
-
-def in_range(value: float, low: float, high: float, what: str) -> None:
-    """InputError unless value lies in low .. high, both included."""
-    if not low <= value <= high:
-        raise InputError(f"{what} must lie in {low:g} .. {high:g}, got {value}")
+def in_range(value: float, low: float, high: float, what: str, *, above: bool = False) -> None:
+    """InputError unless value lies in low .. high; above: without low itself."""
+    if not low <= value <= high or (above and value == low):
+        raise InputError(f"{what} must be {'above' if above else 'at least'} {low:g} and at most {high:g}, got {value}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

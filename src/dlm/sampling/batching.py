@@ -1,6 +1,6 @@
 """A run whose rows join and leave between steps, each at its own pace.
 
-Shapes: B rows, A rows that took part in a call, K rows that stay, L positions of the canvas, Q positions of a call, V vocabulary.
+Shapes: B rows, A rows that took part in a forward pass, K rows that stay, L positions of the canvas, Q positions of a pass, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dlm.trajectory import Canvas, Frame
 
 @dataclass(frozen=True)
 class Law:
-    """What the network said in the last call at the columns from start_A on, of the rows rows_A, before temperature.
+    """The network's distribution of the last forward pass, before temperature, at the columns from start_A on of the rows rows_A.
 
-    score_AQV: log p of the tokens up to a constant; what stands at the mask's place means nothing.
+    score_AQV: log p of the tokens up to a constant; the entry of the mask means nothing.
     """
 
     rows_A: Tensor
@@ -29,11 +29,11 @@ class Law:
 
 
 class Running(Protocol):
-    """The state of a run. `live_B`: rows that still have something to do; `step` makes one call for all of them."""
+    """The state of a run. `live_B`: rows that are not done; `step` makes one forward pass for all of them."""
 
     law: Law | None
     reads_first: ClassVar[bool]
-    """Whether the first call of a row is longer than the next ones, so that it is better made before it joins others."""
+    """Whether the first forward pass of a row is longer than the next ones, so that it is better made before it joins others."""
 
     @property
     def live_B(self) -> Tensor:
@@ -43,7 +43,7 @@ class Running(Protocol):
         """The state as it is."""
 
     def step(self) -> Frame:
-        """The state after one more network call."""
+        """The state after one more forward pass."""
 
     def join(self, other: Any) -> None:
         """Take in the rows of another run of the same sampler, after one's own; the other is used up."""
@@ -57,7 +57,7 @@ class Joinable(Protocol):
     """A sampler whose rows can join and leave."""
 
     def begin(self, canvas: Canvas, *, rng: RNG) -> Running:
-        """A run before its first call. rng: one a row."""
+        """A run before its first forward pass. rng: one a row."""
 
 
 def stacked(one_BL: Tensor, other_BL: Tensor, fill: float = 0) -> Tensor:

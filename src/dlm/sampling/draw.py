@@ -7,17 +7,19 @@ Shapes: B rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dlm.errors import InputError
+from dlm.errors import in_range
 from dlm.protocols import RNG
 
-PIECE = 2**18  # numbers of a law that are worked on at once: what is made on the way then stays in a cache of the processor
+CHUNK_NUMBERS = 2**18
+"""Probabilities that are worked on at once: intermediate results then stay in a cache of the processor."""
+MAX_SETTING = 1e9
+"""The bound of settings of samplers that have no natural one."""
 
 
 def generators(seed: int, rows: int) -> list[torch.Generator]:
@@ -42,8 +44,8 @@ def categorical(logp_BTV: Tensor, u_BT: Tensor) -> Tensor:
 def race(logp_BTV: Tensor, u_BT: Tensor) -> Tensor:
     """Tokens by an exponential race, int64 (B, T): each token has a clock of rate p, the first to ring is drawn; u sets all the clocks.
 
-    logp normalised. As exact as `categorical`, with this besides: two laws p and q that are given the same u draw the same token with
-    chance sum_i 1 / sum_j max(p_j / p_i, q_j / q_i), at least (1 - TV) / (1 + TV) (Daliri et al. 2408.07978).
+    logp normalised. As exact as `categorical`, and coupled: two distributions p and q that are given the same u draw the same token with
+    probability sum_i 1 / sum_j max(p_j / p_i, q_j / q_i), at least (1 - TV) / (1 + TV) (Daliri et al. 2408.07978).
     """
     return scores(logp_BTV, u_BT).argmax(-1)
 
@@ -93,15 +95,19 @@ def ranked(score_BT: Tensor, open_BT: Tensor, count_B: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Draw:
-    """How a token is taken from a distribution. temperature 0 takes the most likely one."""
+    """How a token is drawn from a distribution: temperature, then top-k, then top-p, the nucleus.
+
+    temperature 0 takes the most likely token; top_k 0 and top_p 1 keep all. InputError for settings out of range.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise InputError(f"temperature and top_k must be finite and at least 0 and top_p in (0, 1], got {self}")
+        in_range(self.temperature, 0, MAX_SETTING, "the temperature")
+        in_range(self.top_k, 0, MAX_SETTING, "top_k")
+        in_range(self.top_p, 0, 1, "top_p", above=True)
 
     def shape(self, logp_BTV: Tensor) -> Tensor:
         """The log-probabilities after temperature and truncation, float64, normalised; temperature 0 leaves the likeliest token."""
@@ -124,10 +130,10 @@ class Draw:
     def __call__(self, logp_BTV: Tensor, rng: RNG, by: Callable[[Tensor, Tensor], Tensor] = categorical) -> Tensor:
         """int64 (B, T). Uses one uniform a position from each row's generator, none at temperature 0.
 
-        by: `race` where text is drawn from left to right: a proposal drawn with the same number is then likely to be that token.
+        by: `race` where text is drawn from left to right: a draft token drawn with the same number is then likely to be that token.
         """
         if self.temperature == 0:
             return logp_BTV.argmax(-1)
-        pieces = len(logp_BTV) if logp_BTV.device.type != "cpu" else max(1, PIECE // max(1, logp_BTV[0].numel()))
+        pieces = len(logp_BTV) if logp_BTV.device.type != "cpu" else max(1, CHUNK_NUMBERS // max(1, logp_BTV[0].numel()))
         parts = zip(*(torch.split(x, pieces) for x in (logp_BTV, uniform(rng, logp_BTV.shape[1]))), strict=True)
         return torch.cat([by(self.shape(logp_BTV), u_BT) for logp_BTV, u_BT in parts])

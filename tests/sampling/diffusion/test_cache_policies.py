@@ -192,7 +192,7 @@ def test_bad_words(word: str) -> None:
 
 BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: run(network(), block_length=5), "divide"),
-    (lambda: run(network(), block_length=-8), "divide"),
+    (lambda: run(network(), block_length=-8), "block length must be at least 0"),
     (lambda: DiffusionSampler(network(), NOISE, WINDOW, cache=Dual()).steps(Canvas.from_rows(ROWS, fill=0), rng=[]).__next__(), "cache"),
     (lambda: run(network(), cache=Dual(), rule=Revoke()), "combined"),
     (lambda: run(network("block_causal", 8), block_length=8, context=4, sees_ahead=False), "multiple"),

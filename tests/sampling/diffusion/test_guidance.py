@@ -198,7 +198,7 @@ def test_what_cannot_guide_is_told() -> None:
     z_BT, t_B, given_BT = some()
     for scale in (-0.1, math.inf, math.nan):
         for make in (lambda s: ClassifierFree(s, MASK), lambda s: Classifier(linear, s, MASK)):
-            with pytest.raises(InputError, match="scale must be finite"):
+            with pytest.raises(InputError, match="guidance scale must be at least 0 and at most"):
                 make(scale)
     with pytest.raises(InputError, match="no gradient: use exact=True"):
         Classifier(lambda hot: linear(hot.round().detach()), 1.0, MASK)(Noted(V - 1, T), z_BT, t_B, given_BT)

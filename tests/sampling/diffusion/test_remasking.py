@@ -481,5 +481,5 @@ def test_bad_settings() -> None:
     with pytest.raises(InputError, match="remasking is one of cap, rescale, conf, loop"):
         Remask("often")
     for keep in (-0.1, 1.1, float("nan")):
-        with pytest.raises(InputError, match="keep in 0"):
+        with pytest.raises(InputError, match="keep a token must be at least 0 and at most 1"):
             Revoke(0.6, keep)

@@ -226,12 +226,12 @@ def test_words_become_rules() -> None:
         ("refine:3", "uniform", "'refine' has no setting"),
         ("worst:many", "uniform", "'worst:many': 'many' is no number"),
         ("confidence:", "masked", "'' is no number"),
-        ("confidence:2", "masked", r"threshold must lie in \(0, 1\], got 2.0"),
-        ("confidence:0", "masked", "threshold must lie"),
-        ("predictor-corrector:-1", "masked", "corrector must be at least 0, got -1.0"),
-        ("predictor-corrector:inf", "uniform", "corrector must be at least 0, got inf"),
-        ("entropy-bound:nan", "uniform", "entropy bound must be at least 0, got nan"),
-        ("worst:0", "hybrid", "must be above 0, got 0.0"),
+        ("confidence:2", "masked", "threshold must be above 0 and at most 1, got 2.0"),
+        ("confidence:0", "masked", "threshold must be above 0 and at most 1"),
+        ("predictor-corrector:-1", "masked", "corrector must be at least 0 and at most 1e.09, got -1.0"),
+        ("predictor-corrector:inf", "uniform", "corrector must be at least 0 and at most 1e.09, got inf"),
+        ("entropy-bound:nan", "uniform", "entropy bound in nats must be at least 0 and at most 1e.09, got nan"),
+        ("worst:0", "hybrid", "must be above 0 and at most 1e.09, got 0.0"),
     ],
 )
 def test_words_that_cannot_be_are_told(word: str, name: str, message: str) -> None:
@@ -243,10 +243,10 @@ def test_words_that_cannot_be_are_told(word: str, name: str, message: str) -> No
 def test_what_does_not_revise_has_no_tail_and_does_not_settle() -> None:
     with pytest.raises(InputError, match="a greedy tail revises tokens, which masked noise does not"):
         registry.make("ancestral", Draw(), noise_of("masked"), 1)
-    with pytest.raises(InputError, match="the greedy tail must be at least 1, got -1"):
+    with pytest.raises(InputError, match=r"the greedy tail in steps must be at least 1 and at most 1e.09, got -1"):
         registry.make("ancestral", Draw(), noise_of("uniform"), -1)
     for rule in (Ancestral(), Threshold()):
         with pytest.raises(InputError, match="needs a sampler that revises"):
             DiffusionSampler(Noted(5, 8), noise_of("masked", vocab=5), 8, rule, until_settled=1)
-    with pytest.raises(InputError, match="counts steps from 1"):
+    with pytest.raises(InputError, match="until_settled, in steps, must be at least 0"):
         DiffusionSampler(Noted(5, 8), noise_of("uniform", vocab=5), 8, Reverse(), until_settled=-1)

@@ -351,7 +351,8 @@ def test_what_unmasks_needs_masks(word: str) -> None:
 
 @pytest.mark.parametrize("bad", [{"kl": -0.1}, {"kl": float("nan")}, {"kl": float("inf")}, {"threshold": 0.0}])
 def test_bad_settings(bad: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="threshold must lie in"):
+    said = "threshold must be above 0" if "threshold" in bad else "KL divergence in nats must be at least 0"
+    with pytest.raises(InputError, match=said):
         KLStable(**bad)
     with pytest.raises(InputError, match="unknown score 'luck'; known: confidence, margin, entropy"):
         TopScore(score="luck")

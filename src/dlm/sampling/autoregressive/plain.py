@@ -1,4 +1,4 @@
-"""The baseline: one token a call, left to right, against a cache.
+"""Autoregressive decoding, the baseline: one token a forward pass, left to right, against a KV cache.
 
 The network reads a start token (MASK in our own), then the text; output i predicts text token i. A converted base may have none: it
 reads the text alone, and the first token must be given. Windows tile a long text as in diffusion: at the end of a window the last
@@ -39,10 +39,10 @@ def check_continues(canvas: Canvas, start: int | None) -> None:
 
 @dataclass(frozen=True)
 class AutoregressiveSampler:
-    """Continue prompts. make_cache(rows, positions) gives an empty cache; without it every call reads the whole window again.
+    """Continue prompts. make_cache(rows, positions) gives an empty KV cache; without it every forward pass reads the whole window.
 
-    start: the token that is read before a window, -1 for the mask, None for nothing. stop: tokens that end a row; what was still
-    free after one stays so.
+    start: the token that is read before a window, -1 for the mask, None for nothing. stop: tokens that end a row; positions after one
+    stay free. InputError for settings out of range.
     """
 
     denoiser: Denoiser

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dlm.errors import InputError, at_least
+from dlm.errors import InputError, in_range
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.schedule import time_when
 from dlm.protocols import RNG, Denoiser
 from dlm.sampling import rejection, windows
-from dlm.sampling.draw import Draw, categorical, uniform
+from dlm.sampling.draw import MAX_SETTING, Draw, categorical, uniform
 from dlm.trajectory import Canvas, Frame
 
 MAX_DRAFT_TOKENS = 256
@@ -45,9 +45,8 @@ class AnyOrderSpeculativeSampler:
     model: str = ""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.draft_tokens <= MAX_DRAFT_TOKENS:
-            raise InputError(f"draft tokens of any-order decoding lie in 1 .. {MAX_DRAFT_TOKENS}, got {self.draft_tokens}")
-        at_least(self.tolerance, 0, "the tolerance")
+        in_range(self.draft_tokens, 1, MAX_DRAFT_TOKENS, "the draft tokens of a forward pass")
+        in_range(self.tolerance, 0, MAX_SETTING, "the tolerance")
         windows.check(self.window, self.context)
 
     @torch.no_grad()

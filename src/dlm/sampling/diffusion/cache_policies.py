@@ -1,7 +1,7 @@
-"""Cache policies: which positions of a window each call reads anew, the keys and values of the others being those of an earlier call.
+"""Cache policies: which positions of a window a forward pass reads anew; the KV cache holds the others from an earlier pass.
 
-`Exact` is exact for block-causal networks. The others are for bidirectional ones, where every key and value changes with every token:
-they go without some of these changes. Shapes: B rows, T positions of the window.
+`Exact` is exact for block-causal networks. The others approximate: they are for bidirectional networks, where every key and value changes
+with every token, and leave some of these changes out. Shapes: B rows, T positions of the window.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlm.errors import InputError, at_least
+from dlm.errors import InputError, in_range
 from dlm.sampling.diffusion.protocols import CachePolicy, View
+from dlm.sampling.draw import MAX_SETTING
 
 
 def _unread(view: View) -> Tensor:
@@ -31,6 +32,9 @@ class Exact:
     """For a block-causal network: the block that is worked on, and blocks before it whose text changed since they were read."""
 
     block_length: int
+
+    def __post_init__(self) -> None:
+        in_range(self.block_length, 1, MAX_SETTING, "the block length")
 
     def __call__(self, view: View) -> Tensor:
         pos_T = torch.arange(view.z_BT.shape[1], device=view.z_BT.device)
@@ -60,13 +64,12 @@ class Dual:
 
 @dataclass(frozen=True)
 class Delayed:
-    """Every mask, and a written token once more in the call after it; everything in every `refresh` calls (dKV-Cache, 2505.15781)."""
+    """Every mask, and a written token once more in the pass after it; everything in every `refresh` passes (dKV-Cache, 2505.15781)."""
 
     refresh: int = 8
 
     def __post_init__(self) -> None:
-        if self.refresh < 1:
-            raise InputError(f"a delayed cache is refreshed after 1 call or more, got {self.refresh}")
+        in_range(self.refresh, 1, MAX_SETTING, "the forward passes after which a delayed cache is refreshed")
 
     def __call__(self, view: View) -> Tensor:
         again_B1 = (view.age_B + 1 >= self.refresh)[:, None]
@@ -85,7 +88,8 @@ class Drift:
     probes: int = 8
 
     def __post_init__(self) -> None:
-        at_least(self.threshold, 0, "the drift that a cache allows")
+        in_range(self.threshold, 0, MAX_SETTING, "the relative drift that a cache allows")
+        in_range(self.probes, 0, MAX_SETTING, "the probes of a cache")
 
     def __call__(self, view: View) -> Tensor:
         pos_T = torch.arange(view.z_BT.shape[1], device=view.z_BT.device)

@@ -1,29 +1,28 @@
-"""Guidance: logits bent towards a condition before anything is drawn (Schiff et al. 2412.10193).
+"""Guidance: classifier-free and classifier guidance of the predicted tokens, before any is drawn (Schiff et al. 2412.10193).
 
-Both kinds bend the guess of x, so the rule still decides what moves when.
+Both kinds change the distribution of x, so the rule still decides which positions move when.
 Shapes: B rows, T positions of the window, V vocabulary with the mask, N masked tokens tried. Log-probabilities in nats.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dlm.errors import InputError
+from dlm.errors import InputError, in_range
+from dlm.sampling.draw import MAX_SETTING
 
 Read = Callable[[Tensor, Tensor], Tensor]
 """The network: (z_BT, t_B) -> logits (B, T, V)."""
-CHUNK = 1024
-"""Classifier inputs in one call."""
+CHUNK_INPUTS = 1024
+"""Classifier inputs in one forward pass."""
 
 
 def _check(scale: float) -> None:
-    if not 0 <= scale < math.inf:
-        raise InputError(f"the guidance scale must be finite and at least 0, got {scale}")
+    in_range(scale, 0, MAX_SETTING, "the guidance scale")
 
 
 def _log_probs(logits_BTV: Tensor, mask_id: int) -> Tensor:
@@ -33,9 +32,11 @@ def _log_probs(logits_BTV: Tensor, mask_id: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ClassifierFree:
-    """p(x_i | z)^scale p(x_i | z without the prompt)^(1 - scale): 1 reads the prompt, more exaggerates it.
+    """p(x_i | z)^scale p(x_i | z without the prompt)^(1 - scale): the classifier-free guidance scale 1 reads the prompt, a
+    larger one exaggerates it.
 
-    Ho and Salimans 2207.12598; D-CFG of Schiff et al. The prompt is taken away by masking it, in one call on a doubled batch.
+    Ho and Salimans 2207.12598; D-CFG of Schiff et al. The prompt is removed by masking it, in one forward pass on a doubled
+    batch. InputError for a scale out of range.
     """
 
     scale: float
@@ -102,8 +103,8 @@ class Classifier:
         tokens_V = torch.arange(hot_BTV.shape[-1], device=hot_BTV.device)
         gain_BTV = torch.zeros_like(hot_BTV)
         index_N3 = try_BTV.nonzero()
-        for begin in range(0, len(index_N3), CHUNK):
-            row_N, at_N, token_N = index_N3[begin : begin + CHUNK].unbind(1)
+        for begin in range(0, len(index_N3), CHUNK_INPUTS):
+            row_N, at_N, token_N = index_N3[begin : begin + CHUNK_INPUTS].unbind(1)
             tried_NTV = hot_BTV[row_N]
             tried_NTV[torch.arange(len(row_N)), at_N] = (tokens_V == token_N[:, None]).to(hot_BTV)
             gain_BTV[row_N, at_N, token_N] = self._score(tried_NTV).to(gain_BTV.dtype)

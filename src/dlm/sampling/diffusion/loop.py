@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dlm.errors import InputError
+from dlm.errors import InputError, in_range
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.schedule import time_when
 from dlm.protocols import RNG, Denoiser, NoiseProcess
@@ -66,11 +66,12 @@ class DiffusionSampler:
     stops: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.budget < 1:
-            raise InputError(f"steps must be at least 1, got {self.budget}")
-        if self.until_settled < 0 or (self.until_settled and not self.revises):
+        in_range(self.budget, 1, MAX_STEPS, "steps")
+        in_range(self.until_settled, 0, MAX_STEPS, "until_settled, in steps,")
+        in_range(self.block_length, 0, self.window, "the block length")
+        if self.until_settled and not self.revises:
             raise InputError("until_settled counts steps from 1, and needs a sampler that revises what it wrote")
-        if self.block_length < 0 or (self.block_length and self.fills_window and self.window % self.block_length):
+        if self.block_length and self.fills_window and self.window % self.block_length:
             raise InputError(f"blocks of {self.block_length} do not divide the window of {self.window}")
         if not isinstance(self.noise, MaskedNoise) and (self.block_length or self.cache is not None):
             raise InputError("blocks and caches need masked noise: under replacement noise every token may change in every step")

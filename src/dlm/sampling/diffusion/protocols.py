@@ -29,10 +29,10 @@ class Cache(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """What a rule sees: the active window of every row that moves now, each row at its own step.
+    """The input of a rule: the active window of every row that moves now, each row at its own step.
 
     z_BT: the state; open_BT: the positions that the rule writes; logp_BTV: log mu of `noise.log_probs`; t_B -> s_B: the move;
-    left_B: steps left, this one included, of `steps` for a window or block. memory: what the rule keeps for its next step, by
+    left_B: steps left, this one included, of `steps` for a window or block. memory: tensors that the rule keeps for its next step, by
     name, float (B, T, ...), nan where a block begins. shadow_BTV: logits with each position's own token hidden (CheckingRule).
     valid_BT: False past the end of a row's text; None where every position is text.
     """
@@ -53,7 +53,7 @@ class Step:
 class Rule(Protocol):
     """One reverse move inside the active window; a frozen dataclass, so that it prints and goes into the run record.
 
-    revises: whether it may change a token again; else what it writes is settled.
+    revises: whether it may change a token again; else a written token is settled.
     """
 
     revises: ClassVar[bool]
@@ -64,28 +64,28 @@ class Rule(Protocol):
 
 @runtime_checkable
 class PlannedRule(Rule, Protocol):
-    """A rule that knows before the network is asked which position moves when; the loop skips the steps in which none does."""
+    """A rule that knows before any forward pass which position moves when; the loop skips the steps in which none does."""
 
     def plan(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> tuple[Tensor, Tensor]:
         """The step at which each open position moves, int64 (B, T), and the alpha at which it does where no grid says so, else nan.
 
-        alphas_N: the chance that a position masked at t = 1 is revealed by the end of each step.
+        alphas_N: the probability that a position masked at t = 1 is revealed by the end of each step.
         """
 
 
 @runtime_checkable
 class CheckingRule(Rule, Protocol):
-    """A rule that asks what the network thinks of the tokens that stand: it gets `Step.shadow_BTV`, at twice the cost of a call."""
+    """A rule that reads the probability of the tokens that stand: it gets `Step.shadow_BTV`, at twice the cost of a forward pass."""
 
     checks: ClassVar[bool]
 
 
 @dataclass(frozen=True)
 class View:
-    """What a cache policy sees of the rows that move now.
+    """The input of a cache policy: the rows that move now.
 
     z_BT: the window; hole_BT: all its open positions; block_BT: the block that is worked on; seen_BT: the token last read at each
-    position, -1 for none; entered_B: rows that begin a block; age_B: calls since the whole window was read; drift_BT: of the cache.
+    position, -1 for none; entered_B: rows that begin a block; age_B: passes since the whole window was read; drift_BT: of the cache.
     """
 
     z_BT: Tensor
@@ -98,21 +98,21 @@ class View:
 
 
 class CachePolicy(Protocol):
-    """Which positions the next call reads anew; keys and values of the others are those of an earlier call."""
+    """Which positions the next forward pass reads anew; keys and values of the others are those of an earlier pass."""
 
     def __call__(self, view: View) -> Tensor:
         """bool (B, T), the block among them."""
 
 
 class Guidance(Protocol):
-    """Logits bent towards a condition."""
+    """Changes logits towards a condition, by a guidance scale."""
 
     def __call__(self, read: Callable[[Tensor, Tensor], Tensor], z_BT: Tensor, t_B: Tensor, given_BT: Tensor) -> Tensor:
-        """Logits (B, T, V). read: the network, (z_BT, t_B) -> logits; given_BT: what the text was begun with."""
+        """Logits (B, T, V). read: the network, (z_BT, t_B) -> logits; given_BT: prompt and suffix."""
 
 
 class Constraint(Protocol):
-    """What a text must keep to. joint: whether what one position may hold depends on the others."""
+    """Which texts are allowed. joint: whether the tokens allowed at one position depend on the others."""
 
     joint: ClassVar[bool]
 

@@ -1,4 +1,4 @@
-"""Reverse moves for masks that may take back what they wrote.
+"""Remasking rules: for masked noise, tokens that were written may become masks again.
 
 Shapes: B rows, T positions of the window, V vocabulary.
 """
@@ -11,16 +11,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dlm.errors import InputError, at_least
+from dlm.errors import InputError, in_range
 from dlm.protocols import RNG
 from dlm.sampling.diffusion.protocols import Step
-from dlm.sampling.draw import Draw, pick, ranked, uniform
+from dlm.sampling.draw import MAX_SETTING, Draw, pick, ranked, uniform
 
 KINDS = ("cap", "rescale", "conf", "loop")
 
 
 def _shadow_logp(step: Step) -> Tensor:
-    """log p(x_i | the rest of z) (B, T, V) where a token stands, the guess where a mask does."""
+    """log p(x_i | the rest of z) (B, T, V), at a token with itself hidden."""
     assert step.shadow_BTV is not None
     masked_BT = step.z_BT == step.noise.mask_id
     hidden_BTV = step.noise.log_probs(step.shadow_BTV, torch.full_like(step.z_BT, step.noise.mask_id), step.t_B)
@@ -29,7 +29,7 @@ def _shadow_logp(step: Step) -> Tensor:
 
 @dataclass(frozen=True)
 class Remask:
-    """ReMDM (Wang et al. 2503.00307): in t -> s a token becomes a mask again with chance sigma, and masks are revealed the more.
+    """ReMDM (Wang et al. 2503.00307): in t -> s a token becomes a mask again with probability sigma, and masks are revealed the more.
 
     With sigma_max = min(1, (1 - alpha_s) / alpha_t), the largest that keeps the marginals: `cap` sigma = min(eta, sigma_max); `rescale`
     eta sigma_max; `conf` the rescaled one times a softmax over the tokens of minus the confidence with which each was written; `loop`
@@ -42,15 +42,16 @@ class Remask:
     draw: Draw = field(default_factory=Draw)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS or not 0 <= self.eta <= 1:
-            raise InputError(f"remasking is one of {', '.join(KINDS)} with eta in 0 .. 1, got {self.kind} and {self.eta}")
+        if self.kind not in KINDS:
+            raise InputError(f"remasking is one of {', '.join(KINDS)}, got {self.kind}")
+        in_range(self.eta, 0, 1, "eta")
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         masked_BT = step.open_BT & (step.z_BT == step.noise.mask_id)
         alpha_t, alpha_s = self._alphas(step)
         most_B = ((1 - alpha_s) / alpha_t.clamp(min=1e-12)).clamp(max=1)
         sigma_B = self.eta * most_B if self.kind in ("rescale", "conf") else most_B.clamp(max=self.eta)
-        if self.kind == "loop":  # before and after the loop nothing is taken back
+        if self.kind == "loop":  # before and after the loop nothing is remasked
             sigma_B = torch.where(alpha_t == alpha_s, sigma_B, 0.0)
         sigma_BT = sigma_B[:, None].expand_as(masked_BT) if self.kind != "conf" else self._least_sure(step, masked_BT) * sigma_B[:, None]
         token_BT, u_BT = self.draw(step.logp_BTV, rng), uniform(rng, masked_BT.shape[1]).to(step.t_B)
@@ -84,10 +85,10 @@ class Remask:
 
 @dataclass(frozen=True)
 class Revoke:
-    """Write boldly, every mask whose likeliest token reaches `threshold`; take back what the rest of the text then makes unlikely.
+    """Write every mask whose likeliest token reaches `threshold`; remask the tokens that the rest of the text then makes unlikely.
 
-    A token goes whose probability, with itself hidden, is below `keep`. After WINO (Hong et al. 2507.18578), whose shadow block hides
-    tokens in the same way. What was written in the last step is not taken back.
+    A token is remasked whose probability, with itself hidden, is below `keep`. After WINO (Hong et al. 2507.18578), whose shadow block
+    hides tokens in the same way. Tokens of the last step are not remasked.
     """
 
     revises: ClassVar[bool] = True
@@ -97,8 +98,8 @@ class Revoke:
     draw: Draw = field(default_factory=Draw)
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1 or not 0 <= self.keep <= 1:
-            raise InputError(f"threshold must lie in (0, 1] and keep in 0 .. 1, got {self.threshold} and {self.keep}")
+        in_range(self.threshold, 0, 1, "the threshold", above=True)
+        in_range(self.keep, 0, 1, "the probability to keep a token")
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         masked_BT = step.open_BT & (step.z_BT == step.noise.mask_id)
@@ -106,7 +107,7 @@ class Revoke:
         left_B = masked_BT.sum(-1)
         count_B = torch.maximum((top_BT >= self.threshold).sum(-1), -(-left_B // step.left_B))
         write_BT = ranked(top_BT, masked_BT, count_B)
-        # fewer are taken back than are written, so that every step goes on
+        # fewer are remasked than are written, so that every step goes on
         stands_BT = step.open_BT & ~masked_BT
         sure_BT = pick(_shadow_logp(step), step.z_BT).exp().masked_fill(~stands_BT, 2.0)
         most_B = (count_B - 1).clamp(min=0) * (step.left_B > 1)
@@ -118,8 +119,8 @@ class Revoke:
 class Planned:
     """A planner keeps the best tokens, drawn or standing, as many as the grid says; the rest are masks again (P2, Peng et al. 2502.03540).
 
-    The planner is the network itself: the probability of a token with itself hidden. eta: weight of the tokens that stand, 0 takes
-    nothing back.
+    The planner is the network itself: the probability of a token with itself hidden. eta: weight of the tokens that stand, 0 remasks
+    none.
     """
 
     revises: ClassVar[bool] = True
@@ -128,7 +129,7 @@ class Planned:
     draw: Draw = field(default_factory=Draw)
 
     def __post_init__(self) -> None:
-        at_least(self.eta, 0, "eta")
+        in_range(self.eta, 0, MAX_SETTING, "eta")
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         masked_BT = step.z_BT == step.noise.mask_id

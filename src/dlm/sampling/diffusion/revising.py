@@ -1,7 +1,7 @@
-"""Reverse moves that may change a token again: for replacement noise, and for masks with remasking.
+"""Revising rules: tokens may change again; for replacement noise, and with remasking for masked noise.
 
-Every rule writes all open positions in every step; the last step writes the final token. `mu` is the leave-one-out guess
-p(x_i | z without z_i), `denoised` the guess p(x_i | z) that counts the token standing there.
+Every rule writes all open positions in every step; the last step writes the final token. `mu` is the leave-one-out distribution
+p(x_i | z without z_i), `denoised` is p(x_i | z), which counts the token standing there.
 Shapes: B rows, T positions of the window, V vocabulary.
 """
 
@@ -13,11 +13,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dlm.errors import InputError, at_least
+from dlm.errors import in_range
 from dlm.protocols import RNG
 from dlm.sampling.diffusion.protocols import Rule, Step
 from dlm.sampling.diffusion.unmasking import entropy, within
-from dlm.sampling.draw import Draw, categorical, pick, ranked, uniform
+from dlm.sampling.draw import MAX_SETTING, Draw, categorical, pick, ranked, uniform
 
 
 def _reverse(step: Step, draw: Draw, to_B: Tensor, rng: RNG) -> Tensor:
@@ -54,7 +54,7 @@ class PredictorCorrector:
     draw: Draw = field(default_factory=Draw)
 
     def __post_init__(self) -> None:
-        at_least(self.corrector, 0, "the corrector")
+        in_range(self.corrector, 0, MAX_SETTING, "the corrector")
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         below_B = (step.s_B - self.corrector * (step.t_B - step.s_B)).clamp(min=0)
@@ -77,7 +77,7 @@ class Refine:
 
 @dataclass(frozen=True)
 class EntropyBound:
-    """Draw all, keep the surest positions while sum H - max H <= bound (nats), put the prior's noise on the rest.
+    """Draw all, keep the positions of least entropy while sum H - max H <= bound (nats), put the prior's noise on the rest.
 
     The sum bounds the mutual information of what is kept (EB-sampler, Ben-Hamu et al. 2505.24857); with re-noising it is
     DiffusionGemma's sampler. The last step keeps all. How much is noise does not follow the grid here, so p(x_i | z) is taken
@@ -89,7 +89,7 @@ class EntropyBound:
     draw: Draw = field(default_factory=Draw)
 
     def __post_init__(self) -> None:
-        at_least(self.bound, 0, "the entropy bound")
+        in_range(self.bound, 0, MAX_SETTING, "the entropy bound in nats")
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         logp_BTV = self._denoised(step)
@@ -122,8 +122,7 @@ class ChangeWorst:
     draw: Draw = field(default_factory=Draw)
 
     def __post_init__(self) -> None:
-        if not 0 < self.edits < float("inf"):
-            raise InputError(f"the edits a position must be above 0, got {self.edits}")
+        in_range(self.edits, 0, MAX_SETTING, "the edits a position", above=True)
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         mu_BTV = step.logp_BTV.exp()
@@ -146,7 +145,7 @@ class GreedyTail:
     steps: int = 1
 
     def __post_init__(self) -> None:
-        at_least(self.steps, 1, "the greedy tail")
+        in_range(self.steps, 1, MAX_SETTING, "the greedy tail in steps")
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         likeliest_BT = step.noise.denoised(step.logp_BTV, step.z_BT, step.t_B).argmax(-1)

@@ -13,11 +13,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dlm.errors import InputError, at_least
+from dlm.errors import InputError, in_range
 from dlm.protocols import RNG
 from dlm.sampling.diffusion.protocols import Step
 from dlm.sampling.diffusion.unmasking import share
-from dlm.sampling.draw import Draw, categorical, pick, uniform
+from dlm.sampling.draw import MAX_SETTING, Draw, categorical, pick, uniform
 
 FIRST_TIME, LAST_TIME = 1.0, 1e-3  # Dream's clock runs from t = 1 to its eps
 
@@ -80,7 +80,7 @@ class Transfer:
             raise InputError(
                 f"a quota is one of {', '.join(QUOTAS)} and a score one of {', '.join(SCORES)}, got {self.quota}, {self.score}"
             )
-        at_least(self.score_temperature, 0, "the temperature of scores")
+        in_range(self.score_temperature, 0, MAX_SETTING, "the temperature of scores")
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         logp_BTV = without(step.logp_BTV, self.never)

@@ -1,4 +1,4 @@
-"""Reverse moves that unmask: a rule says which masks become tokens now, and draws them; what is written stays.
+"""Unmasking rules: which masks become tokens in a step, and the tokens drawn for them; a written token stays.
 
 Shapes: B rows, T positions of the window, V vocabulary, N steps.
 """
@@ -11,10 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dlm.errors import InputError, at_least
+from dlm.errors import InputError, in_range
 from dlm.protocols import RNG
 from dlm.sampling.diffusion.protocols import Step
-from dlm.sampling.draw import Draw, pick, ranked, uniform
+from dlm.sampling.draw import MAX_SETTING, Draw, pick, ranked, uniform
 
 
 def entropy(logp_BTV: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def entropy(logp_BTV: Tensor) -> Tensor:
 
 
 def within(entropy_BT: Tensor, bound: float) -> Tensor:
-    """How many of the surest positions have sum H - max H <= bound (B,); inf where none is open."""
+    """How many of the positions of least entropy have sum H - max H <= bound (B,); inf where none is open."""
     order_BT = entropy_BT.sort(dim=-1).values
     return (order_BT.cumsum(-1) - order_BT <= bound).sum(-1)  # sorted: the largest so far is the last
 
@@ -37,9 +37,9 @@ def share(step: Step) -> Tensor:
 @dataclass(frozen=True)
 class Ancestral:
     """The exact reverse chain of the grid (MD4 section 3, MDLM eq. 7): each mask is revealed in step t -> s with
-    (alpha_s - alpha_t) / (1 - alpha_t), whatever the network says.
+    (alpha_s - alpha_t) / (1 - alpha_t), whatever the network predicts.
 
-    So the step at which each position is revealed is drawn first, and the network is called only where one is.
+    So the step at which each position is revealed is drawn first, and steps that reveal none take no forward pass.
     """
 
     revises: ClassVar[bool] = False
@@ -56,7 +56,8 @@ class Ancestral:
 
 @dataclass(frozen=True)
 class FirstHitting:
-    """The reverse chain without a grid: one token a call, in random order, exact (Zheng et al. 2409.02908, section 4).
+    """First-hitting sampler: the reverse chain without a grid, one token a forward pass, in random order, exact (Zheng et al. 2409.02908,
+    section 4).
 
     The network sees the alpha at which each position is reached, uniform on 0 .. 1; the budget of steps does not matter.
     """
@@ -94,7 +95,7 @@ class TopScore:
     """The best drawn tokens, an equal share of the masks in each step left.
 
     score: `confidence`, the probability of the drawn token (LLaDA, Nie et al. 2502.09992, `low_confidence`); `margin`, of the likeliest
-    token over the second (Kim et al. 2502.06768); `entropy`, the least of the guess (Dream, 2508.15487).
+    token over the second (Kim et al. 2502.06768); `entropy`, the least (Dream, 2508.15487). InputError for an unknown score.
     """
 
     revises: ClassVar[bool] = False
@@ -129,8 +130,7 @@ class Threshold:
     draw: Draw = field(default_factory=Draw)
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise InputError(f"threshold must lie in (0, 1], got {self.threshold}")
+        in_range(self.threshold, 0, 1, "the threshold", above=True)
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         top_BT = step.logp_BTV.max(-1).values.exp().masked_fill(~step.open_BT, 0.0)
@@ -139,7 +139,7 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Factor:
-    """The n surest masks with (n + 1) (1 - p_n) < factor, p_n the likeliest token's probability at the n-th (Fast-dLLM, section 3.3).
+    """The n most confident masks with (n + 1) (1 - p_n) < factor, p_n of the likeliest token at the n-th (Fast-dLLM, section 3.3).
 
     At factor 1 greedy drawing of all n equals greedy drawing one by one (its theorem 1).
     """
@@ -149,8 +149,7 @@ class Factor:
     draw: Draw = field(default_factory=Draw)
 
     def __post_init__(self) -> None:
-        if not 0 < self.factor < float("inf"):
-            raise InputError(f"the factor must be above 0, got {self.factor}")
+        in_range(self.factor, 0, MAX_SETTING, "the factor", above=True)
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         top_BT = step.logp_BTV.max(-1).values.exp().masked_fill(~step.open_BT, 0.0)
@@ -163,14 +162,14 @@ class Factor:
 
 @dataclass(frozen=True)
 class EntropyBudget:
-    """The surest masks while sum H - max H <= bound nats, which bounds what they say of each other (EB-sampler, 2505.24857)."""
+    """The masks of least entropy while sum H - max H <= bound nats, which bounds their mutual information (EB-sampler, 2505.24857)."""
 
     revises: ClassVar[bool] = False
     bound: float = 0.1
     draw: Draw = field(default_factory=Draw)
 
     def __post_init__(self) -> None:
-        at_least(self.bound, 0, "the entropy bound")
+        in_range(self.bound, 0, MAX_SETTING, "the entropy bound in nats")
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         entropy_BT = entropy(step.logp_BTV).masked_fill(~step.open_BT, torch.inf)
@@ -179,7 +178,8 @@ class EntropyBudget:
 
 @dataclass(frozen=True)
 class KLStable:
-    """Masks whose guess is sure (>= threshold) and has not moved since the last call (KL <= kl nats); at least one (KLASS, 2511.05664)."""
+    """Masks whose distribution is confident (>= threshold) and has not moved since the last forward pass (KL <= kl nats); at least one
+    (KLASS, 2511.05664)."""
 
     revises: ClassVar[bool] = False
     threshold: float = 0.6
@@ -187,14 +187,14 @@ class KLStable:
     draw: Draw = field(default_factory=Draw)
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1 or not 0 <= self.kl < float("inf"):
-            raise InputError(f"threshold must lie in (0, 1] and kl be at least 0, got {self.threshold} and {self.kl}")
+        in_range(self.threshold, 0, 1, "the threshold", above=True)
+        in_range(self.kl, 0, MAX_SETTING, "the KL divergence in nats")
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         last_BTV = step.memory.get("logp", torch.full_like(step.logp_BTV, torch.nan))
         step.memory["logp"] = step.logp_BTV
         p_BTV = step.logp_BTV.exp()
-        moved_BT = torch.where(p_BTV > 0, p_BTV * (step.logp_BTV - last_BTV), 0.0).sum(-1)  # nan without a last call
+        moved_BT = torch.where(p_BTV > 0, p_BTV * (step.logp_BTV - last_BTV), 0.0).sum(-1)  # nan without a last pass
         top_BT = p_BTV.max(-1).values.masked_fill(~step.open_BT, 0.0)
         stable_BT = (moved_BT <= self.kl) & (top_BT >= self.threshold)
         return _at_least_share(step, top_BT + stable_BT, (stable_BT & step.open_BT).sum(-1), self.draw, rng)
