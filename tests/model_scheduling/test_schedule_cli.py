@@ -53,7 +53,7 @@ def test_every_sampler_takes_a_schedule(dlm: Dlm, family: Path, sampler: str) ->
 
 
 def test_cost(dlm: Dlm, family: Path) -> None:
-    models = ("--heavy", f"{family}/heavy", "--light", f"{family}/light")
+    models = (f"{family}/heavy", f"{family}/light")
     code, out, _ = dlm("schedule", "cost", "L125 H750 L125", *models, "--json")
     found = json.loads(out.splitlines()[-1])
     assert code == 0
@@ -132,7 +132,7 @@ def test_search_and_auto(dlm: Dlm, family: Path, text_file: Path, tmp_path: Path
 def test_compare_goes_on_where_it_was(dlm: Dlm, family: Path, text_file: Path, tmp_path: Path) -> None:
     """Batches of 16 are kept one by one: more texts measure only what is new, and what is there is what comes out again."""
     ledger = tmp_path / "ledger.jsonl"
-    words = ("schedule", "compare", f"{family}/heavy", f"{family}/light", "L0.5 H0.5; H@4", "--steps", "8", "--segments", "4")
+    words = ("schedule", "compare", f"{family}/heavy", f"{family}/light", "L0.5 H0.5, H@4", "--steps", "8", "--segments", "4")
     words += ("--judge", f"{family}/judge", "--data", str(text_file), "--max-windows", "2", "--ledger", str(ledger), "--json")
     rows = {}
     for count, lines in ((16, 3), (20, 6), (20, 6)):

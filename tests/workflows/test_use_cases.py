@@ -170,7 +170,7 @@ def without_seconds(found: dict[str, object]) -> dict[str, object]:
 
 def test_schedule_cost(dlm: Dlm, family: Path) -> None:
     heavy, light = f"{family}/heavy", f"{family}/light"
-    shown = printed(dlm, "schedule", "cost", "sandwich:0.5", "--heavy", heavy, "--light", light, "--steps", "10")
+    shown = printed(dlm, "schedule", "cost", "sandwich:0.5", heavy, light, "--steps", "10")
     found = library.schedule.cost("sandwich:0.5", library.load(heavy), library.load(light), steps=10)
     assert plain(found) == shown
     assert found.cost.saved_blocks == pytest.approx(0.25)
@@ -211,7 +211,7 @@ def test_schedule_search(dlm: Dlm, family: Path, text_file: Path, way: str) -> N
 def test_schedule_compare(dlm: Dlm, family: Path, text_file: Path) -> None:
     heavy, light, judge = (f"{family}/{name}" for name in ("heavy", "light", "judge"))
     words = ("--steps", "8", "--segments", "4", "-n", "4", "--judge", judge, "--data", str(text_file), "--max-windows", "2")
-    shown = printed(dlm, "schedule", "compare", heavy, light, "L0.5 H0.5; H@4", *words)
+    shown = printed(dlm, "schedule", "compare", heavy, light, "L0.5 H0.5, H@4", *words)
     watch = Watch()
     settings = {"steps": 8, "segments": 4, "samples": 4, "data": text_file, "max_windows": 2}
     found = library.schedule.compare(heavy, light, ["L0.5 H0.5", "H@4"], judge=judge, progress=watch, **settings)

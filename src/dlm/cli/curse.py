@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlm.cli.app import Device, Json, Seed, app, err, load
+from dlm.cli.app import Device, Json, Seed, app, err, listed, load
 from dlm.cli.tables import console, table
 from dlm.errors import InputError
 
@@ -57,7 +57,7 @@ def curse(
             data,
             split=split,
             val_fraction=val_fraction,
-            samplers=sampler.split(","),
+            samplers=listed(sampler, "--sampler"),
             tokens_per_step=sizes,
             max_windows=max_windows,
             seed=seed,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlm.cli.app import Device, Json, Seed, app, err, named_models
+from dlm.cli.app import Device, Json, Seed, app, err, listed, named_models, renamed
 from dlm.cli.tables import console, table
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 schedules = typer.Typer(no_args_is_help=True, help="Which model takes which denoising step.")
 app.add_typer(schedules, name="schedule")
 
-Heavy = Annotated[str, typer.Argument(help="The model H: bundled name, directory or hub id.")]
-Light = Annotated[str, typer.Argument(help="The smaller model L; several: M=NAME,L=NAME.")]
+Heavy = Annotated[str, typer.Argument(metavar="HEAVY", help="The model H: bundled name, directory or hub id.")]
+Light = Annotated[str, typer.Argument(metavar="LIGHT", help="The smaller model L; several: M=NAME,L=NAME.")]
 Data = Annotated[
     str | None, typer.Option(help="Bundled data set, text file, folder of .txt files, or hf:DATASET; default: the training text of H.")
 ]
@@ -31,11 +31,11 @@ Sampler = Annotated[str, typer.Option(help="A sampler that masks have, as in `dl
 Segments = Annotated[int, typer.Option(help="Equal parts of the steps.")]
 
 
-@schedules.command()
+@schedules.command(cls=renamed({"--heavy": "HEAVY", "--light": "LIGHT"}))
 def cost(
     schedule: Annotated[str, typer.Argument(help="'L125 H750 L125', 'L0.125 H0.75 L0.125', sandwich:0.25 ...")],
-    heavy: Annotated[str, typer.Option(help="The model H.")] = "shakespeare-mask",
-    light: Annotated[str, typer.Option(help="The smaller model L; several: M=NAME,L=NAME.")] = "shakespeare-mask-2",
+    heavy: Heavy = "shakespeare-mask",
+    light: Light = "shakespeare-mask-2",
     steps: Steps = None,
     as_json: Json = False,
 ) -> None:
@@ -169,7 +169,7 @@ def search(
 def compare(
     heavy: Heavy,
     light: Light,
-    words: Annotated[str, typer.Argument(metavar="SCHEDULES", help="With semicolons between; NAME@STEPS in another number of steps.")],
+    words: Annotated[str, typer.Argument(metavar="SCHEDULES", help="With commas between; SCHEDULE@STEPS in another number of steps.")],
     steps: Annotated[int, typer.Option(help="Denoising steps of a window.")] = 256,
     sampler: Sampler = "ancestral",
     samples: Annotated[int, typer.Option("--samples", "-n", help="Texts for each schedule, the same seeds for all.")] = 16,
@@ -182,7 +182,7 @@ def compare(
     as_json: Json = False,
     device: Device = "cpu",
 ) -> None:
-    """Measure these schedules beside H alone: 'L0.5 H0.5;sandwich:0.25;H@100'."""
+    """Measure these schedules beside H alone: 'L0.5 H0.5,sandwich:0.25,H@100'."""
     from dlm.cli.progress import showing
     from dlm.evaluation.card import dumps
     from dlm.workflows import schedule as workflow
@@ -191,7 +191,7 @@ def compare(
         found = workflow.compare(
             heavy,
             named_models(light),
-            [label for word in words.split(";") if (label := word.strip())],
+            listed(words, "SCHEDULES"),
             steps=steps,
             sampler=sampler,
             samples=samples,
