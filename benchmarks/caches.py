@@ -1,10 +1,10 @@
-"""Caches for bidirectional models: what each saves, and how far its text and its guesses drift from the uncached run.
+"""Caches for bidirectional models: the time each saves, and how far its text drifts from the uncached run.
 
     python benchmarks/caches.py                       # shakespeare-mask, and the models of 1,024 and 4,096 characters if they are there
     python benchmarks/caches.py --device cuda --characters 65536
 
 The wider models are trained on top of shakespeare-mask (see --train). Every policy decodes the same canvases by `topk` with the same
-random numbers, so that any token that differs is the cache's doing. Policies take turns. The last line is one JSON object.
+random numbers, so that the cache alone makes tokens differ. Policies take turns. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=4096, help="of all texts of a window together")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--blocks", type=int, default=8, help="of a window")
-    parser.add_argument("--calls", type=int, default=8, help="for a block")
+    parser.add_argument("--calls", type=int, default=8, help="forward passes for a block")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="one window, one text, few steps: does it run?")
     args = parser.parse_args()
     if args.quick:
         args.windows, args.characters, args.calls = [256], 512, 2
     console, twin = Console(stderr=True), dlm.load(args.twin, device=args.device)
-    table = Table("window", "cache", "seconds", "speed-up", "tokens that differ", "bits/char under twin", "distinct-4", box=None)
+    table = Table("window", "cache", "seconds", "speed-up", "tokens that differ", "bits/char under judge", "distinct-4", box=None)
     rows: list[dict[str, Any]] = []
     for window in args.windows:
         path = args.runs / str(window)

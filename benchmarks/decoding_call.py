@@ -1,9 +1,9 @@
-"""Where the time of a decoding call goes: products, attention, what lies between, and starting it all.
+"""Where the time of a decoding forward pass goes: matrix products, attention, other operations, and their overhead.
 
     python benchmarks/decoding_call.py --base smollm2-135m --modes "float32;int8;int4;int4,compile" --positions 1,4,16
 
-A call reads so many positions after a text of 128. Products: time in matrix products, and what they read of the weights in a second;
-rest: all other work and the overhead of every operation. The last line is one JSON object.
+A forward pass reads so many positions after a text of 128. Products: time in matrix products, and weights that they read in a second;
+rest: all other operations and the overhead of each. The last line is one JSON object.
 """
 
 from __future__ import annotations

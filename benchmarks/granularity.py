@@ -1,6 +1,6 @@
 """Does less meaning per token make the curse of parallel decoding worse? One text, size and compute; characters, bytes, subwords.
 
-    python benchmarks/granularity.py --plot docs/granularity.png    # trains what is missing, then measures: two hours of one core
+    python benchmarks/granularity.py --plot docs/granularity.png    # trains the missing models, then measures: two hours of one core
     python benchmarks/granularity.py --compute 1e16 --parameters 2e7 --batch 128 --device cuda
 
 Windows span about 256 characters of text, widths are chosen so that all networks have the same number of parameters (the head is the
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dlm
-from dlm.evaluation import card, generative, likelihood, order_cost, parallel_decoding
+from dlm.evaluation import card, generative, order_cost, parallel_decoding
 from dlm.evaluation.statistics import Mean
 from dlm.language_model import LanguageModel
 from dlm.sampling.diffusion.unmasking import Ancestral, TopScore
@@ -29,9 +29,11 @@ from dlm.train import data as reading
 from dlm.train import recipes
 from dlm.train.config import TrainConfig
 from dlm.train.log import finished
+from dlm.workflows.inputs import Text
 
 KINDS = ("chars", "bytes", "bpe:256", "bpe:1024", "bpe:4096", "bpe:16384")
 SPAN = 256  # characters of a window, about
+VAL_FRACTION = recipes.shakespeare_mask().val_fraction
 RULES = {"ancestral": Ancestral(), "topk": TopScore()}
 
 
@@ -55,12 +57,11 @@ def design(kind: str, text: str, args: argparse.Namespace) -> TrainConfig:
     return replace(config, eval_every=max(1, steps // 4), save_every=max(1, steps // 8))
 
 
-def measure(lm: LanguageModel, judge: LanguageModel, text: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    """Bound, price and measured loss against characters a call (bits per character), and what the judge thinks of generated text."""
-    windows_WT = reading.Stream.encode(text, lm.tokenizer, lm.window).windows(args.windows).to(args.device)
-    characters = sum(len(lm.tokenizer.decode(row)) for row in windows_WT.tolist())
-    each = characters / windows_WT.numel()
-    bound = likelihood.evaluate(lm.noise, lm.predict, windows_WT, characters=characters, passes=args.passes)
+def measure(lm: LanguageModel, judge: LanguageModel, args: argparse.Namespace) -> dict[str, Any]:
+    """Bound, price and measured loss against characters a step (bits per character), and bits of generated text under the judge."""
+    text = Text.read(lm, recipes.SHAKESPEARE, val_fraction=VAL_FRACTION, max_windows=args.windows)
+    windows_WT, each = text.windows_WT, text.characters / text.windows_WT.numel()
+    bound = dlm.evaluate(lm, recipes.SHAKESPEARE, val_fraction=VAL_FRACTION, max_windows=args.windows, passes=args.passes)
     few_WT = windows_WT[:: max(1, len(windows_WT) // args.curve_windows)]
     curve = order_cost.entropy_curve(lm.noise, lm.predict, few_WT, passes=args.passes)
     h_WT = curve.every(curve.entropy_WK) / (each * math.log(2))
@@ -76,7 +77,7 @@ def measure(lm: LanguageModel, judge: LanguageModel, text: list[str], args: argp
         return lm.window * each / found.steps, bits.value, bits.band95
 
     sizes = sorted({min(lm.window, max(1, round(span / each))) for span in args.spans})
-    record: dict[str, Any] = {"vocabulary": lm.tokenizer.vocab_size, "window": lm.window, "characters_per_token": each} | bound.record()
+    record: dict[str, Any] = {"vocabulary": lm.tokenizer.vocab_size, "window": lm.window, "characters_per_token": each} | bound.figures()
     record["equal"] = [priced(2**k) for k in range(lm.window.bit_length()) if 2**k <= lm.window]
     record["measured"] = {word: [measured(word, size) for size in sizes] for word in RULES}
     record["texts"] = [generate(lm, judge, calls, args) for calls in args.calls if calls <= lm.window]
@@ -84,7 +85,7 @@ def measure(lm: LanguageModel, judge: LanguageModel, text: list[str], args: argp
 
 
 def generate(lm: LanguageModel, judge: LanguageModel, calls: int, args: argparse.Namespace) -> dict[str, float]:
-    """Texts of one window in so many calls, in the characters of the judge and cut to the shortest; `foreign` has no character there."""
+    """Texts of one window in so many forward passes, in the judge's characters and cut to the shortest; `foreign`: the share it lacks."""
     made = [one.text for one in lm.generate([""] * args.samples, length=lm.window, steps=calls, sampler="ancestral")]
     known = set(judge.tokenizer.pieces().values())
     texts = ["".join(c for c in text if c in known) for text in made]
@@ -108,7 +109,7 @@ def show(found: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
         bits = f"<= {one['bits_per_char']:.3f} +- {one['stderr'] * one['bits_per_char'] / one['nats_per_token']:.3f}"
         table.add_row(kind, f"{one['characters_per_token']:.2f}", bits, *lost, *(judged.get(calls, "") for calls in args.calls))
     Console().print(table)
-    Console().print("lost: bits per character, at so many characters a call; calls: bits per character of generated text under the judge")
+    Console().print("lost: bits per character, at so many characters a step; calls: bits per character of text in so many forward passes")
     if args.plot:
         from dlm.viz.plots import panels_plot
 
@@ -120,7 +121,7 @@ def show(found: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
             lines = {}
             for kind, one in found.items():
                 lines[kind] = [(text["calls"], text[name], text["band95"] if name == "bits" else 0.0) for text in one["texts"]]
-            panels.append((title, "network calls for a text", lines))
+            panels.append((title, "forward passes for a text", lines))
         panels_plot(panels, args.plot)
 
 
@@ -142,9 +143,9 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--passes", type=int, default=4)
     parser.add_argument("--windows", type=int, default=400, help="for the bound")
-    parser.add_argument("--curve-windows", type=int, default=16, help="for what parallel decoding loses")
-    parser.add_argument("--spans", type=int, nargs="+", default=[4, 16, 64], help="characters a call at which the loss is told")
-    parser.add_argument("--calls", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="network calls for a text")
+    parser.add_argument("--curve-windows", type=int, default=16, help="to measure the loss of parallel decoding on")
+    parser.add_argument("--spans", type=int, nargs="+", default=[4, 16, 64], help="characters a step at which the loss is shown")
+    parser.add_argument("--calls", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="forward passes for a text")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--judge", default="shakespeare-ar", help="an autoregressive model of characters")
     parser.add_argument("--plot", type=Path, help="write the curves as .png, .svg or .pdf")
@@ -165,10 +166,9 @@ def main() -> None:
     if args.train_only:
         return
     judge, found = dlm.load(args.judge, device=args.device), {}
-    val = reading.select([text], "val", recipes.shakespeare_mask().val_fraction)
     for kind in args.kinds:
         console.print(f"measuring {kind}", highlight=False)
-        found[kind] = measure(dlm.load(str(args.out / kind.replace(":", "-")), device=args.device), judge, val, args)
+        found[kind] = measure(dlm.load(str(args.out / kind.replace(":", "-")), device=args.device), judge, args)
     show(found, args)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "plot", "train_only", "device", "quick")}
     data = {"source": recipes.SHAKESPEARE, "split": "val"}

@@ -1,8 +1,8 @@
-"""Memory and time against the length of a text: block diffusion with and without its cache, sliding windows, the autoregressive twin.
+"""Memory and time against the length of a text: block diffusion with and without its KV cache, sliding windows, the baseline.
 
     python benchmarks/long.py                          # 1k to 16k characters, each in a process of its own
 
-Peak memory is that of the process less what it had after loading, so it is what the text took. The last line is one JSON object.
+Peak memory is that of the process less its memory after loading. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def one(method: str, length: int, steps: int) -> dict[str, Any]:
-    """Write one text; seconds, network calls and MiB above what loading took."""
+    """Write one text; seconds, forward passes and MiB above those of loading."""
     name, options = METHODS[method]
     model = dlm.load(name)
     options = options | ({"steps": steps} if model.is_diffusion else {})
@@ -56,7 +56,7 @@ def main() -> None:
     if args.quick:
         args.lengths, args.steps = [300, 600], 4
     console, rows = Console(stderr=True), []
-    table = Table("method", "characters", "network calls", "seconds", "characters/s", "MiB more", box=None)
+    table = Table("method", "characters", "forward passes", "seconds", "characters/s", "MiB more", box=None)
     for method in args.methods:
         for length in args.lengths:
             console.print(f"{method}, {length:,} characters", highlight=False)

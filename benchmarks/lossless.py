@@ -1,12 +1,12 @@
-"""Is it really lossless? Greedy text against the base's own on 1,000 prompts, and a two-sample test of what is drawn.
+"""Is it really lossless? Greedy text against the autoregressive baseline on 1,000 prompts, and a two-sample test of sampled text.
 
     python benchmarks/lossless.py --base smollm2-135m --methods "lookup:4;strided:4" --adapter smollm2-135m-introspective
-    python benchmarks/lossless.py --base smollm2-135m --dtype bfloat16              # near-ties that other call lengths round otherwise
+    python benchmarks/lossless.py --base smollm2-135m --dtype bfloat16              # near-ties that round otherwise
     python benchmarks/lossless.py --prompts 0 --samples 1000 --adapter smollm2-135m-introspective
 
-Greedy: every method continues the same prompts; where its text leaves the plain one, the gap of the two likeliest logits there is shown.
-Sampled: the first tokens of as many independent texts by the plain sampler and by each method, `ratio` coupling included, which keeps the
-distribution and not the text; p is the share of relabelled samples that differ as much. A plain sampler at another temperature stands
+Greedy: every method continues the same prompts; where its text leaves the baseline's, the gap of the two likeliest logits there is shown.
+Sampled: the first tokens of as many independent texts by the baseline and by each method, `ratio` coupling included, which keeps the
+distribution and not the text; p is the share of relabelled samples that differ as much. The baseline at another temperature stands
 beside them, to show that the test can fail. The last line is one JSON object.
 """
 
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="Tell me a short story about the sea.")
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--deterministic", action="store_true", help="calls of any length round alike")
+    parser.add_argument("--deterministic", action="store_true", help="batch-invariant: forward passes of any length round alike")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few prompts of the bundled base: does it run?")
     args = parser.parse_args()

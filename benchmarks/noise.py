@@ -1,10 +1,10 @@
-"""The noise processes side by side: samplers, quality against steps, and what stopping early costs.
+"""The noise processes side by side: samplers, quality against steps, and the cost of stopping early.
 
     python benchmarks/noise.py samplers     # every sampler of every process at 32 steps, over temperatures
     python benchmarks/noise.py steps        # 4 to 256 steps for each process and two samplers, over temperatures; --plot front.png
     python benchmarks/noise.py stopping     # --until-settled against the full run with the same seeds
 
-Bits per character under the autoregressive twin always stand beside unigram entropy, distinct-4 and the share of words that occur in
+Bits per character under an autoregressive judge always stand beside unigram entropy, distinct-4 and the share of words that occur in
 the training text, since dull text pleases a judge. Rows are kept in --rows, so that an interrupted call goes on. The last line
 is one JSON object.
 """
@@ -134,7 +134,7 @@ def steps(bench: Bench) -> list[dict[str, Any]]:
             label = f"{row['noise']}, {row['sampler']}, temperature {row['temperature']}"
             series.setdefault(label, []).append((row["distinct_4"], row["bits"], str(row["steps"])))
         series["real text"] = [(bench.real["distinct_4"], bench.real["bits"], "")]
-        points_plot(series, "distinct-4", "bits per character under the twin", bench.args.plot)
+        points_plot(series, "distinct-4", "bits per character under the judge", bench.args.plot)
     return rows
 
 

@@ -1,18 +1,17 @@
-"""Every sampler of the bundled models: quality against network calls and against seconds; the automatic choice against the usual defaults.
+"""Every sampler of the bundled models: quality against forward passes and against seconds; the automatic choice against the usual defaults.
 
     python benchmarks/samplers.py                              # tables that `dlm calibrate` left, and a fresh measurement of the choices
     python benchmarks/samplers.py --calibrate --samples 16     # the tables again first
     python benchmarks/samplers.py --plot docs/samplers.png
 
-A table is one measurement of every setting; choosing its best row favours luck. So what `--sampler auto` chooses for each budget is
-measured again here, with other seeds, beside the usual defaults and the autoregressive twin. The last line is one JSON object.
+A table is one measurement of every setting; choosing its best row favours luck. The choice of `--sampler auto` for each budget
+is therefore measured again here, with other seeds, beside the usual defaults and the autoregressive baseline.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,12 @@ from rich.table import Table
 
 import dlm
 from dlm.calibration import measure
-from dlm.calibration.table import Calibration, Row
+from dlm.calibration.table import Calibration, Options, Row
+from dlm.cli.progress import showing
 from dlm.evaluation import card
 from dlm.evaluation.statistics import Mean
+from dlm.formats import native
+from dlm.workflows.calibrate import judging, writing
 
 BUDGETS = ("calls:16", "calls:32", "calls:64", "seconds:1", "bits:0.1")
 USUAL: dict[str, dict[str, Any]] = {
@@ -63,8 +65,8 @@ def main() -> None:
     runs: list[tuple[Any, str, dict[str, Any]]] = []
     for name in args.models:
         if args.calibrate:
-            words = ["calibrate", name, "--judge", args.twin, "--samples", str(args.samples), "--device", args.device]
-            subprocess.run([sys.executable, "-m", "dlm", *words], check=True)
+            with showing(f"measuring {name}") as progress:
+                dlm.calibrate(name, twin, samples=args.samples, out=native.find(name), device=args.device, progress=progress)
         model = dlm.load(name, device=args.device)
         tables[name] = model.calibration()
         chosen = {f"auto, {budget}": tables[name].choose(budget).options for budget in args.budgets}
@@ -87,8 +89,8 @@ def main() -> None:
     print(card.dumps(card.make(figures_of, device=args.device, dtype="float32", seed=args.seed, settings=settings, data={})))
 
 
-def _measured(model: Any, twin: Any, options: dict[str, Any], args: argparse.Namespace) -> Row:
-    generate, judge = measure.writing(model, args.samples, temperature=1.0), measure.judged(twin)
+def _measured(model: dlm.LanguageModel, twin: dlm.LanguageModel, options: Options, args: argparse.Namespace) -> Row:
+    generate, judge = writing(model, args.samples, temperature=1.0), judging(twin)
     return next(iter(measure.measure(generate, judge, [options], seed=args.seed)))
 
 

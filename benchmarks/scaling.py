@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dlm
-from dlm.evaluation import card, likelihood
-from dlm.train import data as reading
+from dlm.evaluation import card
 from dlm.train import recipes
 from dlm.train.log import finished
 
@@ -40,7 +39,6 @@ def main() -> None:
     if args.quick:
         args.compute, args.sizes, args.passes, args.out = 2e10, ["1x32"], 2, args.out / "quick"
     base = recipes.shakespeare_mask()
-    text = reading.select(reading.read(base.data), "val", base.val_fraction)
     console, rows = Console(stderr=True), []
     for size in args.sizes:
         layers, width = (int(n) for n in size.split("x"))
@@ -57,10 +55,9 @@ def main() -> None:
                 dlm.fit(config, out, resume=(out / "training.safetensors").is_file())
             if args.train_only:
                 continue
-            lm = dlm.load(str(out))
-            windows_WT = reading.Stream.encode(text, lm.tokenizer, lm.window).windows(64 if args.quick else None)
-            bound = likelihood.evaluate(lm.noise, lm.predict, windows_WT, characters=windows_WT.numel(), passes=args.passes)
-            rows.append({"noise": noise, "size": size, "parameters": parameters, "steps": steps} | bound.record())
+            settings = {"val_fraction": base.val_fraction, "max_windows": 64 if args.quick else None, "passes": args.passes}
+            bound = dlm.evaluate(out, base.data, **settings)
+            rows.append({"noise": noise, "size": size, "parameters": parameters, "steps": steps} | bound.figures())
     if args.train_only:
         return
     table = Table("size", "parameters", "steps", *args.noise, "gap", box=None)

@@ -1,4 +1,4 @@
-"""Does a long text show where its windows join? Bits under the autoregressive twin near the joins and elsewhere.
+"""Does a long text show where its windows join? Bits under an autoregressive judge near the joins and elsewhere.
 
     python benchmarks/seams.py                 # 8 texts of 1,600 characters, 64 steps for each window
     python benchmarks/seams.py --model shakespeare-block --contexts 64 192 240 --length 10240 --texts 2
@@ -22,7 +22,7 @@ import dlm
 from dlm.evaluation import card
 from dlm.evaluation.generative import Mean
 
-NEAR = 16  # characters after a join that count as near it
+NEAR_JOIN = 16  # characters after a join that count as near it
 
 
 @torch.no_grad()
@@ -62,15 +62,15 @@ def main() -> None:
         bits_NL = judged(twin, texts_NL)
         position_L = torch.arange(args.length)
         since_L = (position_L - context) % (lm.window - context)
-        near_L = (since_L < NEAR) & (position_L >= lm.window)
-        far_L = (since_L >= NEAR) & (position_L >= lm.window)
+        near_L = (since_L < NEAR_JOIN) & (position_L >= lm.window)
+        far_L = (since_L >= NEAR_JOIN) & (position_L >= lm.window)
         near_N, far_N = bits_NL[:, near_L].nanmean(1), bits_NL[:, far_L].nanmean(1)
         near, far, gap = Mean.of(near_N), Mean.of(far_N), Mean.of(near_N - far_N)
         rows.append({"context": context} | {name: dataclasses.asdict(m) for name, m in (("near", near), ("elsewhere", far), ("gap", gap))})
         table.add_row(str(context), *(f"{m.value:.3f} +- {m.stderr:.3f}" for m in (near, far, gap)))
     Console().print(table)
-    print("bits per character under the twin; the difference is paired by text")
-    settings = vars(args) | {"near": NEAR}
+    print("bits per character under the judge; the difference is paired by text")
+    settings = vars(args) | {"near": NEAR_JOIN}
     print(card.dumps(card.make({"rows": rows}, device="cpu", dtype="float32", seed=0, settings=settings, data={})))
 
 

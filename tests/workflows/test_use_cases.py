@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +18,8 @@ import pytest
 import dlm as library
 from conftest import Dlm, make_model
 from dlm.evaluation.card import dumps
+
+ROOT = Path(__file__).parents[2]
 
 
 class Result(Protocol):
@@ -243,3 +250,22 @@ def test_bench_decode(dlm: Dlm, autoregressive_dir: Path) -> None:
             assert row.pop("seconds") > row.pop("first") > 0
             assert row.pop("tokens_per_second") > 0
     assert record == shown
+
+
+@pytest.mark.parametrize("verb", ["eval", "curse"])
+def test_a_terminal_sees_progress(verb: str, masked_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    """In a pseudo-terminal a bar is drawn on the error stream; in a pipe nothing is."""
+    command = [sys.executable, "-m", "dlm", verb, str(masked_dir), "--data", str(text_file), "--split", "all", "--max-windows", "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "TERM": "xterm"}
+    piped = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "tiny-masked" not in piped.stderr
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # at its end a terminal fails to read
+            while part := os.read(ours, 1 << 16):
+                shown += part
+    os.close(ours)
+    assert process.returncode == 0
+    assert f"{'measuring' if verb == 'eval' else 'drawing with'} tiny-masked" in shown.decode()
