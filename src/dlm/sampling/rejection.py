@@ -1,4 +1,4 @@
-"""Rejection sampling of draft tokens: they are drawn from q, verified against p, and what is written has the law p.
+"""Rejection sampling of draft tokens: drawn from q, verified against p, they are distributed as p.
 
 Speculative sampling, Leviathan et al. 2211.17192 and Chen et al. 2302.01318.
 Shapes: B rows, K draft tokens, P places of a verified token (K, or K + 1 with the one after the last draft token), V vocabulary.

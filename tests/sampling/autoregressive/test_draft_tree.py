@@ -19,7 +19,7 @@ from dlm.sampling.autoregressive.drafters import MaskDrafter
 from dlm.sampling.autoregressive.speculative import SpeculativeDecoder
 from dlm.sampling.autoregressive.verification import accept_equal
 from dlm.sampling.draw import Draw, generators, race, scores
-from sampling.autoregressive.test_speculative import MASK, Acceptance, canvas_of
+from sampling.autoregressive.decoders import MASK, Acceptance, canvas_of
 
 
 def paths_of(tree: Tree) -> list[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""How many draft tokens a forward pass should verify: the number that commits the most tokens a second, by what passes took and accepted.
+"""Adaptive draft length: the number of draft tokens that commits the most tokens a second, as measured while a run goes on.
 
 Where a pass of several positions costs as much as it brings, as on a busy CPU or in a large batch, that is none: plain decoding. It decides
 about speed alone: with common random numbers the text is the same whatever is chosen.

@@ -1,4 +1,4 @@
-"""Draft trees: which draft tokens a forward pass verifies, the first choice for every place or also second, third ... choices.
+"""Draft trees: one forward pass verifies the first choice for every place, and second or third choices too.
 
 More candidates for a place cost positions of a forward pass, not passes, and one of them is accepted more often (SpecInfer, Miao et al.
 2305.09781; Medusa, Cai et al. 2401.10774). A path of the tree is a text; a node reads the nodes of its path.

@@ -1,4 +1,4 @@
-"""The forward pass of speculative decoding: [new text | draft tokens | groups of masks], one causal network, one KV cache.
+"""The forward pass of speculative decoding: [new text | draft tokens | groups of masks] against one KV cache.
 
 Its output at the last token and at each draft token is the target's distribution of the next one, whatever stands after. Masks say what
 follows a prefix of the draft tokens (I-DLM, arXiv 2604.11035, figure 2).

@@ -1,4 +1,4 @@
-"""The signatures of speculative decoding: drafters, the context that they draft from, and a KV cache of rows that grow at their own pace.
+"""The signatures of speculative decoding: drafters, the context that they draft from, and their KV cache.
 
 Shapes: B rows, K draft tokens, M masks of a group, G groups, V vocabulary, D width.
 """

@@ -1,4 +1,4 @@
-"""Speculative decoding: the text of the autoregressive sampler, several tokens a forward pass; every draft token is verified.
+"""Speculative decoding: the text of the autoregressive sampler, several tokens a forward pass.
 
 A forward pass reads [last token, draft tokens, groups of masks] (`network_call.py`). Draft tokens are accepted from the left up to the
 first rejected one, and the token there is drawn from the target (`verification.py`). At least one token is committed, `stride` at most.

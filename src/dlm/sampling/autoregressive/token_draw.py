@@ -1,4 +1,4 @@
-"""From logits to tokens, for the target and its drafters alike: temperature, truncation, and the token that a random number draws.
+"""From logits to tokens, for the target and its drafters alike: temperature, truncation, and coupled random numbers.
 
 Shapes: B rows, K places, V vocabulary.
 """

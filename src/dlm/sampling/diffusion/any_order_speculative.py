@@ -1,4 +1,4 @@
-"""Speculative any-order decoding: many tokens a forward pass, and the distribution of one token a forward pass in random order.
+"""Any-order speculative decoding: many tokens a forward pass, distributed as one a pass in random order.
 
 Shapes: B rows, A rows with masks left, K draft tokens, P pairs of a row and a number of its draft tokens, L positions of the canvas,
 T window, V vocabulary.

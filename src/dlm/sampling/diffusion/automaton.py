@@ -1,4 +1,4 @@
-"""Automata over tokens: a regular expression compiled for a vocabulary, and the states of a text with holes under it.
+"""Automata over tokens: a regular expression compiled for a vocabulary, walked over a text with holes.
 
 Shapes: B rows, L positions of the canvas, V vocabulary with the mask, S states, C classes of characters, K kinds of tokens that the
 automaton cannot tell apart, E its edges.

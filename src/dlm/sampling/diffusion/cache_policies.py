@@ -1,4 +1,4 @@
-"""Cache policies: which positions of a window a forward pass reads anew; the KV cache holds the others from an earlier pass.
+"""Cache policies: which positions of a window a forward pass reads anew, the others being cached.
 
 `Exact` is exact for block-causal networks. The others approximate: they are for bidirectional networks, where every key and value changes
 with every token, and leave some of these changes out. Shapes: B rows, T positions of the window.

@@ -1,4 +1,4 @@
-"""The time of every row: how many steps its blocks take, which positions move in the next one, and between which noise levels.
+"""The clock of every row: the steps of its blocks, their noise levels, and the positions that move in the next one.
 
 Shapes: B rows, A rows that move now, T positions of the window, N steps. Levels are float64.
 """

@@ -1,4 +1,4 @@
-"""Constraints that hold by construction: the tokens that a hole may take so that the rest can still be filled, in any order of filling.
+"""Constraints that hold by construction: the tokens that leave the rest of a text fillable, in any order of filling.
 
 Shapes: B rows, A rows that move now, L positions of the canvas, T of the window, V vocabulary with the mask, S states of an automaton,
 K kinds of tokens that it cannot tell apart, E its edges.

@@ -1,4 +1,6 @@
-"""Guidance: classifier-free and classifier guidance of the predicted tokens, before any is drawn (Schiff et al. 2412.10193).
+"""Guidance: classifier-free and classifier guidance of the predicted tokens, before any is drawn.
+
+After Schiff et al. 2412.10193.
 
 Both kinds change the distribution of x, so the rule still decides which positions move when.
 Shapes: B rows, T positions of the window, V vocabulary with the mask, N masked tokens tried. Log-probabilities in nats.

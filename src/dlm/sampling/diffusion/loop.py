@@ -1,4 +1,6 @@
-"""The one loop for diffusion samplers: every row has its own window, block, clock and generator, and may join or leave between steps.
+"""The one loop of diffusion samplers: every row has its own window, block, clock and generator.
+
+Rows may join or leave between steps.
 
 Rules that unmask write each position once, and it is settled then. Rules that revise (`revising.py`, `remasking.py`) may write every open
 position in every step, and all are settled when the block ends.

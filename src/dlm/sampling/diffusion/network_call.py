@@ -1,4 +1,4 @@
-"""The forward pass of a diffusion step: whole windows, guided, with shadows, or the positions that a cache policy asks for.
+"""The forward pass of a diffusion step: whole windows, guided, with shadows, or against a cache.
 
 Shapes: B rows, A rows of this pass, T positions of the window, Q positions read, V vocabulary.
 """

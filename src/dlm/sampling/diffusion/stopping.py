@@ -1,4 +1,4 @@
-"""When a rule that revises is done: at the end of its steps, or once nothing has changed for a while.
+"""Adaptive stopping: a revising rule is done at the end of its steps, or once nothing has changed for a while.
 
 Shapes: B rows, A rows that moved, T positions of the window.
 """
@@ -15,7 +15,7 @@ from dlm.sampling.draw import pick
 class Stopping:
     """until_settled: steps without a change that end a block; 0 waits for the last step.
 
-    saved_B: steps not taken; doubt_B: how many of the tokens that were left alone so the network expects to change.
+    saved_B: steps not taken; doubt_B: the expected number of tokens that those steps would have changed.
     """
 
     def __init__(self, until_settled: int, rows: int, device: torch.device) -> None:
