@@ -30,6 +30,7 @@ BAD: list[tuple[str, Any, int]] = [
     ("/v1/completions", {"steps": 10**9}, 400),
     ("/v1/completions", {"temperature": -1}, 400),
     ("/v1/completions", {"top_p": 0}, 400),
+    ("/v1/completions", {"top_k": -1}, 400),
     ("/v1/completions", {"sampler": "nothing"}, 400),
     ("/v1/completions", {"sampler": "confidence:x"}, 400),
     ("/v1/completions", {"model": "tiny-ar", "sampler": "draft:/etc/passwd"}, 400),

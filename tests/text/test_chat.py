@@ -124,6 +124,10 @@ def test_the_verb(dlm: Dlm, base: Path, masked_dir: Path, monkeypatch: pytest.Mo
     assert out == expected
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     assert dlm("chat", str(base), "--max-new-tokens", "6", "--system", "light", "--lossless")[:2] == (0, expected)
+    for words in (("--draft", "ngram", "--draft-tokens", "2"), ("--draft", "self:int4"), ("--top-k", "1", "--temperature", "1")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+        assert dlm("chat", str(base), "--max-new-tokens", "6", "--system", "light", *words)[:2] == (0, expected)
+    assert "--lossless chooses the drafter" in dlm.told("chat", str(base), "--draft", "ngram", "--lossless")
     assert "no chat template" in dlm.told("chat", str(masked_dir))
     assert "--max-new-tokens" in dlm.told("chat", str(base), "--max-new-tokens", "0")
 

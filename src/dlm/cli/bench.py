@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlm.cli.app import Compile, Deterministic, Device, Json, Seed, app, listed, prompt_lines, renamed
+from dlm.cli.app import Compile, Deterministic, Device, Json, Seed, TopK, app, between, listed, prompt_lines, renamed
 from dlm.cli.tables import console, table
 from dlm.errors import InputError
 
@@ -32,7 +32,7 @@ def _group() -> None:
 
 @bench.command(cls=renamed({"--base": "MODEL", "--model": "MODEL", "-m": "MODEL", "--new": "--max-new-tokens"}))
 def decode(
-    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="An autoregressive model.")] = "shakespeare-ar",
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="An autoregressive model.")] = "shakespeare-ar",
     methods: Annotated[
         str, typer.Option(help="Samplers, with commas, or ar, draft, ngram, mtp, isd; the autoregressive baseline comes first.")
     ] = "lookup:4,strided:4",
@@ -42,11 +42,11 @@ def decode(
     prompts: Annotated[Path | None, typer.Option(help="Text file, a prompt a line; default: four of Shakespeare's kind.")] = None,
     kind: Annotated[str, typer.Option(help="Bundled prompts instead, with commas: story, question, summary, code.")] = "",
     batch: Annotated[str, typer.Option(help="Rows at once, with commas.")] = "1,4",
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0: all.")] = 0,
-    rounds: Annotated[int, typer.Option(help="The least time of so many is kept, after a warm-up.")] = 3,
-    threads: Annotated[int, typer.Option(help="Of the CPU, for all engines; 0: as many as torch takes.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(callback=between(2), help="Tokens to add.")] = 128,
+    temperature: Annotated[float, typer.Option(callback=between(0), help="0 takes the likeliest token.")] = 1.0,
+    top_k: TopK = 0,
+    rounds: Annotated[int, typer.Option(callback=between(1), help="The least time of so many is kept, after a warm-up.")] = 3,
+    threads: Annotated[int, typer.Option(callback=between(0), help="Of the CPU, for all engines; 0: as many as torch takes.")] = 0,
     seed: Seed = 0,
     as_json: Json = False,
     device: Device = "cpu",
@@ -62,8 +62,6 @@ def decode(
     from dlm.workflows.bench import bundled_adapter
     from dlm.workflows.bench import decode as measure
 
-    if threads < 0:
-        raise InputError(f"--threads counts from 0, got {threads}")
     if kind and prompts is not None:
         raise InputError("--kind and --prompts both name the prompts: give one")
     if threads:

@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlm.cli.app import Compile, Device, Dtype, Seed, app, err, load, renamed
+from dlm.cli.app import (
+    Adapter,
+    Compile,
+    Device,
+    DraftOption,
+    DraftTokens,
+    DraftTree,
+    Dtype,
+    Lossless,
+    Seed,
+    TopK,
+    TopP,
+    app,
+    between,
+    drafting,
+    err,
+    load,
+    renamed,
+)
 from dlm.errors import InputError
+
+if TYPE_CHECKING:
+    from dlm.language_model import LanguageModel
+    from dlm.language_model.options import DecodingOptions
+    from dlm.trajectory import Canvas
 
 
 @app.command(cls=renamed(dict.fromkeys(("--base", "--model", "-m"), "MODEL")))
@@ -17,28 +39,38 @@ def chat(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A model with a chat template: pulled name, directory, GGUF file, hub id.")
     ] = "smollm2-135m",
-    system: Annotated[str | None, typer.Option(help="What the model is told first; default: what its template says.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0: all.")] = 0,
-    lossless: Annotated[bool, typer.Option("--lossless", help="The same answers in fewer calls, as of dlm generate.")] = False,
-    adapter: Annotated[Path | None, typer.Option(help="What `dlm convert` made for this base, for --lossless.")] = None,
+    system: Annotated[str | None, typer.Option(show_default="that of its template", help="The system prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(callback=between(1), help="Tokens of an answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(callback=between(0), help="0 takes the likeliest token.")] = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    draft: DraftOption = None,
+    draft_tokens: DraftTokens = None,
+    draft_tree: DraftTree = 0,
+    lossless: Lossless = False,
+    adapter: Adapter = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     compile: Compile = False,
 ) -> None:
-    """Talk to a model, line by line. Ctrl-D or Ctrl-C ends it."""
-    if max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens counts from 1, got {max_new_tokens}")
+    """Talk to a model, line by line.
+
+    Ctrl-D or Ctrl-C ends it.
+    """
+    drafter = drafting(draft, draft_tokens, draft_tree)
+    if lossless and drafter is not None:
+        raise InputError("--lossless chooses the drafter: leave --draft away")
+    from dlm.language_model.options import DecodingOptions
+
     lm = load(model, device, dtype, adapter, compile=compile)
-    options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "sampler": "lossless" if lossless else None}
     if lossless:
         lm.prepare_lossless()
-    lm.sampler(**options)  # what the model cannot do is told at once
+    sampler = "lossless" if lossless else None
+    options = DecodingOptions(temperature=temperature, top_p=top_p, top_k=top_k, sampler=sampler, draft=drafter)
+    lm.build(lm.resolve(options))  # an error of the options is told before the first question
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
-    lm.chat_prompt([*messages, {"role": "user", "content": ""}])  # a model without template is told at once
+    lm.chat_prompt([*messages, {"role": "user", "content": ""}])  # so is a missing template
     try:
         while (line := _ask()) is not None:
             if not line.strip():
@@ -50,7 +82,7 @@ def chat(
                 err.print(str(error), markup=False, highlight=False)
                 messages.pop()
                 continue
-            messages.append({"role": "assistant", "content": _answer(lm, canvas, seed, **options)})
+            messages.append({"role": "assistant", "content": _answer(lm, canvas, options, seed)})
     except KeyboardInterrupt:
         print()
 
@@ -63,10 +95,11 @@ def _ask() -> str | None:
     return line.rstrip("\n") if line else None
 
 
-def _answer(lm: Any, canvas: Any, seed: int, **options: Any) -> str:
+def _answer(lm: LanguageModel, canvas: Canvas, options: DecodingOptions, seed: int) -> str:
     """Print the answer as it comes, return it."""
     shown, row = "", canvas.free_BT[0]
-    for frame in lm.stream(canvas=canvas, seed=seed, **options):
+    run = lm.run(canvas, options, seed=seed)
+    while (frame := run.step()) is not None:
         ids = frame.tokens_BT[0].cpu()[row & frame.settled_BT[0].cpu()].tolist()
         text = lm.tokenizer.decode([i for i in ids if i not in lm.stops])
         if not text.endswith("\ufffd"):  # half a character: its other bytes are still to come

@@ -64,3 +64,11 @@ def test_such_a_request_gets_400(served: Served) -> None:
     refused = served.post("/v1/completions", {"model": "shakespeare-mask", "prompt": "a", "lossless": True, "steps": 4})
     assert refused.status_code == 400
     assert "4 steps for a window of 256 tokens approximate" in refused.json()["error"]["message"]
+
+
+def test_top_k_reaches_the_plan(shelf: Shelf) -> None:
+    """Requests that differ in it share no forward pass; 0 and none are the same."""
+    plans = [shelf.plan(schema.Decoding(model="mask", top_k=k), 0) for k in (None, 0, 5)]
+    assert plans[2].decoding.draw.top_k == 5
+    assert plans[0].lane == plans[1].lane
+    assert plans[0].lane != plans[2].lane

@@ -104,6 +104,7 @@ class Shelf:
             steps=request.steps,
             temperature=request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,
+            top_k=request.top_k or 0,
             schedule=request.schedule,
             light=request.light,
         )

@@ -19,13 +19,14 @@ class Strict(BaseModel):
 
 
 class Decoding(Strict):
-    """What every request for text may say of how it is decoded. The last six are this server's own."""
+    """How the text of a request is decoded. The last six fields are this server's own."""
 
     model: Word | None = None
     max_tokens: Count | None = Field(None, description="Tokens to add at most; default: what fills a window.")
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(None, description="The same seed gives the same text.")
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(None, description="Keep this many likeliest tokens; 0: all.")
     sampler: Word | None = Field(None, description="One that /v1/models lists, with its setting after a colon.")
     steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = Field(None, description="Denoising steps of each window.")
     schedule: Word | None = Field(None, description="Which model takes which step, as `L0.5 H0.5`.")
