@@ -44,7 +44,7 @@ def calibrate(
     masked_noise(lm, "there is nothing to calibrate")
     twin = judge_beside(judge, lm, device)
     if out is not None and not (Path(out).is_dir() and os.access(out, os.W_OK)):  # before the work, not after it
-        raise InputError(f"{out} is no directory that can be written: name another one")
+        raise InputError(f"{out} is no directory that can be written: name another one (--out)")
     where = {"device": device_name(lm.network.device)}
     if retime:
         found = lm.calibration()
