@@ -19,7 +19,7 @@ from dlm.language_model import LanguageModel, load
 from dlm.models.block import rotary
 from dlm.models.config import TransformerConfig
 
-NAMES = {ours: theirs for theirs, ours in (reader.INSIDE | reader.OUTSIDE).items()}
+NAMES = {ours: theirs for theirs, ours in (*reader.NAMES.inside.items(), *reader.NAMES.outside.items())}
 KINDS = {"Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3"}
 
 
@@ -32,7 +32,7 @@ def write(model: Any, path: Path, quantisation: str = "F32", pre: str = "gpt-2",
     """What convert_hf_to_gguf.py makes of the model."""
     import gguf
 
-    from dlm.formats.huggingface import ours
+    from dlm.formats.huggingface import NAMES as OF_TRANSFORMERS
 
     config, kind = model.config, KINDS[type(model).__name__.removesuffix("ForCausalLM")]
     writer = gguf.GGUFWriter(path, kind)
@@ -66,7 +66,7 @@ def write(model: Any, path: Path, quantisation: str = "F32", pre: str = "gpt-2",
         writer.add_tensor("rope_freqs.weight", (plain / scaled).numpy())
     kept = gguf.GGMLQuantizationType[quantisation]
     for key, tensor in model.state_dict().items():
-        name = ours(key)
+        name = OF_TRANSFORMERS.ours(key)
         assert name is not None
         if config.tie_word_embeddings and name == "head.weight":
             continue
@@ -126,7 +126,7 @@ def test_logits_are_those_of_the_model(tmp_path: Path, family: str, changes: dic
 
 
 @pytest.mark.parametrize(("quantisation", "error"), [("F16", 2e-3), ("BF16", 2e-2), ("Q8_0", 2e-2), ("Q4_1", 0.3)])
-def test_quantised_weights_come_close(tmp_path: Path, quantisation: str, error: float) -> None:
+def test_quantized_weights_come_close(tmp_path: Path, quantisation: str, error: float) -> None:
     model = transformer("Llama", intermediate_size=64)
     network = load(str(write(model, tmp_path / "tiny.gguf", quantisation))).network
     for name, weight in {"q": network.blocks[1].attention.q.weight, "down": network.blocks[1].mlp.down.weight}.items():  # type: ignore[union-attr]

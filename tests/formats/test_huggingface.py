@@ -170,7 +170,7 @@ def llama(tmp_path: Path) -> Path:
         ({"hidden_act": "gelu"}, "gelu"),
         ({"attention_bias": True}, "biases"),
         ({"mlp_bias": True}, "biases"),
-        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "factor"),

@@ -13,7 +13,7 @@ from dlm.models.transformer import Transformer
 
 
 def bundled_for(network: Transformer) -> Path | None:
-    """The first of them that was made for this base; None without one, and for weights rounded to int8, which are nobody's."""
+    """The first bundled adapter that was made for this base; None without one, and for quantized weights, which have no fingerprint."""
     found = {} if network.quantized else bundled.adapters()
     own = fingerprint(network) if found else ""
     return next((path for path in found.values() if load_config(path).fingerprint == own), None)

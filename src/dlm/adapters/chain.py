@@ -1,6 +1,7 @@
-"""What masks of one call cannot know: the tokens that the others become. The curse of parallel decoding, mended after the call.
+"""A correction of masks drafted in one forward pass, which predict as if the other draft tokens were unknown (the curse of parallel
+decoding): each is told the draft tokens before its own.
 
-A group of masks says one law for each of its tokens, as if the others were unknown, and they are drawn from the left: when one is drawn,
+A group of masks gives one distribution for each of its tokens, and they are drawn from the left: when one is drawn,
 those before it stand. A small network per slot reads its mask and them; Hydra heads (Ankner et al. 2402.05109) do so without masks.
 Shapes: N masks, S slot (from 0), D width, E = (S + 2) D, H inner width.
 """
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 class Chain(nn.Module):
     """h + W silu(U [h, e_0 .. e_S] + b) for each slot: h the hidden state of a mask, e the embeddings of the S + 1 tokens from the place of
-    the first mask of its group up to its own, each divided by its root mean square. W is zero at first: it then says what the mask does.
+    the first mask of its group up to its own, each divided by its root mean square. W is zero at first: the state then stays as it is.
     float32, beside a base of any dtype.
 
     rng: of U, on the CPU.

@@ -1,4 +1,4 @@
-"""Files of what is trained for a base and loaded beside it: JSON that says what it is and for whom, and its weights."""
+"""Files of an adapter or heads: JSON with its settings and the fingerprint of its base, and its weights."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What adapter.json says. alpha: the adapter's output counts alpha / rank times; stride: tokens that a call may commit at most; chain:
-    the inner width of its `dlm.adapters.chain`, 0 for none."""
+    """adapter.json. alpha: the adapter's output is scaled by alpha / rank; stride: the most tokens that a forward pass may commit;
+    chain: the inner width of its `dlm.adapters.chain`, 0 for none."""
 
     rank: int = 16
     alpha: float = 32.0

@@ -1,7 +1,7 @@
-"""Heads that guess tokens further on, on the last hidden state of a frozen base: Medusa-1 (Cai et al. 2401.10774), with the base's own
-output layer for all of them. Head k = 1, 2 ... says which token stands k places after the one that the base itself predicts there.
+"""Medusa-1 heads (Cai et al. 2401.10774): they draft further tokens from the last hidden state of a frozen base, whose output layer they
+share. Head k = 1, 2 ... predicts the token k places after the one that the base itself predicts there.
 
-Shapes: B rows, T positions, N scored positions, K heads, M = N K guesses, D width, V vocabulary.
+Shapes: B rows, T positions, N scored positions, K heads, M = N K predictions, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WEIGHTS, CONFIG = "heads.safetensors", "heads.json"
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """What heads.json says."""
+    """heads.json."""
 
     count: int = 3
     base: str = ""
@@ -39,7 +39,7 @@ class HeadsConfig:
 
 
 class Heads(nn.Module):
-    """h + silu(W h + b) for each head, W and b zero at first: each then says what the base does. float32, beside a base of any dtype."""
+    """h + silu(W h + b) for each head, W and b zero at first: each then predicts as the base does. float32, beside a base of any dtype."""
 
     def __init__(self, network: Transformer, config: HeadsConfig) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Heads(nn.Module):
 def foresight(
     network: Transformer, heads: Heads, x_BT: Tensor, free_BT: Tensor, *, mask_id: int, how: str = "kl", measure: bool = True
 ) -> Consistency:
-    """The heads at every position of text x whose next tokens are free, against what the base says where it has read them.
+    """The heads at every position of text x whose next tokens are free, against the base's own predictions where it has read them.
 
     how: `kl` or `ce`, measure: as of `objective.consistency`; slot k - 1 is head k.
     """

@@ -1,7 +1,7 @@
-"""GGUF, the file format of llama.cpp: what it says and holds, as a Hugging Face directory would.
+"""GGUF, the file format of llama.cpp, read into the parts of a Hugging Face directory.
 
 The header is read here: the reader of the `gguf` package makes an array of every string and takes ten seconds for 49,152 tokens.
-What undoes the quantisation is the package's. Format: ggml-org/ggml docs/gguf.md.
+The package dequantizes the tensors. Format: ggml-org/ggml docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -20,25 +20,30 @@ from tokenizers import models as bpe
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.formats.native import CONVERTIBLE
+from dlm.formats.names import Names
+from dlm.formats.native import CONVERTIBLE, KINDS
 from dlm.text.byte_level import WORDS
 from dlm.text.chat import ChatTemplate
 from dlm.text.tokenizer import Tokenizer
 
-OUTSIDE = {"token_embd": "embed", "output_norm": "norm", "output": "head"}
-INSIDE = {
-    "attn_norm": "attention_norm",
-    "attn_q": "attention.q",
-    "attn_k": "attention.k",
-    "attn_v": "attention.v",
-    "attn_output": "attention.out",
-    "attn_q_norm": "attention.q_norm",
-    "attn_k_norm": "attention.k_norm",
-    "ffn_norm": "mlp_norm",
-    "ffn_gate": "mlp.gate",
-    "ffn_up": "mlp.up",
-    "ffn_down": "mlp.down",
-}
+NAMES = Names(
+    outside={"token_embd": "embed", "output_norm": "norm", "output": "head"},
+    layers="blk.",
+    inside={
+        "attn_norm": "attention_norm",
+        "attn_q": "attention.q",
+        "attn_k": "attention.k",
+        "attn_v": "attention.v",
+        "attn_output": "attention.out",
+        "attn_q_norm": "attention.q_norm",
+        "attn_k_norm": "attention.k_norm",
+        "ffn_norm": "mlp_norm",
+        "ffn_gate": "mlp.gate",
+        "ffn_up": "mlp.up",
+        "ffn_down": "mlp.down",
+    },
+    ignored=("rope_freqs.weight",),  # read with the config
+)
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 CONTROL, USER_DEFINED = 3, 4  # kinds of token
@@ -46,7 +51,7 @@ LLAMA3 = (1.0, 4.0, 8192.0)  # low, high and window before of every Llama 3.1 an
 
 
 class Header:
-    """metadata by key; tensors by name: (shape with the fastest axis last, kind of quantisation, bytes from the file's beginning)."""
+    """metadata by key; tensors by name: (shape with the fastest axis last, kind of quantization, bytes from the file's beginning)."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 4
@@ -125,7 +130,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tokenizer, dict
 
 
 def _config(header: Header, path: Path) -> dict[str, Any]:
-    """As a Hugging Face config.json says it."""
+    """The keys of a Hugging Face config.json."""
     meta = header.metadata
     kind = meta["general.architecture"]
     its = {key.removeprefix(f"{kind}."): value for key, value in meta.items() if key.startswith(f"{kind}.")}
@@ -161,21 +166,21 @@ def _tensors(header: Header, path: Path) -> dict[str, Tensor]:
     heads = meta[f"{kind}.attention.head_count"]
     groups = {"attn_q": heads, "attn_k": meta.get(f"{kind}.attention.head_count_kv", heads)}
     for name in header.tensors:
-        stem, _, what = name.rpartition(".")
-        block, _, part = stem.removeprefix("blk.").partition(".")
-        if name == "rope_freqs.weight":
+        try:
+            own = NAMES.ours(name)
+        except KeyError:
+            raise InputError(f"{path} has a tensor {name}, which no {KINDS} model has: it is of another architecture") from None
+        if own is None:
             continue
-        if stem not in OUTSIDE and part not in INSIDE:
-            raise InputError(f"{path} has a tensor {name}, which no Llama, Qwen2 or Qwen3 model has: it is of another architecture")
-        tensor = _tensor(header, name, path)
+        tensor, part = _tensor(header, name, path), name.split(".")[-2]
         if kind == "llama" and part in groups:  # llama.cpp turns neighbours, not halves: its converter interleaves them
             tensor = tensor.view(groups[part], -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-        state[f"{OUTSIDE[stem]}.{what}" if stem in OUTSIDE else f"blocks.{block}.{INSIDE[part]}.{what}"] = tensor
+        state[own] = tensor
     return state
 
 
 def _tensor(header: Header, name: str, path: Path) -> Tensor:
-    """float32. InputError for a quantisation that gguf does not undo, or a file that ends before."""
+    """float32. InputError for a quantization that the gguf package cannot read, or a file that ends before."""
     from gguf import quants
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -187,7 +192,7 @@ def _tensor(header: Header, name: str, path: Path) -> Tensor:
         raw = np.frombuffer(header.data, dtype=np.uint8, count=math.prod(shape) // block * size, offset=begin).reshape(row)
         values = quants.dequantize(raw, kind)
     except NotImplementedError as error:
-        raise InputError(f"{path}: {name} is quantised in a way that gguf does not undo ({error})") from None
+        raise InputError(f"{path}: {name} is quantized in a way that the gguf package cannot read ({error})") from None
     except ValueError as error:
         raise InputError(f"{path} is no whole GGUF file ({name}: {error}): fetch it again") from None
     return torch.from_numpy(np.array(values, dtype=np.float32, copy=None if values.flags.writeable else True))

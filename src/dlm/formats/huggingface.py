@@ -16,27 +16,30 @@ from torch import Tensor
 from dlm.errors import InputError
 from dlm.files import read_json
 from dlm.formats import native
-from dlm.formats.native import CONVERTIBLE, ModelConfig
+from dlm.formats.names import Names
+from dlm.formats.native import CONVERTIBLE, KINDS, ModelConfig
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 from dlm.text.chat import ChatTemplate
 from dlm.text.tokenizer import Tokenizer
 
-OUTSIDE = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}
-INSIDE = {
-    "input_layernorm": "attention_norm",
-    "self_attn.q_proj": "attention.q",
-    "self_attn.k_proj": "attention.k",
-    "self_attn.v_proj": "attention.v",
-    "self_attn.o_proj": "attention.out",
-    "self_attn.q_norm": "attention.q_norm",
-    "self_attn.k_norm": "attention.k_norm",
-    "post_attention_layernorm": "mlp_norm",
-    "mlp.gate_proj": "mlp.gate",
-    "mlp.up_proj": "mlp.up",
-    "mlp.down_proj": "mlp.down",
-}
-IGNORED = ("rotary_emb.inv_freq",)  # old checkpoints store what follows from the config
+NAMES = Names(
+    outside={"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"},
+    layers="model.layers.",
+    inside={
+        "input_layernorm": "attention_norm",
+        "self_attn.q_proj": "attention.q",
+        "self_attn.k_proj": "attention.k",
+        "self_attn.v_proj": "attention.v",
+        "self_attn.o_proj": "attention.out",
+        "self_attn.q_norm": "attention.q_norm",
+        "self_attn.k_norm": "attention.k_norm",
+        "post_attention_layernorm": "mlp_norm",
+        "mlp.gate_proj": "mlp.gate",
+        "mlp.up_proj": "mlp.up",
+        "mlp.down_proj": "mlp.down",
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -50,29 +53,6 @@ class Base:
     chat: ChatTemplate
 
 
-def ours(name: str) -> str | None:
-    """Our name of a Hugging Face tensor; None for one that is not needed. InputError for one that has no place."""
-    stem, _, kind = name.rpartition(".")
-    if stem in OUTSIDE:
-        return f"{OUTSIDE[stem]}.{kind}"
-    if name.startswith("model.layers."):
-        layer, _, rest = stem.removeprefix("model.layers.").partition(".")
-        if rest in INSIDE:
-            return f"blocks.{layer}.{INSIDE[rest]}.{kind}"
-    if name.endswith(IGNORED):
-        return None
-    raise InputError(f"the checkpoint has a tensor {name}, which no Llama, Qwen2 or Qwen3 model has: it is of another architecture")
-
-
-def theirs(name: str) -> str:
-    """The Hugging Face name of one of our tensors."""
-    stem, _, kind = name.rpartition(".")
-    if stem.startswith("blocks."):
-        _, layer, rest = stem.split(".", 2)
-        return f"model.layers.{layer}.{ {v: k for k, v in INSIDE.items()}[rest] }.{kind}"
-    return f"{ {v: k for k, v in OUTSIDE.items()}[stem] }.{kind}"
-
-
 def read_config(data: dict[str, Any], where: str) -> TransformerConfig:
     """The backbone of a Hugging Face config.json, mask included. InputError for what it cannot be."""
 
@@ -83,7 +63,7 @@ def read_config(data: dict[str, Any], where: str) -> TransformerConfig:
     if kind not in CONVERTIBLE:
         raise InputError(f"{where} is a checkpoint of kind {kind!r}; dlm converts {', '.join(CONVERTIBLE)}")
     if data.get("quantization_config"):
-        raise refuse("quantised weights: take the plain one, or a GGUF file")
+        raise refuse("quantized weights: take the unquantized one, or a GGUF file")
     if data.get("hidden_act", "silu") != "silu":
         raise refuse(f"the activation {data['hidden_act']!r}")
     if data.get("attention_bias") or data.get("mlp_bias"):
@@ -200,7 +180,7 @@ def load(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype =
         defaults["eos_token_id"] = stops(defaults.get("eos_token_id"), data.get("eos_token_id"), chat, tokenizer)
         begins = tokenizer.inner.encode("", add_special_tokens=True).ids
         start = begins[0] if begins else None
-        state = {name: tensor for key, tensor in native.load_weights(path).items() if (name := ours(key)) is not None}
+        state = NAMES.renamed(native.load_weights(path), path, KINDS)
     network, config = assemble(data, state, path, start, device=device, dtype=dtype)
     return Base(network, config, tokenizer, defaults, chat)
 
@@ -223,7 +203,8 @@ def to_hugging_face(
 ) -> None:
     """Write what transformers and llama.cpp read: the network without its mask. files: tokenizer.json and others, by name."""
     data = write_config(config)
-    state = {theirs(name): tensor for name, tensor in network.state_dict().items() if not (config.network.tied and name == "head.weight")}
+    tied = {"head.weight"} if config.network.tied else set()
+    state = {NAMES.theirs(name): tensor for name, tensor in network.state_dict().items() if name not in tied}
     for name in {"model.embed_tokens.weight", "lm_head.weight"} & state.keys():
-        state[name] = state[name][:-1].clone()  # safetensors refuses a part of a storage
+        state[name] = state[name][:-1].clone()  # safetensors writes whole storages alone
     native.write(directory, state, data, files=files or {}, dtype=dtype)

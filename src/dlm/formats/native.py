@@ -26,6 +26,7 @@ from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
+KINDS = "Llama, Qwen2 or Qwen3"
 CONVERTIBLE = ("llama", "qwen2", "qwen3")  # model types that `dlm.formats.huggingface` turns into our backbone
 FORMAT = 1  # of config.json
 # keys of config.json that say nothing about the network: Hugging Face's, and those that are read elsewhere
@@ -40,12 +41,12 @@ IGNORED_KEYS = (
     "format",
     "dlm_version",
 )
-SHARD = "14MB"  # below the size that code hosts and mail gateways refuse
+SHARD = "14MB"  # below the size that code hosts and mail gateways reject
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What config.json says: the network, what it was trained to do, and the ids that matter."""
+    """config.json: the network, its training objective, and the token ids that matter."""
 
     network: TransformerConfig
     mask_token_id: int
@@ -168,7 +169,7 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     with replacing_files(directory, order=lambda file: (file.suffix != ".safetensors", file.name == "config.json")) as temporary:
         state = {k: v.detach().cpu().to(dtype or v.dtype).contiguous() for k, v in state.items()}
-        # what is a part of a fused product is copied: safetensors refuses a part of a storage
+        # parts of a fused product are copied: safetensors writes whole storages alone
         state = {k: v.clone() if v.untyped_storage().nbytes() > v.nbytes else v for k, v in state.items()}
         save_torch_state_dict(state, temporary, max_shard_size=SHARD)
         stored = str(next(iter(state.values())).dtype).removeprefix("torch.")

@@ -1,6 +1,6 @@
 """Keys and values of positions already read.
 
-Shapes: B batch, A rows of one call, G key-value heads, T capacity or the part of it in use, Q new positions, K head dimension.
+Shapes: B batch, A rows of one forward pass, G key-value heads, T capacity or the part of it in use, Q new positions, K head dimension.
 """
 
 from __future__ import annotations
@@ -160,10 +160,10 @@ class RaggedCache(Memory):
 
 
 class TextCache:
-    """Keys and values of a text as the first call made them; later calls read them beside their own, which are not kept.
+    """Keys and values of a text as the first forward pass computed them; later ones read them beside their own, which are not kept.
 
     Nothing is written in place: what reads a text that was read without gradients has gradients of its own.
-    A later call may have C rows for each one of the text, one after another.
+    A later forward pass may have C rows for each one of the text, one after another.
     """
 
     length = 0
@@ -173,7 +173,7 @@ class TextCache:
         self.beside = False
 
     def begin(self, own_BQT: Tensor) -> Tensor:
-        """Later calls: what they read, bool (B C, Q, T + Q)."""
+        """Of later forward passes: the positions that they read, bool (B C, Q, T + Q)."""
         self.beside = True
         return own_BQT
 
@@ -186,9 +186,9 @@ class TextCache:
 
 
 class WindowCache:
-    """A slot for every position of a window, overwritten where a call reads it anew; each row at its own positions.
+    """A slot for every position of a window, overwritten where a forward pass computes it anew; each row at its own positions.
 
-    One slot more, `T`, takes what fills up the rows of a call that read less than others; nothing ever reads it.
+    One slot more, `T`, takes the padding of rows that compute fewer positions than others; nothing ever reads it.
     drift_BT: how far the values of the last layer moved when a position was read last, relative to their length; 0 at its first.
     """
 

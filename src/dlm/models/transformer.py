@@ -113,9 +113,9 @@ class Transformer(nn.Module):
         pattern `introspective`: z is [masks | text] (B, 2T), causal; a mask reads its block of masks and the text before the block;
         logits of both. phase_B: how far into a block each row begins.
         block_length: of block-causal attention, another one than the network's own.
-        A TextCache keeps the text of its first call; those after it read the text and one another by own_BQQ, here bool (B, Q, T + Q).
+        A TextCache keeps the text of its first forward pass; later ones read it, and their own positions by own_BQQ, bool (B, Q, T + Q).
         at_BQ: bool, the only positions that get logits; those of the others are 0.
-        logits: False gives what the head would read instead, (B, Q, D); states: a list that gets it beside the logits.
+        logits: False returns the hidden states that the head reads instead, (B, Q, D); states: a list that they are appended to.
         """
         if own_BQQ is not None:
             attends = self._continues(pos_BQ, own_BQQ, cache)

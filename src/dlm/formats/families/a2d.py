@@ -6,10 +6,8 @@ The mask is an added token that only the tokenizer names. Members for the sample
 from __future__ import annotations
 
 from dlm.formats import huggingface
-from dlm.formats.families.record import Config, Family, Names
+from dlm.formats.families.record import Config, Family
 from dlm.models.config import TransformerConfig
-
-HUGGING_FACE = Names(huggingface.OUTSIDE, "model.layers.", huggingface.INSIDE)
 
 
 def bidirectional(config: Config, kind: str) -> TransformerConfig:
@@ -22,7 +20,7 @@ def family(kind: str, architecture: str) -> Family:
     return Family(
         name=f"a2d-{kind}",
         architectures=(architecture,),
-        names=HUGGING_FACE,
+        names=huggingface.NAMES,
         shape=lambda config: bidirectional(config, kind),
         mask_texts=("<|mask|>",),
         stop_texts=("<|im_end|>",),

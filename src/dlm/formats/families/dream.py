@@ -5,8 +5,9 @@ DreamReasoner has the same model_type and another architecture, DreamForCausalLM
 
 from __future__ import annotations
 
-from dlm.formats.families.a2d import HUGGING_FACE, bidirectional
+from dlm.formats.families.a2d import bidirectional
 from dlm.formats.families.record import Config, Family, require
+from dlm.formats.huggingface import NAMES
 from dlm.models.config import TransformerConfig
 
 
@@ -18,7 +19,7 @@ def shape(config: Config) -> TransformerConfig:
 DREAM = Family(
     name="dream",
     architectures=("DreamModel",),
-    names=HUGGING_FACE,
+    names=NAMES,
     shape=shape,
     mask_texts=("<|mask|>",),
     shift=True,

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dlm.formats.families.record import Config, Family, Names, require
+from dlm.formats.families.record import Config, Family, require
+from dlm.formats.names import Names
 from dlm.models.config import TransformerConfig
 
 NAMES = Names(

@@ -27,7 +27,7 @@ def load(path: Path, family: Family, *, device: torch.device | str = "cpu", dtyp
     chat = ChatTemplate.load(path)
     mask_id = find_mask(data, family, chat, inner.get_vocab(with_added_tokens=True), path)
     tokenizer = Tokenizer(inner, shape.vocab_size, mask_id)
-    state = renamed(native.load_weights(path), family, path)
+    state = family.names.renamed(native.load_weights(path), path, family.name)
     layers = {name.split(".")[1] for name in state if name.startswith("blocks.")}
     if len(layers) != shape.layers:
         raise InputError(f"{path} says that it has {shape.layers} layers, its weights do not fit: they have {len(layers)}")
@@ -73,20 +73,6 @@ def find_mask(data: Config, family: Family, chat: ChatTemplate, vocabulary: dict
         if text in vocabulary:
             return vocabulary[text]
     raise InputError(f"{path}: its tokenizer lacks the mask token {' or '.join(dict.fromkeys(texts))}")
-
-
-def renamed(state: dict[str, Tensor], family: Family, path: Path) -> dict[str, Tensor]:
-    """The tensors by our names. InputError for one that has no place."""
-    found = {}
-    for name in list(state):
-        try:
-            ours = family.names.ours(name)
-        except KeyError:
-            raise InputError(f"{path} has a tensor {name}, which no {family.name} model has: it is of another architecture") from None
-        tensor = state.pop(name)
-        if ours is not None:
-            found[ours] = tensor
-    return found
 
 
 def is_tied(state: dict[str, Tensor], stated: bool) -> bool:

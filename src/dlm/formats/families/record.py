@@ -7,32 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dlm.errors import InputError
+from dlm.formats.names import Names
 from dlm.models.config import TransformerConfig
 
 Config = Mapping[str, Any]
 """A config.json."""
-
-
-@dataclass(frozen=True)
-class Names:
-    """Their tensor names and ours. outside: of what no layer holds; layers: the prefix of a layer's number; inside: of a layer's own."""
-
-    outside: Mapping[str, str]
-    layers: str
-    inside: Mapping[str, str]
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # buffers that follow from the config
-
-    def ours(self, name: str) -> str | None:
-        """Our name of a tensor; None for an ignored one. KeyError for one that has no place."""
-        if name.endswith(self.ignored):
-            return None
-        stem, _, kind = name.rpartition(".")
-        if stem in self.outside:
-            return f"{self.outside[stem]}.{kind}"
-        layer, _, rest = stem.removeprefix(self.layers).partition(".")
-        if not stem.startswith(self.layers) or rest not in self.inside:
-            raise KeyError(name)
-        return f"blocks.{layer}.{self.inside[rest]}.{kind}"
 
 
 @dataclass(frozen=True)
