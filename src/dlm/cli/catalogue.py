@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 from rich.markup import escape
@@ -10,6 +9,7 @@ from rich.markup import escape
 from dlm import bundled
 from dlm.cli.app import app
 from dlm.cli.tables import console
+from dlm.files import read_json
 
 
 @app.command(name="list")
@@ -25,7 +25,7 @@ def list_() -> None:
 
 def _models() -> Iterator[tuple[str, str, str]]:
     for name, path in bundled.models().items():
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = read_json(path / "config.json")
         size, window = config["training"].get("parameters", 0), config["network"]["window"]
         yield "model", name, f"{_kind(config)}, {size / 1e6:.1f}M parameters, window {window}"
 
@@ -42,7 +42,7 @@ def _kind(config: dict[str, object]) -> str:
 
 def _adapters() -> Iterator[tuple[str, str, str]]:
     for name, path in bundled.adapters().items():
-        about = json.loads((path / bundled.ADAPTER).read_text(encoding="utf-8"))
+        about = read_json(path / bundled.ADAPTER)
         yield "adapter", name, f"drafts for {about['base']}, {about['stride']} tokens a forward pass at most; add --adapter {name}"
 
 

@@ -5,7 +5,6 @@ Byte-level BPE with Qwen2's words (Dream, SDAR): no code of the checkpoint (`tok
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from dlm.errors import InputError
+from dlm.files import read_json
 from dlm.text import tokenizer
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -27,12 +27,14 @@ def read(directory: Path) -> tokenizers.Tokenizer:
     if lacking:
         raise InputError(f"{directory} has no tokenizer: neither tokenizer.json nor {' and '.join(lacking)}")
     try:
-        vocabulary = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
+        vocabulary = read_json(directory / "vocab.json")
         lines = (directory / "merges.txt").read_text(encoding="utf-8").splitlines()
         pairs = [line.partition(" ") for line in lines if line and not line.startswith("#version")]
         merges = [(first, second) for first, _, second in pairs]
         inner = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
         added = _added(directory)
+    except InputError:
+        raise
     except Exception as error:  # the Rust side raises bare Exception
         raise InputError(f"the vocab.json, merges.txt or added tokens of {directory} are damaged ({str(error).splitlines()[0]})") from None
     inner.normalizer = normalizers.NFC()
@@ -51,8 +53,8 @@ def _added(directory: Path) -> dict[int, AddedToken]:
     plain: dict[str, int] = {}
     full: dict[str, dict[str, Any]] = {}
     if (file := directory / "added_tokens.json").is_file():
-        plain = json.loads(file.read_text(encoding="utf-8"))
+        plain = read_json(file)
     if (file := directory / "tokenizer_config.json").is_file():
-        full = json.loads(file.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+        full = read_json(file).get("added_tokens_decoder", {})
     found = {int(i): AddedToken(content, normalized=False) for content, i in plain.items()}
     return found | {int(i): AddedToken(t["content"], special=bool(t.get("special")), normalized=False) for i, t in full.items()}

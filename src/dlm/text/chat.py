@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm.errors import InputError
+from dlm.files import read_json
 from dlm.text.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
@@ -32,8 +33,8 @@ class ChatTemplate:
     def load(cls, directory: Path) -> ChatTemplate:
         """The one of a Hugging Face directory, in chat_template.jinja or tokenizer_config.json; an empty one where there is none."""
         config, single = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+        data = read_json(config) if config.is_file() else {}
         try:
-            data = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
             source = single.read_text(encoding="utf-8") if single.is_file() else data.get("chat_template")
             if isinstance(source, list):  # several, by name
                 source = {entry["name"]: entry["template"] for entry in source}.get("default")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dlm.errors import InputError
+from dlm.files import read_json
 from dlm.formats import native
 from dlm.models.config import TransformerConfig
 from dlm.noise import clusters, process
@@ -104,7 +104,7 @@ def cluster_of(source: str, tokenizer: Tokenizer) -> list[int]:
 
 def _from_file(path: Path, pieces: list[str]) -> list[int]:
     try:
-        groups = json.loads(path.read_text(encoding="utf-8"))
+        groups = read_json(path)
         label = {piece: n for n, group in enumerate(groups) for piece in group}
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} does not hold a list of groups of tokens ({error})") from None
