@@ -186,6 +186,7 @@ def test_what_cannot_be_resumed(base_dir: Path, text: Path, tmp_path: Path) -> N
         run(base_dir, text, out, resume=True)
 
 
+@pytest.mark.slow
 def test_a_base_that_writes_its_own_text(dlm: Dlm, base_dir: Path) -> None:
     words = ("convert", str(base_dir), "--self-distill", "40", *SMALL, "--out", "out", "--lr", "0.01")
     code, printed, err = dlm(*words, "--steps", "100", "--json")
@@ -261,6 +262,7 @@ def test_temperatures_take_turns(base_dir: Path, tmp_path: Path) -> None:
     assert found[4:8] == [lm.generate("", length=15, seed=seed).text for seed in range(4, 8)]
 
 
+@pytest.mark.slow
 def test_prompts(dlm: Dlm, tmp_path: Path) -> None:
     """A chat model answers users; what was asked is read, not learned."""
     base = bases.publish(bases.transformer("Llama"), tmp_path / "base")

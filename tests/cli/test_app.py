@@ -24,6 +24,7 @@ except SystemExit as left:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code"),
     [

@@ -270,6 +270,7 @@ def test_the_verb_prints_a_table_a_picture_and_json(dlm: Dlm, masked_dir: Path, 
     assert "best sizes of 2 steps: " in out
 
 
+@pytest.mark.slow
 def test_the_verb_reads_the_bundled_model(dlm: Dlm, text_file: Path) -> None:
     words = ("--data", str(text_file), "--split", "all", "--max-windows", "2", "--tokens-per-step", "1", "--sampler", "ancestral")
     code, out, _ = dlm("curse", "shakespeare-mask", *words, "--json")

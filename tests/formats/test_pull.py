@@ -152,6 +152,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(tmp_path: Path, index: Pat
     assert pull(NAME).read_bytes() == b"whole"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("former", [None, b"old"])
 @pytest.mark.parametrize("fault", ["nothing", "another", "member", "truncated", "flipped", "space"])
 def test_what_goes_wrong_leaves_the_cache_as_it_was(
@@ -186,6 +187,7 @@ def test_what_goes_wrong_leaves_the_cache_as_it_was(
         assert (tmp_path / "cache" / f"{NAME}.gguf").read_bytes() == former
 
 
+@pytest.mark.slow
 def test_an_interrupted_pull_leaves_no_file_of_that_name(tmp_path: Path, index: Path) -> None:
     publish(index, b"x" * 50_000_000)
     code = "import sys; from dlm.formats.pull import pull; pull('smollm2-135m', lambda line: print(line, flush=True))"

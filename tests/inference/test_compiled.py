@@ -85,6 +85,7 @@ def test_rows_that_end_apart_are_not_compiled() -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
 @torch.no_grad()
 def test_both_caches_use_what_was_compiled_for_one() -> None:

@@ -82,6 +82,7 @@ def test_the_steps_of_least_kl_have_the_least_path_kl_of_all(count: int) -> None
     assert path(found.each(4)) == pytest.approx(min(map(path, ways)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["L0.25 H0.75", "H0.5 L0.5", "L0.5 H0.25 L0.25"])
 def test_first_hitting_under_a_schedule_has_the_law_that_is_written_out(word: str) -> None:
     """Its clock is uniform between tokens: how many are known when the model changes is binomial."""

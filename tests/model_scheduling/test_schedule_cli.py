@@ -89,6 +89,7 @@ def test_sensitivity(dlm: Dlm, family: Path, text_file: Path) -> None:
     assert Path("gap.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["kl", "joint", "exhaustive", "halving"])
 def test_search_and_auto(dlm: Dlm, family: Path, text_file: Path, tmp_path: Path, how: str) -> None:
     make_model(window=16, context=0).save_pretrained("heavy")

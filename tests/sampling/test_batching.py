@@ -115,6 +115,7 @@ def test_a_row_is_as_alone_at_each_of_its_steps(name: str, options: dict[str, An
     assert len({tuple(seen[row][-1].tokens_BT[0].tolist()) for row in range(4)}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["strided:auto", "lookup:auto", "draft:small,auto", "draft:int8,auto"])
 def test_rows_join_whatever_the_stride_of_a_call(word: str) -> None:
     model, rows = MODELS["ar"], ROWS["ar"]

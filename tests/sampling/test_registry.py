@@ -304,6 +304,7 @@ def ask(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, "-m", "dlm", *words], capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.slow
 def test_the_sampler_of_another_package(installed: dict[str, str], masked_dir: Path) -> None:
     words = ("generate", "Ab", "--model", str(masked_dir), "--length", "20", "--steps", "4")
     theirs, ours = ask(installed, *words, "--sampler", "mine"), ask(installed, *words, "--sampler", "topk")
@@ -314,6 +315,7 @@ def test_the_sampler_of_another_package(installed: dict[str, str], masked_dir: P
     assert "dlm-plugin-of-a-test brings 'broken'" in broken.stderr
 
 
+@pytest.mark.slow
 def test_the_drafter_of_another_package(installed: dict[str, str], autoregressive_dir: Path) -> None:
     words = ("generate", "abab", "--model", str(autoregressive_dir), "--length", "40")
     theirs, plain = ask(installed, *words, "--sampler", "pairs:4"), ask(installed, *words)
@@ -321,6 +323,7 @@ def test_the_drafter_of_another_package(installed: dict[str, str], autoregressiv
     assert "pairs:4" in theirs.stderr
 
 
+@pytest.mark.slow
 def test_the_noise_of_another_package(installed: dict[str, str]) -> None:
     code = "from dlm.noise import process; print(process.make(process.parse('theirs'), 5, 4))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=installed, check=True)

@@ -160,6 +160,7 @@ def test_a_save_torn_at_every_file_operation(text: Path, tmp_path: Path, monkeyp
         tiny.assert_same(out, tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_leaves(text: Path, tmp_path: Path, number: signal.Signals) -> None:
     settings = ("steps=2000", "save_every=2000", "eval_every=2000", "log_every=1")

@@ -153,6 +153,7 @@ print(settled, max(network.asked))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
 def test_a_large_vocabulary_and_window_take_memory_for_the_drafts_alone() -> None:
     """A float64 distribution of every position is 4 GB a row; those of 8 draft tokens and 8 verified ones take far below 1 GB."""
