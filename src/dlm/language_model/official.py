@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dlm.errors import InputError
+from dlm.language_model.protocols import Model
 from dlm.models.pattern import reading
 from dlm.sampling.diffusion.guidance import ClassifierFree
 from dlm.sampling.diffusion.loop import DiffusionSampler
 from dlm.sampling.diffusion.transfer import Origin, Transfer
 from dlm.sampling.draw import Draw
-
-if TYPE_CHECKING:
-    from dlm.language_model.model import LanguageModel
 
 Settings = Mapping[str, Any]
 
@@ -27,7 +25,7 @@ class Plan:
     max_new_tokens: int
 
 
-def plan(model: LanguageModel, settings: Settings, reference: str = "") -> Plan:
+def plan(model: Model, settings: Settings, reference: str = "") -> Plan:
     """Settings as the reference names them. reference: `llada`, `dream`, `mdlm`, `bd3lm`; by default the one of the model's family.
 
     InputError for a model without reference sampler and for settings that the reference does not have.
@@ -42,7 +40,7 @@ def plan(model: LanguageModel, settings: Settings, reference: str = "") -> Plan:
     return make(model, {**defaults, **given})
 
 
-def _whole(model: LanguageModel, settings: Settings, rule: Origin | Transfer) -> DiffusionSampler:
+def _whole(model: Model, settings: Settings, rule: Origin | Transfer) -> DiffusionSampler:
     """The loop over the text alone, blocks from the prompt's end on."""
     scale = 1.0 + settings.get("cfg_scale", 0.0)
     guidance = ClassifierFree(scale, model.tokenizer.mask_id) if scale != 1 else None
@@ -50,7 +48,7 @@ def _whole(model: LanguageModel, settings: Settings, rule: Origin | Transfer) ->
     return replace(sampler, fills_window=False, block_phase="prompt")
 
 
-def _llada(model: LanguageModel, settings: Settings) -> Plan:
+def _llada(model: Model, settings: Settings) -> Plan:
     """ML-GSAI/LLaDA `generate.py`."""
     score = {"low_confidence": "confidence", "random": "random"}.get(settings["remasking"])
     if score is None:
@@ -68,7 +66,7 @@ def _llada(model: LanguageModel, settings: Settings) -> Plan:
     return Plan(replace(_whole(model, settings, rule), block_length=settings["block_length"]), settings["gen_length"])
 
 
-def _dream(model: LanguageModel, settings: Settings) -> Plan:
+def _dream(model: Model, settings: Settings) -> Plan:
     """DreamLM/Dream `generation_utils.py`, `diffusion_generate`."""
     draw = Draw(settings["temperature"], settings["top_k"] or 0, settings["top_p"] or 1.0)
     scores = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
@@ -82,7 +80,7 @@ def _dream(model: LanguageModel, settings: Settings) -> Plan:
     return Plan(_whole(model, settings, rule), settings["max_new_tokens"])
 
 
-def _mdlm(model: LanguageModel, settings: Settings) -> Plan:
+def _mdlm(model: Model, settings: Settings) -> Plan:
     """ZHZisZZ/dllm `dllm/core/samplers/mdlm.py`."""
     score = {"low_confidence": "confidence", "random": "random"}.get(settings["remasking"])
     if score is None:
@@ -91,7 +89,7 @@ def _mdlm(model: LanguageModel, settings: Settings) -> Plan:
     return Plan(replace(_whole(model, settings, rule), block_length=settings["block_size"]), settings["max_new_tokens"])
 
 
-def _bd3lm(model: LanguageModel, settings: Settings) -> Plan:
+def _bd3lm(model: Model, settings: Settings) -> Plan:
     """ZHZisZZ/dllm `dllm/core/samplers/bd3lm.py`: the same by blocks that see nothing after themselves, until one holds a stop."""
     made, length = _mdlm(model, settings), settings["block_size"]
     if model.config.shift:
@@ -101,7 +99,7 @@ def _bd3lm(model: LanguageModel, settings: Settings) -> Plan:
 
 
 DLLM = {"steps": 128, "max_new_tokens": 128, "block_size": 32, "temperature": 0.0, "cfg_scale": 0.0, "remasking": "low_confidence"}
-REFERENCES: dict[str, tuple[Callable[[LanguageModel, Settings], Plan], dict[str, Any]]] = {
+REFERENCES: dict[str, tuple[Callable[[Model, Settings], Plan], dict[str, Any]]] = {
     "llada": (
         _llada,
         {
