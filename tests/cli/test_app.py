@@ -58,7 +58,7 @@ def test_version(dlm: Dlm) -> None:
         (("generate", "--temprature", "1"), "--temperature"),
         (("generate", "--steps", "many"), "'--steps'"),
         (("schedule", "serch"), "Did you mean 'search'"),
-        (("eval",), "missing argument 'model'; see dlm eval --help"),
+        (("eval",), "missing argument 'MODEL'; see dlm eval --help"),
         (("train", "--out"), "'--out' requires an argument"),
     ],
 )

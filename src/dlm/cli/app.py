@@ -109,7 +109,10 @@ def _version(asked: bool) -> None:
 def _app(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)] = False,
 ) -> None:
-    """Diffusion language models: train, sample, watch, measure. Begin with: dlm generate "ROMEO:" --watch"""
+    """Diffusion language models: train, sample, watch, measure.
+
+    Begin with: dlm generate "ROMEO:" --watch
+    """
 
 
 def arrange(panels: Mapping[str, Sequence[str]]) -> None:

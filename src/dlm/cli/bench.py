@@ -54,7 +54,10 @@ def decode(
     deterministic: Deterministic = False,
     compile: Compile = False,
 ) -> None:
-    """Tokens a second and a forward pass, acceptance, memory, and whether the text is the baseline's, for each method and batch."""
+    """Compare samplers of an autoregressive model on this machine.
+
+    Tokens a second and a forward pass, acceptance, memory, and whether the text is the baseline's, for each method and batch.
+    """
     import torch
 
     from dlm.cli.progress import showing

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def calibrate(
-    model: Annotated[str, typer.Argument(help="Bundled name or directory of a masked model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name or directory of a masked model.")],
     judge: Annotated[str, typer.Option(help="An autoregressive model of the same vocabulary.")] = "shakespeare-ar",
     samples: Annotated[int, typer.Option("--samples", "-n", help="Texts for each setting, a window long.")] = 8,
     temperature: Annotated[float, typer.Option(help="Of every setting.")] = 1.0,
@@ -29,7 +29,10 @@ def calibrate(
     as_json: Json = False,
     device: Device = "cpu",
 ) -> None:
-    """Measure forward passes, seconds, bits under a judge and diversity of every sampler; keep the table beside the checkpoint."""
+    """Measure every sampler of a model, for --sampler auto.
+
+    Forward passes, seconds, bits under a judge and diversity; the table is kept beside the checkpoint.
+    """
     from dlm.calibration.table import FILE
     from dlm.cli.progress import showing
     from dlm.evaluation.card import dumps

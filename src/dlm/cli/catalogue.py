@@ -14,7 +14,7 @@ from dlm.files import read_json
 
 @app.command(name="list")
 def list_() -> None:
-    """Models, adapters, data sets, bases to pull and recipes, and what to type next."""
+    """List what is here: models, adapters, data sets, recipes."""
     out = console()
     for kind, name, about in [*_models(), *_adapters(), *_datasets(), *_bases(), *_recipes()]:
         out.print(f"[dim]{kind:8}[/][bold]{escape(name):28}[/] {escape(about)}", highlight=False, soft_wrap=True)

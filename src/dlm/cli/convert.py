@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 @app.command()
 def convert(
-    base: Annotated[str, typer.Argument(help="An autoregressive model: bundled or pulled name, directory, GGUF file, hub id.")],
+    base: Annotated[
+        str, typer.Argument(metavar="MODEL", help="An autoregressive model: bundled or pulled name, directory, GGUF file, hub id.")
+    ],
     data: Annotated[str | None, typer.Option(help="shakespeare (bundled), a text file, a folder of .txt files, or hf:DATASET.")] = None,
     self_distill: Annotated[int, typer.Option(help="Instead of --data: learn from so many texts that the base writes.")] = 0,
     prompts: Annotated[Path | None, typer.Option(help="What they begin with, a line each; a chat model answers them.")] = None,
@@ -45,7 +47,10 @@ def convert(
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the base: float32 | bfloat16.")] = "float32",
 ) -> None:
-    """Teach an autoregressive model to propose several draft tokens in a forward pass. Ctrl-C saves and stops; --resume goes on."""
+    """Teach an autoregressive model to draft several tokens a pass.
+
+    Ctrl-C saves and stops; --resume goes on.
+    """
     from dlm.adapters.train import ConvertConfig
     from dlm.train.display import Display
     from dlm.workflows.convert import convert as run

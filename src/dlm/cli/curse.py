@@ -24,7 +24,7 @@ LEGEND = (
 
 @app.command()
 def curse(
-    model: Annotated[str, typer.Argument(help="A masked diffusion model: bundled name, directory or hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A masked diffusion model: bundled name, directory or hub id.")],
     data: Annotated[
         str | None,
         typer.Option(help="Bundled data set, text file, folder of .txt files, or hf:DATASET; default: the training text of the model."),
@@ -41,7 +41,10 @@ def curse(
     as_json: Json = False,
     device: Device = "cpu",
 ) -> None:
-    """Measure the curse of parallel decoding: the bits per character lost when several tokens are drawn at once."""
+    """Measure the curse of parallel decoding.
+
+    The bits per character lost when several tokens are drawn at once.
+    """
     from dlm.cli.progress import showing
     from dlm.evaluation.card import dumps
     from dlm.workflows.curse import curse as measure

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Bundled name, directory or hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name, directory or hub id.")],
     data: Annotated[str, typer.Option(help="Bundled data set (shakespeare), text file, folder of .txt files, or hf:DATASET.")],
     split: Annotated[str, typer.Option(help="train | val | all.")] = "val",
     val_fraction: Annotated[float, typer.Option(help="Last part of the text that is `val`.")] = 0.1,
@@ -41,7 +41,10 @@ def evaluate(
     as_json: Json = False,
     device: Device = "cpu",
 ) -> None:
-    """Nats per token and bits per character of a text: a bound for diffusion, exact for autoregressive models."""
+    """Measure nats per token and bits per character of a text.
+
+    A bound for diffusion models, exact for autoregressive ones.
+    """
     from dlm.cli.progress import showing
     from dlm.evaluation.card import dumps
     from dlm.workflows.evaluate import Evaluations

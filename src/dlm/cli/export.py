@@ -12,13 +12,16 @@ from dlm.cli.app import Json, app, err
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="Bundled name, directory, GGUF file or hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name, directory, GGUF file or hub id.")],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
     to: Annotated[str, typer.Option(help="hf: the Hugging Face layout.")] = "hf",
     dtype: Annotated[str | None, typer.Option(help="float32 | bfloat16; default: that of the weights.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model as a Hugging Face directory; transformers reads it where the model is a Llama, Qwen2 or Qwen3 base."""
+    """Write a model as a Hugging Face directory.
+
+    transformers reads it where the model is a Llama, Qwen2 or Qwen3 base.
+    """
     from dlm.evaluation.card import dumps
     from dlm.workflows.export import export as write
 

@@ -10,8 +10,11 @@ from dlm.cli.app import app, err
 
 
 @app.command()
-def pull(name: Annotated[str, typer.Argument(help="smollm2-135m, or a hub id.")]) -> None:
-    """Fetch a base model once; `dlm.load` and every verb then find it by its name."""
+def pull(name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2-135m, or a hub id.")]) -> None:
+    """Fetch a base model once.
+
+    `dlm.load` and every verb then find it by its name.
+    """
     from dlm.formats.pull import pull as fetch
 
     print(fetch(name, lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True)))

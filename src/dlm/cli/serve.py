@@ -16,25 +16,29 @@ from dlm.errors import InputError
 @app.command()
 def serve(
     models: Annotated[
-        list[str] | None, typer.Argument(help="Bundled names, directories, GGUF files or hub ids; default: all that are bundled.")
+        list[str] | None,
+        typer.Argument(metavar="MODELS", show_default="all bundled models", help="Bundled names, directories, GGUF files or hub ids."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     api_key: Annotated[list[str] | None, typer.Option(help="A key that requests must send; also DLM_API_KEYS, with commas.")] = None,
-    max_batch: Annotated[int, typer.Option(help="Texts that run at once.")] = 64,
-    max_queue: Annotated[int, typer.Option(help="Texts that may wait; more are refused with 429.")] = 256,
-    max_length: Annotated[int, typer.Option(help="Tokens of a text at most, its prompt included.")] = 4096,
-    max_steps: Annotated[int, typer.Option(help="Denoising steps of a window at most.")] = 1024,
-    max_body: Annotated[int, typer.Option(help="Bytes of a request at most.")] = 2**20,
-    deadline: Annotated[float, typer.Option(help="Seconds for a request, waiting included.")] = 300.0,
-    threads: Annotated[int, typer.Option(help="Threads of torch; 0: as many as it likes.")] = 0,
-    adapter: Annotated[Path | None, typer.Option(help="What `dlm convert` made for the one model that is named.")] = None,
+    max_batch: Annotated[int, typer.Option(help="Texts that run at once.", rich_help_panel="Limits")] = 64,
+    max_queue: Annotated[int, typer.Option(help="Texts that may wait; more get status 429.", rich_help_panel="Limits")] = 256,
+    max_length: Annotated[int, typer.Option(help="Tokens of a text at most, its prompt included.", rich_help_panel="Limits")] = 4096,
+    max_steps: Annotated[int, typer.Option(help="Denoising steps of a window at most.", rich_help_panel="Limits")] = 1024,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request at most.", rich_help_panel="Limits")] = 2**20,
+    deadline: Annotated[float, typer.Option(help="Seconds for a request, waiting included.", rich_help_panel="Limits")] = 300.0,
+    threads: Annotated[int, typer.Option(help="Threads of torch; 0: its own choice.", rich_help_panel="Machine")] = 0,
+    adapter: Annotated[Path | None, typer.Option(help="Directory of `dlm convert`, for the one model that is named.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     deterministic: Deterministic = False,
     compile: Compile = False,
 ) -> None:
-    """Serve models: the OpenAI protocol, and a page on which to watch text settle. Ctrl-C finishes what runs."""
+    """Serve models by the OpenAI protocol, with a page to watch.
+
+    Ctrl-C finishes the texts that are under way.
+    """
     if adapter is not None and len(models or []) != 1:
         raise InputError("--adapter belongs to one base: name that model alone")
     if not 0 <= port <= 65535 or deadline <= 0 or min(max_body, max_length, max_steps) < 1:

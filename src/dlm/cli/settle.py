@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @app.command()
 def settle(
-    runs: Annotated[list[Path], typer.Argument(help="Files that `dlm generate --save` wrote; those of one model and sampler are pooled.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUNS", help="Files that `dlm generate --save` wrote; those of one model and sampler are pooled."),
+    ],
     judge: Annotated[
         str | None, typer.Option(help="An autoregressive model of the same vocabulary, for bits per token on the way.")
     ] = None,
@@ -27,7 +30,10 @@ def settle(
     as_json: Json = False,
     device: Device = "cpu",
 ) -> None:
-    """Measure how text settles: when each token last changed, edits per token, distance to the final text, bits on the way."""
+    """Measure how the text of saved runs settles.
+
+    When each token last changed, edits per token, distance to the final text, bits on the way.
+    """
     from dlm.cli.progress import showing
     from dlm.evaluation.card import dumps
     from dlm.workflows.settle import settle as measure

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @app.command()
 def show(
-    runs: Annotated[list[Path], typer.Argument(help="Files that `dlm generate --save` wrote; several stand side by side.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUNS", help="Files that `dlm generate --save` wrote; several stand side by side.")],
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page with a scrubber and a heat map.")] = None,
     gif: Annotated[Path | None, typer.Option(help="Write an animated GIF (viz extra).")] = None,
     seconds: Annotated[float, typer.Option(help="How long the replay takes.")] = 6.0,
 ) -> None:
-    """Replay saved runs in the terminal, or turn them into a page or a GIF."""
+    """Replay saved runs, or turn them into a page or a GIF."""
     panes = load_runs(runs)
     if html is not None:
         from dlm.viz.html import write_html

@@ -15,7 +15,7 @@ from dlm.errors import InputError
 
 @app.command()
 def train(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe's name (dlm list), or none with --data.")] = None,
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name (dlm list), or none with --data.")] = None,
     data: Annotated[str | None, typer.Option(help="shakespeare (bundled), a text file, a folder of .txt files, or hf:DATASET.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/RECIPE.")] = None,
     noise: Annotated[str | None, typer.Option(help="masked | uniform | semantic[:lead] | hybrid[:share]; same as --set noise=.")] = None,
@@ -24,7 +24,10 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last save in --out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a recipe, or the default model on your own text. Ctrl-C saves and stops; --resume goes on."""
+    """Train a recipe, or the default model on your own text.
+
+    Ctrl-C saves and stops; --resume goes on.
+    """
     from dataclasses import replace
 
     from dlm.train import recipes

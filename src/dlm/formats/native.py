@@ -124,7 +124,7 @@ def find(name: str) -> Path:
             reason = str(error).splitlines()[0]
             raise InputError(f"no directory {name}, and the hub did not give it: {reason}") from None
     close = difflib.get_close_matches(name, [*bundled.models(), *bundled.BASES], n=2, cutoff=0.4)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"bundled: {', '.join(bundled.models()) or 'none'}"
+    hint = f"did you mean {' or '.join(close)}?" if close else f"bundled: {', '.join(bundled.models()) or 'none'}."
     raise InputError(f"no checkpoint {name!r}; {hint} A directory or a hub id works too.")
 
 
