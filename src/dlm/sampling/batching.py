@@ -1,6 +1,7 @@
 """A run whose rows join and leave between steps, each at its own pace.
 
-Shapes: B rows, A rows that took part in a forward pass, K rows that stay, L positions of the canvas, Q positions of a pass, V vocabulary.
+Shapes: B rows, A rows that took part in a forward pass, K rows that stay, L positions of the canvas, N tokens that it wrote,
+C columns, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,14 +19,22 @@ from dlm.trajectory import Canvas, Frame
 
 @dataclass(frozen=True)
 class Law:
-    """The network's distribution of the last forward pass, before temperature, at the columns from start_A on of the rows rows_A.
+    """The network's distribution of each token that the last forward pass wrote, before temperature: token n is in column_N of row_N.
 
-    score_AQV: log p of the tokens up to a constant; the entry of the mask means nothing.
+    score_NV: log p of the tokens up to a constant; the entry of the mask means nothing. Positions that were not written are not kept: their
+    distributions are most of the memory of a pass.
     """
 
-    rows_A: Tensor
-    start_A: Tensor
-    score_AQV: Tensor
+    row_N: Tensor
+    column_N: Tensor
+    score_NV: Tensor
+
+    def at(self, row: int, column_C: Tensor) -> tuple[Tensor, Tensor]:
+        """(scores (C, V) at these columns of a row, whether each was written (C,)); scores of others mean nothing."""
+        if not len(self.row_N):
+            return self.score_NV.new_zeros(len(column_C), self.score_NV.shape[1]), torch.zeros_like(column_C, dtype=torch.bool)
+        hit_CN = (self.row_N == row) & (self.column_N == column_C.to(self.column_N.device)[:, None])
+        return self.score_NV[hit_CN.int().argmax(1)], hit_CN.any(1)
 
 
 class Running(Protocol):

@@ -162,6 +162,7 @@ class SpeculativeRun:
     @torch.no_grad()
     def step(self) -> Frame:
         """One forward pass for the rows that go on; `tally` counts what it did."""
+        self.law = None  # its memory is free for this pass
         decoder, live_B, adaptive, before, began = self.decoder, self.live_B, self.decoder.draft_length, self.stride, time.perf_counter()
         if adaptive is not None:
             self.stride = adaptive.choose(int(live_B.sum()))
@@ -200,7 +201,8 @@ class SpeculativeRun:
         if not tree.is_chain:
             along_BP = F.pad(path_BD + 1, (1, 0)).clamp(max=logits_BPV.shape[1] - 1)
             logits_BPV = logits_BPV.gather(1, along_BP[..., None].expand(-1, -1, logits_BPV.shape[2]))
-        self.law = Law(live_B.nonzero().squeeze(-1), known_B[live_B], logits_BPV[live_B])
+        row_N, at_N = (torch.arange(logits_BPV.shape[1], device=known_B.device) < committed_B[:, None]).nonzero(as_tuple=True)
+        self.law = Law(row_N, known_B[row_N] + at_N, logits_BPV[row_N, at_N])
 
     def _draft(self, output: Output, place_B: Tensor) -> DraftTokens:
         """For the next pass, no more than fit into the row and its window and than the network's confidence is worth."""

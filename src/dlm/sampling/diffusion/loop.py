@@ -172,13 +172,15 @@ class DiffusionRun:
         self.memory.store(active.rows_A, step.memory)
         if self.constraint is not None and not sampler.revises:
             next_AT = self.constraint.keep(next_AT, step.z_BT, step.open_BT)
-        text.write(active, next_AT, *self._written(active, step, next_AT))
+        written_AT, done_AT = self._written(active, step, next_AT)
+        text.write(active, next_AT, written_AT, done_AT)
         if sampler.stops:
             text.end(active, sampler.block_length, sampler.stops)
         self.clock.tick(active.rows_A)
         self.t_B = torch.zeros(len(self.rng), dtype=torch.float64, device=next_AT.device)
         self.t_B[active.rows_A] = step.s_B * text.open_BL[active.rows_A].any(-1)
-        self.law = Law(active.rows_A, active.start_A, step.logp_BTV)
+        row_N, at_N = written_AT.nonzero(as_tuple=True)
+        self.law = Law(active.rows_A[row_N], active.start_A[row_N] + at_N, step.logp_BTV[row_N, at_N])
         return self.frame()
 
     def _enter(self, active: Active) -> Tensor:

@@ -131,17 +131,13 @@ class Job:
         self.tell(Stepped(self.forwards, float(frame.t_B[row]), frame.model, changes, proposed))
 
     def _said(self, law: Law, row: int, at_C: Tensor, token_C: Tensor) -> list[tuple[Any, ...]]:
-        """(confidence, alternatives) of each changed position, (None, ()) where the call said nothing of it."""
-        mine_A = (law.rows_A == row).nonzero()
-        if not len(mine_A):
-            return [(None, ())] * len(at_C)
-        a, seen = int(mine_A[0]), law.score_AQV.shape[1]
-        column_C = at_C - int(law.start_A[a])
-        score_CV = law.score_AQV[a, column_C.clamp(0, seen - 1).to(law.score_AQV.device)].float().cpu()
+        """(confidence, alternatives) of each changed position, (None, ()) where the forward pass wrote nothing."""
+        score_CV, known_C = law.at(row, at_C)
+        score_CV = score_CV.float().cpu()
         score_CV[:, self.mask_id] = -torch.inf
         p_CV = score_CV.softmax(-1)
         best = p_CV.topk(min(self.records or 0, p_CV.shape[1] - 1), -1) if self.records else None
-        inside = ((column_C >= 0) & (column_C < seen) & (token_C != self.mask_id)).tolist()
+        inside = (known_C.cpu() & (token_C != self.mask_id)).tolist()
         p_C = p_CV.gather(1, token_C[:, None]).squeeze(1).tolist()
         others = [tuple(zip(i, p, strict=True)) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)] if best else None
         return [(p_C[c], others[c] if others else ()) if inside[c] else (None, ()) for c in range(len(at_C))]
