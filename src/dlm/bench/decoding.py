@@ -76,7 +76,7 @@ def compare(
     kind: str = "",
     seed: int = 0,
     rounds: int = 3,
-    progress: Callable[[int], None] = lambda runs: None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[Decoding]:
     """Every method writes the same canvases, all of one size, with the same seeds.
 

@@ -1,6 +1,6 @@
 """Other engines on the same prompts, for `dlm bench decode`: transformers, and llama.cpp through xllamacpp; greedy.
 
-A peer writes B rows of token ids: their prompts in, what it wrote and when the first token was there out.
+A peer takes the token ids of B prompts and returns the ids that it wrote and the seconds until the first one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAMES = ("transformers", "llama.cpp")
 
 
 class Peer(Protocol):
-    """rows: how many at once at most, 0 for any number; start: what it reads before every prompt."""
+    """rows: at most so many at once, 0 for any number; start: the ids that it reads before every prompt."""
 
     rows: int
     start: list[int]
@@ -55,9 +55,9 @@ class Transformers:
         began, came = time.perf_counter(), []
 
         class Clock:
-            """Told of the prompts first, then of every token."""
+            """A streamer: put is called with the prompts first, then with every token."""
 
-            def put(self, value: Any) -> None:
+            def put(self, _value: object) -> None:
                 came.append(time.perf_counter() - began)
 
             def end(self) -> None:
@@ -92,7 +92,7 @@ class LlamaCpp:
         self.server: Any = xllamacpp.Server(settings)
 
     def write(self, prompts: Sequence[list[int]], new: int) -> tuple[list[list[int]], float]:
-        # cache_prompt: else it would keep what the last prompt has in common with this one
+        # cache_prompt: else it would keep the common beginning of two prompts
         asked = {"prompt": prompts[0], "n_predict": new, "temperature": 0, "cache_prompt": False, "return_tokens": True}
         request = urllib.request.Request(
             f"{self.server.listening_address}/completion", json.dumps(asked).encode(), {"Content-Type": "application/json"}

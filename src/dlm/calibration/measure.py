@@ -64,7 +64,7 @@ Pace = Callable[[Options, int], float]
 
 
 def retime(
-    pace: Pace, rows: Sequence[Row], *, rounds: int = ROUNDS, calls: int = 3, progress: Callable[[int], None] = lambda rows: None
+    pace: Pace, rows: Sequence[Row], *, rounds: int = ROUNDS, calls: int = 3, progress: Callable[[int], None] = lambda _: None
 ) -> list[Row]:
     """The same rows with seconds measured again: the least of several rounds in turns, so that a slow minute counts for none.
 

@@ -24,7 +24,7 @@ Options = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One setting and what it gave: forward passes (calls) for a batch, seconds for each text, bits per token under the judge, diversity.
+    """One measured setting. calls: forward passes of a batch; seconds of each text; bits per token under the judge; diversity.
 
     exact: whether the distribution is that of one token a call; options are those of `LanguageModel.sampler`.
     """
@@ -56,7 +56,7 @@ class Calibration:
         least = reference.entropy - ENTROPY, DISTINCT * reference.distinct_4
         return [row for row in self.rows if row.entropy >= least[0] and row.distinct_4 >= least[1]]
 
-    def choose(self, budget: str = "bits:0.1", usable: Callable[[Options], bool] = lambda options: True) -> Row:
+    def choose(self, budget: str = "bits:0.1", usable: Callable[[Options], bool] = lambda _: True) -> Row:
         """The best row within `calls:N` or `seconds:X` (the fewest bits), or within `bits:X` of the exact sampler (the least time).
 
         Only among rows as varied as the exact sampler whose options are usable. InputError for a budget that is none or that no row keeps.

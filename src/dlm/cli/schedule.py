@@ -1,4 +1,4 @@
-"""`dlm schedule`: which model takes which denoising step; what that costs, what it loses, and the best schedule by search."""
+"""`dlm schedule`: which model takes which denoising step; the cost of a schedule, its loss, and the best one by search."""
 
 from __future__ import annotations
 

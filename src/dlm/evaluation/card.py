@@ -55,7 +55,7 @@ def make(
 
 
 def dumps(value: object, indent: int | None = None) -> str:
-    """JSON; what is not known (nan) is null."""
+    """JSON; nan is null."""
     return json.dumps(_known(value), indent=indent, allow_nan=False)
 
 

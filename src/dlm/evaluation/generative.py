@@ -1,4 +1,4 @@
-"""What generated text is worth: bits under a judge, always beside its diversity, since dull text pleases a judge.
+"""Quality of generated text: bits under a judge, always beside its diversity, since a judge prefers dull text.
 
 Shapes: N samples, T tokens each.
 """
@@ -9,10 +9,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlm.errors import InputError
 from dlm.evaluation.statistics import Mean
@@ -47,8 +46,8 @@ def distinct_each(samples_NT: Tensor, n: int) -> Tensor:
 
 
 def figures(noise: NoiseProcess, predict: loss.Predict, *, given: int = 0) -> Callable[[Tensor], dict[str, Tensor]]:
-    """What every text after its first `given` tokens is worth under an autoregressive judge of the same vocabulary: bits, entropy,
-    distinct_4, each (N,)."""
+    """Bits, entropy and distinct_4 of every text (N,) after its first `given` tokens, under an autoregressive judge of the same
+    vocabulary."""
 
     def measure(samples_NT: Tensor) -> dict[str, Tensor]:
         bits_N, new_NT = judge_bits_each(noise, predict, samples_NT, given=given), samples_NT[:, given:]
@@ -82,10 +81,10 @@ def mauve(p_ND: Tensor, q_ND: Tensor, *, seed: int = 25) -> float:
 
 
 @torch.no_grad()
-def hidden_features(network: Any, samples_NT: Tensor, mask_id: int, *, batch: int = 32) -> Tensor:
-    """Mean over positions of what an autoregressive network of the same vocabulary feeds its head (N, D)."""
+def hidden_features(network: nn.Module, samples_NT: Tensor, mask_id: int, *, batch: int = 32) -> Tensor:
+    """Mean over positions of the input of the output head, of an autoregressive network of the same vocabulary (N, D)."""
     found: list[Tensor] = []
-    hook = network.head.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].mean(1)))
+    hook = network.get_submodule("head").register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].mean(1)))
     try:
         for x_BT in torch.split(samples_NT, batch):
             network(torch.cat([torch.full_like(x_BT[:, :1], mask_id), x_BT[:, :-1]], 1))

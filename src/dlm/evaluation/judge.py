@@ -1,4 +1,4 @@
-"""Judges with a vocabulary of their own: they read text, and say how many bits it takes. Shapes: N texts of T tokens."""
+"""Judges with a vocabulary of their own, which read text: bits of each. Shapes: N texts of T tokens."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.evaluation.generative import distinct_each, entropy_each
-from dlm.noise import loss
 
 TextBits = Callable[[Sequence[str]], Tensor]
 """Texts -> bits of each (N,)."""
 
 
-def of_model(judge: Any) -> TextBits:
-    """An autoregressive `LanguageModel`. InputError for a text with characters that it does not know, or longer than its window."""
+def of_ids(nats: Callable[[Tensor], Tensor], encode: Callable[[str], list[int]], name: str, window: int) -> TextBits:
+    """A judge that gives the nats (1,) of token ids (1, T). InputError for a text that it cannot encode, or longer than its window."""
 
     @torch.no_grad()
     def bits(texts: Sequence[str]) -> Tensor:
         found = []
         for text in texts:
             try:
-                x_1T = torch.tensor([judge.tokenizer.encode(text)], device=judge.network.device)
+                x_1T = torch.tensor([encode(text)])
             except InputError as error:
-                raise InputError(f"the judge {judge.name} cannot read the text: {error}") from None
-            _check(x_1T, judge.window, judge.name)
-            found.append(loss.autoregressive(judge.noise, judge.predict, x_1T, torch.ones_like(x_1T, dtype=torch.bool)))
+                raise InputError(f"the judge {name} cannot read the text: {error}") from None
+            _check(x_1T, window, name)
+            found.append(nats(x_1T))
         return torch.cat(found).double().cpu() / math.log(2)
 
     return bits

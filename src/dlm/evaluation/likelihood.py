@@ -1,7 +1,7 @@
 """Negative log-likelihood of a text, or the bound on it, with its Monte-Carlo error.
 
-The text is cut into whole windows side by side, each predicted from its own first token on, so that a diffuser and its
-autoregressive twin are asked for the same tokens. Shapes: W windows, R passes, T positions.
+The text is cut into whole windows side by side, each predicted from its own first token on, so that a diffusion model and its
+autoregressive baseline are scored on the same tokens. Shapes: W windows, R passes, T positions.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _nats(
         return torch.ones_like(x_BT, dtype=torch.bool)
 
     if estimator == AUTOREGRESSIVE:
-        return lambda x_BT, t_B: loss.autoregressive(noise, predict, x_BT, free(x_BT))
+        return lambda x_BT, _: loss.autoregressive(noise, predict, x_BT, free(x_BT))
     if beside is not None:
         assert isinstance(noise, MaskedNoise)
         return lambda x_BT, t_B: loss.blockwise(noise, beside, x_BT, free(x_BT), rng, block_length, t_B)
@@ -105,7 +105,7 @@ def evaluate(
     beside: loss.PredictBeside | None = None,
     block_length: int = 0,
     reads_time: bool = False,
-    progress: Callable[[int], None] = lambda rows: None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Likelihood:
     """Average over all windows; `passes` independent draws of masks each. estimator `autoregressive` is exact, else as of `resolve`.
 

@@ -1,4 +1,4 @@
-"""What it costs to draw several masked tokens at once in random order: one curve prices every choice of step sizes.
+"""The cost of drawing several masked tokens at once in random order: one curve prices every choice of step sizes.
 
 With h(k) the mean cost of a masked token when k random others are known, a step that draws s positions, each from its own marginal,
 costs sum_{l<s} [h(k) - h(k + l)] (2511.04647, 2510.25544).
@@ -20,7 +20,7 @@ from dlm.noise.masked import MaskedNoise
 from dlm.noise.schedule import time_when
 from dlm.protocols import NoiseProcess
 
-FEW = 8
+LEVEL_MASKS = 8
 """Masks that a level of the curve sees at least in each window and pass: levels with fewer get more patterns."""
 
 
@@ -28,7 +28,7 @@ FEW = 8
 class CostCurve:
     """h at the counts known_K of each window: `entropy_WK` of the network's marginals, `text_WK` the cross-entropy on the text.
 
-    The first prices what a sampler loses under the network itself; the second what it adds to the bound on this text.
+    The first prices the loss of a sampler under the network itself; the second prices its addition to the bound on this text.
     """
 
     known_K: Tensor
@@ -61,7 +61,7 @@ def entropy_curve(
     passes: int = 1,
     seed: int = 0,
     batch: int = 32,
-    progress: Callable[[int], None] = lambda rows: None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> CostCurve:
     """Measure h at about `levels` counts, spread evenly from 0 to T - 1. InputError for noise other than masks.
 
@@ -106,7 +106,7 @@ def _levels(length: int, levels: int) -> tuple[Tensor, list[int]]:
     if levels < 2:
         raise InputError(f"a curve needs at least 2 levels, got {levels}")
     known = sorted({round(i * (length - 1) / (levels - 1)) for i in range(levels)})
-    return torch.tensor(known), [i for i, k in enumerate(known) for _ in range(-(-FEW // (length - k)))]
+    return torch.tensor(known), [i for i, k in enumerate(known) for _ in range(-(-LEVEL_MASKS // (length - k)))]
 
 
 def price(h_T: Tensor, steps: Sequence[int]) -> Tensor:
@@ -127,7 +127,7 @@ def ancestral_price(h_T: Tensor, steps: int, *, draws: int = 64, seed: int = 0) 
 
 
 def ancestral_prices(
-    noise: MaskedNoise, predict: Predict, windows_WT: Tensor, *, progress: Callable[[int], None] = lambda rows: None
+    noise: MaskedNoise, predict: Predict, windows_WT: Tensor, *, progress: Callable[[int], None] = lambda _: None
 ) -> Callable[[int], float]:
     """`ancestral_price` of any number of steps by the entropies on these windows. progress is called with the rows of each call."""
     curve = entropy_curve(noise, predict, windows_WT, progress=progress)

@@ -1,7 +1,7 @@
-"""The curse of parallel decoding, measured: what is lost when several masked tokens are drawn at once, each from its own marginal.
+"""The curse of parallel decoding, measured: the loss when several masked tokens are drawn at once, each from its own marginal.
 
 A step that draws the positions S of z independently loses KL(p(x_S | z) || prod_i p(x_i | z)), the conditional total correlation of
-S. For random positions `dlm.evaluation.order_cost` tells it from one curve; what a rule chooses has to be measured. A network's
+S. For random positions `dlm.evaluation.order_cost` computes it from one curve; the choices of a rule have to be measured. A network's
 conditionals are not exactly consistent, so that its joint depends on the order of the chain rule: everything here is a mean over
 random orders.
 Shapes: W windows of real text, L measured steps, B rows, N = B x draws, A rows still at work, T positions, S chosen ones, V vocabulary.
@@ -40,9 +40,9 @@ def total_correlation(
 ) -> tuple[Tensor, Tensor]:
     """E_{x_S ~ p}[log p(x_S | z) - sum_i log p(x_i | z)] of the chosen masks of each row: nats float64 (B,), and their number (B,).
 
-    count_B: of so many of the chosen, at random, instead of all. x_S is drawn one position after another, a network call each, in an
+    count_B: of so many of the chosen, at random, instead of all. x_S is drawn one position after another, a forward pass each, in an
     order of the row's own; a row is repeated `draws` times and averaged. The log ratio of a position is replaced by its mean given
-    what was drawn before, KL(p(x_i | z, drawn) || p(x_i | z)), and that by the mean over all that could come next: the same
+    the positions drawn before, KL(p(x_i | z, drawn) || p(x_i | z)), and that by the mean over all that could come next: the same
     expectation, less variance, no negative term. InputError for a chosen position that is visible.
     """
     if bool((chosen_BT & (z_BT != noise.mask_id)).any()):
@@ -74,7 +74,7 @@ def total_correlation(
 
 @dataclass(frozen=True)
 class Curse:
-    """What a sampler loses over a whole text of `length` tokens, nats_W: an unbiased estimate from each window."""
+    """Loss of a sampler over a whole text of `length` tokens, nats_W: an unbiased estimate from each window."""
 
     tokens_per_step: int
     steps: int
@@ -112,11 +112,11 @@ def curse(
     calls: int = 32,
     seed: int = 0,
     batch: int = 4,
-    progress: Callable[[int], None] = lambda windows: None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Curse:
-    """Total correlation of what the rule writes, summed over a run in equal steps.
+    """Total correlation of the tokens that the rule writes together, summed over a run in equal steps.
 
-    The rule chooses the positions and the text says what stands there, so that the run meets the states that its own choices lead to:
+    The rule chooses the positions and the text gives their tokens, so that the run meets the states that its own choices lead to:
     a rule that takes the easy positions first leaves the hard ones for the end, side by side. `Ancestral` moves random positions in
     equal shares. In each window max(1, calls // tokens_per_step) steps are measured, stratified over the run. A rule with a say in
     the number, such as a threshold, may write more than tokens_per_step at once. batch: windows; progress is told those done.
@@ -165,7 +165,7 @@ def _shared(noise: NoiseProcess, x_BT: Tensor, steps: int, at_BL: Tensor, rng: t
 
 
 def _walked(noise: NoiseProcess, predict: Predict, x_BT: Tensor, rule: Rule, steps: int, at_BL: Tensor, rng: RNG) -> States:
-    """The run of a rule that asks the network, the text in the place of what it draws; rows leave after their last measured step."""
+    """The run of a rule that reads the logits, the text in place of its draws; rows leave after their last measured step."""
     z_BT, rows_A = torch.full_like(x_BT, noise.mask_id), torch.arange(len(x_BT), device=x_BT.device)
     memory: dict[str, Tensor] = {}
     for k in range(int(at_BL.max()) + 1):

@@ -1,4 +1,4 @@
-"""How fast the text of a run settles, against the steps it took; read from trajectories alone.
+"""How fast the text of a run settles, against the steps it took; computed from trajectories alone.
 
 Shapes: N rows (texts) pooled over runs, S frames (the start included), T positions.
 """

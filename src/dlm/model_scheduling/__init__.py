@@ -1,1 +1,1 @@
-"""Which model takes which denoising step (2604.02340): schedules, what they cost, how much each step needs the larger model, search."""
+"""Which model takes which denoising step (2604.02340): schedules, their cost, the sensitivity of each step, search."""

@@ -1,11 +1,11 @@
-"""What a schedule costs, in FLOPs by three conventions, and a meter for the calls that really happen. Shapes: B rows, Q positions."""
+"""FLOPs of a schedule by three conventions, and a meter for the forward passes that happen. Shapes: B rows, Q positions."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,8 +23,23 @@ class CallCost:
     window: int
 
 
-def call_costs(networks: Mapping[str, Any], window: int) -> dict[str, CallCost]:
-    """Of networks by key, whose `config` counts the FLOPs of a token."""
+class Sizes(Protocol):
+    """The config of a network."""
+
+    def forward_flops(self) -> tuple[float, float]:
+        """FLOPs of a token: of the blocks, and of the output head."""
+        ...
+
+
+class Network(Protocol):
+    """A network that knows its FLOPs."""
+
+    @property
+    def config(self) -> Sizes: ...
+
+
+def call_costs(networks: Mapping[str, Network], window: int) -> dict[str, CallCost]:
+    """Of networks by key."""
     each = {key: network.config.forward_flops() for key, network in networks.items()}
     return {key: CallCost(blocks * window, head * window, window) for key, (blocks, head) in each.items()}
 
@@ -34,7 +49,7 @@ class ScheduleCost:
     """FLOPs of one text of a window, and the shares saved against the heavy model in the same sampler.
 
     blocks: the blocks alone, in every step (2604.02340 counts so); with_head: and the head at every position, in every step;
-    executed: of the calls that happen, each position given a head once, in the step that unmasks it.
+    executed: of the forward passes that happen, each position given a head once, in the step that unmasks it.
     """
 
     blocks: float

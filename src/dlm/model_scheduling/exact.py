@@ -1,4 +1,4 @@
-"""The law of a schedule written out: one token a call in random order, a model for each number of tokens known.
+"""The law of a schedule written out: one token a call in random order, a model for each number of known tokens.
 
 For sources small enough to enumerate, where the exact posterior is known: a schedule is judged with no judge. Shapes: V tokens, T
 positions, S = V^T texts, X states of a set of known positions.
@@ -19,7 +19,7 @@ from dlm.protocols import Denoiser
 class Enumerated:
     """Conditionals of every model in every state, read once; then the law of a schedule costs 2^T V^T additions at most.
 
-    Laws are built step by step, and what a schedule has in common with the one asked for before is not built again.
+    Laws are built step by step, and the steps that a schedule shares with the last one are not built again.
     """
 
     def __init__(self, denoisers: Mapping[str, Denoiser], vocab: int, length: int) -> None:
@@ -56,7 +56,7 @@ class Enumerated:
         return [mass for _, mass in self.last]
 
     def step_kl(self, light: str, heavy: str) -> list[float]:
-        """What each step adds to KL(chain of `heavy` || chain in which `light` takes the step): nats, which sum over steps."""
+        """The addition of each step to KL(chain of `heavy` || chain in which `light` takes the step): nats, which sum over steps."""
         found = [0.0] * self.length
         for step, masses in enumerate(self._masses([heavy] * self.length)[:-1]):
             left = self.length - step
@@ -70,9 +70,9 @@ class Enumerated:
 
 
 class MarkovPosterior:
-    """p(x_i | z) of a stationary Markov chain, exact; or, as a smaller model would see it, from what is visible within `reach`.
+    """p(x_i | z) of a stationary Markov chain, exact; or that of a smaller model, from the tokens within `reach`.
 
-    transition_VV: rows sum to 1. The visible tokens next to i on either side say all that the chain knows of it.
+    transition_VV: rows sum to 1. The nearest visible tokens on either side determine it.
     """
 
     def __init__(self, transition_VV: Tensor, length: int, reach: int | None = None) -> None:
@@ -91,7 +91,7 @@ class MarkovPosterior:
         return p_BTV.clamp(min=1e-300).log()
 
     def _from(self, z_BT: Tensor, where_BT: Tensor, distance_BT: Tensor, *, backward: bool) -> Tensor:
-        """What the nearest visible token on one side says of each position; nothing where it is out of reach."""
+        """Likelihood of each position by the nearest visible token on one side; constant where that is out of reach."""
         token_BT = z_BT.gather(1, where_BT.clamp(0, self.length - 1)).clamp(max=self.vocab - 1)
         power_BTVV = self.powers_KVV[distance_BT.clamp(max=self.length)]
         index_BT1V = token_BT[..., None, None].expand(*token_BT.shape, 1, self.vocab)

@@ -16,7 +16,7 @@ Key = tuple[str, str, tuple[int, int]]
 
 
 class Ledger:
-    """Outcomes by settings, schedule and seeds. The file is read once; what is added is appended to it at once.
+    """Outcomes by settings, schedule and seeds. The file is read once; an outcome that is added is appended at once.
 
     A line that was cut short by a kill is passed over. InputError for a line of a later format.
     """

@@ -61,7 +61,7 @@ class ModelSchedule:
         return sum(length for k, length in self.segments if k == key) / sum(length for _, length in self.segments)
 
     def keys(self, done_B: Tensor) -> list[str]:
-        """Whose turn it is in each row, after this share of the steps."""
+        """The model of each row after this share of the steps."""
         ends = torch.tensor([*accumulate(length for _, length in self.segments)], dtype=torch.float64)
         index_B = torch.searchsorted(ends, (done_B.double().cpu() + SLACK) * ends[-1], right=True).clamp(max=len(ends) - 1)
         return [self.segments[i][0] for i in index_B.tolist()]
@@ -104,7 +104,7 @@ class ModelSchedule:
         return cls(tuple((key, float(length) if "." in length else int(length)) for key, length in pairs))
 
 
-def _spread(share: float, seed: int) -> list[str]:
+def _spread(share: float, _seed: int) -> list[str]:
     count = round(share * GRAIN)
     return [LIGHT if (i + 1) * count // GRAIN > i * count // GRAIN else HEAVY for i in range(GRAIN)]
 
@@ -118,10 +118,10 @@ def _random(share: float, seed: int) -> list[str]:
 
 Segments = list[tuple[str, float]]
 SHAPES: dict[str, Callable[[float, int], Segments]] = {
-    "sandwich": lambda f, seed: [(LIGHT, f / 2), (HEAVY, 1 - f), (LIGHT, f / 2)],
-    "prefix": lambda f, seed: [(LIGHT, f), (HEAVY, 1 - f)],
-    "suffix": lambda f, seed: [(HEAVY, 1 - f), (LIGHT, f)],
-    "middle": lambda f, seed: [(HEAVY, (1 - f) / 2), (LIGHT, f), (HEAVY, (1 - f) / 2)],
+    "sandwich": lambda f, _: [(LIGHT, f / 2), (HEAVY, 1 - f), (LIGHT, f / 2)],
+    "prefix": lambda f, _: [(LIGHT, f), (HEAVY, 1 - f)],
+    "suffix": lambda f, _: [(HEAVY, 1 - f), (LIGHT, f)],
+    "middle": lambda f, _: [(HEAVY, (1 - f) / 2), (LIGHT, f), (HEAVY, (1 - f) / 2)],
     "alternate": lambda f, seed: [(key, 1 / GRAIN) for key in _spread(f, seed)],
     "random": lambda f, seed: [(key, 1 / GRAIN) for key in _random(f, seed)],
 }

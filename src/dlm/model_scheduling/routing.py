@@ -21,9 +21,9 @@ def _rows(how: dict[str, Any], index: Tensor) -> dict[str, Any]:
 
 
 class Scheduled:
-    """The model whose turn it is. Rows of one call may be at different steps; each is read by its own model.
+    """The model that the schedule gives the step to. Rows of one forward pass may be at different steps; each is read by its own model.
 
-    taken: the keys of the last call.
+    taken: the keys of the last forward pass.
     """
 
     def __init__(self, denoisers: Mapping[str, Denoiser], schedule: ModelSchedule) -> None:
@@ -43,7 +43,7 @@ class Scheduled:
 
 
 def make(word: str, denoisers: Mapping[str, Denoiser], steps: int) -> Scheduled:
-    """What `L0.5 H0.5` or `sandwich:0.25` means for these models. InputError where it does not fit them or the number of steps."""
+    """The denoiser of `L0.5 H0.5` or `sandwich:0.25` for these models. InputError where it does not fit them or the number of steps."""
     schedule = ModelSchedule.parse(word)
     schedule.check(steps, list(denoisers))
     return Scheduled(denoisers, schedule)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dlm.errors import InputError
 from dlm.files import check_stamp, read_json, stamp, write_text
@@ -22,7 +21,7 @@ class SavedSchedule:
     schedule: ModelSchedule
     light: dict[str, str]
     steps: int
-    made: dict[str, Any] = field(default_factory=dict)
+    made: dict[str, str | float] = field(default_factory=dict)
 
     def save(self, directory: Path) -> Path:
         """To a temporary name first."""

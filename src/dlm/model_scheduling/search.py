@@ -1,4 +1,4 @@
-"""Which schedule is best for what it costs: by theory, by trying all, or by trying many and dropping the worse half again and again."""
+"""The best schedule for its FLOPs: by theory, by trying all, or by trying many and dropping the worse half again and again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dlm.model_scheduling.outcome import Outcome
 from dlm.model_scheduling.plan import HEAVY, LIGHT, SHAPES, ModelSchedule
 
 Run = Callable[[str, int, int], Outcome]
-"""(schedule, first seed, one past the last) -> what came of it."""
+"""(schedule, first seed, one past the last) -> its outcome."""
 Price = Callable[[int], float]
 """Number of steps -> nats a text that it loses by drawing tokens at once."""
 ROUNDS = 3  # of halving
@@ -24,7 +24,7 @@ WAYS = ("kl", "joint", "exhaustive", "halving")
 
 @dataclass(frozen=True)
 class Search:
-    """What one way to search measures: each model alone in all `steps`, then the `tried` in `taken` of them.
+    """The trials of one way to search: each model alone in all `steps`, then the `tried` in `taken` of them.
 
     best: by theory, which loses `nats` a text where fewer steps were weighed too.
     """
@@ -107,7 +107,7 @@ class Search:
 def by_kl(kl: Mapping[str, Sequence[float]], blocks: Mapping[str, float], saved: float) -> ModelSchedule:
     """The schedule of least path KL that saves this share of the heavy model's block FLOPs, a model a segment.
 
-    kl: nats per token by key and segment; blocks: FLOPs of a call by key. One Lagrange multiplier prices the FLOPs for all segments;
+    kl: nats per token by key and segment; blocks: FLOPs of a forward pass by key. One multiplier prices the FLOPs of all segments;
     for two models that takes the segments of least KL. InputError where no model is cheap enough.
     """
     segments = len(kl[HEAVY])
@@ -130,7 +130,7 @@ def by_kl(kl: Mapping[str, Sequence[float]], blocks: Mapping[str, float], saved:
         middle = (low + high) // 2
         low, high = (low, middle) if spent(choose(ordered[middle])) <= budget else (middle + 1, high)
     keys = choose(ordered[low])
-    for j in sorted(range(segments), key=lambda j: kl[keys[j]][j], reverse=True):  # what the last turn overshot is given back
+    for j in sorted(range(segments), key=lambda j: kl[keys[j]][j], reverse=True):  # spend the rest of the budget
         for key in sorted(kl, key=lambda key: kl[key][j]):
             if kl[key][j] < kl[keys[j]][j] and spent(keys) - blocks[keys[j]] + blocks[key] <= budget:
                 keys[j] = key
@@ -151,14 +151,14 @@ def jointly(
     tokens: int,
     saved: float,
 ) -> tuple[int, ModelSchedule, float]:
-    """(steps, schedule, nats a text) of least loss: fewer steps cost what is drawn at once, lighter ones their path KL, in one currency.
+    """(steps, schedule, nats a text) of least loss: fewer steps cost the loss of parallel draws, lighter ones their path KL, both in nats.
 
     prices: nats a text that each number of steps loses by drawing tokens at once; calls: that it takes; saved: of the block FLOPs of the
     heavy model in the most steps. InputError where nothing is cheap enough.
     """
     budget, found = (1 - saved) * calls[max(prices)] * (1 + 1e-9), []
     for steps in prices:
-        rest = 1 - budget / calls[steps]  # what the models have to save at so many steps
+        rest = 1 - budget / calls[steps]  # the share that the models have to save at so many steps
         if rest <= 1 - min(blocks.values()) / blocks[HEAVY]:
             schedule = by_kl(kl, blocks, max(0.0, rest))
             found.append((prices[steps] + path_kl(schedule, kl, tokens), steps, schedule))

@@ -51,7 +51,7 @@ class Sensitivity:
         return found
 
     def kl(self) -> dict[str, list[float]]:
-        """Means over windows, 0 for the heavy model itself: what `search.by_kl` plans with."""
+        """Means over windows, 0 for the heavy model itself, for `search.by_kl`."""
         means = {key: values_WJ.nanmean(0).tolist() for key, values_WJ in self.kl_WJ.items()}
         return {HEAVY: [0.0] * self.segments} | means
 
@@ -74,7 +74,7 @@ def on_text(
     segments: int = 16,
     seed: int = 0,
     batch: int = 16,
-    progress: Callable[[int], None] = lambda rows: None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Sensitivity:
     """On corrupted text: every window once in every segment, at a number of masks that a step in it meets; the same for all models.
 
@@ -104,9 +104,9 @@ def on_trajectories(
     segments: int = 16,
     batch: int = 16,
     written_only: bool = False,
-    progress: Callable[[int], None] = lambda rows: None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Sensitivity:
-    """On the states that a run of the heavy model comes by, one a text and segment: what `frames` shows before a step.
+    """On the states of a run of the heavy model, one a text and segment: `frames` before a step.
 
     written_only: at the positions that the step writes, which for an order by confidence are not like the others; else at all masks.
     """
@@ -125,7 +125,7 @@ def on_trajectories(
                 states[b, j] = before_BT[b], written_BT[b] if written_only else masks_T
         last = frame
     if last is None:
-        raise InputError("a run without steps shows nothing: ask for a text of at least one token")
+        raise InputError("a run without steps has no states: ask for a text of at least one token")
     found = _Table(len(last.tokens_BT), segments)
     keys = sorted(states)
     for begin in range(0, len(keys), batch):
@@ -145,7 +145,7 @@ def _check(noise: MaskedNoise, models: Mapping[str, Predict]) -> None:
 
 
 class _Table:
-    """What is measured, as it comes in."""
+    """Loss and KL of every window and segment, filled as they are measured."""
 
     def __init__(self, windows: int, segments: int) -> None:
         self.size = windows, segments

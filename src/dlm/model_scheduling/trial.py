@@ -26,9 +26,9 @@ Figures = Callable[[Tensor], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Trial:
-    """Call it with a schedule and a range of seeds. sampler: whose denoiser is put in; prompts: what the text of each seed begins with.
+    """Call it with a schedule and a range of seeds. sampler: whose denoiser is put in; prompts: first tokens of the text of each seed.
 
-    ledger: what is measured already under `settings`, the fingerprints of all weights among them; a trial found there is not run again.
+    ledger: outcomes measured already under `settings`, the fingerprints of all weights among them; a trial found there is not run again.
     """
 
     sampler: DiffusionSampler

@@ -96,7 +96,7 @@ def curse(
     lm = language_model(model, device)
     noise = masked_noise(lm, "the price of parallel decoding is counted in masks")
     if lm.is_causal:
-        raise InputError(f"{lm.name} is a model of block diffusion: random tokens that are known are not what it sees")
+        raise InputError(f"{lm.name} is a model of block diffusion: it never sees random known tokens")
     sizes = _sizes(tokens_per_step, lm.window)
     rules = {word: registry.make(word, Draw(), lm.noise) for word in samplers}
     for rule in rules.values():

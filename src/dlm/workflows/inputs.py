@@ -15,6 +15,7 @@ from dlm.evaluation import generative, judge
 from dlm.formats import native
 from dlm.language_model import LanguageModel, load
 from dlm.model_scheduling.trial import Figures
+from dlm.noise import loss
 from dlm.noise.masked import MaskedNoise
 from dlm.train import data as reading
 from dlm.trajectory import Trajectory
@@ -94,10 +95,18 @@ def judge_figures(model: Model, lm: LanguageModel, given: int = 0) -> Figures:
     if twin is None or twin.tokenizer.fingerprint() != lm.tokenizer.fingerprint():
         if given:
             raise InputError(f"{name} has a vocabulary of its own: it judges whole texts, not those after {given} given tokens")
-        bits = judge.of_transformers(name, device) if twin is None else judge.of_model(twin)
+        bits = judge.of_transformers(name, device) if twin is None else _bits_of_text(twin)
         return judge.figures(bits, lm.tokenizer.decode)
     twin = judge_beside(twin, lm)
     return generative.figures(twin.noise, twin.predict, given=given)
+
+
+def _bits_of_text(twin: LanguageModel) -> judge.TextBits:
+    def nats(x_1T: Tensor) -> Tensor:
+        x_1T = x_1T.to(twin.network.device)
+        return loss.autoregressive(twin.noise, twin.predict, x_1T, torch.ones_like(x_1T, dtype=torch.bool))
+
+    return judge.of_ids(nats, twin.tokenizer.encode, twin.name, twin.window)
 
 
 def _is_ours(model: Model) -> bool:
