@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time each name is imported when it is first used
+    from dlm.adapters.train import ConvertConfig as ConvertConfig
     from dlm.errors import InputError as InputError
     from dlm.language_model import LanguageModel as LanguageModel
     from dlm.language_model import load as load
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time each name is imp
     from dlm.trajectory import Trajectory as Trajectory
     from dlm.workflows import schedule as schedule
     from dlm.workflows.calibrate import calibrate as calibrate
+    from dlm.workflows.convert import SelfDistillation as SelfDistillation
     from dlm.workflows.convert import convert as convert
     from dlm.workflows.curse import curse as curse
     from dlm.workflows.evaluate import evaluate as evaluate
@@ -87,6 +89,8 @@ _WHERE = {  # public name: its module, and its name there where that is another;
     "fit": "dlm.workflows.fit",
     "schedule": "dlm.workflows.schedule:",
     "convert": "dlm.workflows.convert",
+    "ConvertConfig": "dlm.adapters.train",
+    "SelfDistillation": "dlm.workflows.convert",
 }
 __all__ = ["__version__", *_WHERE]
 

@@ -86,8 +86,11 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     schedule.register("late", Late)
 
 
+SHORT = ("steps=4", "log_every=2", "eval_every=4")
+
+
 def train(text: Path, out: Path, **changes: Any) -> dlm.LanguageModel:
-    fit(replace(tiny.config(text), **changes), out, progress=quiet)
+    fit(replace(tiny.config(text, *SHORT), **changes), out, progress=quiet)
     return dlm.load(str(out))
 
 
@@ -97,16 +100,16 @@ def test_a_class_is_its_name(text: Path) -> None:
 
 
 def test_objects_train_what_their_words_train(text: Path, ids: int, tmp_path: Path) -> None:
-    tiny.run(text, tmp_path / "words", "noise=hybrid:0.3", "noise_schedule=cosine")
+    tiny.run(text, tmp_path / "words", *SHORT, "noise=hybrid:0.3", "noise_schedule=cosine")
     noise = dlm.HybridNoise(ids, ids - 1, Cosine(), share=0.3)
     model = train(text, tmp_path / "objects", noise=noise)
     tiny.assert_same(tmp_path / "words", tmp_path / "objects")
     assert model.noise == noise
-    fit(replace(tiny.config(text), noise=noise, steps=13), tmp_path / "objects", resume=True, progress=quiet)
+    fit(replace(tiny.config(text, *SHORT), noise=noise, steps=5), tmp_path / "objects", resume=True, progress=quiet)
 
 
 def test_a_schedule_object(text: Path, tmp_path: Path) -> None:
-    tiny.run(text, tmp_path / "words", "noise_schedule=geometric:1e-4,20")
+    tiny.run(text, tmp_path / "words", *SHORT, "noise_schedule=geometric:1e-4,20")
     train(text, tmp_path / "objects", noise_schedule=Geometric(1e-4, 20))
     tiny.assert_same(tmp_path / "words", tmp_path / "objects")
     assert schedule.word(Polynomial(2)) == "polynomial:2.0"
@@ -125,16 +128,16 @@ def test_noise_of_ones_own_trains_resumes_and_loads(text: Path, ids: int, tmp_pa
         "pace": 0.5,
         "order": [1, 2],
     }
-    fit(replace(tiny.config(text), noise=noise, steps=13), tmp_path / "run", resume=True, progress=quiet)
+    fit(replace(tiny.config(text, *SHORT), noise=noise, steps=5), tmp_path / "run", resume=True, progress=quiet)
     assert train(text, tmp_path / "word", noise="frequent:0.25").noise == Frequent(ids, ids - 1, Linear(), pace=0.25)
 
 
 @pytest.mark.usefixtures("registered")
 def test_a_process_needs_no_more_than_the_protocol(text: Path, ids: int, tmp_path: Path) -> None:
-    config = replace(tiny.config(text), noise=Plain)
+    config = replace(tiny.config(text, *SHORT), noise=Plain)
     assert config.estimate == "continuous"
     fit(config, tmp_path / "plain", progress=quiet)
-    tiny.run(text, tmp_path / "masked", "estimator=continuous")
+    tiny.run(text, tmp_path / "masked", *SHORT, "estimator=continuous")
     assert tiny.curve(tmp_path / "plain") == tiny.curve(tmp_path / "masked")
     with pytest.raises(InputError, match="plain noise has no estimator any_order"):
         replace(config, estimator="any_order")

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -166,8 +167,23 @@ def test_a_bar_for_a_terminal(text: Path, tmp_path: Path) -> None:
     assert "12/12" in shown
     assert "eta" in shown
     assert "tokens/s" in shown
-    assert "- nats, - tokens/s" in shown  # before the first line of the log
     assert "nan" not in shown
+
+
+@pytest.mark.parametrize(
+    ("progress", "expected"),
+    [
+        (Progress("training", 3, 12), "3/12 .* - nats, - tokens/s"),
+        (Progress("training", 7, 12, nats=1.25, tokens_per_second=9000.0), "7/12 .* 1.250 nats, 9,000 tokens/s"),
+        (Progress("base writes", 8, 40, measured=False), r"8/40 \S+ eta \S+\s*$"),
+    ],
+)
+def test_a_figure_that_is_not_there_yet_is_a_dash(progress: Progress, expected: str) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=140, color_system=None)
+    with Display(console) as shown:
+        shown(progress)
+    assert isinstance(console.file, io.StringIO)
+    assert re.search(expected, console.file.getvalue().splitlines()[-2])  # the last one shows the cursor again
 
 
 def test_a_callback_is_told_of_every_step(text: Path, tmp_path: Path) -> None:

@@ -25,8 +25,7 @@ class Display:
         self._quiet_until = 0.0
 
     def __enter__(self) -> Display:
-        self._bar.start()
-        return self
+        return self  # the bar begins with the first news: of several processes, one alone has any
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
@@ -37,6 +36,7 @@ class Display:
         elif progress.logged and not self.console.is_terminal:
             self._line(progress)
         if progress.label not in self._tasks:
+            self._bar.start()
             for shown in self._tasks.values():
                 self._bar.update(shown, visible=False)
             self._tasks[progress.label] = self._bar.add_task(progress.label, note="")
