@@ -92,6 +92,13 @@ def test_an_option_of_another_name_works_with_a_warning(dlm: Dlm) -> None:
         assert "'--max-new-tokens': must be at least 2, got 1" in err
 
 
+def test_two_options_became_arguments(dlm: Dlm) -> None:
+    code, _, err = dlm("schedule", "cost", "H", "--light", "none", "--heavy", "nowhere")
+    assert code == 2
+    assert "write dlm schedule cost nowhere\n" in err
+    assert "no checkpoint 'nowhere'" in err
+
+
 def test_nothing_after_two_dashes_is_an_option(dlm: Dlm) -> None:
     code, _, err = dlm("chat", "--", "--base")
     assert code == 2

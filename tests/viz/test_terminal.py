@@ -41,7 +41,7 @@ def test_leaves_the_exact_text(no_color: bool) -> None:
             grown.append(frame, seconds=1.0)
             view.update()
     shown = ESCAPES.sub("", output(console)).replace("\r", "")
-    assert shown.endswith(f"{TEXT}\nname: 10 steps, 10 calls, {len(TEXT) - 5} tokens in 1.00 s, 110 tok/s, 11.0 tok/call\n")
+    assert shown.endswith(f"{TEXT}\nname: 10 steps, 10 passes, {len(TEXT) - 5} tokens in 1.00 s, 110 tok/s, 11.0 tok/pass\n")
     assert output(console).count("\x1b[?25l") == output(console).count("\x1b[?25h") == 1
 
 
@@ -156,8 +156,8 @@ def test_proposals_are_dim_and_what_was_refused_is_struck(no_color: bool) -> Non
 
 def test_the_line_below_tells_tokens_a_call_and_acceptance() -> None:
     lines = drawn(Panes([("", proposing(3))]), terminal())
-    assert "2.3 tok/call  3 calls  67% accepted  23 tok/s" in lines[-1]
+    assert "2.3 tok/pass  3 passes  67% accepted  23 tok/s" in lines[-1]
     console = terminal(width=120)
     replay([("", proposing())], console, seconds=0.1)
     end = ESCAPES.sub("", output(console)).replace("\r", "")
-    assert end.endswith("O: Hear me now.\n5 steps, 5 calls, 12 tokens in 0.50 s, 2.4 tok/call, 78% of 9 proposals accepted, 24 tok/s\n")
+    assert end.endswith("O: Hear me now.\n5 steps, 5 passes, 12 tokens in 0.50 s, 2.4 tok/pass, 78% of 9 draft tokens accepted, 24 tok/s\n")

@@ -238,9 +238,9 @@ class _Stage:
         full = round(room * numbers.share)
         for start, end, color in ((0, full, self.stamps.theme.accent), (full, room, self.stamps.theme.line)):
             canvas.paste(self.stamps.index(rgb(color)), (left + start, self.foot, left + end, self.foot + thick))
-        facts = f"step {numbers.steps}/{len(whole) - 1}   {numbers.forwards} calls"
+        facts = f"step {numbers.steps}/{len(whole) - 1}   {numbers.forwards} passes"
         if numbers.proposed is not None:  # a step is a call
-            facts = f"call {numbers.forwards}/{whole.forwards[-1]}   {numbers.per_call:.1f} tok/call   {numbers.acceptance:.0%} accepted"
+            facts = f"pass {numbers.forwards}/{whole.forwards[-1]}   {numbers.per_call:.1f} tok/pass   {numbers.acceptance:.0%} accepted"
         facts += f"   {whole.seconds[numbers.steps]:.1f} s" if len(self.panes) > 1 and whole.seconds[-1] else ""
         canvas.paste(self.stamps.caption(facts, room, self.stamps.theme.quiet), (left, self.foot + height // 3))
 

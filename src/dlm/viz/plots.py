@@ -131,7 +131,7 @@ MARKERS = "osD^v"
 
 
 def fronts_plot(tables: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Bits against network calls and against seconds, a row of panels for each table, the points of each front joined.
+    """Bits against forward passes and against seconds, a row of panels for each table, the points of each front joined.
 
     points: `group` (a colour and a marker), `note`, `calls`, `seconds`, `bits`, `band95`, `fair` (dull text is pale) and `front`.
     Written to a temporary name first.
@@ -154,7 +154,7 @@ def fronts_plot(tables: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
                 best.append(where)
         axis.plot(*zip(*best, strict=True), color="#4d4d4d", lw=1.0, ls=":", zorder=0)
         axis.set_xscale("log", base=2)
-        axis.set_xlabel({"calls": "network calls for a window", "seconds": "seconds for a window"}[cost])
+        axis.set_xlabel({"calls": "forward passes for a window", "seconds": "seconds for a window"}[cost])
         axis.set_title(f"{name}: bits per character under the judge", fontsize=10, loc="left")
     _save(figure, axes, path, columns=4)
 

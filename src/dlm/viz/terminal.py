@@ -123,11 +123,11 @@ class LiveView:
         if not "".join(shown).endswith("\n"):
             segments.append(Segment("\n"))
         name = f"{label}: " if label and len(self.view.panes) == 1 else ""
-        facts = f"{name}{'stopped after ' if stopped else ''}{numbers.steps} steps, {numbers.forwards} calls"
+        facts = f"{name}{'stopped after ' if stopped else ''}{numbers.steps} steps, {numbers.forwards} passes"
         facts += f", {numbers.settled} tokens in {numbers.seconds:.2f} s"
-        rates = [f", {numbers.per_second:.0f} tok/s", f", {numbers.per_call:.1f} tok/call"]
+        rates = [f", {numbers.per_second:.0f} tok/s", f", {numbers.per_call:.1f} tok/pass"]
         if numbers.proposed is not None:
-            rates = [rates[1], f", {numbers.acceptance:.0%} of {numbers.proposed} proposals accepted", rates[0]]
+            rates = [rates[1], f", {numbers.acceptance:.0%} of {numbers.proposed} draft tokens accepted", rates[0]]
         for fact in rates:
             facts += fact if len(facts + fact) <= self.console.width else ""
         segments.append(Segment(f"{facts}\n", QUIET))
@@ -177,11 +177,11 @@ def _progress(numbers: layout.Figures, width: int, total: int | None, ascii_only
     lines = [[Segment(f"{step}  ", QUIET), *bar]]
     if width < TWO_LINES:
         lines.append([])
-    rates = (f"{numbers.per_second:.0f} tok/s", f"{numbers.per_call:.1f} tok/call") if numbers.settled or not numbers.under_way else ()
+    rates = (f"{numbers.per_second:.0f} tok/s", f"{numbers.per_call:.1f} tok/pass") if numbers.settled or not numbers.under_way else ()
     turn = (f"model {numbers.model}",) if numbers.model else ()
-    facts = (*turn, f"{numbers.forwards} calls", *rates)  # text that is still revised has no rate yet
+    facts = (*turn, f"{numbers.forwards} passes", *rates)  # text that is still revised has no rate yet
     if numbers.proposed is not None:
-        facts = (*turn, *rates[1:], f"{numbers.forwards} calls", f"{numbers.acceptance:.0%} accepted", where, *rates[:1])
+        facts = (*turn, *rates[1:], f"{numbers.forwards} passes", f"{numbers.acceptance:.0%} accepted", where, *rates[:1])
         where = ""
     for fact in (*facts, where):
         gap = "  " if lines[-1] else ""
