@@ -8,12 +8,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+
+from dlm import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 NAME = re.compile(r"`(dlm(?:\.\w+)+)(?:\(.*?\))?`")
+COMMAND = re.compile(r"(?:^ {4}|^|`|-m )dlm ([a-z]+\b[^`\n]*)", re.M)
 FILE = re.compile(r"`((?:src|tests|docs|benchmarks|examples|dev)/[\w./-]+\.\w+)`")
 
 
@@ -31,6 +36,26 @@ def test_every_name_on_a_page_can_be_imported(page: Path) -> None:
 def test_every_file_on_a_page_exists(page: Path) -> None:
     missing = [name for name in FILE.findall(page.read_text(encoding="utf-8")) if not (ROOT / name).exists()]
     assert not missing
+
+
+def unknown_options(line: str) -> set[str]:
+    """Of a command line, from its verb on."""
+    words = line.split(" #")[0].split()
+    command: Any = typer.main.get_command(cli.app.app)
+    while words and words[0] in getattr(command, "commands", {}):
+        command = command.commands[words.pop(0)]
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    return {word.partition("=")[0] for word in words if re.match("--[a-z]", word)} - known
+
+
+def test_an_unknown_option_is_found() -> None:
+    assert unknown_options("generate x --steps 4 --stepps=5") == {"--stepps"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_option_on_a_page_is_one_of_the_command(page: Path) -> None:
+    for line in COMMAND.findall(page.read_text(encoding="utf-8").replace("\\\n", " ")):
+        assert not unknown_options(line), line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
