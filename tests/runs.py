@@ -26,23 +26,23 @@ def run(text: str = TEXT, *, given: int = 5, steps: int = 10, revise: bool = Fal
     return made
 
 
-PROPOSED = [("H", "ear"), ("ear ", "my\n"), ("me", " no"), (" now", ""), (".", "")]
-"""What each call added, the proposals that held and one token more, and what was then proposed."""
+DRAFTS = [("H", "ear"), ("ear ", "my\n"), ("me", " no"), (" now", ""), (".", "")]
+"""For each forward pass the text that it added (the accepted draft tokens and one token more), and the draft tokens after it."""
 
 
-def proposing(until: int | None = None) -> Trajectory:
-    """`O: Hear me now.`, one token a character; 3 proposals hold, 1 of 3, and 3 again."""
-    text = "O: " + "".join(new for new, _ in PROPOSED)
-    alphabet = sorted(set(text + "".join(guess for _, guess in PROPOSED)))
+def drafting(until: int | None = None) -> Trajectory:
+    """`O: Hear me now.`, one token a character; 3 draft tokens are accepted, 1 of 3, and 3 again."""
+    text = "O: " + "".join(new for new, _ in DRAFTS)
+    alphabet = sorted(set(text + "".join(draft for _, draft in DRAFTS)))
     x_BT = torch.tensor([[alphabet.index(c) for c in text]])
     column_T = torch.arange(x_BT.shape[1])[None]
     free_BT, mask_id, known = column_T >= 3, len(alphabet), 3
     canvas = Canvas(x_BT, free_BT, torch.ones_like(free_BT))
     made = Trajectory(torch.where(free_BT, mask_id, x_BT), canvas, pieces=dict(enumerate(alphabet)), mask_id=mask_id)
-    for k, (new, guess) in enumerate(PROPOSED[:until], 1):
+    for k, (new, draft) in enumerate(DRAFTS[:until], 1):
         known += len(new)
-        proposed_BT = torch.full_like(x_BT, -1)
-        proposed_BT[0, known : known + len(guess)] = torch.tensor([alphabet.index(c) for c in guess], dtype=torch.long)
+        draft_BT = torch.full_like(x_BT, -1)
+        draft_BT[0, known : known + len(draft)] = torch.tensor([alphabet.index(c) for c in draft], dtype=torch.long)
         z_BT, t_B = torch.where(column_T < known, x_BT, mask_id), torch.tensor([1 - known / len(text)])
-        made.append(Frame(z_BT, column_T < known, t_B, "", k, proposed_BT=proposed_BT), seconds=k / 10)
+        made.append(Frame(z_BT, column_T < known, t_B, "", k, draft_BT=draft_BT), seconds=k / 10)
     return made

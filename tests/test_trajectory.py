@@ -31,14 +31,14 @@ def runs(draw: st.DrawFn) -> tuple[Canvas, list[Frame]]:
     widths = draw(st.lists(st.integers(0, length), min_size=rows, max_size=rows))
     valid_BT = torch.arange(length) < torch.tensor(widths)[:, None]
     canvas = Canvas(torch.tensor(draw(grid)), torch.tensor(draw(holes)) & valid_BT, valid_BT)
-    settled_BT, frames, proposes = ~canvas.free_BT, [], draw(st.booleans())
-    guesses = st.lists(st.lists(st.integers(-1, MASK - 1), min_size=length, max_size=length), min_size=rows, max_size=rows)
+    settled_BT, frames, has_drafts = ~canvas.free_BT, [], draw(st.booleans())
+    drafts = st.lists(st.lists(st.integers(-1, MASK - 1), min_size=length, max_size=length), min_size=rows, max_size=rows)
     for k in range(count):
         settled_BT = settled_BT | torch.tensor(draw(holes))
         t_B = torch.tensor(draw(st.lists(st.floats(0, 1), min_size=rows, max_size=rows)), dtype=torch.float64)
         model, forwards = draw(st.sampled_from(["big", "small"])), k + draw(st.integers(1, 3))
-        proposed_BT = torch.tensor(draw(guesses)) if proposes else None
-        frames.append(Frame(torch.tensor(draw(grid)), settled_BT, t_B, model, forwards, proposed_BT=proposed_BT))
+        draft_BT = torch.tensor(draw(drafts)) if has_drafts else None
+        frames.append(Frame(torch.tensor(draw(grid)), settled_BT, t_B, model, forwards, draft_BT=draft_BT))
     return canvas, frames
 
 
@@ -70,8 +70,8 @@ def assert_holds(trajectory: Trajectory, canvas: Canvas, frames: Sequence[Frame]
         assert torch.equal(ours.settled_BT, theirs.settled_BT)
         assert torch.equal(ours.t_B.float(), theirs.t_B.float())
         assert (ours.model, ours.forwards) == (theirs.model, theirs.forwards)
-        assert (ours.proposed_BT is None) == (theirs.proposed_BT is None)
-        assert ours.proposed_BT is None or torch.equal(ours.proposed_BT, theirs.proposed_BT)
+        assert (ours.draft_BT is None) == (theirs.draft_BT is None)
+        assert ours.draft_BT is None or torch.equal(ours.draft_BT, theirs.draft_BT)
         rows, positions, tokens = trajectory.changes(k)
         assert torch.equal(ours.tokens_BT[rows, positions], tokens)
         assert len(tokens) == int((ours.tokens_BT != got[k - 1].tokens_BT).sum())
@@ -128,36 +128,36 @@ def hello() -> tuple[Canvas, list[Frame]]:
 
 
 def text_grows() -> Trajectory:
-    """Three calls on two rows: 3 and 4 proposed, 3 held and 5 came; then nothing but 6, which did not hold in row 1."""
+    """Three forward passes on two rows: 3 and 4 drafted, 3 accepted and 5 in place of 4; then 6, which row 1 rejects."""
     canvas = Canvas.from_rows([[1, *[None] * 4], [2, *[None] * 4]], fill=MASK)
     texts = [[[1, 2, 7, 7, 7], [2, 2, 7, 7, 7]], [[1, 2, 3, 5, 7], [2, 2, 3, 7, 7]], [[1, 2, 3, 5, 6], [2, 2, 3, 4, 7]]]
-    guesses = [[[-1, -1, 3, 4, -1], [-1] * 5], [[-1, -1, -1, -1, 6], [-1, -1, -1, 6, 0]], [[-1] * 5] * 2]
+    drafts = [[[-1, -1, 3, 4, -1], [-1] * 5], [[-1, -1, -1, -1, 6], [-1, -1, -1, 6, 0]], [[-1] * 5] * 2]
     frames = []
-    for k, (tokens, guess) in enumerate(zip(texts, guesses, strict=True)):
+    for k, (tokens, draft) in enumerate(zip(texts, drafts, strict=True)):
         tokens_BT = torch.tensor(tokens)
-        frames.append(Frame(tokens_BT, tokens_BT != MASK, torch.zeros(2), "m", k + 1, proposed_BT=torch.tensor(guess)))
+        frames.append(Frame(tokens_BT, tokens_BT != MASK, torch.zeros(2), "m", k + 1, draft_BT=torch.tensor(draft)))
     return recorded(canvas, frames)
 
 
-def test_what_became_of_proposals(tmp_path: Path) -> None:
+def test_accepted_and_rejected_draft_tokens(tmp_path: Path) -> None:
     made = text_grows()
     made.save(tmp_path / "run.traj")
     for run in (made, Trajectory.load(tmp_path / "run.traj")):
-        assert run.proposes
-        assert (run.proposed_B.tolist(), run.accepted_B.tolist()) == ([3, 2], [2, 0])
-        refused = [[column.tolist() for column in run.refused(k)] for k in range(4)]
-        assert refused == [[[], [], []], [[], [], []], [[0], [3], [4]], [[1, 1], [3, 4], [6, 0]]]
+        assert run.has_drafts
+        assert (run.drafted_B.tolist(), run.accepted_B.tolist()) == ([3, 2], [2, 0])
+        rejected = [[column.tolist() for column in run.rejected(k)] for k in range(4)]
+        assert rejected == [[[], [], []], [[], [], []], [[0], [3], [4]], [[1, 1], [3, 4], [6, 0]]]
         assert run.piece(0) == "<0>"  # shown, though never part of the text
 
 
-def test_a_run_without_proposals_has_the_file_that_it_always_had(tmp_path: Path) -> None:
+def test_a_run_without_drafts_has_the_file_that_it_always_had(tmp_path: Path) -> None:
     recorded(*hello()).save(tmp_path / "run.traj")
     with safe_open(tmp_path / "run.traj", framework="pt") as file:
         assert set(file.keys()) == {"row", "position", "token", "count", "start", "settled", "free", "valid", "t"}
     again = Trajectory.load(tmp_path / "run.traj")
-    assert not again.proposes
-    assert all(frame.proposed_BT is None for frame in again.frames())
-    assert [len(column) for k in range(3) for column in (*again.proposals(k), *again.refused(k))] == [0] * 18
+    assert not again.has_drafts
+    assert all(frame.draft_BT is None for frame in again.frames())
+    assert [len(column) for k in range(3) for column in (*again.drafts(k), *again.rejected(k))] == [0] * 18
 
 
 def test_the_file_holds_only_the_pieces_that_are_shown(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_the_file_holds_only_the_pieces_that_are_shown(tmp_path: Path) -> None:
     assert again.piece(6) == "\ufffd"
 
 
-def test_a_frame_of_another_shape_is_refused() -> None:
+def test_a_frame_of_another_shape_is_an_error() -> None:
     trajectory = recorded(*hello())
     tokens_BT = torch.zeros(2, 4, dtype=torch.long)
     with pytest.raises(ValueError, match="shape"):
@@ -276,7 +276,7 @@ def test_an_empty_canvas_is_told(rows: list[list[int | None]]) -> None:
         Canvas.from_rows(rows, fill=MASK)
 
 
-def test_a_canvas_that_contradicts_itself_is_refused() -> None:
+def test_a_canvas_that_contradicts_itself_is_an_error() -> None:
     tokens_BT, yes_BT = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="padding"):
         Canvas(tokens_BT, yes_BT, torch.arange(3).expand(2, 3) < 2)

@@ -28,7 +28,7 @@ FORMAT = 1
 class Canvas:
     """A batch of texts with holes: a prompt, an infill and a batch of both are the same thing.
 
-    tokens_BT: int64 token ids; what stands at a free position is ignored.
+    tokens_BT: int64 token ids; those at free positions are ignored.
     free_BT:   bool, True where the sampler writes.
     valid_BT:  bool, False at padding, which lies on the right.
     """
@@ -72,10 +72,10 @@ class Frame:
     """The state after one step. `settled` is a promise: the sampler does not change that position again.
 
     t_B: noise level each row has reached (1 noise, 0 data); model: key of the model that took the step;
-    forwards: network calls so far in this run (a call for the whole batch counts once), 0 for the noise that a run starts from.
+    forwards: forward passes so far in this run (one for the whole batch counts once), 0 for the noise that a run starts from.
     saved_B: steps that each row has not taken because its text had settled; doubt_B: how many of the tokens that were left
     alone so the model expects to change, by its own probabilities.
-    proposed_BT: tokens at open positions that the next call is to verify, -1 elsewhere; None from a sampler that proposes none.
+    draft_BT: draft tokens at open positions, which the next forward pass verifies, -1 elsewhere; None from a sampler without drafts.
     """
 
     tokens_BT: Tensor
@@ -85,7 +85,7 @@ class Frame:
     forwards: int
     saved_B: Tensor | None = None
     doubt_B: Tensor | None = None
-    proposed_BT: Tensor | None = None
+    draft_BT: Tensor | None = None
 
 
 Places = tuple[Tensor, Tensor, Tensor]
@@ -95,7 +95,8 @@ Places = tuple[Tensor, Tensor, Tensor]
 class Trajectory:
     """The frames of one run, stored as the changes between them.
 
-    Grows by `append`; frame 0 is the canvas before the first step. `pieces` maps a token id to what is shown for it.
+    Grows by `append`; frame 0 is the canvas before the first step. `pieces` maps a token id to the text shown for it.
+    drafted_B: draft tokens verified so far in each row; accepted_B: those of them that were accepted.
     """
 
     def __init__(
@@ -119,9 +120,9 @@ class Trajectory:
         self.settled_BT = torch.full_like(self.start_BT, -1)  # frame of the promise, -1 = not yet
         self.settled_BT[~self.free_BT] = 0
         self._events: list[Places] = []  # of frame 1, 2, ...
-        self._proposals: list[Places] = [_nowhere()]  # that stand in frame 0, 1, ...
-        self.proposes = False
-        self.proposed_B = torch.zeros(len(tokens_BT), dtype=torch.long)  # proposals verified so far
+        self._drafts: list[Places] = [_nowhere()]  # of frame 0, 1, ...
+        self.has_drafts = False
+        self.drafted_B = torch.zeros(len(tokens_BT), dtype=torch.long)
         self.accepted_B = torch.zeros(len(tokens_BT), dtype=torch.long)
         self._born = time.perf_counter()
 
@@ -130,7 +131,7 @@ class Trajectory:
         return len(self.forwards)
 
     def append(self, frame: Frame, *, seconds: float | None = None) -> None:
-        """Add a frame; `seconds` since the run began defaults to the clock. One before the first network call replaces the start."""
+        """Add a frame; `seconds` since the run began defaults to the clock. One before the first forward pass replaces the start."""
         k, tokens_BT = len(self), frame.tokens_BT.cpu()
         if tokens_BT.shape != self.current_BT.shape:
             raise ValueError(f"frame of shape {tuple(tokens_BT.shape)} in a trajectory of {tuple(self.current_BT.shape)}")
@@ -140,8 +141,8 @@ class Trajectory:
         rows, positions = (tokens_BT != self.current_BT).nonzero(as_tuple=True)
         self._events.append((rows, positions, tokens_BT[rows, positions]))
         self._tally(tokens_BT)
-        self.proposes |= frame.proposed_BT is not None
-        self._proposals.append(_nowhere() if frame.proposed_BT is None else _places(frame.proposed_BT.cpu()))
+        self.has_drafts |= frame.draft_BT is not None
+        self._drafts.append(_nowhere() if frame.draft_BT is None else _places(frame.draft_BT.cpu()))
         self.current_BT = tokens_BT.clone()
         self.changed_BT[rows, positions] = k
         self.settled_BT[frame.settled_BT.cpu() & (self.settled_BT < 0)] = k
@@ -151,22 +152,22 @@ class Trajectory:
         self.seconds.append(time.perf_counter() - self._born if seconds is None else seconds)
 
     def _tally(self, tokens_BT: Tensor) -> None:
-        """Count what the next frame makes of the proposals of the last."""
-        rows, positions, tokens = self._proposals[-1]
-        self.proposed_B += torch.bincount(rows, minlength=len(tokens_BT))
+        """Count the draft tokens of the last frame, and those that the next one accepts."""
+        rows, positions, tokens = self._drafts[-1]
+        self.drafted_B += torch.bincount(rows, minlength=len(tokens_BT))
         self.accepted_B += torch.bincount(rows[tokens_BT[rows, positions] == tokens], minlength=len(tokens_BT))
 
     def changes(self, k: int) -> Places:
-        """What frame k changed against frame k - 1; frame 0 nothing."""
+        """The changes of frame k against frame k - 1; none for frame 0."""
         return self._events[k - 1] if k else _nowhere()
 
-    def proposals(self, k: int) -> Places:
-        """What stands proposed in frame k, to be verified by the call after it."""
-        return self._proposals[k]
+    def drafts(self, k: int) -> Places:
+        """The draft tokens of frame k, which the forward pass after it verifies."""
+        return self._drafts[k]
 
-    def refused(self, k: int) -> Places:
-        """What was proposed in frame k - 1 and is not the text of frame k, row by row from the left."""
-        rows, positions, tokens = self._proposals[k - 1] if k else _nowhere()
+    def rejected(self, k: int) -> Places:
+        """The draft tokens of frame k - 1 that frame k rejected, row by row from the left."""
+        rows, positions, tokens = self._drafts[k - 1] if k else _nowhere()
         written_BT = torch.full_like(self.start_BT, -1)
         changed, at, new = self.changes(k)
         written_BT[changed, at] = new
@@ -180,20 +181,20 @@ class Trajectory:
             rows, positions, tokens = self.changes(k)
             tokens_BT[rows, positions] = tokens
             settled_BT = (self.settled_BT >= 0) & (self.settled_BT <= k)
-            proposed_BT = None
-            if self.proposes and k:
-                proposed_BT = torch.full_like(tokens_BT, -1)
-                rows, positions, tokens = self._proposals[k]
-                proposed_BT[rows, positions] = tokens
+            draft_BT = None
+            if self.has_drafts and k:
+                draft_BT = torch.full_like(tokens_BT, -1)
+                rows, positions, tokens = self._drafts[k]
+                draft_BT[rows, positions] = tokens
             t_B = torch.tensor(self.t_SB[k])
-            yield Frame(tokens_BT.clone(), settled_BT, t_B, self.models[k], self.forwards[k], proposed_BT=proposed_BT)
+            yield Frame(tokens_BT.clone(), settled_BT, t_B, self.models[k], self.forwards[k], draft_BT=draft_BT)
 
     def settle_step(self) -> Tensor:
         """int64 (B, T): the frame of each position's last change, 0 where it never changed."""
         return self.changed_BT.clone()
 
     def piece(self, token: int, mask: str = "█") -> str:
-        """What is shown for one token id."""
+        """The text shown for one token id."""
         return mask if token == self.mask_id else self.pieces.get(token, "\ufffd")
 
     def text(self, row: int = 0, mask: str = "█") -> str:
@@ -204,8 +205,8 @@ class Trajectory:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, to a temporary name first."""
         tensors = _packed(self._events)
-        if self.proposes:  # runs without proposals stay as they were
-            tensors |= {f"proposed_{name}": tensor for name, tensor in _packed(self._proposals).items()}
+        if self.has_drafts:  # a file of a run without drafts has no such keys; `proposed` is their name in every file since the first
+            tensors |= {f"proposed_{name}": tensor for name, tensor in _packed(self._drafts).items()}
         tensors |= {"start": self.start_BT.to(torch.int32), "settled": self.settled_BT.to(torch.int32)}
         tensors |= {"free": self.free_BT.contiguous(), "valid": self.valid_BT.contiguous()}
         tensors["t"] = torch.tensor(self.t_SB)
@@ -223,7 +224,7 @@ class Trajectory:
 
     @classmethod
     def load(cls, path: str | Path) -> Trajectory:
-        """Read what `save` wrote. InputError for a file that is something else, damaged, or of a later format."""
+        """Read a file that `save` wrote. InputError for a file that is something else, damaged, or of a later format."""
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -250,15 +251,15 @@ class Trajectory:
             meta=header["meta"],
         )
         events = _unpacked(tensors, "")
-        self.proposes = "proposed_count" in tensors
-        proposals = _unpacked(tensors, "proposed_") if self.proposes else [_nowhere()] * (len(events) + 1)
-        self._proposals = proposals[:1]
-        for (rows, positions, tokens), proposed in zip(events, proposals[1:], strict=True):
+        self.has_drafts = "proposed_count" in tensors
+        drafts = _unpacked(tensors, "proposed_") if self.has_drafts else [_nowhere()] * (len(events) + 1)
+        self._drafts = drafts[:1]
+        for (rows, positions, tokens), drafted in zip(events, drafts[1:], strict=True):
             self._events.append((rows, positions, tokens))
             self.current_BT[rows, positions] = tokens
             self.changed_BT[rows, positions] = len(self._events)
             self._tally(self.current_BT)
-            self._proposals.append(proposed)
+            self._drafts.append(drafted)
         self.settled_BT = tensors["settled"].long()
         self.t_SB, self.models = tensors["t"].tolist(), header["models"]
         self.forwards, self.seconds = header["forwards"], header["seconds"]
@@ -274,7 +275,7 @@ def _nowhere() -> Places:
 
 
 def _places(token_BT: Tensor) -> Places:
-    """Where a token stands, which -1 is not."""
+    """The positions that hold a token; -1 is none."""
     rows, positions = (token_BT >= 0).nonzero(as_tuple=True)
     return rows, positions, token_BT[rows, positions]
 

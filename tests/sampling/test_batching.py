@@ -13,7 +13,7 @@ import torch
 from conftest import make_model
 from dlm.language_model import LanguageModel
 from dlm.sampling.autoregressive.speculative import SpeculativeDecoder
-from dlm.sampling.batching import Joinable, Law
+from dlm.sampling.batching import Joinable, WrittenDistribution
 from dlm.sampling.draw import generators
 from dlm.trajectory import Canvas, Frame
 
@@ -59,9 +59,9 @@ def play(sampler: Any, rows: list[list[int | None]], model: LanguageModel) -> di
     order, seen = [0, 1], {row: list[Frame]() for row in range(4)}
 
     def part(frame: Frame, place: int, length: int) -> Frame:
-        proposed_BT = None if frame.proposed_BT is None else frame.proposed_BT[place : place + 1, :length]
+        draft_BT = None if frame.draft_BT is None else frame.draft_BT[place : place + 1, :length]
         at = slice(place, place + 1)
-        return Frame(frame.tokens_BT[at, :length], frame.settled_BT[at, :length], frame.t_B[at], "", 0, proposed_BT=proposed_BT)
+        return Frame(frame.tokens_BT[at, :length], frame.settled_BT[at, :length], frame.t_B[at], "", 0, draft_BT=draft_BT)
 
     def step() -> None:
         if not bool(run.live_B.any()):  # a great stride has ended them
@@ -109,9 +109,9 @@ def test_a_row_is_as_alone_at_each_of_its_steps(name: str, options: dict[str, An
         for mine, other in zip(seen[row], alone, strict=True):
             assert torch.equal(mine.tokens_BT, other.tokens_BT), row
             assert torch.equal(mine.settled_BT, other.settled_BT), row
-            if other.proposed_BT is not None:
-                assert mine.proposed_BT is not None, row
-                assert torch.equal(mine.proposed_BT, other.proposed_BT), row
+            if other.draft_BT is not None:
+                assert mine.draft_BT is not None, row
+                assert torch.equal(mine.draft_BT, other.draft_BT), row
     assert len({tuple(seen[row][-1].tokens_BT[0].tolist()) for row in range(4)}) == 4
 
 
@@ -143,7 +143,7 @@ def test_proposals_that_were_drawn_join_those_that_were_not(coupling: str) -> No
 
 @pytest.mark.parametrize("name", ["mask", "uniform", "ar"])
 def test_the_law_of_a_call_holds_what_was_drawn(name: str) -> None:
-    """Greedy text is the likeliest token of the law that the run keeps, at the columns it says."""
+    """Greedy text is the likeliest token of the distribution that the run keeps, at the columns it names."""
     model, rows = MODELS[name], ROWS[name]
     options: dict[str, Any] = {"sampler": "strided:3"} if name == "ar" else {"sampler": "ancestral", "steps": 1 if name == "uniform" else 8}
     sampler: Any = model.sampler(temperature=0.0, **options)
@@ -151,17 +151,17 @@ def test_the_law_of_a_call_holds_what_was_drawn(name: str) -> None:
     run, checked = sampler.begin(canvas_of(rows, model), rng=generators(0, 4)), 0
     before = run.frame()
     while bool(run.live_B.any()):
-        frame, law = run.step(), run.law
-        assert isinstance(law, Law)
+        frame, distribution = run.step(), run.distribution
+        assert isinstance(distribution, WrittenDistribution)
         for row in range(len(rows)):
             column_C = (frame.settled_BT[row] & ~before.settled_BT[row]).nonzero().squeeze(-1)
-            score_CV, known_C = law.at(row, column_C)
+            score_CV, known_C = distribution.at(row, column_C)
             assert known_C.all()
             score_CV = score_CV.index_fill(1, torch.tensor(model.tokenizer.mask_id), -torch.inf)
             assert torch.equal(score_CV.argmax(-1), frame.tokens_BT[row, column_C])
             checked += len(column_C)
         if name == "mask":  # not those of a whole window
-            assert len(law.row_N) == int((frame.settled_BT & ~before.settled_BT).sum())
+            assert len(distribution.row_N) == int((frame.settled_BT & ~before.settled_BT).sum())
         before = frame
     assert checked == sum(row.count(None) for row in rows)
 

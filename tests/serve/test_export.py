@@ -57,7 +57,7 @@ def test_a_trace_becomes_its_run() -> None:
     assert run.seconds == [0.0, 0.1, 0.2, 0.4]
 
 
-def test_proposals_stand_beside_the_text() -> None:
+def test_draft_tokens_stand_beside_the_text() -> None:
     given = trace()
     given["begin"]["sampler"] = "lookup:4"
     given["steps"] = [
@@ -67,16 +67,16 @@ def test_proposals_stand_beside_the_text() -> None:
     ]
     _, run = pane(given)
     assert run.text() == "abcyw"
-    _, positions, tokens = run.proposals(1)
+    _, positions, tokens = run.drafts(1)
     assert [(position, run.piece(token)) for position, token in zip(positions.tolist(), tokens.tolist(), strict=True)] == [
         (3, "y"),
         (4, "z"),
     ]
-    assert [run.piece(token) for token in run.refused(2)[2].tolist()] == ["z"]
+    assert [run.piece(token) for token in run.rejected(2)[2].tolist()] == ["z"]
     assert len(run) == 3
     assert run.forwards == [0, 1, 2]
     assert run.settled_BT[0].tolist() == [0, 0, 1, 2, 2]
-    assert (run.proposed_B.tolist(), run.accepted_B.tolist()) == ([2], [1])
+    assert (run.drafted_B.tolist(), run.accepted_B.tolist()) == ([2], [1])
 
 
 def test_a_text_of_parts_of_characters() -> None:

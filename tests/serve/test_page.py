@@ -239,7 +239,7 @@ def test_side_by_side(visit: Callable[..., User]) -> None:
 
 
 @browses
-def test_proposals(visit: Callable[..., User]) -> None:
+def test_draft_tokens(visit: Callable[..., User]) -> None:
     user = visit()
     text = user.generate("ROMEO:\nThe king, the king, the", model="shakespeare-ar", sampler="lookup", length=60, seed=1, temperature=0.5)
     assert len(text) == 60

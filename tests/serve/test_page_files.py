@@ -26,10 +26,10 @@ def test_the_colours_are_those_of_every_other_picture() -> None:
     dark, light = re.findall(r"^:root[^{]*\{([^}]*)\}", css, re.M)[:2]
     for block, theme in ((dark, palette.DARK), (light, palette.LIGHT)):
         found = dict(re.findall(r"--(\w+): (#\w+);", block))
-        for name in ("page", "panel", "line", "text", "quiet", "accent", "mask", "given", "draft", "refused"):
+        for name in ("page", "panel", "line", "text", "quiet", "accent", "mask", "given", "draft", "rejected"):
             assert found[name] == getattr(theme, name), name
         assert (found["ink1"], found["glow1"], found["glow2"]) == (*theme.glow[1], theme.glow[3][1])
-        for ink in ("text", "quiet", "soft", "given", "draft", "refused"):  # AA
+        for ink in ("text", "quiet", "soft", "given", "draft", "rejected"):  # AA
             assert contrast(found[ink], found["page"]) >= 4.5, ink
             assert contrast(found[ink], found["panel"]) >= 4.5, ink
         assert contrast(found["ink1"], found["glow1"]) >= 4.5

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dlm.viz.gif import write_gif
 from dlm.viz.palette import COLD, DARK, LIGHT, Look, paint, rgb
-from runs import proposing, run
+from runs import drafting, run
 
 SMALL = {"size": 12, "columns": 40}
 COOLING = 8  # pictures of the end at 20 a second
@@ -71,15 +71,15 @@ def test_wide_characters_keep_their_cells(tmp_path: Path) -> None:
         assert rgb(DARK.mask) not in colours(image)
 
 
-def test_what_becomes_of_proposals_has_a_picture(tmp_path: Path) -> None:
-    """What is proposed, then what of it is refused; where nothing is proposed the two pictures are one."""
-    write_gif([("", proposing())], tmp_path / "run.gif", **SMALL)
+def test_the_verification_of_draft_tokens_has_a_picture(tmp_path: Path) -> None:
+    """The draft tokens, then the rejected ones among them; without draft tokens the two pictures are one."""
+    write_gif([("", drafting())], tmp_path / "run.gif", **SMALL)
     red = []
     with Image.open(tmp_path / "run.gif") as image:
         assert image.n_frames == 9 + COOLING
         for k in range(image.n_frames):
             image.seek(k)
-            red.append(rgb(DARK.refused) in colours(image))
+            red.append(rgb(DARK.rejected) in colours(image))
     assert [k for k, struck in enumerate(red) if struck] == [4]  # between calls 2 and 3
 
 

@@ -13,7 +13,7 @@ import torch
 
 from dlm.trajectory import Canvas, Frame, Trajectory
 from dlm.viz.html import write_html
-from runs import PROPOSED, TEXT, proposing, run
+from runs import DRAFTS, TEXT, drafting, run
 
 NASTY = ["</script><script>alert(1)</script>", "<b>b</b>", "&amp;", "\n", "\u2028", "{{data}}", "/*palette*/", "\ud800", "日本"]
 
@@ -108,13 +108,13 @@ def test_the_page_needs_no_network(tmp_path: Path) -> None:
     assert len(text) < 40_000
 
 
-def test_proposals_of_each_frame(tmp_path: Path) -> None:
-    write_html([("", proposing()), ("", run())], tmp_path / "page.html")
+def test_draft_tokens_of_each_frame(tmp_path: Path) -> None:
+    write_html([("", drafting()), ("", run())], tmp_path / "page.html")
     ours, plain = json.loads(Page((tmp_path / "page.html").read_text()).data)
-    assert plain["proposals"] == []
+    assert plain["drafts"] == []
     known = 3
-    assert ours["proposals"][0] == []
-    for flat, (new, guess) in zip(ours["proposals"][1:], PROPOSED, strict=True):
+    assert ours["drafts"][0] == []
+    for flat, (new, draft) in zip(ours["drafts"][1:], DRAFTS, strict=True):
         known += len(new)
-        assert flat[::2] == list(range(known, known + len(guess)))
-        assert "".join(ours["pieces"][piece] for piece in flat[1::2]) == guess
+        assert flat[::2] == list(range(known, known + len(draft)))
+        assert "".join(ours["pieces"][piece] for piece in flat[1::2]) == draft

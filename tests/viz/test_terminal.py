@@ -12,7 +12,7 @@ from rich.console import Console
 from dlm.viz import layout
 from dlm.viz.palette import COLD, level
 from dlm.viz.terminal import LiveView, Panes, replay
-from runs import TEXT, proposing, run
+from runs import TEXT, drafting, run
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -136,12 +136,12 @@ def test_several_runs_one_after_another_in_the_scrollback() -> None:
 
 
 @pytest.mark.parametrize("no_color", [False, True])
-def test_proposals_are_dim_and_what_was_refused_is_struck(no_color: bool) -> None:
+def test_draft_tokens_are_dim_and_rejected_ones_are_struck(no_color: bool) -> None:
     """In front of what replaced it; after the end there is neither."""
     shown = {}
     for until in (2, 3, 4, 5):
         console = terminal(no_color=no_color)
-        console.print(Panes([("", proposing(until))]))
+        console.print(Panes([("", drafting(until))]))
         parts = re.findall(r"\x1b\[([0-9;]*)m([^\x1b]*)", output(console))
         struck = "".join(text for code, text in parts if code.startswith("9"))
         dim = "".join(text for code, text in parts if code == "2;3")
@@ -154,10 +154,10 @@ def test_proposals_are_dim_and_what_was_refused_is_struck(no_color: bool) -> Non
     }
 
 
-def test_the_line_below_tells_tokens_a_call_and_acceptance() -> None:
-    lines = drawn(Panes([("", proposing(3))]), terminal())
+def test_the_line_below_tells_tokens_a_pass_and_acceptance() -> None:
+    lines = drawn(Panes([("", drafting(3))]), terminal())
     assert "2.3 tok/pass  3 passes  67% accepted  23 tok/s" in lines[-1]
     console = terminal(width=120)
-    replay([("", proposing())], console, seconds=0.1)
+    replay([("", drafting())], console, seconds=0.1)
     end = ESCAPES.sub("", output(console)).replace("\r", "")
     assert end.endswith("O: Hear me now.\n5 steps, 5 passes, 12 tokens in 0.50 s, 2.4 tok/pass, 78% of 9 draft tokens accepted, 24 tok/s\n")

@@ -116,8 +116,8 @@ class Run:
                     turns=turns,
                     steps_saved=None if saved_B is None else int(saved_B[row]),
                     expected_edits=None if doubt_B is None else float(doubt_B[row]),
-                    proposed=int(run.proposed_B[row]) if run.proposes else None,
-                    accepted=int(run.accepted_B[row]) if run.proposes else None,
+                    proposed=int(run.drafted_B[row]) if run.has_drafts else None,
+                    accepted=int(run.accepted_B[row]) if run.has_drafts else None,
                 )
             )
         return results

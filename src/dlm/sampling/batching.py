@@ -18,7 +18,7 @@ from dlm.trajectory import Canvas, Frame
 
 
 @dataclass(frozen=True)
-class Law:
+class WrittenDistribution:
     """The network's distribution of each token that the last forward pass wrote, before temperature: token n is in column_N of row_N.
 
     score_NV: log p of the tokens up to a constant; the entry of the mask means nothing. Positions that were not written are not kept: their
@@ -40,7 +40,7 @@ class Law:
 class Running(Protocol):
     """The state of a run. `live_B`: rows that are not done; `step` makes one forward pass for all of them."""
 
-    law: Law | None
+    distribution: WrittenDistribution | None
     reads_first: ClassVar[bool]
     """Whether the first forward pass of a row is longer than the next ones, so that it is better made before it joins others."""
 

@@ -116,11 +116,11 @@ def _run(begin: dict[str, Any], tokens: list[Any], states: str, steps: list[Any]
     forwards, seconds = 1, 0.0
     for k, move in enumerate(moves, 1):
         token_BT = _put(token_BT, move.written)
-        proposed_BT = _put(torch.full_like(token_BT, -1), move.proposed) if proposes else None
+        draft_BT = _put(torch.full_like(token_BT, -1), move.proposed) if proposes else None
         settled_BT = ((promise_T >= 0) & (promise_T <= k))[None]
         forwards, seconds = max(forwards, move.forwards), max(seconds, move.seconds)  # a replay only goes forward
         t_B = torch.tensor([1 - k / len(moves)])
-        run.append(Frame(token_BT, settled_BT, t_B, move.model, forwards, proposed_BT=proposed_BT), seconds=seconds)
+        run.append(Frame(token_BT, settled_BT, t_B, move.model, forwards, draft_BT=draft_BT), seconds=seconds)
     return run
 
 

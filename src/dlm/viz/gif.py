@@ -17,13 +17,13 @@ from dlm.files import replacing
 from dlm.trajectory import Places, Trajectory
 from dlm.viz import layout
 from dlm.viz.layout import Pane
-from dlm.viz.palette import COLD, DARK, LEVEL_SECONDS, PROPOSED, REFUSED, RGB, Look, Theme, paint, rgb
+from dlm.viz.palette import COLD, DARK, DRAFTED, LEVEL_SECONDS, REJECTED, RGB, Look, Theme, paint, rgb
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SHORTEST, SLOWEST = 4.0, 0.25  # seconds: a run of few steps is slowed to last this long, but no step longer than that
-SOFT = 6  # shades of an edge between two colours
+MIN_RUN_SECONDS, MAX_STEP_SECONDS = 4.0, 0.25  # a run of few steps is slowed to last the first, but no step longer than the second
+EDGE_SHADES = 6  # between two colours
 
 Cell = tuple[str, int, Look]
 """A character, its width in cells and its look."""
@@ -44,9 +44,10 @@ def write_gif(
 ) -> None:
     """Write a looping GIF, to a temporary name first.
 
-    One picture for each step, one of what becomes of its proposals where a run has them, plus the cooling at the end, `max_frames` in
-    all: longer runs skip steps. One pane goes step by step, several share the clock. columns, rows: cells of a pane at most (it scrolls
-    if the text is longer); hold: seconds the end stands still; size: font size in pixels. ModuleNotFoundError without the viz extra.
+    One picture for each step, one of the verification of its draft tokens where a run has them, plus the cooling at the end,
+    `max_frames` in all: longer runs skip steps. One pane goes step by step, several share the clock. columns, rows: cells of a pane at
+    most (it scrolls if the text is longer); hold: seconds the end stands still; size: font size in pixels.
+    ModuleNotFoundError without the viz extra.
     """
     if find_spec("PIL") is None or find_spec("matplotlib") is None:
         raise ModuleNotFoundError("a GIF needs the viz extra: pip install 'dlm[viz]'")
@@ -55,8 +56,8 @@ def write_gif(
     if not panes or min(fps, columns, rows, size) < 1:
         raise ValueError("a GIF needs a pane, and fps, columns, rows and size of at least 1")
     cooling = math.ceil(COLD * LEVEL_SECONDS * fps)
-    shown = max(2, min(max(2 * len(run) - 1 if run.proposes else len(run) for _, run in panes), max_frames - cooling))
-    delay = max(1 / fps, min(SLOWEST, SHORTEST / shown))
+    shown = max(2, min(max(2 * len(run) - 1 if run.has_drafts else len(run) for _, run in panes), max_frames - cooling))
+    delay = max(1 / fps, min(MAX_STEP_SECONDS, MIN_RUN_SECONDS / shown))
     durations = [max(delay, 0.4)] + [delay] * (shown - 1) + [1 / fps] * (cooling - 1) + [1 / fps + hold]
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     stage = _Stage(panes, row, columns, rows, _Stamps(fonts, size, theme), delay)
@@ -97,12 +98,12 @@ class _Stamps:
         return self.colors.index(color)
 
     def ramp(self, low: RGB, high: RGB) -> list[int]:
-        """256 indices from one colour to the other in SOFT + 1 shades."""
+        """256 indices from one colour to the other in EDGE_SHADES + 1 shades."""
         shades = []
-        for i in range(SOFT + 1):
-            red, green, blue = (round(a + (b - a) * i / SOFT) for a, b in zip(low, high, strict=True))
+        for i in range(EDGE_SHADES + 1):
+            red, green, blue = (round(a + (b - a) * i / EDGE_SHADES) for a, b in zip(low, high, strict=True))
             shades.append(self.index((red, green, blue)))
-        return [shades[round(coverage / 255 * SOFT)] for coverage in range(256)]
+        return [shades[round(coverage / 255 * EDGE_SHADES)] for coverage in range(256)]
 
     def cell(self, cell: Cell) -> Image.Image:
         """One character on its ground; a mask is a filled block, so that no font need have one."""
@@ -128,9 +129,9 @@ class _Stamps:
             glyph = Image.new("L", box, 0)
             font = self.slanted if look.draft else self.regular
             ImageDraw.Draw(glyph).text((0, self.baseline), char, fill=255, font=font, anchor="ls")
-            touched = glyph.point([int(c > 255 / SOFT / 2) * 255 for c in range(256)])
+            touched = glyph.point([int(c > 255 / EDGE_SHADES / 2) * 255 for c in range(256)])
             image.paste(glyph.point(self.ramp(ground, ink)), mask=touched)
-        if look.kind == "refused":
+        if look.kind == "rejected":
             middle, thick = round(0.52 * self.height), max(2, self.height // 15)
             image.paste(self.index(ink), (0, middle, box[0], middle + thick))
         return image
@@ -196,7 +197,7 @@ class _Stage:
                 over = now - run.seconds[-1] if len(run) == len(times[i]) else 0.0
                 k = len(run)
                 judged = k < len(times[i]) and 2 * now >= times[i][k - 1] + times[i][k] - 1e-6
-                self._pane(canvas, i, run, over + after, self.panes[i][1].refused(k) if judged else None)
+                self._pane(canvas, i, run, over + after, self.panes[i][1].rejected(k) if judged else None)
             image = canvas.copy()
             image.putpalette(self.stamps.palette())
             yield image
@@ -206,8 +207,8 @@ class _Stage:
         looks = [
             Look("mask"),
             Look("given"),
-            PROPOSED,
-            REFUSED,
+            DRAFTED,
+            REJECTED,
             Look("text"),
             Look("text", draft=True),
             *(Look("text", k) for k in range(COLD)),
@@ -218,12 +219,12 @@ class _Stage:
         self.stamps.index(rgb(self.stamps.theme.accent))
         self.stamps.index(rgb(self.stamps.theme.line))
 
-    def _pane(self, canvas: Image.Image, i: int, run: Trajectory, after: float, refused: Places | None) -> None:
-        """refused: which of the proposals that stand do not hold, None while they are not verified."""
+    def _pane(self, canvas: Image.Image, i: int, run: Trajectory, after: float, rejected: Places | None) -> None:
+        """rejected: those of the draft tokens shown, None before their verification."""
         width, height = self.stamps.width, self.stamps.height
         left = self.lefts[i]
         looks = layout.looks(run, self.row, after=after)
-        cells = self._cells(i, run, looks if refused is None else layout.judged(run, self.row, looks, refused))
+        cells = self._cells(i, run, looks if rejected is None else layout.judged(run, self.row, looks, rejected))
         for (x, y), (_, span, _) in self.drawn[i].items():
             if (x, y) not in cells or cells[x, y][1] != span:
                 corner = (left + x * width, self.top + y * height)
@@ -239,13 +240,13 @@ class _Stage:
         for start, end, color in ((0, full, self.stamps.theme.accent), (full, room, self.stamps.theme.line)):
             canvas.paste(self.stamps.index(rgb(color)), (left + start, self.foot, left + end, self.foot + thick))
         facts = f"step {numbers.steps}/{len(whole) - 1}   {numbers.forwards} passes"
-        if numbers.proposed is not None:  # a step is a call
-            facts = f"pass {numbers.forwards}/{whole.forwards[-1]}   {numbers.per_call:.1f} tok/pass   {numbers.acceptance:.0%} accepted"
+        if numbers.drafted is not None:  # a step is a forward pass
+            facts = f"pass {numbers.forwards}/{whole.forwards[-1]}   {numbers.per_pass:.1f} tok/pass   {numbers.acceptance:.0%} accepted"
         facts += f"   {whole.seconds[numbers.steps]:.1f} s" if len(self.panes) > 1 and whole.seconds[-1] else ""
         canvas.paste(self.stamps.caption(facts, room, self.stamps.theme.quiet), (left, self.foot + height // 3))
 
     def _cells(self, i: int, run: Trajectory, looks: Sequence[Look]) -> dict[tuple[int, int], Cell]:
-        """What stands at each (column, line) of the pane. The end is known, so characters stand at their final places."""
+        """The character at each (column, line) of the pane. The end is known, so characters stand at their final places."""
         lines = self.lines[i]
         warm = [y for y, line in enumerate(lines) for g in line if looks[g.position].level < COLD]
         top = self.tops[i] = layout.follow(self.tops[i], warm, self.rows, len(lines))

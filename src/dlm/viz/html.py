@@ -31,10 +31,10 @@ def write_html(panes: Sequence[Pane], path: str | Path, *, row: int = 0) -> None
 def _record(label: str, run: Trajectory, row: int) -> dict[str, Any]:
     """One pane as plain data.
 
-    pieces: what tokens show, `mask` the index of the one that is noise, -1 for none; start: an index into pieces for each
+    pieces: the texts of tokens, `mask` the index of the one that is noise, -1 for none; start: an index into pieces for each
     position; free: 1 where the sampler writes; settled: the frame of the promise, -1 for none; events: for each frame after the
-    first, position and piece by turns; proposals: in the same way for each frame what stands proposed, empty where a run proposes
-    nothing; forwards and seconds: for each frame.
+    first, position and piece by turns; drafts: in the same way the draft tokens of each frame, empty for a run without drafts;
+    forwards and seconds: for each frame.
     """
     positions = run.valid_BT[row].nonzero().squeeze(-1).tolist()
     place = {position: i for i, position in enumerate(positions)}
@@ -48,7 +48,7 @@ def _record(label: str, run: Trajectory, row: int) -> dict[str, Any]:
         return [number for at, token in mine for number in (at, index.setdefault(token, len(index)))]
 
     events = [flat(run.changes(k)) for k in range(1, len(run))]
-    proposals = [flat(run.proposals(k)) for k in range(len(run))] if run.proposes else []
+    drafts = [flat(run.drafts(k)) for k in range(len(run))] if run.has_drafts else []
     return {
         "label": label,
         "pieces": [run.piece(token) for token in index],
@@ -57,7 +57,7 @@ def _record(label: str, run: Trajectory, row: int) -> dict[str, Any]:
         "free": [int(run.free_BT[row, position]) for position in positions],
         "settled": run.settled_BT[row][run.valid_BT[row]].tolist(),
         "events": events,
-        "proposals": proposals,
+        "drafts": drafts,
         "forwards": run.forwards,
         "seconds": [round(s, 4) for s in run.seconds],
     }

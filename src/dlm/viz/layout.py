@@ -1,4 +1,4 @@
-"""One row of a run as glyphs on lines: what each position shows, how it looks, where lines break."""
+"""One row of a run as glyphs on lines: the text of each position, its look, and where lines break."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from rich.cells import get_character_cell_size
 
 from dlm.trajectory import Canvas, Places, Trajectory
-from dlm.viz.palette import COLD, GIVEN, MASK, PROPOSED, REFUSED, Look, level
+from dlm.viz.palette import COLD, DRAFTED, GIVEN, MASK, REJECTED, Look, level
 
 TEXT = [[Look("text", heat, draft) for draft in (False, True)] for heat in range(COLD + 1)]
 
@@ -29,9 +29,12 @@ class Glyph(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What a run has done so far in one row. settled and free count positions that the sampler writes; under_way those of the window
-    that a revising sampler is at, of which it has taken the share `done` of its time; model: of a schedule, whose turn it was.
-    accepted of `proposed` tokens held, where a sampler proposes; else proposed is None."""
+    """The progress of a run in one row.
+
+    settled and free count positions that the sampler writes. under_way counts those of the window that a revising sampler is at, of
+    which it has taken the share `done` of its time. model: of a schedule, the one that took the last step.
+    accepted of the `drafted` tokens were accepted; drafted is None for a sampler without drafts.
+    """
 
     settled: int
     free: int
@@ -42,7 +45,7 @@ class Figures(NamedTuple):
     done: float = 0.0
     model: str = ""
     accepted: int = 0
-    proposed: int | None = None
+    drafted: int | None = None
 
     @property
     def share(self) -> float:
@@ -53,13 +56,13 @@ class Figures(NamedTuple):
         return self.settled / self.seconds if self.seconds else 0.0
 
     @property
-    def per_call(self) -> float:
+    def per_pass(self) -> float:
         return self.settled / self.forwards if self.forwards else 0.0
 
     @property
     def acceptance(self) -> float:
-        """The share of proposals that held; 0 where there was none."""
-        return self.accepted / self.proposed if self.proposed else 0.0
+        """The share of the draft tokens that were accepted; 0 where there was none."""
+        return self.accepted / self.drafted if self.drafted else 0.0
 
 
 def figures(run: Trajectory, row: int) -> Figures:
@@ -69,22 +72,22 @@ def figures(run: Trajectory, row: int) -> Figures:
     free = int(free_T.sum())
     under_way = min(free - settled, run.meta.get("window", free)) if run.meta.get("revises") else 0
     model = run.models[-1] if run.meta.get("schedule") else ""
-    verified = (int(run.accepted_B[row]), int(run.proposed_B[row])) if run.proposes else (0, None)
+    verified = (int(run.accepted_B[row]), int(run.drafted_B[row])) if run.has_drafts else (0, None)
     return Figures(settled, free, len(run) - 1, run.forwards[-1], run.seconds[-1], under_way, 1 - run.t_SB[-1][row], model, *verified)
 
 
 def pieces(run: Trajectory, row: int, mask: str = "█") -> list[str]:
-    """What each position of a row shows at the last frame; padding is left out. A line breaks only where that is settled: text that
-    is still being revised would jump about. A token that is proposed stands in place of its mask."""
+    """The text of each position of a row at the last frame; padding is left out. A line breaks only where that is settled: text that
+    is still being revised would jump about. A draft token stands in place of its mask."""
     valid_T = run.valid_BT[row]
-    token_T, proposed = run.current_BT[row].clone(), at_row(run.proposals(len(run) - 1), row)
-    token_T[list(proposed)] = torch.tensor(list(proposed.values()), dtype=torch.long)
+    token_T, drafted = run.current_BT[row].clone(), at_row(run.drafts(len(run) - 1), row)
+    token_T[list(drafted)] = torch.tensor(list(drafted.values()), dtype=torch.long)
     shown = zip(token_T[valid_T].tolist(), run.settled_BT[row][valid_T].tolist(), strict=True)
     return [piece if settled >= 0 else piece.replace("\n", "↵") for piece, settled in ((run.piece(t, mask), k) for t, k in shown)]
 
 
 def looks(run: Trajectory, row: int, *, pace: float = 1.0, after: float = 0.0) -> list[Look]:
-    """How each position of a row looks at the last frame; padding is left out.
+    """The look of each position of a row at the last frame; padding is left out.
 
     pace: seconds of the viewer to one of the run. after: seconds since the last frame, when the run is over.
     """
@@ -95,7 +98,7 @@ def looks(run: Trajectory, row: int, *, pace: float = 1.0, after: float = 0.0) -
         heat[k] = level(math.inf if after else last - k, (now - run.seconds[k]) * pace + after)
         if heat[k] == COLD:
             break
-    result, proposed = [], at_row(run.proposals(last), row)
+    result, drafted = [], at_row(run.drafts(last), row)
     for position, token, changed, settled, free in zip(
         range(int(valid_T.sum())),  # padding lies on the right
         run.current_BT[row][valid_T].tolist(),
@@ -104,8 +107,8 @@ def looks(run: Trajectory, row: int, *, pace: float = 1.0, after: float = 0.0) -
         run.free_BT[row][valid_T].tolist(),
         strict=True,
     ):
-        if position in proposed:
-            result.append(PROPOSED)
+        if position in drafted:
+            result.append(DRAFTED)
         elif token == run.mask_id:
             result.append(MASK)
         elif not free:
@@ -117,20 +120,20 @@ def looks(run: Trajectory, row: int, *, pace: float = 1.0, after: float = 0.0) -
     return result
 
 
-def with_refused(run: Trajectory, row: int, shown: Sequence[str], looks: Sequence[Look]) -> tuple[list[str], list[Look]]:
-    """The same pieces and looks with what the last frame refused struck out in front of the token that replaced it."""
-    refused = at_row(run.refused(len(run) - 1), row)
-    if not refused:
+def with_rejected(run: Trajectory, row: int, shown: Sequence[str], looks: Sequence[Look]) -> tuple[list[str], list[Look]]:
+    """The same pieces and looks with the rejected draft tokens of the last frame, struck out in front of the token that replaced them."""
+    rejected = at_row(run.rejected(len(run) - 1), row)
+    if not rejected:
         return list(shown), list(looks)
-    at = min(refused)
-    struck = [run.piece(token).replace("\n", "↵") for token in refused.values()]
-    return [*shown[:at], *struck, *shown[at:]], [*looks[:at], *[REFUSED] * len(struck), *looks[at:]]
+    at = min(rejected)
+    struck = [run.piece(token).replace("\n", "↵") for token in rejected.values()]
+    return [*shown[:at], *struck, *shown[at:]], [*looks[:at], *[REJECTED] * len(struck), *looks[at:]]
 
 
-def judged(run: Trajectory, row: int, looks: Sequence[Look], refused: Places) -> list[Look]:
-    """The same looks with the proposals of the last frame as the next call finds them: refused or just accepted."""
-    wrong = at_row(refused, row)
-    return [look if look != PROPOSED else REFUSED if i in wrong else TEXT[0][False] for i, look in enumerate(looks)]
+def judged(run: Trajectory, row: int, looks: Sequence[Look], rejected: Places) -> list[Look]:
+    """The same looks after the next forward pass has verified the draft tokens: rejected or just accepted."""
+    wrong = at_row(rejected, row)
+    return [look if look != DRAFTED else REJECTED if i in wrong else TEXT[0][False] for i, look in enumerate(looks)]
 
 
 def at_row(places: Places, row: int) -> dict[int, int]:
@@ -150,7 +153,7 @@ def visible(char: str) -> str:
 
 @cache
 def glyphs(piece: str) -> tuple[tuple[str, int], ...]:
-    """(character, cells) of what is visible of one piece; a line break takes no cell."""
+    """(character, cells) of the visible part of one piece; a line break takes no cell."""
     shown = [visible(char) for char in piece.replace("\t", "    ")]
     return tuple((char, 0 if char == "\n" else get_character_cell_size(char)) for char in shown)
 

@@ -1,8 +1,8 @@
-"""What a character looks like, given its state: the one source for terminal styles, CSS and GIF colours.
+"""The look of a character, given its state: the one source for terminal styles, CSS and GIF colours.
 
-A character that has just changed glows and cools to its settled colour. Masks are deep indigo, given text is quiet, and a
-draft (the sampler may still change it) is slanted, so that it can be told from settled text without colour. What is only proposed is
-dim and slanted, what was refused is struck through.
+A character that has just changed glows and cools to its settled colour. Masks are deep indigo and given text is quiet. Text that the
+sampler may still change is slanted, so that it can be told from settled text without colour. A draft token is dim and slanted, a
+rejected one is struck through.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ LEVEL_SECONDS = 0.05
 
 
 class Look(NamedTuple):
-    """How one character is drawn. kind: mask, given, text, proposed or refused; level: 0 (hot) .. COLD; draft: not promised yet."""
+    """How one character is drawn. kind: mask, given, text, drafted or rejected; level: 0 (hot) .. COLD; draft: not promised yet."""
 
     kind: str
     level: int = COLD
     draft: bool = False
 
 
-MASK, GIVEN, PROPOSED, REFUSED = Look("mask"), Look("given"), Look("proposed", draft=True), Look("refused")
+MASK, GIVEN, DRAFTED, REJECTED = Look("mask"), Look("given"), Look("drafted", draft=True), Look("rejected")
 
 
 def level(frames: float, seconds: float) -> int:
@@ -51,7 +51,7 @@ class Theme:
     mask: str
     given: str
     draft: str
-    refused: str
+    rejected: str
     glow: tuple[tuple[str, str], ...]
 
 
@@ -65,7 +65,7 @@ DARK = Theme(
     mask="#2d2b63",
     given="#7390b5",
     draft="#a294dc",
-    refused="#e0686d",
+    rejected="#e0686d",
     glow=(
         ("#221503", "#fff3d1"),
         ("#221503", "#ffd680"),
@@ -88,7 +88,7 @@ LIGHT = Theme(
     mask="#c7c4ee",
     given="#44698f",
     draft="#6a57b8",
-    refused="#bf3840",
+    rejected="#bf3840",
     glow=(
         ("#3b1d00", "#ffab1f"),
         ("#3b1d00", "#ffbe4d"),
@@ -105,7 +105,7 @@ LIGHT = Theme(
 TERMINAL_MASK, TERMINAL_GIVEN, TERMINAL_DRAFT = "#6a63cf", "#5f87af", "#8a78c8"
 TERMINAL_HOT = (("#221503", "#ffe6a8"), ("#221503", "#ffcb66"), ("#221503", "#f6ae45"))
 TERMINAL_GLOW = ("#d58a1c", "#c3842f", "#b07f42", "#9f7a58", "#8f7868")
-TERMINAL_REFUSED = "#c9565c"
+TERMINAL_REJECTED = "#c9565c"
 QUIET, ACCENT = Style(dim=True), Style(color="#c98a1c")
 
 HEATMAP = (
@@ -118,10 +118,10 @@ HEATMAP = (
 @cache
 def terminal(look: Look, color: bool = True) -> Style:
     """The rich style; without colour, freshness is bold and underline and a mask is dim."""
-    if look.kind == "proposed":
+    if look.kind == "drafted":
         return Style(dim=True, italic=True)
-    if look.kind == "refused":
-        return Style(color=TERMINAL_REFUSED, strike=True) if color else Style(strike=True)
+    if look.kind == "rejected":
+        return Style(color=TERMINAL_REJECTED, strike=True) if color else Style(strike=True)
     if look.kind != "text":
         return Style(color=TERMINAL_MASK if look.kind == "mask" else TERMINAL_GIVEN) if color else QUIET
     if not color:
@@ -140,8 +140,8 @@ def paint(look: Look, theme: Theme = DARK) -> tuple[RGB, RGB]:
         return rgb(theme.mask), rgb(theme.mask)
     if look.kind == "given":
         return rgb(theme.given), rgb(theme.page)
-    if look.kind in ("proposed", "refused"):
-        return rgb(theme.quiet if look.kind == "proposed" else theme.refused), rgb(theme.page)
+    if look.kind in ("drafted", "rejected"):
+        return rgb(theme.quiet if look.kind == "drafted" else theme.rejected), rgb(theme.page)
     if look.level < COLD:
         ink, ground = theme.glow[look.level]
         return rgb(ink), rgb(ground)
@@ -153,13 +153,13 @@ def rgb(color: str) -> RGB:
 
 
 def css() -> str:
-    """Custom properties of both themes; classes m (mask), g (given), d (draft), p (proposed), x (refused), f0 .. f7 (glow), h0 .. h11
+    """Custom properties of both themes; classes m (mask), g (given), d (draft), p (draft token), x (rejected), f0 .. f7 (glow), h0 .. h11
     (heat map)."""
     rules = [
         f":root{{color-scheme:dark light;{_properties(DARK)}}}",
         f"@media (prefers-color-scheme:light){{:root{{{_properties(LIGHT)}}}}}",
         ".m{background:var(--mask)}.g{color:var(--given)}.d{color:var(--draft);font-style:italic}",
-        ".p{color:var(--quiet);font-style:italic}.x{color:var(--refused);text-decoration:line-through}",
+        ".p{color:var(--quiet);font-style:italic}.x{color:var(--rejected);text-decoration:line-through}",
     ]
     rules += [f".f{i}{{color:var(--ink{i});background:var(--glow{i})}}" for i in range(COLD)]
     for i, ground in enumerate(HEATMAP):
@@ -169,7 +169,7 @@ def css() -> str:
 
 
 def _properties(theme: Theme) -> str:
-    names = ("page", "panel", "line", "text", "quiet", "accent", "mask", "given", "draft", "refused")
+    names = ("page", "panel", "line", "text", "quiet", "accent", "mask", "given", "draft", "rejected")
     pairs = [f"--{name}:{getattr(theme, name)}" for name in names]
     pairs += [f"--ink{i}:{ink};--glow{i}:{ground}" for i, (ink, ground) in enumerate(theme.glow)]
     return ";".join(pairs)

@@ -18,9 +18,9 @@ from dlm.viz import layout
 from dlm.viz.layout import Pane
 from dlm.viz.palette import ACCENT, COLD, QUIET, terminal
 
-GAP, NARROWEST = 3, 24  # cells between panes; a pane is not squeezed further, the last panes are left out instead
-TWO_LINES = 64  # below this width the figures take two lines
-INTERVAL = 1 / 30
+GAP_CELLS, MIN_PANE_CELLS = 3, 24  # between panes; a pane is not squeezed further, the last panes are left out instead
+TWO_LINES_BELOW_CELLS = 64  # where the figures take two lines
+MIN_SECONDS_BETWEEN_DRAWINGS = 1 / 30
 
 
 class Panes:
@@ -33,8 +33,8 @@ class Panes:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         columns, ascii_only = options.max_width, options.ascii_only
-        count = max(1, min(len(self.panes), (columns + GAP) // (NARROWEST + GAP)))
-        width = (columns - GAP * (count - 1)) // count
+        count = max(1, min(len(self.panes), (columns + GAP_CELLS) // (MIN_PANE_CELLS + GAP_CELLS)))
+        width = (columns - GAP_CELLS * (count - 1)) // count
         color = not console.no_color and console.color_system is not None
         blocks = [self._block(i, width, console.size.height - 1, color, ascii_only) for i in range(count)]
         height = max(len(block) for block in blocks)
@@ -42,7 +42,7 @@ class Panes:
             for i, block in enumerate(blocks):
                 line = block[y] if y < len(block) else []
                 if i < count - 1:
-                    line = [*Segment.adjust_line_length(line, width), Segment(" " * GAP)]
+                    line = [*Segment.adjust_line_length(line, width), Segment(" " * GAP_CELLS)]
                 yield from line
             if y < height - 1:
                 yield Segment.line()
@@ -53,9 +53,9 @@ class Panes:
         numbers = layout.figures(run, self.row)
         shown = layout.pieces(run, self.row, _mask(ascii_only))
         looks = layout.looks(run, self.row, pace=self.pace, after=1.0 if numbers.settled == numbers.free else 0.0)
-        shown, looks = layout.with_refused(run, self.row, shown, looks)
+        shown, looks = layout.with_rejected(run, self.row, shown, looks)
         lines = layout.wrap(shown, width)
-        room = max(1, height - len(head) - (2 if width < TWO_LINES else 1))
+        room = max(1, height - len(head) - (2 if width < TWO_LINES_BELOW_CELLS else 1))
         warm = [y for y, line in enumerate(lines) for g in line if looks[g.position].level < COLD]
         top = self._tops[i] = layout.follow(self._tops[i], warm, room, len(lines))
         where = f"[{top + 1}-{top + room}/{len(lines)}]" if len(lines) > room else ""
@@ -103,13 +103,13 @@ class LiveView:
             self._leave(label, run, blank=i > 0, stopped=kind is not None)
 
     def update(self, force: bool = False) -> None:
-        """Draw, unless the last drawing was a moment ago. What is skipped is in the next one."""
+        """Draw, unless the last drawing was a moment ago. The next drawing shows the frames that were skipped."""
         now = time.perf_counter()
         if not self.console.is_terminal or (now < self._next and not force):
             return
         self._live.refresh()
         done = time.perf_counter()
-        self._next = done + max(INTERVAL, 3 * (done - now))  # a long text leaves most of the time to the model
+        self._next = done + max(MIN_SECONDS_BETWEEN_DRAWINGS, 3 * (done - now))  # a long text leaves most of the time to the model
 
     def _leave(self, label: str, run: Trajectory, *, blank: bool, stopped: bool) -> None:
         color = not self.console.no_color and self.console.color_system is not None
@@ -125,9 +125,9 @@ class LiveView:
         name = f"{label}: " if label and len(self.view.panes) == 1 else ""
         facts = f"{name}{'stopped after ' if stopped else ''}{numbers.steps} steps, {numbers.forwards} passes"
         facts += f", {numbers.settled} tokens in {numbers.seconds:.2f} s"
-        rates = [f", {numbers.per_second:.0f} tok/s", f", {numbers.per_call:.1f} tok/pass"]
-        if numbers.proposed is not None:
-            rates = [rates[1], f", {numbers.acceptance:.0%} of {numbers.proposed} draft tokens accepted", rates[0]]
+        rates = [f", {numbers.per_second:.0f} tok/s", f", {numbers.per_pass:.1f} tok/pass"]
+        if numbers.drafted is not None:
+            rates = [rates[1], f", {numbers.acceptance:.0%} of {numbers.drafted} draft tokens accepted", rates[0]]
         for fact in rates:
             facts += fact if len(facts + fact) <= self.console.width else ""
         segments.append(Segment(f"{facts}\n", QUIET))
@@ -150,7 +150,7 @@ def replay(panes: Sequence[Pane], console: Console, *, row: int = 0, seconds: fl
         for due, i, frame, at in queue:
             wait = begin + due - time.perf_counter()
             if wait > 0:
-                view.update(force=wait > INTERVAL)
+                view.update(force=wait > MIN_SECONDS_BETWEEN_DRAWINGS)
                 time.sleep(max(0.0, begin + due - time.perf_counter()))
             grown[i][1].append(frame, seconds=at)
         view.update(force=True)
@@ -167,7 +167,7 @@ def _mask(ascii_only: bool) -> str:
 
 
 def _progress(numbers: layout.Figures, width: int, total: int | None, ascii_only: bool, where: str) -> list[list[Segment]]:
-    """One line, or two where it is narrow; what does not fit is left out."""
+    """One line, or two where it is narrow; facts that do not fit are left out."""
     step = f"step {numbers.steps}" + (f"/{total}" if total else "")
     size = 16 if width >= 100 else 8
     full = int(numbers.share * size)
@@ -175,12 +175,12 @@ def _progress(numbers: layout.Figures, width: int, total: int | None, ascii_only
     word = "" if where else " done" if numbers.under_way else " settled"  # a tall text needs the room
     bar = [Segment(solid * full, ACCENT), Segment(faint * (size - full), QUIET), Segment(f" {numbers.share:4.0%}{word}", QUIET)]
     lines = [[Segment(f"{step}  ", QUIET), *bar]]
-    if width < TWO_LINES:
+    if width < TWO_LINES_BELOW_CELLS:
         lines.append([])
-    rates = (f"{numbers.per_second:.0f} tok/s", f"{numbers.per_call:.1f} tok/pass") if numbers.settled or not numbers.under_way else ()
+    rates = (f"{numbers.per_second:.0f} tok/s", f"{numbers.per_pass:.1f} tok/pass") if numbers.settled or not numbers.under_way else ()
     turn = (f"model {numbers.model}",) if numbers.model else ()
     facts = (*turn, f"{numbers.forwards} passes", *rates)  # text that is still revised has no rate yet
-    if numbers.proposed is not None:
+    if numbers.drafted is not None:
         facts = (*turn, *rates[1:], f"{numbers.forwards} passes", f"{numbers.acceptance:.0%} accepted", where, *rates[:1])
         where = ""
     for fact in (*facts, where):

@@ -86,8 +86,8 @@ def test_a_draft_of_other_spare_ids_keeps_the_law(base: int, draft: int, couplin
     drafter = DraftModel(FittedVocabulary(small, start + 1, size), small.ragged_cache, start)
     sampler = SpeculativeDecoder(target, size - 1, 3, target.ragged_cache, drafter, 2, coupling)
     frames = list(sampler.steps(Canvas.from_rows([[None] * 3] * ROWS, fill=size - 1), rng=generators(0, ROWS)))
-    proposed_BT = torch.cat([frame.proposed_BT for frame in frames])  # type: ignore[misc]
-    assert set(proposed_BT.unique().tolist()) == {-1, *range(TINY.vocab + min(base, draft))}
+    draft_BT = torch.cat([frame.draft_BT for frame in frames])  # type: ignore[misc]
+    assert set(draft_BT.unique().tolist()) == {-1, *range(TINY.vocab + min(base, draft))}
     x_S3 = torch.cartesian_prod(*[torch.arange(size - 1)] * 3)
     logp_S3V = target(F.pad(x_S3[:, :2], (1, 0), value=size - 1))[..., : size - 1].log_softmax(-1)
     law_S = logp_S3V.gather(2, x_S3[..., None]).sum((1, 2)).exp()

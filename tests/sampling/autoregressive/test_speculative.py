@@ -107,11 +107,11 @@ def test_frames_show_committed_text_and_tallies_add_up(name: str) -> None:
         assert torch.equal((frame.tokens_BT == MASK) & canvas.valid_BT, ~frame.settled_BT)
         assert (tally.accepted_B <= tally.drafted_B).all()
         assert (tally.drafted_B <= 3).all()
-        assert frame.proposed_BT is not None
-        assert frame.settled_BT[frame.proposed_BT == MASK].all()
+        assert frame.draft_BT is not None
+        assert frame.settled_BT[frame.draft_BT == MASK].all()
         if before is not None:  # what a call verifies is what the frame before it showed
-            assert torch.equal((before.proposed_BT >= 0).sum(1), tally.drafted_B)
-            shown_B = (before.proposed_BT == frame.tokens_BT).sum(1)  # of a tree, the first choices
+            assert torch.equal((before.draft_BT >= 0).sum(1), tally.drafted_B)
+            shown_B = (before.draft_BT == frame.tokens_BT).sum(1)  # of a tree, the first choices
             assert torch.equal(shown_B, tally.accepted_B) or (", " in name and (shown_B <= tally.accepted_B).all())
         assert torch.equal(tally.committed_B, torch.where(tally.committed_B > 0, tally.accepted_B + 1, 0))
         if before is not None:

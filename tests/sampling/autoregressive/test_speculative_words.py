@@ -64,7 +64,7 @@ def test_lossless_takes_the_best_that_there_is(dlm: Dlm, autoregressive_dir: Pat
         assert (code, out) == (0, base), err
         run = Trajectory.load("run.traj")
         assert f"{chosen}, seed 0: 40 tokens in {run.forwards[-1]} forward passes, {40 / run.forwards[-1]:.1f} a pass" in err
-        accepted, proposed = int(run.accepted_B), int(run.proposed_B)
+        accepted, proposed = int(run.accepted_B), int(run.drafted_B)
         share = f"{accepted / proposed:.0%} of " if proposed else ""  # on a busy machine plain decoding may be all that pays
         assert f"{share}{proposed} draft tokens accepted" in err
         record = json.loads(dlm(*words, *options, "--lossless", "--json")[1])

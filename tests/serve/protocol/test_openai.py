@@ -264,7 +264,7 @@ def test_a_canvas_keeps_what_is_locked(served: Served, mask: LanguageModel) -> N
     assert told[0][1]["states"].count("n") == 4
 
 
-def test_refused_proposals_are_struck(served: Served) -> None:
+def test_rejected_draft_tokens_are_struck(served: Served) -> None:
     told = served.native({"model": "tiny-ar", "prompt": "ababab", "max_tokens": 25, "seed": 1, "sampler": "lookup:4"})
     marks = [letter for name, step in told if name == "step" for *_, letter, _, _ in step["changed"]]
     assert marks.count("d") > 5

@@ -30,7 +30,7 @@ from dlm.sampling.autoregressive.plain import check_continues, start_token
 from dlm.sampling.autoregressive.protocols import DraftContext, Drafter, DrafterMemory, LastPass, Request, RowCache
 from dlm.sampling.autoregressive.token_draw import TokenDraw
 from dlm.sampling.autoregressive.verification import COUPLINGS, CommonNumbers, FreshNumbers, Verification
-from dlm.sampling.batching import Law
+from dlm.sampling.batching import WrittenDistribution
 from dlm.sampling.draw import Draw
 from dlm.trajectory import Canvas, Frame
 
@@ -138,7 +138,7 @@ class SpeculativeRun:
         self.drafts, self.memory = DraftTokens.none(self.text.known_B), DrafterMemory()
         self.verification = decoder.verification(self.text, rng)
         self.forwards, self.stride = 0, decoder.stride
-        self.law: Law | None = None
+        self.distribution: WrittenDistribution | None = None
         self.tally: Tally | None = None
 
     @property
@@ -153,16 +153,16 @@ class SpeculativeRun:
     def frame(self) -> Frame:
         """The committed text, and the draft tokens after it, of a tree the first choices."""
         text, drafts, tree, open_BL = self.text, self.drafts, self.tree, self.text.open_BL
-        proposed_BL = torch.full_like(text.tokens_BL, -1)
+        draft_BL = torch.full_like(text.tokens_BL, -1)
         firsts = [k for k in tree.firsts if k < drafts.token_BK.shape[1]]
-        put(proposed_BL, text.known_B, drafts.token_BK[:, firsts], tree.tables(open_BL.device).depth_P[drafts.count_B])
+        put(draft_BL, text.known_B, drafts.token_BK[:, firsts], tree.tables(open_BL.device).depth_P[drafts.count_B])
         t_B = open_BL.double().sum(-1) / open_BL.shape[1]
-        return Frame(text.tokens_BL.clone(), ~open_BL, t_B, self.decoder.model, self.forwards, proposed_BT=proposed_BL)
+        return Frame(text.tokens_BL.clone(), ~open_BL, t_B, self.decoder.model, self.forwards, draft_BT=draft_BL)
 
     @torch.no_grad()
     def step(self) -> Frame:
         """One forward pass for the rows that go on; `tally` counts what it did."""
-        self.law = None  # its memory is free for this pass
+        self.distribution = None  # its memory is free for this pass
         decoder, live_B, adaptive, before, began = self.decoder, self.live_B, self.decoder.draft_length, self.stride, time.perf_counter()
         if adaptive is not None:
             self.stride = adaptive.choose(int(live_B.sum()))
@@ -202,7 +202,7 @@ class SpeculativeRun:
             along_BP = F.pad(path_BD + 1, (1, 0)).clamp(max=logits_BPV.shape[1] - 1)
             logits_BPV = logits_BPV.gather(1, along_BP[..., None].expand(-1, -1, logits_BPV.shape[2]))
         row_N, at_N = (torch.arange(logits_BPV.shape[1], device=known_B.device) < committed_B[:, None]).nonzero(as_tuple=True)
-        self.law = Law(row_N, known_B[row_N] + at_N, logits_BPV[row_N, at_N])
+        self.distribution = WrittenDistribution(row_N, known_B[row_N] + at_N, logits_BPV[row_N, at_N])
 
     def _draft(self, output: Output, place_B: Tensor) -> DraftTokens:
         """For the next pass, no more than fit into the row and its window and than the network's confidence is worth."""
@@ -227,7 +227,7 @@ class SpeculativeRun:
         self.cache.join(other.cache)
         self.drafts = self.drafts.join(other.drafts)
         self.verification.join(other.verification)
-        self.capacity, self.law, self.tally = max(self.capacity, other.capacity), None, None
+        self.capacity, self.distribution, self.tally = max(self.capacity, other.capacity), None, None
 
     def keep(self, rows_K: Tensor) -> None:
         """Go on with these rows alone, in this order."""
@@ -236,4 +236,4 @@ class SpeculativeRun:
         self.memory.keep(rows_K)
         self.drafts = self.drafts.keep(rows_K)
         self.verification.keep(rows_K)
-        self.law = self.tally = None
+        self.distribution = self.tally = None

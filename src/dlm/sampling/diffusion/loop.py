@@ -21,7 +21,7 @@ from dlm.noise.masked import MaskedNoise
 from dlm.noise.schedule import time_when
 from dlm.protocols import RNG, Denoiser, NoiseProcess
 from dlm.sampling import windows
-from dlm.sampling.batching import Law
+from dlm.sampling.batching import WrittenDistribution
 from dlm.sampling.diffusion.clock import Clock, Move
 from dlm.sampling.diffusion.constraints import WindowedConstraint
 from dlm.sampling.diffusion.network_call import NetworkCall
@@ -147,7 +147,7 @@ class DiffusionRun:
         self.stopping = Stopping(sampler.until_settled, rows, device)
         self.constraint = WindowedConstraint(sampler.constraint, self.text) if sampler.constraint is not None else None
         self.forwards = 0
-        self.law: Law | None = None
+        self.distribution: WrittenDistribution | None = None
 
     @property
     def live_B(self) -> Tensor:
@@ -163,7 +163,7 @@ class DiffusionRun:
     @torch.no_grad()
     def step(self) -> Frame:
         """One forward pass for the rows with open positions, and the move that the rule makes of it."""
-        self.law = None  # its memory is free for this pass
+        self.distribution = None  # its memory is free for this pass
         sampler, text = self.sampler, self.text
         active = text.active(sampler.context, sampler.block_length, fills_window=sampler.fills_window)
         entered_A, rng = self._enter(active), [self.rng[b] for b in active.rows_A.tolist()]
@@ -180,7 +180,7 @@ class DiffusionRun:
         self.t_B = torch.zeros(len(self.rng), dtype=torch.float64, device=next_AT.device)
         self.t_B[active.rows_A] = step.s_B * text.open_BL[active.rows_A].any(-1)
         row_N, at_N = written_AT.nonzero(as_tuple=True)
-        self.law = Law(active.rows_A[row_N], active.start_A[row_N] + at_N, step.logp_BTV[row_N, at_N])
+        self.distribution = WrittenDistribution(active.rows_A[row_N], active.start_A[row_N] + at_N, step.logp_BTV[row_N, at_N])
         return self.frame()
 
     def _enter(self, active: Active) -> Tensor:
@@ -250,7 +250,7 @@ class DiffusionRun:
         self.memory.join(other.memory)
         self.network.join(other.network)
         self.stopping.join(other.stopping)
-        self.law = None
+        self.distribution = None
 
     def keep(self, rows_K: Tensor) -> None:
         """Go on with these rows alone, in this order."""
@@ -258,4 +258,4 @@ class DiffusionRun:
         self.place_B, self.t_B = self.place_B[rows_K], self.t_B[rows_K]
         for part in (self.text, self.clock, self.memory, self.network, self.stopping):
             part.keep(rows_K)
-        self.law = None
+        self.distribution = None

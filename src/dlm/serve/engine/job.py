@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.protocols import Sampler
-from dlm.sampling.batching import Law
+from dlm.sampling.batching import WrittenDistribution
 from dlm.trajectory import Canvas, Frame
 
 FAULT = "the server failed on this request; its log says more"
@@ -110,29 +110,29 @@ class Job:
         self.tokens_L, self.settled_L = frame.tokens_BT[row, : self.length], frame.settled_BT[row, : self.length]
         self.tell(Began(self.tokens_L.tolist()))
 
-    def step(self, frame: Frame, row: int, law: Law | None) -> None:
+    def step(self, frame: Frame, row: int, distribution: WrittenDistribution | None) -> None:
         """Tell what a call has changed."""
         tokens_L, settled_L = frame.tokens_BT[row, : self.length], frame.settled_BT[row, : self.length]
         at_C = ((tokens_L != self.tokens_L) | (settled_L & ~self.settled_L)).nonzero().squeeze(-1)
         self.tokens_L, self.settled_L = tokens_L, settled_L
         token_C, done_C = tokens_L[at_C], settled_L[at_C]
         said: list[tuple[Any, ...]] = [(None, ())] * len(at_C)
-        if self.records is not None and law is not None and len(at_C):
-            said = self._said(law, row, at_C, token_C)
+        if self.records is not None and distribution is not None and len(at_C):
+            said = self._said(distribution, row, at_C, token_C)
         columns = zip(at_C.tolist(), token_C.tolist(), done_C.tolist(), said, strict=True)
         changes = [Change(i, token, done, *told) for i, token, done, told in columns]
         proposed: dict[int, int] = {}
-        if frame.proposed_BT is not None and self.records is not None:
-            own_L = frame.proposed_BT[row, : self.length]
+        if frame.draft_BT is not None and self.records is not None:
+            own_L = frame.draft_BT[row, : self.length]
             proposed = {i: int(own_L[i]) for i in (own_L >= 0).nonzero().squeeze(-1).tolist()}
         self.forwards += 1
         if self.first is None and bool(done_C.any()):
             self.first = time.monotonic()
         self.tell(Stepped(self.forwards, float(frame.t_B[row]), frame.model, changes, proposed))
 
-    def _said(self, law: Law, row: int, at_C: Tensor, token_C: Tensor) -> list[tuple[Any, ...]]:
+    def _said(self, distribution: WrittenDistribution, row: int, at_C: Tensor, token_C: Tensor) -> list[tuple[Any, ...]]:
         """(confidence, alternatives) of each changed position, (None, ()) where the forward pass wrote nothing."""
-        score_CV, known_C = law.at(row, at_C)
+        score_CV, known_C = distribution.at(row, at_C)
         score_CV = score_CV.float().cpu()
         score_CV[:, self.mask_id] = -torch.inf
         p_CV = score_CV.softmax(-1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dlm.protocols import RNG, Sampler
-from dlm.sampling.batching import Joinable, Law, Running
+from dlm.sampling.batching import Joinable, Running, WrittenDistribution
 from dlm.serve.engine.job import Job
 from dlm.trajectory import Canvas, Frame
 
@@ -25,7 +25,7 @@ class Solo:
     """A run of one row with a sampler whose rows cannot join others."""
 
     reads_first: ClassVar[bool] = False
-    law: Law | None = None
+    distribution: WrittenDistribution | None = None
 
     def __init__(self, sampler: Sampler, canvas: Canvas, rng: RNG, mask_id: int) -> None:
         self.frames = sampler.steps(canvas, rng=rng)
@@ -112,7 +112,7 @@ class Lane:
                 done += self._apart(group, error)
                 continue
             for row, job in enumerate(group.jobs):
-                job.step(frame, row, group.run.law)
+                job.step(frame, row, group.run.distribution)
             done += self._leave(group, group.run.live_B.cpu().tolist())
         for job in done:
             job.end()
@@ -159,7 +159,7 @@ class Lane:
                 alone = self._begin([job])
                 for _ in range(job.forwards):
                     alone.run.step()
-                job.step(on_cpu(alone.run.step()), 0, alone.run.law)
+                job.step(on_cpu(alone.run.step()), 0, alone.run.distribution)
             except Exception as own:
                 failed(job, own)
                 continue
@@ -183,9 +183,9 @@ def failed(job: Job, error: Exception) -> None:
 
 def on_cpu(frame: Frame) -> Frame:
     """What the listeners look at, fetched at once."""
-    proposed_BT = None if frame.proposed_BT is None else frame.proposed_BT.cpu()
+    draft_BT = None if frame.draft_BT is None else frame.draft_BT.cpu()
     parts = frame.tokens_BT.cpu(), frame.settled_BT.cpu(), frame.t_B.cpu()
-    return Frame(*parts, frame.model, frame.forwards, proposed_BT=proposed_BT)
+    return Frame(*parts, frame.model, frame.forwards, draft_BT=draft_BT)
 
 
 def _row(job: Job) -> tuple[list[int], list[bool]]:
