@@ -7,6 +7,7 @@ Time: t = 0 is data, t = 1 is noise; alpha_t is the probability that a token is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,20 @@ from torch import Tensor
 
 from dlm.trajectory import Canvas, Frame
 
-RNG = Sequence[torch.Generator]
+
+@dataclass(frozen=True)
+class OwnDraws:
+    """The generator of a row in a batch that may be wider: it draws for the `length` positions of the row alone."""
+
+    generator: torch.Generator
+    length: int
+
+    @classmethod
+    def of(cls, g: torch.Generator | OwnDraws, length: int) -> OwnDraws:
+        return g if isinstance(g, OwnDraws) else cls(g, length)
+
+
+RNG = Sequence[torch.Generator | OwnDraws]
 """One generator a row, so that what a row draws does not depend on its neighbours."""
 
 

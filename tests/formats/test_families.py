@@ -181,7 +181,8 @@ def test_saved_in_our_own_form(name: str, tmp_path: Path) -> None:
 
 
 def test_a_conversation() -> None:
-    ids = load(str(GOLDEN / "llada"))._conversation([{"role": "user", "content": "the"}])
+    canvas = load(str(GOLDEN / "llada")).chat_canvas([{"role": "user", "content": "the"}], max_new_tokens=4)
+    ids = canvas.tokens_BT[0].tolist()
     assert ids[:2] == [272, 274]  # <|startoftext|><|start_header_id|>
     assert 257 in ids
 
@@ -269,8 +270,3 @@ def test_a_prompt_cannot_hold_the_mask(tmp_path: Path) -> None:
         lm.canvas("fill <|mdm_mask|> in")
     with pytest.raises(InputError, match="the token 277 is none"):
         lm.canvas([[1, 277]])
-
-
-def test_no_text_is_made_with_the_sampler_of_another_family() -> None:
-    with pytest.raises(InputError, match="no sampler for its family yet"):
-        load(str(GOLDEN / "llada")).generate("the", max_new_tokens=4)

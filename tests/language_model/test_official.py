@@ -163,3 +163,89 @@ def test_settings_that_cannot_be(case: str) -> None:
     family, settings, message = BAD[case]
     with pytest.raises(InputError, match=message):
         official.plan(model(family), settings)
+
+
+def test_generate_uses_the_reference_sampler() -> None:
+    """A chat of LLaDA: the same ids as the settings by the reference's names, cut at the first stop."""
+    lm, case = model("llada"), cases("llada")[2]
+    canvas, frames = run(lm, case, prompts(case))
+    settings = {"steps": 16, "block_length": 8, "max_new_tokens": 32}
+    generation = lm.generate(prompts(case), **settings)[0]  # type: ignore[call-overload]
+    assert generation.trajectory.current_BT[0].tolist() == text(canvas, frames[-1], 0)
+    assert generation.sampler == "llada"
+    first = text(canvas, frames[-1], 0)[11:].index(273)
+    assert generation.text == lm.tokenizer.decode(text(canvas, frames[-1], 0)[: 11 + first])
+
+
+WORDS: list[tuple[str, str, dict[str, Any], str, dict[str, Any]]] = [
+    ("llada", "mdlm", {"steps": 16, "block_length": 8}, "mdlm", {"steps": 16, "block_size": 8, "max_new_tokens": 16}),
+    (
+        "dream",
+        "dream:topk_margin",
+        {"steps": 8, "temperature": 0.0, "top_p": 0.9},
+        "dream",
+        {"alg": "topk_margin", "top_p": 0.9, "steps": 8},
+    ),
+    ("dream", "dream", {"steps": 8, "temperature": 0.0, "top_p": 0.9}, "dream", {"alg": "entropy", "top_p": 0.9, "steps": 8}),
+    ("a2d_qwen3", "bd3lm", {"steps": 8, "block_length": 4, "guidance": 2.0}, "bd3lm", {"steps": 8, "block_size": 4, "cfg_scale": 1.0}),
+    ("a2d_qwen3", "llada:random", {"steps": 8, "block_length": 4}, "llada", {"steps": 8, "block_length": 4, "remasking": "random"}),
+]
+
+
+@pytest.mark.parametrize(("family", "word", "options", "reference", "settings"), WORDS, ids=[f"{w[0]} {w[1]}" for w in WORDS])
+def test_words_mean_the_settings_of_the_reference(
+    family: str, word: str, options: dict[str, Any], reference: str, settings: dict[str, Any]
+) -> None:
+    lm = model(family)
+    own = prompts(cases(family)[0])[0]
+    length = "gen_length" if reference == "llada" else "max_new_tokens"
+    plan = official.plan(lm, settings | {length: 16}, reference)
+    canvas = Canvas.from_rows([[*own, *[None] * 16]], fill=lm.tokenizer.mask_id)
+    *_, expected = plan.sampler.steps(canvas, rng=generators(3, 1))
+    *_, found = lm.sampler(sampler=word, **options).steps(canvas, rng=generators(3, 1))
+    assert torch.equal(found.tokens_BT, expected.tokens_BT)
+    assert found.forwards == expected.forwards
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "word", ["topk", "confidence:0.2", "factor:2", "entropy-bound:1", "klass:0.1", "ancestral", "first-hitting", "remdm-cap"]
+)
+def test_our_samplers_on_models_of_others(family: str, word: str) -> None:
+    """A row alone and beside a longer one gives the same text, and neither mask nor padding of the vocabulary is written."""
+    lm = model(family)
+    own = prompts(cases(family)[0])[0]
+    rows = [own[:5], own]
+    options = {"steps": 6, "temperature": 0.5, "max_new_tokens": 12}
+    together = lm.generate(rows, sampler=word, seed=5, **options)  # type: ignore[call-overload]
+    for row, prompt in enumerate(rows):
+        (alone,) = lm.generate([prompt], sampler=word, seed=5 + row, **options)  # type: ignore[call-overload]
+        ids = alone.trajectory.current_BT[0].tolist()
+        assert together[row].trajectory.current_BT[row][: len(ids)].tolist() == ids
+        assert max(ids) < lm.noise.tokens
+        assert lm.tokenizer.mask_id not in ids
+    assert together[0].forwards <= 12
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("llada", {"cache": "dual"}, "caches hold whole windows"),
+    ("llada", {"sampler": "speculative"}, "speculative decoding is for"),
+    ("llada", {"schedule": "L0.5 H0.5", "light": "shakespeare-mask-2"}, "a schedule of models is for those that dlm trains"),
+    ("llada", {"sampler": "llada:high"}, "low_confidence or random"),
+    ("llada", {"sampler": "dream:best"}, "alg is origin"),
+    ("dream", {"sampler": "bd3lm"}, "predicts each token itself"),
+    ("dream", {"sampler": "revoke"}, "cannot use a sampler that checks"),
+    ("a2d_qwen3", {"sampler": "bd3lm", "block_length": 7}, "must divide the window"),
+]
+
+
+@pytest.mark.parametrize(("family", "options", "message"), REFUSED, ids=[f"{r[0]} {r[2]}" for r in REFUSED])
+def test_what_cannot_be_used_is_told(family: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        model(family).generate("the", max_new_tokens=4, **options)
+
+
+def test_a_template_is_filled_by_the_reference_sampler() -> None:
+    generation = model("llada").generate(template="the __ of _ an", steps=2)
+    assert generation.tokens == 3
+    assert generation.text.startswith("the ") or "\ufffd" in generation.text

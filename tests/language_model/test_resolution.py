@@ -107,7 +107,8 @@ BAD: list[tuple[Facts, dict[str, Any], str]] = [
     (PLAIN, {"draft": "ngram", "cache": False}, "against a cache"),
     (PLAIN, {"draft": "ngram", "sampler": "lossless"}, "leave sampler 'lossless' away"),
     (PLAIN, {"greedy_tail": 1}, "needs a diffusion model"),
-    (Facts("x", "masked", 32, 8, samples=False), {}, "no sampler for its family"),
+    (Facts("x", "masked", 32, 8, fills_window=False), {"sampler": "speculative"}, "speculative decoding is for"),
+    (Facts("x", "masked", 32, 8, fills_window=False), {"schedule": "L0.5 H0.5", "light": "y"}, "is for those that dlm trains"),
 ]
 
 

@@ -98,11 +98,10 @@ class Run:
             ids = run.current_BT[row][canvas.valid_BT[row]]
             written_T = canvas.free_BT[row] & (run.current_BT[row] != self.model.tokenizer.mask_id)
             new = int(written_T.sum())  # a text that ends by itself leaves the rest open
-            last = int(written_T.nonzero()[-1]) if new else -1
-            ended = new > 0 and int(ids[last]) in self.model.stops
+            end = next((i for i in written_T.nonzero().flatten().tolist() if int(ids[i]) in self.model.stops), None)
             results.append(
                 Generation(
-                    text=self.model.tokenizer.decode((ids[:last] if ended else ids).tolist()),
+                    text=self.model.tokenizer.decode(ids[:end].tolist()),
                     tokens=new,
                     seconds=self.seconds,
                     forwards=forwards,

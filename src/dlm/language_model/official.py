@@ -11,7 +11,7 @@ from dlm.language_model.protocols import Model
 from dlm.models.pattern import reading
 from dlm.sampling.diffusion.guidance import ClassifierFree
 from dlm.sampling.diffusion.loop import DiffusionSampler
-from dlm.sampling.diffusion.transfer import Origin, Transfer
+from dlm.sampling.diffusion.transfer import Origin, Transfer, dream, reference
 from dlm.sampling.draw import Draw
 
 Settings = Mapping[str, Any]
@@ -25,18 +25,18 @@ class Plan:
     max_new_tokens: int
 
 
-def plan(model: Model, settings: Settings, reference: str = "") -> Plan:
-    """Settings as the reference names them. reference: `llada`, `dream`, `mdlm`, `bd3lm`; by default the one of the model's family.
+def plan(model: Model, settings: Settings, name: str = "") -> Plan:
+    """Settings as the reference names them. name: `llada`, `dream`, `mdlm`, `bd3lm`; by default the one of the model's family.
 
     InputError for a model without reference sampler and for settings that the reference does not have.
     """
-    reference = reference or str(model.defaults.get("sampler", "")).partition(":")[0]
-    if reference not in REFERENCES:
+    name = name or str(model.defaults.get("sampler", "")).partition(":")[0]
+    if name not in REFERENCES:
         raise InputError(f"{model.name} has no reference sampler here; known: {', '.join(REFERENCES)}")
-    make, defaults = REFERENCES[reference]
-    if strange := [name for name in settings if name not in defaults]:
-        raise InputError(f"{reference} has no setting {strange[0]!r}; it has: {', '.join(defaults)}")
-    given = {name: value for name, value in settings.items() if value is not None or defaults[name] is None}
+    make, defaults = REFERENCES[name]
+    if strange := [key for key in settings if key not in defaults]:
+        raise InputError(f"{name} has no setting {strange[0]!r}; it has: {', '.join(defaults)}")
+    given = {key: value for key, value in settings.items() if value is not None or defaults[key] is None}
     return make(model, {**defaults, **given})
 
 
@@ -50,18 +50,15 @@ def _whole(model: Model, settings: Settings, rule: Origin | Transfer) -> Diffusi
 
 def _llada(model: Model, settings: Settings) -> Plan:
     """ML-GSAI/LLaDA `generate.py`."""
-    score = {"low_confidence": "confidence", "random": "random"}.get(settings["remasking"])
-    if score is None:
-        raise InputError(f"LLaDA's remasking is low_confidence or random, got {settings['remasking']!r}")
     token = model.tokenizer.control
     eos, eot = token.get("<|endoftext|>"), token.get("<|eot_id|>")
     last = (eos, eot) if settings["temperature"] == 0 else (eot,)  # as the reference, which changes a tensor that it has copied or not
-    rule = Transfer(
+    rule = reference(
         "even",
-        score,
+        settings["remasking"],
+        Draw(settings["temperature"]),
         never=tuple(i for i in (eos,) if settings["logits_eos_inf"] and i is not None),
         last=tuple(i for i in last if settings["confidence_eos_eot_inf"] and i is not None),
-        draw=Draw(settings["temperature"]),
     )
     return Plan(replace(_whole(model, settings, rule), block_length=settings["block_length"]), settings["gen_length"])
 
@@ -69,23 +66,14 @@ def _llada(model: Model, settings: Settings) -> Plan:
 def _dream(model: Model, settings: Settings) -> Plan:
     """DreamLM/Dream `generation_utils.py`, `diffusion_generate`."""
     draw = Draw(settings["temperature"], settings["top_k"] or 0, settings["top_p"] or 1.0)
-    scores = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
-    if settings["alg"] != "origin" and settings["alg"] not in scores:
-        raise InputError(f"Dream's alg is origin, {', '.join(scores)}, got {settings['alg']!r}")
     if settings["eps"] != REFERENCES["dream"][1]["eps"]:
         raise InputError(f"Dream's eps is 0.001 here, got {settings['eps']}")
-    rule: Origin | Transfer = Origin(draw)
-    if settings["alg"] in scores:
-        rule = Transfer("by-time", scores[settings["alg"]], True, settings["alg_temp"] or 0.0, draw=draw)
-    return Plan(_whole(model, settings, rule), settings["max_new_tokens"])
+    return Plan(_whole(model, settings, dream(settings["alg"], draw, settings["alg_temp"] or 0.0)), settings["max_new_tokens"])
 
 
 def _mdlm(model: Model, settings: Settings) -> Plan:
     """ZHZisZZ/dllm `dllm/core/samplers/mdlm.py`."""
-    score = {"low_confidence": "confidence", "random": "random"}.get(settings["remasking"])
-    if score is None:
-        raise InputError(f"dllm's remasking is low_confidence or random, got {settings['remasking']!r}")
-    rule = Transfer("rounded", score, draw=Draw(settings["temperature"]))
+    rule = reference("rounded", settings["remasking"], Draw(settings["temperature"]))
     return Plan(replace(_whole(model, settings, rule), block_length=settings["block_size"]), settings["max_new_tokens"])
 
 

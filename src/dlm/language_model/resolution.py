@@ -22,8 +22,9 @@ BUDGET = "bits:0.1"  # of `sampler="auto"`
 class Facts:
     """What a plan depends on besides the options.
 
-    noise: that its samplers suit, None for an autoregressive model. bidirectional: whether each position reads all others. samples:
-    whether dlm has samplers for its family. block_length: of block diffusion. default_*: what generation_config.json says.
+    noise: that its samplers suit, None for an autoregressive model. bidirectional: whether each position reads all others.
+    fills_window: whether noise fills its windows to the end, as of all models that dlm trains. block_length: of block diffusion.
+    default_*: what generation_config.json says.
     adapter_tokens: draft tokens that the attached adapter was taught; heads: how many there are; None without. draft_dtype: that of a
     quantized copy that drafts and pays, empty where none does. calibration, saved_schedule: what `auto` chooses from, where asked for.
     """
@@ -33,11 +34,13 @@ class Facts:
     window: int
     context: int
     bidirectional: bool = True
-    samples: bool = True
+    fills_window: bool = True
     block_length: int = 0
     default_sampler: str = "ancestral"
     default_steps: int = 1
     default_temperature: float = 1.0
+    default_top_p: float = 1.0
+    default_block_length: int = 0
     adapter_tokens: int | None = None
     heads: int | None = None
     draft_dtype: str = ""
@@ -85,10 +88,8 @@ def resolve(options: DecodingOptions, facts: Facts) -> DecodingPlan:
     options = choose(options, facts)
     if options.budget is not None:
         raise InputError("a budget is for --sampler auto")
-    if not facts.samples:
-        raise InputError(f"{facts.name} is read for its logits and bounds only: dlm has no sampler for its family yet")
     temperature = facts.default_temperature if options.temperature is None else options.temperature
-    draw = Draw(temperature, options.top_k, options.top_p)
+    draw = Draw(temperature, options.top_k, facts.default_top_p if options.top_p == 1 else options.top_p)
     context = facts.context if options.context is None else options.context
     windows.check(facts.window, context)
     _check_schedule(options, facts)
@@ -146,6 +147,8 @@ def _calibrated(options: DecodingOptions, facts: Facts) -> DecodingOptions:
 def _check_schedule(options: DecodingOptions, facts: Facts) -> None:
     if options.schedule is None and options.light is None:
         return
+    if not facts.fills_window:
+        raise InputError(f"{facts.name} is a checkpoint of another project: a schedule of models is for those that dlm trains")
     if facts.noise is None or not facts.bidirectional or isinstance(options.cache, str):
         raise InputError("a schedule of models is for bidirectional diffusion models without a cache, which belongs to one model")
     if options.schedule is None or options.light is None:
@@ -201,16 +204,18 @@ def _denoising(options: DecodingOptions, facts: Facts, draw: Draw, context: int)
         raise InputError(f"{facts.name} is a diffusion model: a draft is for autoregressive ones")
     word, masked = options.sampler or facts.default_sampler, facts.noise == "masked"
     info = registry.get(word, facts.noise)
-    if not info.rule and (_revises(options) or _is_special(options) or not facts.bidirectional):
+    if not info.rule and (_revises(options) or _is_special(options) or not facts.bidirectional or not facts.fills_window):
         raise InputError("speculative decoding is for bidirectional masked models, with no blocks, cache, guidance or constraint")
     if options.guidance != 1 and not (masked and facts.bidirectional):
         raise InputError(f"{facts.name} never saw a text without its beginning: guidance needs a bidirectional masked model")
     if isinstance(options.cache, str) and not facts.bidirectional:
         raise InputError(f"{facts.name} has an exact cache already: --cache is for bidirectional models")
     steps = facts.default_steps if options.steps is None else options.steps
-    block_length = options.block_length or 0
-    if not facts.bidirectional:
-        block_length = block_length or facts.block_length
+    usual = facts.default_block_length if word == facts.default_sampler else 0
+    block_length = usual if options.block_length is None else options.block_length
+    if info.blockwise or not facts.bidirectional:
+        own = facts.block_length or windows.longest_block(facts.window, CACHED_BLOCK)
+        block_length = block_length or own
         context = context // block_length * block_length if block_length else context
     elif isinstance(options.cache, str):
         block_length = block_length or windows.longest_block(facts.window, CACHED_BLOCK)

@@ -16,6 +16,7 @@ from dlm.errors import InputError
 from dlm.language_model.protocols import Model
 from dlm.language_model.resolution import DecodingPlan
 from dlm.model_scheduling import routing
+from dlm.models.pattern import reading
 from dlm.models.transformer import Transformer
 from dlm.noise.masked import MaskedNoise
 from dlm.protocols import Denoiser, Sampler
@@ -48,11 +49,16 @@ def build(plan: DecodingPlan, model: Model) -> Sampler:
         return AnyOrderSpeculativeSampler(
             denoiser, model.noise, model.window, **values, draw=plan.draw, context=plan.context, model=model.name
         )
+    blockwise = info.blockwise and not model.is_causal
+    if blockwise and model.config.shift:
+        raise InputError(f"{info.name} needs a model that predicts each token itself: {model.name} cannot be read so")
     policy: CachePolicy | None = None
     if isinstance(plan.cache, str):
         policy = cache_policies.make(plan.cache)
     elif model.is_causal and plan.cache:
         policy = cache_policies.Exact(plan.block_length)
+    if blockwise:
+        denoiser = reading(model.network, "block_causal", plan.block_length)
     return DiffusionSampler(
         partial(model.network, block_length=plan.block_length) if model.is_causal else denoiser,
         model.noise,
@@ -67,7 +73,10 @@ def build(plan: DecodingPlan, model: Model) -> Sampler:
         model.network.window_cache,
         ClassifierFree(plan.guidance, model.tokenizer.mask_id) if plan.guidance != 1 else None,
         _constraint(plan, model),
-        sees_ahead=not model.is_causal,
+        sees_ahead=not (model.is_causal or blockwise),
+        fills_window=model.config.fills_window,
+        block_phase=model.config.block_phase,
+        stops=model.stops if blockwise else frozenset(),
     )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlm.errors import InputError
+
 
 def shift(x_BQ: Tensor) -> Tensor:
     """Rows moved one place to the right; row 0, which nothing precedes, also predicts its own token (Dream's `generation_utils.py`)."""
@@ -28,6 +30,8 @@ class Shifted:
         """Logits (B, Q, V) of whole texts; at_BQ as of `Transformer.forward`."""
         if cache is not None:
             raise ValueError("the row of a token is that of the one before it, which a cache would leave out")
+        if how.get("pattern"):
+            raise InputError("this model predicts the next token: it cannot use a sampler that checks what it wrote")
         if at_BQ is not None:  # ask for the rows before
             before_BQ = torch.cat([at_BQ[:, 1:], torch.zeros_like(at_BQ[:, :1])], 1)
             before_BQ[:, 0] |= at_BQ[:, 0]

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dlm.errors import in_range
-from dlm.protocols import RNG
+from dlm.protocols import RNG, OwnDraws
 
 CHUNK_NUMBERS = 2**18
 """Probabilities that are worked on at once: intermediate results then stay in a cache of the processor."""
@@ -29,7 +30,14 @@ def generators(seed: int, rows: int) -> list[torch.Generator]:
 
 def uniform(rng: RNG, count: int) -> Tensor:
     """float64 (B, count), each row from its own generator."""
-    return torch.stack([torch.rand(count, generator=g, dtype=torch.float64) for g in rng])
+    return torch.stack([_own(g, count) for g in rng])
+
+
+def _own(g: torch.Generator | OwnDraws, count: int) -> Tensor:
+    """What lies past the end of a row that is shorter than its batch gets zeros, for nothing is drawn there."""
+    if isinstance(g, torch.Generator):
+        return torch.rand(count, generator=g, dtype=torch.float64)
+    return F.pad(torch.rand(min(count, g.length), generator=g.generator, dtype=torch.float64), (0, max(0, count - g.length)))
 
 
 def categorical(logp_BTV: Tensor, u_BT: Tensor) -> Tensor:

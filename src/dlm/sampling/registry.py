@@ -80,6 +80,8 @@ class SamplerInfo:
     bidirectional: whether it needs a bidirectional network. settles: whether it ends a window once nothing changes.
     exact: whether its law is that of one token a forward pass, in random order or from left to right; the grid of `ancestral` is not,
     however fine, since tokens that share a step are drawn independently.
+    blockwise: whether it reads a bidirectional network block by block, and no block what follows it.
+    reference: whether it is another project's, kept to compare with; a calibration leaves it out.
     trials: settings that a calibration measures: (text after the colon, steps as divisors of the window; none: steps do not matter).
     """
 
@@ -91,6 +93,8 @@ class SamplerInfo:
     rule: bool = True
     bidirectional: bool = False
     settles: bool = False
+    blockwise: bool = False
+    reference: bool = False
     exact: Callable[[Use], bool] = _one_token
     trials: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
@@ -156,6 +160,21 @@ def _top_score(score: str) -> Callable[..., Rule]:
         return TopScore(draw, score)
 
     return make
+
+
+def _transfer(quota: str) -> Callable[..., Rule]:
+    def make(draw: Draw, remasking: str = "low_confidence") -> Rule:
+        from dlm.sampling.diffusion.transfer import reference
+
+        return reference(quota, remasking, draw)
+
+    return make
+
+
+def _dream(draw: Draw, alg: str = "entropy", alg_temp: float = 0.0) -> Rule:
+    from dlm.sampling.diffusion.transfer import dream
+
+    return dream(alg, draw, alg_temp)
 
 
 def _remask(kind: str) -> Callable[..., Rule]:
@@ -306,6 +325,39 @@ BUILT_IN: tuple[SamplerInfo, ...] = (
         bidirectional=True,
         exact=_without_tolerance,
         trials=tuple((setting, ()) for setting in ("2", "4", "8", "16", "8:0.5")),
+    ),
+    SamplerInfo(
+        "llada",
+        "masked",
+        _transfer("even"),
+        "Reference of llada: an equal share of each block, most confident or random positions first.",
+        (Parameter("remasking", "low_confidence", kind=str),),
+        reference=True,
+    ),
+    SamplerInfo(
+        "dream",
+        "masked",
+        _dream,
+        "Reference of dream: a share by time, lowest entropy, largest margin or confidence first.",
+        (Parameter("alg", "entropy", kind=str), Parameter("alg_temp", 0.0)),
+        reference=True,
+    ),
+    SamplerInfo(
+        "mdlm",
+        "masked",
+        _transfer("rounded"),
+        "Reference of dllm: a rounded share of each block, most confident or random positions first.",
+        (Parameter("remasking", "low_confidence", kind=str),),
+        reference=True,
+    ),
+    SamplerInfo(
+        "bd3lm",
+        "masked",
+        _transfer("rounded"),
+        "Reference of dllm: as mdlm, in blocks that see nothing after themselves, until a stop.",
+        (Parameter("remasking", "low_confidence", kind=str),),
+        blockwise=True,
+        reference=True,
     ),
     SamplerInfo("ancestral", "replacement", f"{_REVISING}Reverse", "Any token may change in any step: the plain reverse process."),
     SamplerInfo(
@@ -511,7 +563,7 @@ def trials(window: int, *, causal: bool, quick: bool = False) -> list[tuple[str,
     """(sampler, steps of a window) that a calibration of a masked model measures, the exact one first. quick: three settings."""
     found: list[tuple[str, int | None]] = []
     for info in usable("masked", bidirectional=not causal):
-        for setting, divisors in info.trials or _TRIALS:
+        for setting, divisors in () if info.reference else info.trials or _TRIALS:
             word = f"{info.name}:{setting}" if setting else info.name
             found += [(word, max(1, window // n)) for n in divisors] or [(word, None)]
     found.sort(key=lambda one: one[0] != "first-hitting")

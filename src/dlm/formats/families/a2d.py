@@ -24,7 +24,7 @@ def family(kind: str, architecture: str) -> Family:
         shape=lambda config: bidirectional(config, kind),
         mask_texts=("<|mask|>",),
         stop_texts=("<|im_end|>",),
-        preset={"sampler": "mdlm", "steps": 128, "block_length": 32, "temperature": 0.0},
+        preset={"sampler": "mdlm", "steps": 256, "block_length": 32, "temperature": 0.0},
     )
 
 

@@ -24,5 +24,5 @@ DREAM = Family(
     mask_texts=("<|mask|>",),
     shift=True,
     stop_texts=("<|im_end|>",),
-    preset={"sampler": "dream", "steps": 512, "temperature": 0.0},
+    preset={"sampler": "dream", "steps": 256, "temperature": 0.2, "top_p": 0.95},
 )

@@ -71,5 +71,5 @@ LLADA = Family(
     shape=shape,
     mask_texts=("<|mdm_mask|>",),
     stop_texts=("<|endoftext|>", "<|eot_id|>"),
-    preset={"sampler": "llada", "steps": 128, "block_length": 32, "temperature": 0.0},
+    preset={"sampler": "llada", "steps": 256, "block_length": 32, "temperature": 0.0},
 )

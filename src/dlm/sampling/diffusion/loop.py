@@ -19,7 +19,7 @@ from torch import Tensor
 from dlm.errors import InputError, in_range
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.schedule import time_when
-from dlm.protocols import RNG, Denoiser, NoiseProcess
+from dlm.protocols import RNG, Denoiser, NoiseProcess, OwnDraws
 from dlm.sampling import windows
 from dlm.sampling.batching import WrittenDistribution
 from dlm.sampling.diffusion.clock import Clock, Move
@@ -136,6 +136,8 @@ class DiffusionRun:
         noise, device, (rows, length) = sampler.noise, canvas.tokens_BT.device, canvas.tokens_BT.shape
         window = sampler.window if sampler.fills_window else min(sampler.window, length)
         self.sampler, self.rng = sampler, list(rng)
+        if not sampler.fills_window:  # the window is as wide as the batch: a row draws what it would draw alone
+            self.rng = [OwnDraws.of(g, count) for g, count in zip(rng, canvas.valid_BT.sum(-1).tolist(), strict=True)]
         self.text = NoisyText(canvas, noise, window, sampler.phase(canvas), rng)
         self.clock = Clock(noise.schedule, sampler.steps_of(canvas), window)
         self.place_B = torch.full((rows,), -1, device=device)

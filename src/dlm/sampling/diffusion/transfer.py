@@ -123,6 +123,24 @@ class Origin:
         return torch.where(step.open_BT & (u_BT < chance_B[:, None]), self.draw(step.logp_BTV, rng), step.z_BT)
 
 
+def reference(quota: str, remasking: str, draw: Draw, *, never: tuple[int, ...] = (), last: tuple[int, ...] = ()) -> Transfer:
+    """LLaDA's and dllm's rule by their word for the score. InputError for one that they do not have."""
+    scores = {"low_confidence": "confidence", "random": "random"}
+    if remasking not in scores:
+        raise InputError(f"remasking is low_confidence or random, got {remasking!r}")
+    return Transfer(quota, scores[remasking], never=never, last=last, draw=draw)
+
+
+def dream(alg: str, draw: Draw, alg_temp: float = 0.0) -> Origin | Transfer:
+    """Dream's rule by its word for the algorithm. InputError for one that it does not have."""
+    scores = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
+    if alg == "origin":
+        return Origin(draw)
+    if alg not in scores:
+        raise InputError(f"alg is origin, {', '.join(scores)}, got {alg!r}")
+    return Transfer("by-time", scores[alg], True, alg_temp, draw=draw)
+
+
 def best(score_BT: Tensor, step: Step, count_B: Tensor) -> Tensor:
     """bool (B, T): the count_B open positions of highest score. Equals in the order of `torch.topk` over the text of a row, as in the
     references: where EOS is last, most scores are 0."""
