@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rich.table import Table
 
 import dlm
 from dlm.evaluation import card, generative
+from dlm.language_model.options import DecodingKeywords
 from dlm.train import recipes
 from dlm.train.log import finished
 
@@ -29,13 +30,47 @@ POLICIES = ("uncached", "prefix", "dual", "delayed:8", "drift:0.2")
 WIDE = {1024: {"batch": 4, "steps": 60}, 4096: {"batch": 1, "steps": 30}}
 
 
-def wider(window: int, out: Path, console: Console) -> None:
+def wider(window: int, out: Path) -> None:
     """shakespeare-mask, trained a little more on windows of another length."""
     base = recipes.shakespeare_mask()
     config = replace(base, network=base.network.with_(window=window), init="shakespeare-mask", lr=5e-4, warmup=10, **WIDE[window])
     config = replace(config, eval_every=config.steps, eval_windows=4, save_every=20, compile=True)
     if not finished(out, config.steps):
         dlm.fit(config, out, resume=(out / "training.safetensors").is_file())
+
+
+@dataclass
+class Timings:
+    """Of each cache policy: seconds a text in every repeat, and the texts (samples, window)."""
+
+    seconds: dict[str, list[float]]
+    texts: dict[str, torch.Tensor]
+
+
+def measure(model: dlm.LanguageModel, window: int, samples: int, args: argparse.Namespace, console: Console) -> Timings:
+    """Every policy writes the same texts in turn."""
+    timings = Timings({policy: [] for policy in POLICIES}, {})
+    options: DecodingKeywords = {"block_length": window // args.blocks, "sampler": "topk", "temperature": 1.0}
+    model.generate("", length=window, steps=args.blocks, **options)  # the first run allocates what later ones use
+    for repeat in range(args.repeats):
+        for policy in POLICIES:
+            console.print(f"window {window}, {policy}, repeat {repeat + 1}", highlight=False)
+            clock = time.perf_counter()
+            cache = True if policy == "uncached" else policy
+            made = model.generate([""] * samples, length=window, seed=0, cache=cache, steps=args.blocks * args.calls, **options)
+            timings.seconds[policy].append((time.perf_counter() - clock) / samples)
+            timings.texts[policy] = made[0].trajectory.current_BT
+    return timings
+
+
+def compared(timings: Timings, policy: str, window: int, twin: dlm.LanguageModel, device: str) -> dict[str, Any]:
+    """A policy against none: its speed, its text, and the bits of that text under the twin."""
+    base, median = (statistics.median(timings.seconds[name]) for name in ("uncached", policy))
+    text_BT = timings.texts[policy]
+    bits = generative.judge_bits(twin.noise, twin.predict, text_BT.view(-1, 256).to(device))
+    differ = (text_BT != timings.texts["uncached"]).double().mean().item()
+    row = {"window": window, "cache": policy, "seconds_per_text": median, "speed_up": base / median, "differ": differ}
+    return row | {"bits": bits.value, "bits_stderr": bits.stderr, "distinct_4": generative.distinct(text_BT, 4)}
 
 
 def main() -> None:
@@ -59,35 +94,16 @@ def main() -> None:
     for window in args.windows:
         path = args.runs / str(window)
         if window != 256 and args.train:
-            wider(window, path, console)
+            wider(window, path)
         if window != 256 and not (path / "config.json").is_file():
             console.print(f"no model of {window} characters in {path}: --train makes it", highlight=False)
             continue
         model = dlm.load("shakespeare-mask" if window == 256 else str(path), device=args.device)
-        samples = max(1, args.characters // window)
-        seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
-        texts: dict[str, torch.Tensor] = {}
-        options = {"steps": args.blocks * args.calls, "block_length": window // args.blocks, "sampler": "topk", "temperature": 1.0}
-        model.generate("", length=window, **(options | {"steps": args.blocks}))  # the first run allocates what later ones use
-        for repeat in range(args.repeats):
-            for policy in POLICIES:
-                console.print(f"window {window}, {policy}, repeat {repeat + 1}", highlight=False)
-                clock = time.perf_counter()
-                cache = True if policy == "uncached" else policy
-                made = model.generate([""] * samples, length=window, seed=0, cache=cache, **options)
-                seconds[policy].append((time.perf_counter() - clock) / samples)
-                texts[policy] = made[0].trajectory.current_BT
-        base = statistics.median(seconds["uncached"])
+        timings = measure(model, window, max(1, args.characters // window), args, console)
         for policy in POLICIES:
-            cut = texts[policy].view(-1, 256).to(args.device)
-            bits = generative.judge_bits(twin.noise, twin.predict, cut)
-            median = statistics.median(seconds[policy])
-            differ = (texts[policy] != texts["uncached"]).double().mean().item()
-            row = {"window": window, "cache": policy, "seconds_per_text": median, "speed_up": base / median, "differ": differ}
-            row |= {"bits": bits.value, "bits_stderr": bits.stderr, "distinct_4": generative.distinct(texts[policy], 4)}
-            rows.append(row)
-            figures = f"{median:.2f}", f"{base / median:.2f}", f"{differ:.1%}", f"{bits.value:.2f} +- {bits.stderr:.2f}"
-            table.add_row(str(window), policy, *figures, f"{row['distinct_4']:.2f}")
+            rows.append(row := compared(timings, policy, window, twin, args.device))
+            figures = f"{row['seconds_per_text']:.2f}", f"{row['speed_up']:.2f}", f"{row['differ']:.1%}"
+            table.add_row(str(window), policy, *figures, f"{row['bits']:.2f} +- {row['bits_stderr']:.2f}", f"{row['distinct_4']:.2f}")
     Console().print(table)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     print(card.dumps(card.make({"rows": rows}, device=args.device, dtype="float32", seed=0, settings=settings, data={})))

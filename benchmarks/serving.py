@@ -161,51 +161,63 @@ def mixture(count: int) -> list[dict[str, Any]]:
     return [one | kinds[k % len(kinds)] for k, one in enumerate(common)]
 
 
+class Soak:
+    """Clients of all kinds on one server, and what came of them."""
+
+    def __init__(self, client: httpx.AsyncClient, seed: int) -> None:
+        self.client, self.seed = client, seed
+        self.asked, self.counts, self.wrong = mixture(40), Counter[str](), list[str]()
+        self.alone: list[Any] = []
+
+    async def whole(self, one: dict[str, Any]) -> Any:
+        while (answer := await self.client.post("/v1/completions", json=one)).status_code == 429:
+            self.counts["queue full"] += 1
+            await asyncio.sleep(int(answer.headers["Retry-After"]))
+        return answer.json().get("choices", answer.text)
+
+    async def leave(self, one: dict[str, Any], draw: random.Random) -> None:
+        async with self.client.stream("POST", "/v1/completions", json=one | {"stream": True, "max_tokens": 200}) as answer:
+            lines = answer.aiter_lines()
+            for _ in range(draw.randint(0, 6)):
+                await anext(lines, None)
+        self.counts["left early"] += 1
+
+    async def spoil(self, draw: random.Random) -> None:
+        content, status = draw.choice(BROKEN)
+        answer = await self.client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+        proper = answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        self.counts["refused" if proper else "WRONGLY REFUSED"] += 1
+
+    async def check(self, k: int) -> None:
+        answer = await self.whole(self.asked[k])
+        right = answer == self.alone[k]
+        self.counts["right" if right else "WRONG"] += 1
+        if not right and len(self.wrong) < 5:
+            self.wrong.append(f"{self.asked[k]}: {answer} instead of {self.alone[k]}")
+
+    async def one(self, number: int, end: float) -> None:
+        draw = random.Random(self.seed + number)
+        while time.monotonic() < end:
+            k, chance = draw.randrange(len(self.asked)), draw.random()
+            try:
+                if chance < 0.15:
+                    await self.leave(self.asked[k], draw)
+                elif chance < 0.3:
+                    await self.spoil(draw)
+                else:
+                    await self.check(k)
+            except (httpx.HTTPError, ValueError, KeyError) as error:
+                self.counts["LOST"] += 1
+                self.wrong.append(repr(error))
+
+
 async def soak(url: str, pid: int, minutes: float, clients: int, seed: int) -> dict[str, Any]:
     """What came of it: counts, the first wrong answers, memory of the server."""
-    asked, counts, wrong = mixture(40), Counter[str](), list[str]()
     memory: list[tuple[float, float]] = []
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=httpx.Limits(max_connections=None)) as client:
-
-        async def whole(one: dict[str, Any]) -> Any:
-            while (answer := await client.post("/v1/completions", json=one)).status_code == 429:
-                counts["queue full"] += 1
-                await asyncio.sleep(int(answer.headers["Retry-After"]))
-            return answer.json().get("choices", answer.text)
-
-        alone = [await whole(one) for one in asked]
+        run = Soak(client, seed)
+        run.alone = [await run.whole(one) for one in run.asked]
         end = time.monotonic() + 60 * minutes
-
-        async def leave(one: dict[str, Any], draw: random.Random) -> None:
-            async with client.stream("POST", "/v1/completions", json=one | {"stream": True, "max_tokens": 200}) as answer:
-                lines = answer.aiter_lines()
-                for _ in range(draw.randint(0, 6)):
-                    await anext(lines, None)
-            counts["left early"] += 1
-
-        async def spoil(draw: random.Random) -> None:
-            content, status = draw.choice(BROKEN)
-            answer = await client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
-            proper = answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
-            counts["refused" if proper else "WRONGLY REFUSED"] += 1
-
-        async def one(number: int) -> None:
-            draw = random.Random(seed + number)
-            while time.monotonic() < end:
-                k, chance = draw.randrange(len(asked)), draw.random()
-                try:
-                    if chance < 0.15:
-                        await leave(asked[k], draw)
-                    elif chance < 0.3:
-                        await spoil(draw)
-                    else:
-                        answer = await whole(asked[k])
-                        counts["right" if answer == alone[k] else "WRONG"] += 1
-                        if answer != alone[k] and len(wrong) < 5:
-                            wrong.append(f"{asked[k]}: {answer} instead of {alone[k]}")
-                except (httpx.HTTPError, ValueError, KeyError) as error:
-                    counts["LOST"] += 1
-                    wrong.append(repr(error))
 
         async def watch() -> None:
             begin = time.monotonic()
@@ -213,10 +225,10 @@ async def soak(url: str, pid: int, minutes: float, clients: int, seed: int) -> d
                 memory.append((time.monotonic() - begin, resident(pid)))
                 await asyncio.sleep(min(2.0, max(0.05, 6 * minutes)))
 
-        await asyncio.gather(watch(), *(one(number) for number in range(clients)))
+        await asyncio.gather(watch(), *(run.one(number, end) for number in range(clients)))
         await asyncio.sleep(1)
         health = (await client.get("/healthz")).json()
-    return {"counts": dict(counts), "wrong": wrong[:5], "health": health, "memory": flatness(memory)}
+    return {"counts": dict(run.counts), "wrong": run.wrong[:5], "health": health, "memory": flatness(memory)}
 
 
 def resident(pid: int) -> float:

@@ -11,11 +11,12 @@ within each repeat, so that a slow minute of the machine falls on all of them. T
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -86,7 +87,7 @@ def plain_step(config: TrainConfig, data_N: np.ndarray, device: torch.device) ->
         network.compile()
     window, rng = config.network.window, np.random.default_rng(0)
 
-    def step(n: int) -> Tensor:
+    def step(_number: int) -> Tensor:
         starts = rng.integers(len(data_N) - window, size=config.batch)
         x_BT, y_BT = (torch.from_numpy(data_N[starts[:, None] + np.arange(window) + k].astype(np.int64)).to(device) for k in (0, 1))
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
@@ -159,6 +160,37 @@ class Candidate:
         return time.perf_counter() - clock
 
 
+def warmed_up(
+    config: TrainConfig, modes: Sequence[str], dtypes: Sequence[str], data_N: np.ndarray, device: torch.device, console: Console
+) -> Iterator[Candidate]:
+    """Our step and the plain one in every mode and type, each after three steps."""
+    for dtype, mode in itertools.product(dtypes, modes):
+        settings = replace(config, bf16=dtype == "bfloat16", compile=mode == "compiled")
+        for name, make, causal in (("dlm masked", dlm_step, False), ("plain causal", plain_step, True)):
+            flops = flops_per_token(config.network, causal=causal)
+            candidate = Candidate(name, mode, dtype, flops, make(settings, data_N, device), [])
+            console.print(f"warming up: {name}, {mode}, {dtype}", highlight=False)
+            candidate.run(3, device)
+            yield candidate
+
+
+def measure(candidates: Sequence[Candidate], steps: int, repeats: int, tokens: int, device: torch.device, console: Console) -> None:
+    """Tokens a second of every candidate, taken in turns. tokens: of the steps of one repeat."""
+    for repeat in range(repeats):
+        console.print(f"repeat {repeat + 1} of {repeats}", highlight=False)
+        for candidate in candidates:
+            candidate.rates.append(tokens / candidate.run(steps, device))
+
+
+def row_of(x: Candidate, peak: float, table: Table) -> dict[str, object]:
+    """The figures of a candidate, shown in the table too. peak: of the matrix product, FLOP/s."""
+    median = statistics.median(x.rates)
+    share = median * x.flops / peak
+    table.add_row(x.name, x.mode, x.dtype, f"{median:,.0f}", f"{min(x.rates):,.0f} .. {max(x.rates):,.0f}", f"{share:.1%}")
+    row = {"step": x.name, "mode": x.mode, "dtype": x.dtype, "tokens_per_second": median, "rates": x.rates}
+    return row | {"flops_per_token": x.flops, "share_of_peak": share}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="shakespeare-mask")
@@ -184,32 +216,13 @@ def main() -> None:
     dtypes = args.dtypes.split(",") if args.dtypes else ["float32", *(["bfloat16"] if has_bf16(device) else [])]
     peaks = {dtype: matmul_peak(DTYPES[dtype], device, product) for dtype in dtypes}
 
-    candidates = []
-    for dtype in dtypes:
-        for mode in modes:
-            settings = replace(config, bf16=dtype == "bfloat16", compile=mode == "compiled")
-            for name, make, causal in (("dlm masked", dlm_step, False), ("plain causal", plain_step, True)):
-                flops = flops_per_token(config.network, causal=causal)
-                candidates.append(Candidate(name, mode, dtype, flops, make(settings, data_N, device), []))
-                console.print(f"warming up: {name}, {mode}, {dtype}", highlight=False)
-                candidates[-1].run(3, device)
-    tokens = args.steps * config.batch * config.network.window
-    for repeat in range(args.repeats):
-        console.print(f"repeat {repeat + 1} of {args.repeats}", highlight=False)
-        for candidate in candidates:
-            candidate.rates.append(tokens / candidate.run(args.steps, device))
-
+    candidates = list(warmed_up(config, modes, dtypes, data_N, device, console))
+    measure(candidates, args.steps, args.repeats, args.steps * config.batch * config.network.window, device, console)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {args.threads} thread(s)"
     c = config.network
     title = f"{where}: {c.layers} layers, width {c.width}, window {c.window}, batch {config.batch}"
     table = Table("step", "mode", "dtype", "tokens/s", "spread", "of matmul peak", box=None, title=title, header_style="bold")
-    rows = []
-    for x in candidates:
-        median, peak = statistics.median(x.rates), peaks[x.dtype]
-        share = median * x.flops / peak
-        table.add_row(x.name, x.mode, x.dtype, f"{median:,.0f}", f"{min(x.rates):,.0f} .. {max(x.rates):,.0f}", f"{share:.1%}")
-        row = {"step": x.name, "mode": x.mode, "dtype": x.dtype, "tokens_per_second": median, "rates": x.rates}
-        rows.append(row | {"flops_per_token": x.flops, "share_of_peak": share})
+    rows = [row_of(x, peaks[x.dtype], table) for x in candidates]
     Console(width=120).print(table)
     peak_words = ", ".join(f"{dtype} {value / 1e12:.3f} TFLOP/s" for dtype, value in peaks.items())
     print(f"matmul peak ({product} x {product}): {peak_words}")

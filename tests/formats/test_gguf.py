@@ -35,29 +35,11 @@ def write(model: Any, path: Path, quantisation: str = "F32", pre: str = "gpt-2",
     from dlm.formats.huggingface import NAMES as OF_TRANSFORMERS
 
     config, kind = model.config, KINDS[type(model).__name__.removesuffix("ForCausalLM")]
-    writer = gguf.GGUFWriter(path, kind)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer = gguf.GGUFWriter(path, kind)
+    add_sizes(writer, config)
     writer.add_key_length(head_dim)
-    inner = tokenizer()
-    tokens = sorted(inner.get_vocab(), key=inner.get_vocab().get)  # type: ignore[arg-type]
-    import json
-
-    merges = [" ".join(pair) for pair in json.loads(inner.to_str())["model"]["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
-    writer.add_token_merges(merges)
-    writer.add_eos_token_id(inner.token_to_id(SPECIAL[1]))
-    writer.add_chat_template(TEMPLATE)
+    add_tokenizer(writer, pre)
     for key, value in metadata.items():
         writer.add_string(key.replace("__", "."), value)
     if config.rope_parameters["rope_type"] == "llama3":
@@ -86,6 +68,32 @@ def write(model: Any, path: Path, quantisation: str = "F32", pre: str = "gpt-2",
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_sizes(writer: Any, config: Any) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def add_tokenizer(writer: Any, pre: str) -> None:
+    import json
+
+    inner = tokenizer()
+    tokens = sorted(inner.get_vocab(), key=inner.get_vocab().get)  # type: ignore[arg-type]
+    merges = [" ".join(pair) for pair in json.loads(inner.to_str())["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(inner.token_to_id(SPECIAL[1]))
+    writer.add_chat_template(TEMPLATE)
 
 
 def rotary_frequencies(head_dim: int, base: float, scaling: tuple[float, ...]) -> torch.Tensor:

@@ -94,9 +94,9 @@ def test_discrete_bound_decreases_to_the_continuous_one() -> None:
     tiny = Tiny(3, 3, seed=4)
     for word in ("linear", "cosine"):
         noise = noise_of(tiny, word)
-        bounds = []
-        for steps in (1, 2, 4, 8, 16, 64, 256):
-            bounds.append(sum(expected_integrand(tiny, noise, (i + 1) / steps, i / steps) for i in range(steps)))
+        bounds = [
+            sum(expected_integrand(tiny, noise, (i + 1) / steps, i / steps) for i in range(steps)) for steps in (1, 2, 4, 8, 16, 64, 256)
+        ]
         assert all(a > b for a, b in itertools.pairwise(bounds)), (word, bounds)
         assert bounds[-1] > tiny.entropy()
         assert bounds[-1] - tiny.entropy() < 0.01 * (bounds[0] - tiny.entropy())

@@ -281,6 +281,16 @@ def test_exports(visit: Callable[..., User], tmp_path: Path) -> None:
     assert not complaints
 
 
+def tab_to(user: User, script: str, value: str | None = None) -> None:
+    """Press Tab until the script tells this value, or any."""
+    for _ in range(40):
+        here = user.tab.evaluate(script)
+        if here == value if value else here:
+            return
+        user.tab.keyboard.press("Tab")
+    pytest.fail(f"{script} cannot be reached by Tab")
+
+
 @browses
 def test_keys_alone(visit: Callable[..., User]) -> None:
     user = visit()
@@ -288,19 +298,11 @@ def test_keys_alone(visit: Callable[..., User]) -> None:
     press("/")
     user.tab.keyboard.type("ROMEO:")
     for name, value in (("steps", "5"), ("length", "40"), ("seed", "7")):
-        for _ in range(30):
-            if user.tab.evaluate("document.activeElement.name") == name:
-                break
-            press("Tab")
+        tab_to(user, "document.activeElement.name", name)
         user.tab.keyboard.type(value)
     press("Control+Enter")
     before = user.done()
-    for _ in range(40):
-        if user.tab.evaluate("document.activeElement.dataset.i"):
-            break
-        press("Tab")
-    else:
-        pytest.fail("no token can be reached by Tab")
+    tab_to(user, "document.activeElement.dataset.i")
     outline = user.tab.evaluate("getComputedStyle(document.activeElement).outlineStyle")
     assert outline == "solid"
     press("End")

@@ -266,7 +266,7 @@ def interrupts() -> Iterator[Callable[[], bool]]:
     KeyboardInterrupt at once."""
     pressed = False
 
-    def note(number: int, frame: object) -> None:
+    def note(_number: int, _frame: object) -> None:
         nonlocal pressed
         if pressed:
             raise KeyboardInterrupt

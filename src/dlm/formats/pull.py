@@ -52,7 +52,7 @@ BASES = {
 }
 
 
-def pull(name: str, tell: Callable[[str], None] = lambda line: None) -> Path:
+def pull(name: str, tell: Callable[[str], None] = lambda _: None) -> Path:
     """The GGUF file of a name in BASES, or the directory of a hub id, fetched where it is not here yet.
 
     tell: gets a line about what goes on. InputError where it cannot be had whole; the cache is then as it was.

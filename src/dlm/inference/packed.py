@@ -55,12 +55,12 @@ LIBRARY.define("product(Tensor x, int outputs, Tensor? bias, Tensor serial) -> T
 
 
 @torch.library.impl(LIBRARY, "product", "CPU")
-def _product(x: Tensor, outputs: int, bias: Tensor | None, serial: Tensor) -> Tensor:
+def _product(x: Tensor, _outputs: int, bias: Tensor | None, serial: Tensor) -> Tensor:
     return LAYERS[int(serial)].product_now(x, bias)
 
 
 @torch.library.register_fake("dlm::product", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _product_shape(x: Tensor, outputs: int, bias: Tensor | None, serial: Tensor) -> Tensor:
+def _product_shape(x: Tensor, outputs: int, _bias: Tensor | None, _serial: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], outputs)
 
 

@@ -87,7 +87,7 @@ def mask(
 def _flex_mask(pattern: str, block_length: int, length: int, device: str) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def predicate(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return allowed(pattern, q, k, block_length)
 
     return create_block_mask(predicate, None, None, length, length, device=device)

@@ -127,7 +127,7 @@ def blockwise(
     spread_N = torch.arange(count, device=x_BT.device, dtype=levels_B.dtype) * (math.sqrt(5) - 1) / 2
     levels_M = ((levels_B[:, None] + spread_N) % 1.0).flatten()
 
-    def predict_blocks(z_ML: Tensor, t_M: Tensor) -> Tensor:
+    def predict_blocks(z_ML: Tensor, _t_M: Tensor) -> Tensor:
         return predict(z_ML.view(rows, length), x_BT, block_length).view(rows * count, block_length, -1)
 
     x_ML, free_ML = x_BT.reshape(-1, block_length), free_BT.reshape(-1, block_length)

@@ -62,7 +62,7 @@ def _one_token(use: Use) -> bool:
     return use.tokens == 1
 
 
-def _always(use: Use) -> bool:
+def _always(_use: Use) -> bool:
     return True
 
 

@@ -183,13 +183,13 @@ def _seconds(step: dict[str, Any], k: int) -> float:
     return float(value)
 
 
-def _html(traces: Sequence[object], panes: Sequence[Pane]) -> ExportFile:
+def _html(_traces: Sequence[object], panes: Sequence[Pane]) -> ExportFile:
     from dlm.viz.html import write_html
 
     return ExportFile("run.html", "text/html; charset=utf-8", _written(lambda path: write_html(panes, path), "run.html"))
 
 
-def _gif(traces: Sequence[object], panes: Sequence[Pane]) -> ExportFile:
+def _gif(_traces: Sequence[object], panes: Sequence[Pane]) -> ExportFile:
     from dlm.viz.gif import write_gif
 
     columns = 64 if len(panes) == 1 else 44
@@ -197,7 +197,7 @@ def _gif(traces: Sequence[object], panes: Sequence[Pane]) -> ExportFile:
     return ExportFile("run.gif", "image/gif", _written(write, "run.gif"))
 
 
-def _json(traces: Sequence[object], panes: Sequence[Pane]) -> ExportFile:
+def _json(traces: Sequence[object], _panes: Sequence[Pane]) -> ExportFile:
     try:
         text = json.dumps({"format": FORMAT, "traces": list(traces)}, separators=(",", ":"), allow_nan=False)
     except ValueError:

@@ -20,13 +20,13 @@ from starlette.types import Scope
 
 from dlm.errors import InputError
 from dlm.serve.engine.job import FAULT, Event
-from dlm.serve.engine.scheduler import Closing, Engine, Full
-from dlm.serve.engine.shelf import Plan, Shelf, Unknown
+from dlm.serve.engine.scheduler import ClosingError, Engine, QueueFullError
+from dlm.serve.engine.shelf import Plan, Shelf, UnknownModelError
 from dlm.serve.export import export
 from dlm.serve.guard import EXPORT, Guard, Limits, problem, refusal
 from dlm.serve.metrics import Metrics
 from dlm.serve.protocol import native, openai, schema
-from dlm.serve.protocol.reply import Broken, Reply, Row
+from dlm.serve.protocol.reply import Reply, Row, RowFailedError
 from dlm.serve.protocol.stream import EventStream, event, gone
 from dlm.serve.protocol.writer import Writer
 from dlm.trajectory import Canvas
@@ -39,7 +39,7 @@ T = TypeVar("T")
 Events = AsyncIterator[tuple[int, Event]]
 
 
-class Left(Exception):
+class ClientGoneError(Exception):
     """The client is gone: whatever is answered, nobody reads it."""
 
 
@@ -88,7 +88,7 @@ class Service:
                 async for _, happened in events:
                     for name, data in narrator.events(happened):
                         yield event(data, name)
-            except Broken as broken:
+            except RowFailedError as broken:
                 yield event({"error": _problem(broken)}, "error")
 
         return await self._stream(reply, request, chunks)
@@ -122,7 +122,7 @@ class Service:
                 for chunk in answer.last():
                     yield event(chunk)
                 yield event("[DONE]")
-            except Broken as broken:
+            except RowFailedError as broken:
                 yield event({"error": _problem(broken)})
 
         return await self._stream(reply, request, chunks)
@@ -152,19 +152,19 @@ class Service:
 
 
 async def _unless_gone(work: Awaitable[T], request: Request) -> T:
-    """What the work gives. Left, with the work given up, once the client is gone."""
+    """What the work gives. ClientGoneError, with the work given up, once the client is gone."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(request.receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise Left
+        raise ClientGoneError
     finally:
         for task in (working, leaving):
             task.cancel()
 
 
-def _problem(broken: Broken) -> dict[str, Any]:
+def _problem(broken: RowFailedError) -> dict[str, Any]:
     return problem(broken.failed.status, broken.failed.message, broken.failed.code)
 
 
@@ -262,30 +262,30 @@ def _errors(app: FastAPI) -> None:
     async def unusable(_: Request, error: InputError) -> Response:
         return refusal(400, str(error), "invalid_request")
 
-    @app.exception_handler(Unknown)
-    async def unknown(_: Request, error: Unknown) -> Response:
+    @app.exception_handler(UnknownModelError)
+    async def unknown(_: Request, error: UnknownModelError) -> Response:
         return refusal(404, str(error), "model_not_found", param="model")
 
-    @app.exception_handler(Full)
-    async def full(_: Request, error: Full) -> Response:
+    @app.exception_handler(QueueFullError)
+    async def full(_: Request, error: QueueFullError) -> Response:
         return refusal(429, str(error), "queue_full", {"Retry-After": str(error.seconds)})
 
-    @app.exception_handler(Closing)
-    async def closing(_: Request, error: Closing) -> Response:
+    @app.exception_handler(ClosingError)
+    async def closing(_: Request, error: ClosingError) -> Response:
         return refusal(503, str(error), "unavailable", {"Retry-After": "10"})
 
-    @app.exception_handler(Broken)
-    async def broken(_: Request, error: Broken) -> Response:
+    @app.exception_handler(RowFailedError)
+    async def broken(_: Request, error: RowFailedError) -> Response:
         return refusal(error.failed.status, error.failed.message, error.failed.code)
 
     @app.exception_handler(ModuleNotFoundError)
     async def missing(_: Request, error: ModuleNotFoundError) -> Response:
         return refusal(501, str(error), "not_installed")
 
-    @app.exception_handler(Left)
-    async def left(_: Request, error: Left) -> Response:
+    @app.exception_handler(ClientGoneError)
+    async def left(_: Request, _error: ClientGoneError) -> Response:
         return Response(status_code=499)
 
     @app.exception_handler(Exception)
-    async def fault(_: Request, error: Exception) -> Response:
+    async def fault(_: Request, _error: Exception) -> Response:
         return refusal(500, FAULT, "internal_error")

@@ -149,13 +149,13 @@ class Tokenizer:
 
     def encode_corpus(self, documents: Iterable[str]) -> np.ndarray:
         """All documents in one int32 stream, encoded a few lines at a time so that a long file needs little memory."""
-        parts = []
+        parts: list[np.ndarray] = []
         for document in documents:
             self._check(document)
             size = 65536 if self._separable else len(document) or 1
             chunks = [document[i : i + size] for i in range(0, len(document), size)]
-            for encoding in self.inner.encode_batch_fast(chunks, add_special_tokens=False):
-                parts.append(np.array(encoding.ids, dtype=np.int32))
+            encodings = self.inner.encode_batch_fast(chunks, add_special_tokens=False)
+            parts += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:

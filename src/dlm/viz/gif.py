@@ -224,7 +224,7 @@ class _Stage:
         width, height = self.stamps.width, self.stamps.height
         left = self.lefts[i]
         looks = layout.looks(run, self.row, after=after)
-        cells = self._cells(i, run, looks if rejected is None else layout.judged(run, self.row, looks, rejected))
+        cells = self._cells(i, run, looks if rejected is None else layout.judged(self.row, looks, rejected))
         for (x, y), (_, span, _) in self.drawn[i].items():
             if (x, y) not in cells or cells[x, y][1] != span:
                 corner = (left + x * width, self.top + y * height)

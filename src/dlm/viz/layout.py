@@ -130,7 +130,7 @@ def with_rejected(run: Trajectory, row: int, shown: Sequence[str], looks: Sequen
     return [*shown[:at], *struck, *shown[at:]], [*looks[:at], *[REJECTED] * len(struck), *looks[at:]]
 
 
-def judged(run: Trajectory, row: int, looks: Sequence[Look], rejected: Places) -> list[Look]:
+def judged(row: int, looks: Sequence[Look], rejected: Places) -> list[Look]:
     """The same looks after the next forward pass has verified the draft tokens: rejected or just accepted."""
     wrong = at_row(rejected, row)
     return [look if look != DRAFTED else REJECTED if i in wrong else TEXT[0][False] for i, look in enumerate(looks)]

@@ -112,10 +112,8 @@ def test_requests_that_arrive_together_share_calls_and_keep_their_texts(served: 
         one |= {"model": "tiny", "steps": 8} if k % 2 else {"model": "tiny-ar"}
         asked.append(one | ({"sampler": "confidence:0.1"} if k % 4 == 3 else {"sampler": "strided:3"} if k % 4 == 2 else {}))
     networks = [watch, watch_ar]
-    alone = []
     calls = sum(network.calls for network in networks)
-    for one in asked:
-        alone.append(served.post("/v1/completions", one).json())
+    alone = [served.post("/v1/completions", one).json() for one in asked]
     by_one = sum(network.calls for network in networks) - calls
     answers: dict[int, Any] = {}
 

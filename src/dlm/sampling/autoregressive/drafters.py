@@ -152,7 +152,7 @@ class MedusaDrafter:
         assert context.last.state_BD is not None
         limit_B = context.request.limit_B.clamp(max=self.count)
         logits_BKV = self.logits(context.last.state_BD, int(limit_B.max()))
-        return context.request.grow(lambda k, path_BNS: logits_BKV[:, k, None], limit_B)
+        return context.request.grow(lambda k, _path_BNS: logits_BKV[:, k, None], limit_B)
 
 
 @dataclass(frozen=True)

@@ -106,9 +106,9 @@ class Automaton:
         for token, piece in pieces.items():
             if 0 <= token < vocab_size and piece and "\ufffd" not in piece:
                 kind_V[token] = column_of.setdefault(tuple(map(class_of, piece)), len(column_of) + 1)
+        states_S = torch.arange(len(step_SC))
         columns = [torch.full_like(step_SC[:, 0], DEAD)]
-        for classes in column_of:
-            columns.append(reduce(lambda state_S, c: step_SC[state_S, c], classes, torch.arange(len(step_SC))))
+        columns += (reduce(lambda state_S, c: step_SC[state_S, c], classes, states_S) for classes in column_of)
         trimmed = _trimmed(torch.stack(columns, 1), start, accept_S, kind_V, regex)
         return cls(regex, *trimmed, torch.ones(vocab_size, dtype=torch.bool))
 

@@ -78,12 +78,12 @@ def _confidence(step: Step, token_BT: Tensor) -> Tensor:
     return pick(step.logp_BTV, token_BT)
 
 
-def _margin(step: Step, token_BT: Tensor) -> Tensor:
+def _margin(step: Step, _token_BT: Tensor) -> Tensor:
     first_BT, second_BT = step.logp_BTV.exp().topk(2, -1).values.unbind(-1)
     return first_BT - second_BT
 
 
-def _entropy(step: Step, token_BT: Tensor) -> Tensor:
+def _entropy(step: Step, _token_BT: Tensor) -> Tensor:
     return -entropy(step.logp_BTV)
 
 

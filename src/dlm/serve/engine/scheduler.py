@@ -22,7 +22,7 @@ log = logging.getLogger("dlm.serve")
 SAMPLERS = 64  # that are kept ready
 
 
-class Full(Exception):
+class QueueFullError(Exception):
     """Too many wait. seconds: after which to try again."""
 
     def __init__(self, seconds: int) -> None:
@@ -30,7 +30,7 @@ class Full(Exception):
         self.seconds = seconds
 
 
-class Closing(Exception):
+class ClosingError(Exception):
     """The server finishes what runs and takes nothing new."""
 
 
@@ -57,7 +57,7 @@ class Engine:
             raise InputError("--max-batch counts from 1, --max-queue and --threads from 0")
         self.max_batch, self.max_queue, self.threads, self.device = max_batch, max_queue, threads, device
         self.counts = Counts()
-        self.observe: Callable[[float | None, float], None] = lambda first, whole: None
+        self.observe: Callable[[float | None, float], None] = lambda _first, _whole: None
         self._inbox: queue.SimpleQueue[list[Job] | None] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
         self._lanes: dict[Hashable, Lane] = {}
@@ -97,12 +97,12 @@ class Engine:
         return max(0, self._pending - self.running)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Take these rows, all or none. Full, or Closing."""
+        """Take these rows, all or none. QueueFullError, or ClosingError."""
         if self._closing:
-            raise Closing("the server is shutting down")
+            raise ClosingError("the server is shutting down")
         with self._lock:
             if self._pending + len(jobs) > self.max_batch + self.max_queue:
-                raise Full(max(1, round(self._seconds * self._pending / self.max_batch)))
+                raise QueueFullError(max(1, round(self._seconds * self._pending / self.max_batch)))
             self._pending += len(jobs)
         self._inbox.put(list(jobs))
 

@@ -23,7 +23,7 @@ ROW_BY_ROW = Draft("ngram", tokens=0)  # plain decoding whose rows may join and 
 Deliver = Callable[[int, Event], None]
 
 
-class Unknown(Exception):
+class UnknownModelError(Exception):
     """The request names a model that is not served."""
 
 
@@ -84,15 +84,15 @@ class Shelf:
         self.most, self.most_steps, self.created = most, most_steps, int(time.time())
 
     def get(self, name: str | None) -> LanguageModel:
-        """Unknown for one that is not served."""
+        """UnknownModelError for one that is not served."""
         if name is None or name == "":
             return next(iter(self.models.values()))
         if name not in self.models:
-            raise Unknown(f"the model {name!r} is not served here; there are: {', '.join(self.models)}")
+            raise UnknownModelError(f"the model {name!r} is not served here; there are: {', '.join(self.models)}")
         return self.models[name]
 
     def plan(self, request: schema.Decoding, seed: int) -> Plan:
-        """Unknown, or InputError for options that do not go with the model or with one another."""
+        """UnknownModelError, or InputError for options that do not go with the model or with one another."""
         lm = self.get(request.model)
         if (request.steps or 0) > self.most_steps:
             raise InputError(f"{request.steps} steps were asked for, this server takes {self.most_steps} at most")

@@ -77,13 +77,10 @@ class Narrator:
         if refused:
             struck = [[i, self.proposed[i], self.pieces.text(self.row.tokens, i, self.proposed[i]), "x", None, None] for i in refused]
             yield "step", facts | {"changed": struck}
-        changed = [self._changed(change) for change in event.changes]
-        texts = self.row.tokens
-        for i, token in event.proposed.items():
-            changed.append([i, token, self.pieces.text(texts, i, token), "d", None, None])
-        for i in refused:  # what is neither written nor proposed anew is noise again
-            if i not in written and i not in event.proposed:
-                changed.append([i, self.row.tokens[i], "", "n", None, None])
+        changed, tokens = [self._changed(change) for change in event.changes], self.row.tokens
+        changed += ([i, token, self.pieces.text(tokens, i, token), "d", None, None] for i, token in event.proposed.items())
+        noise_again = (i for i in refused if i not in written and i not in event.proposed)
+        changed += ([i, tokens[i], "", "n", None, None] for i in noise_again)
         self.proposed = event.proposed
         yield "step", facts | {"changed": changed}
 

@@ -12,7 +12,7 @@ from dlm.serve.protocol.writer import Writer
 from dlm.trajectory import Canvas
 
 
-class Broken(Exception):
+class RowFailedError(Exception):
     """A row gave an error."""
 
     def __init__(self, failed: Failed) -> None:
@@ -79,7 +79,7 @@ class Reply:
         self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Hand the rows over. Full or Closing."""
+        """Hand the rows over. QueueFullError or ClosingError."""
         self.engine.submit(jobs)
         self.jobs, self._left = list(jobs), len(jobs)
 
@@ -96,13 +96,13 @@ class Reply:
         self._left -= 1
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """Until every row has ended. Broken by the first that fails."""
+        """Until every row has ended. RowFailedError by the first that fails."""
         while self._left:
             index, event = await self._events.get()
             if isinstance(event, Failed):
                 if self.jobs[index].cancelled:
                     continue
-                raise Broken(event)
+                raise RowFailedError(event)
             if self.jobs[index].cancelled:  # what was still on its way
                 continue
             if isinstance(event, Ended):
