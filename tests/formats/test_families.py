@@ -65,6 +65,14 @@ def test_the_same_weights_block_by_block() -> None:
     assert apart(lm.logits(numbers["input_ids"]), numbers["block_causal_4_logits"]) > 1
 
 
+def test_sdar_is_read_block_by_block_and_its_twin_causally() -> None:
+    numbers, lm = golden("sdar"), load(str(GOLDEN / "sdar"))
+    assert apart(lm.logits(numbers["input_ids"]), numbers["block_causal_4_logits"]) < NEAR
+    assert apart(reading(lm.network, "causal")(numbers["input_ids"]), numbers["causal_logits"]) < NEAR
+    assert apart(reading(lm.network, "full")(numbers["input_ids"]), numbers["block_causal_4_logits"]) > 1
+    assert apart(reading(lm.network, "block_causal", 8)(numbers["input_ids"]), numbers["block_causal_4_logits"]) > 1
+
+
 WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "llada norm eps": ("llada", {"rms_norm_eps": 1e-6}),
     "llada rotary base": ("llada", {"rope_theta": 10_000.0}),

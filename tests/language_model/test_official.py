@@ -18,6 +18,7 @@ from dlm.trajectory import Canvas, Frame
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = ("llada", "dream", "a2d_qwen3", "a2d_qwen2")
+ALL = (*FAMILIES, "sdar")
 
 
 @cache
@@ -30,7 +31,7 @@ def cases(family: str) -> list[dict[str, Any]]:
     return found
 
 
-CASES = [pytest.param(family, case, id=f"{family}: {case['name']}") for family in FAMILIES for case in cases(family)]
+CASES = [pytest.param(family, case, id=f"{family}: {case['name']}") for family in ALL for case in cases(family)]
 
 
 def prompts(case: dict[str, Any]) -> list[list[int]]:
@@ -66,6 +67,10 @@ def test_every_forward_pass_reads_what_the_reference_reads(family: str, case: di
     canvas, frames = run(lm, case, prompts(case))
     read = [canvas.tokens_BT[0].tolist(), *(text(canvas, frame, 0) for frame in frames[:-1])]
     expected = [call[0] for call in case["calls"]]
+    if family == "sdar":
+        mask_id, begin = lm.tokenizer.mask_id, len(prompts(case)[0])
+        expected = [ids for ids in expected if mask_id in ids]  # the others fill the reference's cache
+        read = [row[(start := row.index(mask_id, begin) // 4 * 4) : start + 4] for row in read]
     if case.get("sampler") == "bd3lm":  # the reference keeps keys and values of finished blocks, and reads a block alone
         size, begin = case["settings"]["block_size"], len(prompts(case)[0])
         blocks = [ids for ids in expected if len(ids) == size and lm.tokenizer.mask_id in ids]
@@ -249,3 +254,18 @@ def test_a_template_is_filled_by_the_reference_sampler() -> None:
     generation = model("llada").generate(template="the __ of _ an", steps=2)
     assert generation.tokens == 3
     assert generation.text.startswith("the ") or "\ufffd" in generation.text
+
+
+def test_sdar_generates_and_ends_with_a_block_that_holds_a_stop() -> None:
+    lm, case = model("sdar"), cases("sdar")[0]
+    (generation,) = lm.generate(prompts(case), sampler="llada", steps=16, temperature=0.0, max_new_tokens=15)
+    expected = case["output_ids"][0]
+    ids = generation.trajectory.current_BT[0].tolist()
+    assert ids[:12] == expected[:12]  # the first new token is <|im_end|>, its block ends at 12
+    assert ids[12:] == [lm.tokenizer.mask_id] * 12
+    assert generation.forwards == 3
+    assert generation.text == lm.tokenizer.decode(expected[:9])
+    with pytest.raises(InputError, match="not read block by block"):
+        official.plan(model("llada"), {}, "sdar")
+    with pytest.raises(InputError, match="remasking_strategy is"):
+        official.plan(lm, {"remasking_strategy": "x"})

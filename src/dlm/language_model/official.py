@@ -11,7 +11,9 @@ from dlm.language_model.protocols import Model
 from dlm.models.pattern import reading
 from dlm.sampling.diffusion.guidance import ClassifierFree
 from dlm.sampling.diffusion.loop import DiffusionSampler
-from dlm.sampling.diffusion.transfer import Origin, Transfer, dream, reference
+from dlm.sampling.diffusion.protocols import Rule
+from dlm.sampling.diffusion.transfer import Transfer, dream, reference
+from dlm.sampling.diffusion.unmasking import Threshold
 from dlm.sampling.draw import Draw
 
 Settings = Mapping[str, Any]
@@ -30,7 +32,7 @@ def plan(model: Model, settings: Settings, name: str = "") -> Plan:
 
     InputError for a model without reference sampler and for settings that the reference does not have.
     """
-    name = name or str(model.defaults.get("sampler", "")).partition(":")[0]
+    name = name or ("sdar" if model.config.family == "sdar" else str(model.defaults.get("sampler", "")).partition(":")[0])
     if name not in REFERENCES:
         raise InputError(f"{model.name} has no reference sampler here; known: {', '.join(REFERENCES)}")
     make, defaults = REFERENCES[name]
@@ -40,7 +42,7 @@ def plan(model: Model, settings: Settings, name: str = "") -> Plan:
     return make(model, {**defaults, **given})
 
 
-def _whole(model: Model, settings: Settings, rule: Origin | Transfer) -> DiffusionSampler:
+def _whole(model: Model, settings: Settings, rule: Rule) -> DiffusionSampler:
     """The loop over the text alone, blocks from the prompt's end on."""
     scale = 1.0 + settings.get("cfg_scale", 0.0)
     guidance = ClassifierFree(scale, model.tokenizer.mask_id) if scale != 1 else None
@@ -86,6 +88,24 @@ def _bd3lm(model: Model, settings: Settings) -> Plan:
     return replace(made, sampler=replace(made.sampler, denoiser=network, sees_ahead=False, stops=model.stops))
 
 
+def _sdar(model: Model, settings: Settings) -> Plan:
+    """JetAstra/SDAR `generate.py`, `block_diffusion_generate`, its draw replaced by the argmax at temperature 0."""
+    length, new, draw = settings["block_length"], settings["gen_length"], Draw(settings["temperature"])
+    if model.config.network.attention != "block_causal":
+        raise InputError(f"{model.name} is not read block by block: sdar cannot be its reference")
+    rules: dict[str, Rule] = {
+        "low_confidence_static": Transfer("even", draw=draw),
+        "low_confidence_dynamic": Threshold(settings["confidence_threshold"], draw),
+        "sequential": Transfer("even", "order", draw=draw),
+    }
+    if settings["remasking_strategy"] not in rules:
+        raise InputError(f"SDAR's remasking_strategy is {', '.join(rules)}, got {settings['remasking_strategy']!r}")
+    steps = settings["denoising_steps"] * -(-new // length)
+    whole = _whole(model, {"steps": steps}, rules[settings["remasking_strategy"]])
+    sampler = replace(whole, denoiser=reading(model.network, "block_causal", length), block_length=length, sees_ahead=False)
+    return Plan(replace(sampler, block_phase="zero", stops=frozenset(settings["stopping_criteria_idx"] or ())), new)
+
+
 DLLM = {"steps": 128, "max_new_tokens": 128, "block_size": 32, "temperature": 0.0, "cfg_scale": 0.0, "remasking": "low_confidence"}
 REFERENCES: dict[str, tuple[Callable[[Model, Settings], Plan], dict[str, Any]]] = {
     "llada": (
@@ -112,6 +132,19 @@ REFERENCES: dict[str, tuple[Callable[[Model, Settings], Plan], dict[str, Any]]] 
             "top_p": None,
             "top_k": None,
             "alg_temp": None,
+        },
+    ),
+    "sdar": (
+        _sdar,
+        {
+            "gen_length": 256,
+            "block_length": 4,
+            "denoising_steps": 4,
+            "remasking_strategy": "low_confidence_dynamic",
+            "confidence_threshold": 0.85,
+            "temperature": 0.0,
+            "stopping_criteria_idx": None,
+            "greedy": None,
         },
     ),
     "mdlm": (_mdlm, DLLM),

@@ -55,7 +55,7 @@ def build(plan: DecodingPlan, model: Model) -> Sampler:
     policy: CachePolicy | None = None
     if isinstance(plan.cache, str):
         policy = cache_policies.make(plan.cache)
-    elif model.is_causal and plan.cache:
+    elif model.is_causal and plan.cache and model.config.fills_window:
         policy = cache_policies.Exact(plan.block_length)
     if blockwise:
         denoiser = reading(model.network, "block_causal", plan.block_length)
@@ -76,7 +76,7 @@ def build(plan: DecodingPlan, model: Model) -> Sampler:
         sees_ahead=not (model.is_causal or blockwise),
         fills_window=model.config.fills_window,
         block_phase=model.config.block_phase,
-        stops=model.stops if blockwise else frozenset(),
+        stops=model.stops if blockwise or (model.is_causal and not model.config.fills_window) else frozenset(),
     )
 
 

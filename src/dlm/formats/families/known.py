@@ -9,10 +9,10 @@ from typing import Any
 from dlm.errors import InputError
 from dlm.files import read_json
 from dlm.formats import native
-from dlm.formats.families import a2d, dream, llada
+from dlm.formats.families import a2d, dream, llada, sdar
 from dlm.formats.families.record import Family
 
-FAMILIES: tuple[Family, ...] = (llada.LLADA, dream.DREAM, a2d.QWEN2, a2d.QWEN3, a2d.LLAMA)
+FAMILIES: tuple[Family, ...] = (llada.LLADA, dream.DREAM, a2d.QWEN2, a2d.QWEN3, a2d.LLAMA, sdar.SDAR)
 
 
 def of(path: Path) -> Family | None:

@@ -51,7 +51,7 @@ def _kept(step: Step) -> Tensor:
 
 
 QUOTAS: dict[str, Callable[[Step], Tensor]] = {"even": even, "rounded": rounded, "by-time": by_time}
-SCORES = ("confidence", "random", "margin", "entropy")
+SCORES = ("confidence", "random", "margin", "entropy", "order")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Transfer:
 
     quota: `even` (LLaDA, Nie et al. 2502.09992), `rounded` (dllm), `by-time` (Dream, Ye et al. 2508.15487).
     score: `confidence`, of the chosen token (`low_confidence`, `maskgit_plus`); `random`; `margin` over the second choice (`topk_margin`);
-    `entropy`, the least. narrowed: the score reads the distribution after temperature, top-p and top-k (Dream), else the model's own.
+    `entropy`, the least; `order`, from left to right.
+    narrowed: the score reads the distribution after temperature, top-p and top-k (Dream), else the model's own.
     never: tokens that are not written (`logits_eos_inf`); last: tokens that may be chosen, with confidence 0 (`confidence_eos_eot_inf`).
     score_temperature: transferred positions are drawn in proportion to exp(score / temperature) (`alg_temp`); 0 takes the best.
     """
@@ -100,6 +101,8 @@ class Transfer:
         """Finite, so that a token of confidence 0 comes before no token at all (B, T)."""
         if self.score == "random":
             return uniform(rng, token_BT.shape[1]).to(token_BT.device)
+        if self.score == "order":
+            return -torch.arange(token_BT.shape[1], device=token_BT.device).double().expand(token_BT.shape)
         if self.score == "margin":
             first_BT, second_BT = logp_BTV.exp().topk(2, -1).values.unbind(-1)
             return first_BT - second_BT
