@@ -1,4 +1,4 @@
-"""The commands and the Python of README.md and docs/tour.md run as they stand, in order, in one directory a page.
+"""The commands and the Python of README.md and docs/tour.md run as they stand, in order, each section in a directory of its own.
 
 A block may say otherwise in an HTML comment on the line before it: `<!-- make -->` (run by continuous integration itself),
 `<!-- network -->`, `<!-- gpu -->` (not run), `<!-- long -->` (run with a few steps only), `<!-- serve -->` (the first command
@@ -21,15 +21,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/tour.md")
-MARKS = {"", "make", "network", "gpu", "long", "serve"}
+NOT_RUN = {"make", "network", "gpu"}
+MARKS = NOT_RUN | {"", "long", "serve"}
 BLOCK = re.compile(r"(?:<!-- (?P<mark>\w+) -->\n)?```(?P<language>bash|python)\n(?P<body>.*?)```", re.S)
 SHORT = "--set steps=2 --set batch=2 --set eval_windows=2 --set layers=1 --set width=24 --set heads=2"
 
 
-def blocks(page: str) -> list[tuple[str, str, str]]:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return [(m["language"], m["body"], m["mark"] or "") for m in BLOCK.finditer(text)]
+def sections(page: str) -> dict[str, list[tuple[str, str, str]]]:
+    """(language, body, mark) of every block, by the heading that it stands under."""
+    parts = (ROOT / page).read_text(encoding="utf-8").split("\n## ")
+    found = {part.partition("\n")[0]: [(m["language"], m["body"], m["mark"] or "") for m in BLOCK.finditer(part)] for part in parts}
+    return {heading: blocks for heading, blocks in found.items() if blocks}
 
+
+def runs(blocks: list[tuple[str, str, str]]) -> bool:
+    return any(mark not in NOT_RUN for _, _, mark in blocks)
+
+
+SECTIONS = [(page, heading) for page in PAGES for heading, blocks in sections(page).items() if runs(blocks)]
 
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(ROOT / "src"),
@@ -66,9 +75,15 @@ def served(commands: list[list[str]], cwd: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_is_marked_with_a_known_word(page: str) -> None:
-    marks = {mark for _, _, mark in blocks(page)}
+    marks = {mark for blocks in sections(page).values() for _, _, mark in blocks}
     assert marks, f"{page} has no commands"
     assert marks <= MARKS
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_has_commands_that_run(page: str) -> None:
+    blocks = [(body, mark) for found in sections(page).values() for language, body, mark in found if language == "bash"]
+    assert sum(len(commands(body, mark)) for body, mark in blocks if mark not in NOT_RUN) >= 3
 
 
 def test_the_readme_is_short() -> None:
@@ -87,20 +102,16 @@ def commands(body: str, mark: str) -> list[list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("page", PAGES)
-def test_readme_commands_run(page: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("page", "heading"), SECTIONS)
+def test_readme_commands_run(page: str, heading: str, tmp_path: Path) -> None:
     (tmp_path / "my.txt").write_text("All the world's a stage, and all the men and women merely players.\n" * 300)
-    ran = 0
-    for language, body, mark in blocks(page):
-        if mark in ("make", "network", "gpu"):
+    for language, body, mark in sections(page)[heading]:
+        if mark in NOT_RUN:
             continue
-        lines = [["python"]] if language == "python" else commands(body, mark)
-        ran += len(lines)
         if language == "python":
             run([sys.executable, "-c", body], tmp_path)
         elif mark == "serve":
-            served(lines, tmp_path)
+            served(commands(body, mark), tmp_path)
         else:
-            for words in lines:
+            for words in commands(body, mark):
                 run(words if words[0] == "dlm" else [sys.executable, *words[1:]], tmp_path)
-    assert ran >= 4
