@@ -110,10 +110,11 @@ def test_a_full_cache_says_so_when_compiled() -> None:
 
 
 def test_what_cannot_be_compiled(masked_dir: Path, autoregressive_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="compiled decoding are for autoregressive"):
-        load(str(masked_dir), compile=True)
+    with pytest.raises(InputError, match="deterministic decoding is for autoregressive"):
+        load(str(masked_dir), deterministic=True)
     with pytest.raises(InputError, match="choose deterministic or compiled"):
         load(str(autoregressive_dir), compile=True, deterministic=True)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(InputError, match="install g"):
-        load(str(autoregressive_dir), compile=True)
+    for directory in (autoregressive_dir, masked_dir):
+        with pytest.raises(InputError, match="install g"):
+            load(str(directory), compile=True)

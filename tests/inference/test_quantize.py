@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import make_model
 from dlm.adapters import lora
 from dlm.errors import InputError
 from dlm.inference import fused, packed, quantize, quantized_linear
@@ -105,9 +104,6 @@ def test_a_quantized_network_is_nearly_the_base(bits: str, error: float, tmp_pat
         lora.fingerprint(rounded.network)
     with pytest.raises(InputError, match="unknown dtype 'int3'; known: float32, bfloat16, int8, int4"):
         load(str(tmp_path), dtype="int3")
-    make_model().save_pretrained(tmp_path / "masked")
-    with pytest.raises(InputError, match="is a diffusion model: int8"):
-        load(str(tmp_path / "masked"), dtype=bits)
     adapted = model(tied=False)
     config = lora.AdapterConfig(rank=4, fingerprint=lora.fingerprint(adapted.network))
     lora.attach(adapted.network, config, adapted.tokenizer.mask_id)

@@ -1,4 +1,4 @@
-"""Blocks compiled by torch.compile for forward passes of few positions over a KV cache.
+"""Blocks compiled by torch.compile: forward passes of few positions over a KV cache, and those of whole texts without one.
 
 Shapes: B batch, Q positions, D width, G kv heads, T capacity of the cache, K head dimension.
 """
@@ -46,7 +46,9 @@ class CompiledBlocks(Blocks):
         super().__init__(blocks)
         self.train(next(iter(self)).training)
         self.together = next(n for n in range(BLOCKS_PER_GRAPH, 0, -1) if len(self) % n == 0)  # no graph is made for a rest
-        self.plain = _compile()
+        self.plain = _compile(_over)
+        self.reads_texts = next(iter(self)).attention.config.attention != "causal"
+        self.texts: dict[bool, Callable[..., Tensor]] = {}  # of whole texts, by whether there is no mask
         self.adapted: weakref.WeakKeyDictionary[nn.Module, Callable[..., Tensor]] = weakref.WeakKeyDictionary()  # by adapter
 
     def forward(self, x: Tensor, forward_pass: ForwardPass) -> Tensor:
@@ -54,9 +56,29 @@ class CompiledBlocks(Blocks):
         span = None
         if few and isinstance(cache, Memory) and not forward_pass.is_causal and not torch.is_grad_enabled():
             span = cache.span(x.shape[1])
-        if span is None or not isinstance(cache, Memory):
-            return super().forward(x, forward_pass)
-        return self.over(x, forward_pass, cache, span)
+        if span is not None and isinstance(cache, Memory):
+            return self.over(x, forward_pass, cache, span)
+        mask = forward_pass.mask
+        alone = cache is None and forward_pass.mask_tokens is None and not forward_pass.is_causal and not torch.is_grad_enabled()
+        if self.reads_texts and alone and (mask is None or isinstance(mask, Tensor)):
+            return self.text(x, forward_pass.cos, forward_pass.sin, mask)
+        return super().forward(x, forward_pass)
+
+    def text(self, x: Tensor, cos: Tensor, sin: Tensor, mask_B1QT: Tensor | None) -> Tensor:
+        """x (B, Q, D) of whole texts after the blocks. mask: which positions each reads, bool; None for all."""
+        if (mask_B1QT is None) not in self.texts:
+            self.texts[mask_B1QT is None] = _compile(_text)
+        run = self.texts[mask_B1QT is None]
+        cos, sin = (turn.expand(len(x), -1, -1, -1).contiguous() for turn in (cos, sin))
+        if mask_B1QT is not None:
+            mask_B1QT = mask_B1QT.expand(len(x), -1, -1, -1).contiguous()
+        masks = [] if mask_B1QT is None else [(mask_B1QT, 0), (mask_B1QT, 2), (mask_B1QT, 3)]
+        for tensor, axis in [(x, 0), (x, 1), (cos, 0), (cos, 2), (sin, 0), (sin, 2), *masks]:
+            torch._dynamo.maybe_mark_dynamic(tensor, axis)
+        blocks = list(self)
+        for first in range(0, len(blocks), self.together):
+            x = run(blocks[first : first + self.together], x, cos, sin, mask_B1QT)
+        return x
 
     def over(self, x: Tensor, forward_pass: ForwardPass, memory: Memory, span: tuple[int, int]) -> Tensor:
         """x (B, Q, D) after the blocks, new positions in this span of the memory."""
@@ -85,7 +107,7 @@ class CompiledBlocks(Blocks):
             for fused, layers in fused_layers(self):
                 if any(layer.low_rank is not None for layer in layers):
                     fused.join_low_rank(layers, dtype)
-            self.adapted[mask_tokens.adapter] = _compile()
+            self.adapted[mask_tokens.adapter] = _compile(_over)
         return self.adapted[mask_tokens.adapter]
 
 
@@ -116,6 +138,16 @@ def _over(
     return x
 
 
+def _text(blocks: Sequence[Block], x: Tensor, cos: Tensor, sin: Tensor, mask_B1QT: Tensor | None) -> Tensor:
+    """`Blocks` over whole texts."""
+    for block in blocks:
+        attention: Any = block.attention
+        read = attention.attend(*attention.heads(block.attention_norm(x), cos, sin, None), mask_B1QT, False)
+        x = x + block.dropout(attention.project_out(read, None))
+        x = x + block.dropout(block.mlp(block.mlp_norm(x), None))
+    return x
+
+
 def attend_alone(q_BH1K: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_B11T: Tensor) -> Tensor:
     """`attention.attend` for one query, without products: compiled they are two loops, where the kernel takes as long to begin as to read.
 
@@ -127,11 +159,12 @@ def attend_alone(q_BH1K: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_B11T: Tens
     return read_BGRK.flatten(1, 2)[:, :, None].to(q_BH1K.dtype)
 
 
-def _compile() -> Callable[..., Tensor]:
-    """`_over`, compiled by itself: another network must not find what was compiled for this one."""
-    code = _over.__code__.replace(co_name=_over.__name__)  # torch.compile knows a function by its code
+def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function over blocks, compiled by itself: another network must not find what was compiled for this one."""
+    assert isinstance(function, types.FunctionType)
+    code = function.__code__.replace(co_name=function.__name__)  # torch.compile knows a function by its code
     options: dict[str, Any] = {
         "guard_filter_fn": lambda guards: [g.guard_type == "SHAPE_ENV" or g.name in ("L['x']", "x") for g in guards],
         "size_asserts": False,
     }
-    return torch.compile(types.FunctionType(code, _over.__globals__), fullgraph=True, options=options)
+    return torch.compile(types.FunctionType(code, function.__globals__), fullgraph=True, options=options)

@@ -93,7 +93,7 @@ class LanguageModel:
     def save_pretrained(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a checkpoint directory; `dtype=torch.bfloat16` halves it. InputError for int8 and int4."""
         if self.network.quantized:
-            raise InputError(f"{self.name} was loaded with its weights rounded: save it from float32 or bfloat16")
+            raise InputError(f"{self.name} was loaded with quantized weights: save it from float32 or bfloat16")
         native.save(directory, self.network.state_dict(), self.config, files=self.files() | {"README.md": self.card()}, dtype=dtype)
 
     def files(self) -> dict[str, str]:
@@ -407,11 +407,11 @@ def load(
 ) -> LanguageModel:
     """Load a checkpoint: a directory, a GGUF file, a bundled name (`shakespeare-mask`), a pulled one (`smollm2-135m`) or a hub id.
 
-    dtype: of torch, or a word: float32, bfloat16, int8 or int4, which quantize the weights of an autoregressive model (CPU, inference
-    only). adapter: directory that `dlm convert` made for this base, a bundled name, `auto`, or several. deterministic: batch-invariant;
-    the logits of a position are bitwise identical in forward passes of any shape, at a cost in speed. compile: forward passes of few
-    positions by torch.compile, the first of which take seconds. InputError for the adapter of another base, and for settings that do not
-    go together.
+    dtype: of torch, or a word: float32, bfloat16, int8 or int4, which quantize the weights (CPU, inference only). adapter: directory that
+    `dlm convert` made for this base, a bundled name, `auto`, or several. deterministic: batch-invariant, for autoregressive models; the
+    logits of a position are bitwise identical in forward passes of any shape, at a cost in speed. compile: by torch.compile, forward
+    passes of few positions of an autoregressive model, those of a diffusion model without an approximate cache; the first ones take
+    seconds. InputError for the adapter of another base, and for settings that do not go together.
     """
     words = {"float32": torch.float32, "bfloat16": torch.bfloat16} | dict.fromkeys(quantize.BITS, torch.float32)
     if isinstance(dtype, str) and dtype not in words:
@@ -421,10 +421,10 @@ def load(
         for path in [adapter] if isinstance(adapter, str | Path) else adapter:
             attach.with_adapter(model, path)
     bits = quantize.BITS.get(str(dtype))
-    if (bits or deterministic or compile) and model.is_diffusion:
-        raise InputError(f"{name} is a diffusion model: int8, int4, deterministic and compiled decoding are for autoregressive models")
+    if deterministic and model.is_diffusion:
+        raise InputError(f"{name} is a diffusion model: deterministic decoding is for autoregressive models")
     if bits and model.network.device.type != "cpu":
         raise InputError(f"{dtype} is for the CPU: use --dtype bfloat16 on other devices")
-    if not model.is_diffusion:
+    if bits or compile or not model.is_diffusion:
         prepare(model.network, bits=bits, batch_invariant=deterministic, compiled=compile)
     return model

@@ -1,0 +1,150 @@
+"""Diffusion models in bfloat16, with quantized weights and compiled: how near they stay, in every pattern and with every cache.
+
+Shapes: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import make_model
+from dlm.errors import InputError
+from dlm.inference import prepare
+from dlm.inference.compiled import CompiledBlocks
+from dlm.language_model import LanguageModel, load, official
+from dlm.models.transformer import Transformer
+from dlm.sampling.diffusion.cache_policies import POLICIES
+from dlm.sampling.draw import generators
+from dlm.trajectory import Canvas
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TOKENS = 60  # ids below the control tokens of every model here
+DTYPES = ("bfloat16", "int8", "int4")
+NATS = {"bfloat16": 1e-3, "int8": 2e-3, "int4": 0.1}  # of mean KL from float32 for each token
+SAME = {"bfloat16": 0.98, "int8": 0.95, "int4": 0.7}  # share of tokens whose likeliest value stays
+
+
+@cache
+def loaded(name: str, dtype: str = "float32") -> LanguageModel:
+    return load(name if name.startswith("shakespeare") else str(GOLDEN / name), dtype=dtype)
+
+
+def half_masked(lm: LanguageModel, rows: int = 2, length: int = 64) -> Tensor:
+    z_BT = torch.randint(TOKENS, (rows, length), generator=torch.Generator().manual_seed(0))
+    z_BT[:, ::2] = lm.tokenizer.mask_id
+    return z_BT
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["llada", "dream", "shakespeare-mask", "shakespeare-block", "shakespeare-uniform"])
+def test_distributions_are_near(name: str, dtype: str) -> None:
+    base, lm = loaded(name), loaded(name, dtype)
+    z_BT, t_B = half_masked(base), torch.full((2,), 0.5)
+    exact_BTV, near_BTV = (one.predict(z_BT, t_B).log_softmax(-1) for one in (base, lm))
+    nats_BT = (exact_BTV.exp() * (exact_BTV - near_BTV)).sum(-1)
+    assert 0 < nats_BT.mean() < NATS[dtype]
+    assert (exact_BTV.argmax(-1) == near_BTV.argmax(-1)).float().mean() > SAME[dtype]
+    assert lm.network.quantized == (dtype != "bfloat16")
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 0.9), ("int8", 0.9), ("int4", 0.3)])
+def test_generations_at_temperature_0(dtype: str, share: float) -> None:
+    """Tokens that the official sampler writes as in float32: one near-tie that falls differently changes what follows."""
+
+    def generated(lm: LanguageModel) -> Tensor:
+        plan = official.plan(lm, {"steps": 16, "gen_length": 16, "block_length": 8}, "llada")
+        rows = [[*range(8 * row, 8 * row + 8), *[None] * 16] for row in range(8)]
+        canvas = Canvas.from_rows(rows, fill=lm.tokenizer.mask_id)
+        *_, last = plan.sampler.steps(canvas, rng=generators(0, len(rows)))
+        return last.tokens_BT[:, 8:]
+
+    same = (generated(loaded("llada")) == generated(loaded("llada", dtype))).float().mean()
+    assert same > share
+
+
+def plausible(text: str) -> float:
+    """Mean log-probability that the float32 model gives every second token, in nats."""
+    lm = loaded("shakespeare-mask")
+    x_1T = torch.tensor([lm.tokenizer.encode(text)])
+    z_1T = x_1T.clone()
+    z_1T[:, ::2] = lm.tokenizer.mask_id
+    logp_1TV = lm.predict(z_1T, torch.full((1,), 0.5)).log_softmax(-1)
+    return float(logp_1TV.gather(-1, x_1T[..., None])[:, ::2].mean())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("policy", [*POLICIES, "none"])
+def test_every_cache_policy(policy: str, dtype: str) -> None:
+    """A text written with quantized weights is about as likely to the float32 model as its own against the same cache, in nats."""
+    exact, near = (
+        loaded("shakespeare-mask", one)
+        .generate("ROMEO:", length=96, steps=48, temperature=0.5, sampler="confidence", cache=policy in POLICIES and policy)
+        .text
+        for one in ("float32", dtype)
+    )
+    assert len(near) == 96
+    assert plausible(near) > plausible(exact) - 0.8
+    assert plausible(near[::-1]) < plausible(exact) - 1
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_every_pattern(bits: int) -> None:
+    base, lm = (make_model(attention="block_causal", block_length=8) for _ in range(2))
+    prepare(lm.network, bits=bits)
+    z_BT = half_masked(base, length=32) % base.config.network.vocab_size
+    pairs = [
+        (one.network(torch.cat([z_BT, z_BT], 1), pattern=pattern) for one in (base, lm)) for pattern in ("clean", "shadow", "introspective")
+    ]
+    valid_BT = torch.arange(32) < torch.tensor([[32], [20]])
+    pairs += [(one.network(z_BT, valid_BT=valid_BT) for one in (base, lm)), (one.predict_beside(z_BT, z_BT, 4) for one in (base, lm))]
+    for exact, near in pairs:
+        assert 0 < (near - exact).std() < (0.3 if bits == 4 else 0.05) * exact.std()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
+@pytest.mark.parametrize("attention", ["full", "block_causal"])
+def test_compiled_texts(attention: str) -> None:
+    """Rows, lengths and masks change from forward pass to forward pass; another network has compilations of its own."""
+    blocks = {"attention": attention, "block_length": 8 * (attention == "block_causal")}
+    plain, made = ([make_model(norm_eps=eps, **blocks) for eps in (1e-6, 1e-2)] for _ in range(2))
+
+    def compare(index: int, rows: int, length: int, *, padded: bool = False) -> None:
+        z_BT = half_masked(plain[index], rows, length) % 20
+        valid_BT = torch.arange(length) < torch.arange(length, length - rows, -1)[:, None] if padded else None
+        found, expected = (one[index].network(z_BT, valid_BT=valid_BT) for one in (made, plain))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+    texts = []
+    for one in made:
+        prepare(one.network, compiled=True)
+        assert isinstance(one.network.blocks, CompiledBlocks)
+        over = one.network.blocks.text
+        one.network.blocks.text = lambda *args, over=over: texts.append(1) or over(*args)  # type: ignore[assignment, func-returns-value, misc]
+    with torch.no_grad():
+        for shape in ((1, 32), (2, 16), (3, 24), (1, 8)):
+            compare(0, *shape)
+        compare(0, 2, 16, padded=True)
+        compare(1, 1, 32)
+    assert len(texts) == 6
+    made[0].generate("a", length=16, steps=4)
+    assert len(texts) == 6 or attention == "full"  # block by block against an exact cache, which is not compiled
+    assert len(texts) >= 10 or attention == "block_causal"
+
+
+def test_quantized_weights_are_neither_saved_nor_deterministic(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="save it from float32"):
+        loaded("llada", "int4").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="deterministic decoding is for autoregressive"):
+        load("shakespeare-mask", deterministic=True)
+
+
+def test_what_was_not_asked_for_stays() -> None:
+    """A diffusion network without quantization is the one that was trained, not a fused one."""
+    assert type(loaded("shakespeare-mask").network) is Transformer
+    assert type(loaded("shakespeare-mask").network.head).__name__ == "Head"
