@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dlm.cli.app import Device, Json, Seed, app, load
+from dlm.cli.app import Device, Json, Seed, app, between, load
 from dlm.cli.tables import console, table
 from dlm.errors import InputError
 
@@ -17,11 +18,15 @@ if TYPE_CHECKING:
 
     from dlm.workflows.evaluate import Evaluation
 
+TASKS = "Tasks of lm-evaluation-harness"  # panel of the help
+
 
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name, directory or hub id.")],
-    data: Annotated[str, typer.Option(help="Bundled data set (shakespeare), text file, folder of .txt files, or hf:DATASET.")],
+    data: Annotated[
+        str | None, typer.Option(help="Bundled data set (shakespeare), text file, folder of .txt files, or hf:DATASET.")
+    ] = None,
     split: Annotated[str, typer.Option(help="train | val | all.")] = "val",
     val_fraction: Annotated[float, typer.Option(help="Last part of the text that is `val`.")] = 0.1,
     against: Annotated[str | None, typer.Option(help="A second model, measured on the same text.")] = None,
@@ -37,11 +42,32 @@ def evaluate(
     steps: Annotated[int, typer.Option(help="Steps of the discrete estimator.")] = 256,
     max_windows: Annotated[int | None, typer.Option(help="At most this many windows, spread evenly over the text.")] = None,
     seed: Seed = 0,
-    card: Annotated[Path | None, typer.Option(help="File of the evaluation card; default: runs/eval/MODEL-SPLIT.json.")] = None,
+    card: Annotated[
+        Path | None, typer.Option(help="File of the evaluation card; default: runs/eval/MODEL-SPLIT.json or MODEL-tasks.json.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Names with commas, as gsm8k,arc_easy; instead of --data.", rich_help_panel=TASKS)] = "",
+    include_path: Annotated[Path | None, typer.Option(help="Directory with YAML files of more tasks.", rich_help_panel=TASKS)] = None,
+    shots: Annotated[
+        int | None, typer.Option(callback=between(0), help="Examples before a question; default: the task's own.", rich_help_panel=TASKS)
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(callback=between(0), help="Documents of each task; below 1: a share of them.", rich_help_panel=TASKS)
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="Rows of a forward pass, or auto.", rich_help_panel=TASKS)] = "auto",
+    mc_samples: Annotated[
+        int, typer.Option(callback=between(2), help="Mask patterns of a continuation, of diffusion models.", rich_help_panel=TASKS)
+    ] = 128,
+    model_args: Annotated[
+        str, typer.Option(help="Options of decoding and of the likelihood: steps=64,likelihood_blocks=1.", rich_help_panel=TASKS)
+    ] = "",
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Ask as a user of a chat.", rich_help_panel=TASKS)] = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="Keep answers in files that begin with this; the same command goes on.", rich_help_panel=TASKS)
+    ] = None,
     as_json: Json = False,
     device: Device = "cpu",
 ) -> None:
-    """Measure nats per token and bits per character of a text.
+    """Measure nats per token and bits per character of a text, or run tasks of lm-evaluation-harness.
 
     A bound for diffusion models, exact for autoregressive ones.
     """
@@ -50,6 +76,13 @@ def evaluate(
     from dlm.workflows.evaluate import Evaluations
     from dlm.workflows.evaluate import evaluate as measure
 
+    if bool(tasks) == (data is not None):
+        raise InputError("give --data, a text to measure, or --tasks, names of lm-evaluation-harness" + (", not both" if tasks else ""))
+    if data is None:
+        settings = {"include_path": include_path, "shots": shots, "limit": limit, "batch_size": batch_size, "resume": resume}
+        more = {"mc_samples": mc_samples, "chat": chat_template, "seed": seed} | _model_args(model_args)
+        _run_tasks(model, tasks, card, as_json, device, settings | more)
+        return
     lengths = _lengths(block_lengths)
     if card is not None and len(lengths) > 1:
         raise InputError("--card names one file, and each of --block-lengths gets a card: leave --card away")
@@ -77,6 +110,43 @@ def evaluate(
     own = [one(model, length, own=True) for length in lengths] or [one(model, None, own=True)]
     found = Evaluations(own, one(against, None, own=False) if against else None)
     console(as_json).print(_table([*found.own, *([found.against] if found.against else [])]))
+    if as_json:
+        print(dumps(found.record()))
+
+
+def _model_args(words: str) -> dict[str, object]:
+    """`name=value` with commas; a value is a number, true, false, or a text."""
+    found: dict[str, object] = {}
+    for word in filter(None, words.split(",")):
+        name, sign, value = word.partition("=")
+        if not sign or not name.isidentifier():
+            raise InputError(f"--model-args {word}: give name=value with commas, as in steps=64,temperature=0.5")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _run_tasks(name: str, tasks: str, card: Path | None, as_json: bool, device: str, settings: Mapping[str, Any]) -> None:
+    from dlm.evaluation.card import dumps
+    from dlm.workflows.harness import evaluate_tasks, require
+
+    require()  # before the model is loaded
+    lm = load(name, device)
+    card = card or Path("runs/eval") / f"{lm.name}-tasks.json"
+    found = evaluate_tasks(lm, [task.strip() for task in tasks.split(",") if task.strip()], card=card, **settings)
+    made = table("task", "documents", "metric", "value", "stderr")
+    for task, row in found.figures.items():
+        for metric, value in row.items():
+            if "_stderr," not in metric:
+                stderr = row.get(metric.replace(",", "_stderr,"))
+                documents = str(found.samples.get(task, ""))
+                made.add_row(task, documents, metric.removesuffix(",none"), f"{value:.4f}", "" if stderr is None else f"{stderr:.4f}")
+    console(as_json).print(made)
+    if not as_json and "loglikelihood_mc_stderr_mean" in found.likelihood:
+        error = found.likelihood["loglikelihood_mc_stderr_mean"]
+        print(f"log-likelihoods: {found.likelihood['likelihood_estimator']}, Monte-Carlo error {error:.4f} nats each in the mean")
     if as_json:
         print(dumps(found.record()))
 

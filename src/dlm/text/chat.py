@@ -77,21 +77,35 @@ class ChatTemplate:
 
     def encode(self, messages: Messages, tokenizer: Tokenizer, *, answer: bool = True, **variables: Any) -> list[int]:
         """Token ids of a conversation. InputError as `render`."""
-        if not tokenizer.control:
-            return tokenizer.encode(self.render(messages, answer=answer, **variables))
-        longest_first = sorted(tokenizer.control, key=len, reverse=True)
-        control = re.compile("|".join(map(re.escape, longest_first)))
+        return ids(self.spell(messages, tokenizer, answer=answer, **variables), tokenizer)
+
+    def spell(self, messages: Messages, tokenizer: Tokenizer, *, answer: bool = True, **variables: Any) -> str:
+        """As `render`, with a guard in every control token that a message spells, for `ids`. InputError as `render`."""
+        control = _control(tokenizer)
 
         def guarded(value: Any) -> Any:
-            if not isinstance(value, str):
+            if not isinstance(value, str) or control is None:
                 return value
             return control.sub(lambda found: found[0][0] + GUARD + found[0][1:], value.replace(GUARD, ""))
 
-        text = self.render([{key: guarded(value) for key, value in m.items()} for m in messages], answer=answer, **variables)
-        ids: list[int] = []
-        for part in re.split(f"({control.pattern})", text):
-            if part in tokenizer.control:
-                ids.append(tokenizer.control[part])
-            elif part:
-                ids += tokenizer.encode(part.replace(GUARD, ""))
-        return ids
+        return self.render([{key: guarded(value) for key, value in m.items()} for m in messages], answer=answer, **variables)
+
+
+def ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a text whose control tokens are meant, but for those with a guard."""
+    control = _control(tokenizer)
+    if control is None:
+        return tokenizer.encode(text)
+    found: list[int] = []
+    for part in re.split(f"({control.pattern})", text):
+        if part in tokenizer.control:
+            found.append(tokenizer.control[part])
+        elif part:
+            found += tokenizer.encode(part.replace(GUARD, ""))
+    return found
+
+
+def _control(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """What spells a control token of this tokenizer; None where it has none."""
+    longest_first = sorted(tokenizer.control, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
