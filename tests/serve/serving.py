@@ -55,7 +55,7 @@ def events(text: str, parse: bool = True) -> list[tuple[str, Any]]:
 
 
 class Watch:
-    """Counts the calls of a network and the rows in them, holds them up while its gate is shut, fails for a token."""
+    """Counts the forward passes of a network and the rows in them, holds them up while its gate is shut, fails for a token."""
 
     def __init__(self, lm: LanguageModel) -> None:
         self.calls, self.rows, self.gate, self.poison = 0, 0, threading.Event(), None  # type: int, int, threading.Event, int | None
@@ -73,12 +73,12 @@ class Watch:
 
 @contextmanager
 def serving(
-    models: Sequence[LanguageModel], limits: Limits | None = None, most: int = 512, most_steps: int = 256, **engine: Any
+    models: Sequence[LanguageModel], limits: Limits | None = None, max_tokens: int = 512, max_steps: int = 256, **engine: Any
 ) -> Iterator[Served]:
     """A server that is there when it is entered and gone when it is left."""
     made = Engine(**engine)
     sock = run.listening("127.0.0.1", 0)
-    server = run.make(Shelf(models, most, most_steps), made, limits or Limits())
+    server = run.make(Shelf(models, max_tokens, max_steps), made, limits or Limits())
     thread = threading.Thread(target=lambda: server.run(sockets=[sock]), daemon=True)
     thread.start()
     served = Served(f"http://127.0.0.1:{sock.getsockname()[1]}", made, server, thread)

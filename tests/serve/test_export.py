@@ -137,7 +137,7 @@ BAD: dict[str, Any] = {
     "a given position": broken(lambda t: t["steps"][0].update(changed=[[0, 3, "a", "f"]])),
     "a state that cannot be": broken(lambda t: t["steps"][0].update(changed=[[2, 3, "a", "g"]])),
     "a state that is a number": broken(lambda t: t["steps"][0].update(changed=[[2, 3, "a", 1]])),
-    "calls below 0": broken(lambda t: t["steps"][0].update(forwards=-1)),
+    "forwards below 0": broken(lambda t: t["steps"][0].update(forwards=-1)),
     "seconds that are no number": broken(lambda t: t["steps"][0].update(seconds=float("nan"))),
     "a number that JSON has not": {"format": "json", "trace": trace() | {"end": float("inf")}},
 }
@@ -151,7 +151,7 @@ def test_bad_traces(body: Any) -> None:
     assert len(str(told.value)) < 300
 
 
-@pytest.mark.parametrize("bound", ["MOST_POSITIONS", "MOST_STEPS", "MOST_CHANGES", "MOST_CELLS"])
+@pytest.mark.parametrize("bound", ["MAX_POSITIONS", "MAX_STEPS", "MAX_CHANGES", "MAX_CELLS"])
 def test_bounds(bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, bound, 2)
     with pytest.raises(InputError, match="too long to export"):

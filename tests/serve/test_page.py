@@ -78,7 +78,7 @@ def test_the_four_states(visit: Callable[..., User]) -> None:
     assert len(text) == 48
     assert "█" not in text
     assert "100% settled" in user.facts()
-    assert "tokens a call" in user.facts()
+    assert "tokens a pass" in user.facts()
     assert "seed 3" in user.facts()
     assert user.sent[0]["steps"] == 8
     assert user.sent[0]["length"] == 48
@@ -91,29 +91,29 @@ def test_the_four_states(visit: Callable[..., User]) -> None:
     told_apart = {looks[state] for state in "nfcd"}
     assert len(told_apart) == 4, f"told by colour alone: {looks}"
     said = str(user.tab.text_content("#said"))
-    assert said.startswith("Done. 42 tokens in 6 calls: ROMEO:")
+    assert said.startswith("Done. 42 tokens in 6 forward passes: ROMEO:")
 
 
 @browses
 def test_the_scrubber(visit: Callable[..., User]) -> None:
     user = visit()
     end = user.generate("ROMEO:", length=40, steps=6, seed=1)
-    calls = user.calls()
-    assert calls > 2
-    assert user.tab.text_content("#clock") == f"{calls} / {calls}"
+    passes = user.passes()
+    assert passes > 2
+    assert user.tab.text_content("#clock") == f"{passes} / {passes}"
     user.tab.locator("body").press("Home")
     assert user.text() == "ROMEO:" + "█" * 34
-    assert user.calls() == 0
+    assert user.passes() == 0
     shown = [user.text()]
-    for k in range(1, calls + 1):
+    for k in range(1, passes + 1):
         user.tab.locator("body").press("ArrowRight")
-        assert user.calls() == k
+        assert user.passes() == k
         shown.append(user.text())
         fresh = [i for i, state in enumerate(user.states()) if state == "f"]
         assert all(shown[k - 1][i] == "█" != shown[k][i] for i in fresh)
-        assert fresh or k == calls  # what has come to rest is no longer fresh
+        assert fresh or k == passes  # what has come to rest is no longer fresh
     assert shown[-1] == end
-    assert len({text.count("█") for text in shown}) == calls + 1
+    assert len({text.count("█") for text in shown}) == passes + 1
     user.tab.locator("body").press("ArrowLeft")
     assert user.text() == shown[-2]
     user.tab.locator("#at").fill("2")
@@ -125,7 +125,7 @@ def test_the_scrubber(visit: Callable[..., User]) -> None:
     user.tab.locator("body").press("Space")
     user.tab.wait_for_selector("#play[aria-label=Play]")
     user.tab.click("#play")
-    user.tab.wait_for_function("n => document.getElementById('clock').textContent === `${n} / ${n}`", arg=calls)
+    user.tab.wait_for_function("n => document.getElementById('clock').textContent === `${n} / ${n}`", arg=passes)
 
 
 @browses
@@ -135,7 +135,7 @@ def test_hover_and_heat(visit: Callable[..., User]) -> None:
     user.generate("ROMEO:", length=40, steps=5, seed=1)
     user.token(20).hover()
     card = str(user.tab.text_content("#card"))
-    assert re.search(r"committed · at call \d", card)
+    assert re.search(r"committed · at pass \d", card)
     assert re.search(r"confidence\d+%", card)
     assert user.tab.locator("#card .odds").count() == 4  # its own, and three alternatives
     user.tab.mouse.move(2, 2)
@@ -221,12 +221,12 @@ def test_side_by_side(visit: Callable[..., User]) -> None:
     user.done()
     assert {body["model"] for body in user.sent} == {"shakespeare-mask", "shakespeare-ar"}
     assert [len(user.text(side)) for side in (0, 1)] == [60, 60]
-    least, most = user.calls(0), user.calls(1)
+    least, most = user.passes(0), user.passes(1)
     assert least <= 8 < most
     user.tab.locator("body").press("Home")
-    for k in range(1, most + 1):  # one axis: the same number of calls on both sides, until one is done
+    for k in range(1, most + 1):  # one axis: the same number of forward passes on both sides, until one is done
         user.tab.locator("body").press("ArrowRight")
-        assert (user.calls(0), user.calls(1)) == (min(k, least), k)
+        assert (user.passes(0), user.passes(1)) == (min(k, least), k)
     left, right = (user.tab.locator(".pane").nth(side).bounding_box() for side in (0, 1))
     assert left["y"] == right["y"]
     assert left["x"] + left["width"] <= right["x"]
@@ -382,12 +382,12 @@ def test_errors_and_stop(visit: Callable[..., User]) -> None:
     assert len(user.sent) == 2
     user.set(length="", steps=256)
     user.tab.click("#generate")
-    user.tab.locator(".facts", has_text=re.compile(r"call\s[1-9]\d*\sof\s256")).first.wait_for()
+    user.tab.locator(".facts", has_text=re.compile(r"pass\s[1-9]\d*\sof\s256")).first.wait_for()
     assert user.tab.is_hidden("#error")
     user.tab.click("#stop")
     user.done()
     assert user.tab.is_visible("#generate")
-    assert 0 < user.calls() < 256
+    assert 0 < user.passes() < 256
     assert "█" in user.text()
     refused = [text for text in user.complaints if "status of 400" in text]
     assert len(refused) == 1  # which the browser says of every refused request

@@ -14,7 +14,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 LACKING = [name for name in ("playwright", "fastapi", "uvicorn", "httpx") if importlib.util.find_spec(name) is None]
 LACKING += [] if CHROMIUM else ["chromium"]
 browses = pytest.mark.skipif(bool(LACKING), reason=f"{', '.join(LACKING)} missing: pip install playwright, apt-get install chromium")
-PATIENCE = 60_000  # milliseconds; never waited for where all is well
+TIMEOUT_MILLISECONDS = 60_000  # never reached where all is well
 
 
 class User:
@@ -24,7 +24,7 @@ class User:
         settings = {"viewport": {"width": 1280, "height": 860}, "reduced_motion": "reduce", "accept_downloads": True, **context}
         self.context = browser.new_context(**settings)
         self.tab = self.context.new_page()
-        self.tab.set_default_timeout(PATIENCE)
+        self.tab.set_default_timeout(TIMEOUT_MILLISECONDS)
         self.url, self.sent, self.asked, self.complaints = url, [], [], []  # type: str, list[Any], list[str], list[str]
         self.tab.on("request", self._asked)
         self.tab.on("console", lambda message: self.complaints.append(message.text) if message.type in ("error", "warning") else None)
@@ -74,8 +74,8 @@ class User:
     def facts(self, side: int = 0) -> str:
         return str(self.tab.locator(".facts").nth(side).text_content()).replace("\xa0", " ")
 
-    def calls(self, side: int = 0) -> int:
-        return int(re.search(r"call (\d+)", self.facts(side))[1])  # type: ignore[index]
+    def passes(self, side: int = 0) -> int:
+        return int(re.search(r"pass (\d+)", self.facts(side))[1])  # type: ignore[index]
 
     def settled(self) -> None:
         """Nothing went wrong that nobody saw, and nothing left the origin."""

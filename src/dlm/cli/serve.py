@@ -53,7 +53,7 @@ def serve(
     engine = Engine(max_batch=max_batch, max_queue=max_queue, threads=threads, device=device)
     shelf = Shelf([load(name, device, dtype, adapter, deterministic, compile) for name in names], max_length, max_steps)
     local = host in LOCAL
-    limits = Limits(keys=keys, most_body=max_body, hosts=LOCAL if local else (), deadline=deadline)
+    limits = Limits(keys=keys, max_body_bytes=max_body, hosts=LOCAL if local else (), deadline=deadline)
     if not local and not keys:
         typer.echo("dlm: other machines can use this server without a key: --api-key asks for one", err=True)
     run.forever(shelf, engine, limits, host, port)

@@ -1,1 +1,1 @@
-"""The server: an engine that shares network calls among requests, the OpenAI protocol and native events on top of it."""
+"""The server: an engine that shares forward passes among requests, the OpenAI protocol and native events on top of it."""

@@ -1,6 +1,6 @@
 """A run that the page has watched as a file to keep: a self-contained HTML replay, a GIF, or the events as JSON.
 
-A trace is what a stream of native events said: `{"label"?, "begin": {...}, "steps": [{...}, ...], "end"?: {...}}`.
+A trace is the record of a stream of native events: `{"label"?, "begin": {...}, "steps": [{...}, ...], "end"?: {...}}`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from dlm.trajectory import Canvas, Frame, Trajectory
 from dlm.viz.layout import Pane
 
 FORMAT = "dlm-trace-1"
-MOST_TRACES, MOST_POSITIONS, MOST_STEPS = 4, 16_384, 16_384
-MOST_CHANGES, MOST_CELLS, MOST_TEXT = 2_000_000, 50_000_000, 256
-"""Bounds of what is replayed: changes in all, positions times steps, characters of one token."""
+MAX_TRACES, MAX_POSITIONS, MAX_STEPS = 4, 16_384, 16_384
+MAX_CHANGES, MAX_CELLS, MAX_CHARACTERS = 2_000_000, 50_000_000, 256
+"""Bounds of an export: changes in all, positions times steps, characters of one token."""
 
-GIVEN, NOISE, DRAFT, REFUSED, SETTLED = "g", "n", "d", "x", "fc"
+GIVEN, NOISE, DRAFT, REJECTED, SETTLED = "g", "n", "d", "x", "fc"
 STATES = frozenset("gndfcx")
 
 
@@ -52,8 +52,8 @@ def export(body: object) -> ExportFile:
     if not isinstance(kind, str) or kind not in kinds:
         raise InputError(f"format must be one of {', '.join(kinds)}")
     traces = body["traces"] if "traces" in body else [body.get("trace")]
-    if not isinstance(traces, list) or not 1 <= len(traces) <= MOST_TRACES:
-        raise InputError(f"traces must be a list of 1 to {MOST_TRACES} traces")
+    if not isinstance(traces, list) or not 1 <= len(traces) <= MAX_TRACES:
+        raise InputError(f"traces must be a list of 1 to {MAX_TRACES} traces")
     return kinds[kind](traces, [pane(trace) for trace in traces])
 
 
@@ -65,13 +65,13 @@ def pane(trace: object) -> Pane:
     tokens, states = begin.get("tokens"), begin.get("states")
     if not isinstance(tokens, list) or not isinstance(states, str) or len(tokens) != len(states) or not tokens:
         raise InputError("begin needs tokens, a list of [id, text], and states, one letter for each of them")
-    if len(tokens) > MOST_POSITIONS or len(steps) > MOST_STEPS or len(tokens) * len(steps) > MOST_CELLS:
+    if len(tokens) > MAX_POSITIONS or len(steps) > MAX_STEPS or len(tokens) * len(steps) > MAX_CELLS:
         raise InputError(f"too long to export: {len(tokens)} tokens in {len(steps)} steps")
     if set(states) - STATES:
         raise InputError(f"unknown state {min(set(states) - STATES)!r}; the states are {', '.join(sorted(STATES))}")
     label = trace.get("label", "")
-    if not isinstance(label, str) or len(label) > MOST_TEXT:
-        raise InputError(f"a label is a text of at most {MOST_TEXT} characters")
+    if not isinstance(label, str) or len(label) > MAX_CHARACTERS:
+        raise InputError(f"a label is a text of at most {MAX_CHARACTERS} characters")
     return label, _run(begin, tokens, states, steps)
 
 
@@ -83,8 +83,8 @@ class _Pieces:
 
     def number(self, token: object, text: object, state: object) -> int:
         """0 is the mask."""
-        if not isinstance(token, int) or isinstance(token, bool) or not isinstance(text, str) or len(text) > MOST_TEXT:
-            raise InputError(f"a token is a whole number and a text of at most {MOST_TEXT} characters, got {str([token, text])[:60]}")
+        if not isinstance(token, int) or isinstance(token, bool) or not isinstance(text, str) or len(text) > MAX_CHARACTERS:
+            raise InputError(f"a token is a whole number and a text of at most {MAX_CHARACTERS} characters, got {str([token, text])[:60]}")
         if token == self.mask and state == NOISE:
             return 0
         return self.texts.setdefault(text, len(self.texts) + 1)
@@ -92,13 +92,13 @@ class _Pieces:
 
 @dataclass(frozen=True)
 class _Move:
-    """One step: the texts that it wrote and those it proposed, by position, as numbers of `_Pieces`."""
+    """One step: the texts that it wrote and its draft tokens, by position, as numbers of `_Pieces`."""
 
     forwards: int
     seconds: float
     model: str
     written: dict[int, int]
-    proposed: dict[int, int]
+    drafts: dict[int, int]
 
 
 def _run(begin: dict[str, Any], tokens: list[Any], states: str, steps: list[Any]) -> Trajectory:
@@ -108,15 +108,15 @@ def _run(begin: dict[str, Any], tokens: list[Any], states: str, steps: list[Any]
             raise InputError(f"begin.tokens holds pairs [id, text], got {str(entry)[:60]}")
         start.append(pieces.number(entry[0], entry[1], state))
     word = begin.get("sampler")
-    proposes = isinstance(word, str) and drafts.is_short(word.partition(":")[0])
-    moves, promise_T = _moves(steps, states, pieces, proposes)
+    drafting = isinstance(word, str) and drafts.is_short(word.partition(":")[0])
+    moves, promise_T = _moves(steps, states, pieces, drafting)
     token_BT, free_BT = torch.tensor([start]), torch.tensor([[state != GIVEN for state in states]])
     canvas = Canvas(token_BT.clone(), free_BT, torch.ones_like(free_BT))
     run = Trajectory(token_BT, canvas, pieces={number: text for text, number in pieces.texts.items()}, mask_id=0)
     forwards, seconds = 1, 0.0
     for k, move in enumerate(moves, 1):
         token_BT = _put(token_BT, move.written)
-        draft_BT = _put(torch.full_like(token_BT, -1), move.proposed) if proposes else None
+        draft_BT = _put(torch.full_like(token_BT, -1), move.drafts) if drafting else None
         settled_BT = ((promise_T >= 0) & (promise_T <= k))[None]
         forwards, seconds = max(forwards, move.forwards), max(seconds, move.seconds)  # a replay only goes forward
         t_B = torch.tensor([1 - k / len(moves)])
@@ -124,28 +124,28 @@ def _run(begin: dict[str, Any], tokens: list[Any], states: str, steps: list[Any]
     return run
 
 
-def _moves(steps: list[Any], states: str, pieces: _Pieces, proposes: bool) -> tuple[list[_Move], Tensor]:
-    """The steps, and the one from which on each position no longer changes, -1 for none: int64 (T). proposes: drafts are proposals."""
+def _moves(steps: list[Any], states: str, pieces: _Pieces, drafting: bool) -> tuple[list[_Move], Tensor]:
+    """The steps, and the one from which on each position no longer changes, -1 for none: int64 (T). drafting: drafts are draft tokens."""
     moves: list[_Move] = []
-    left, promise = MOST_CHANGES, [0 if state == GIVEN else -1 for state in states]
+    left, promise = MAX_CHANGES, [0 if state == GIVEN else -1 for state in states]
     for k, step in enumerate(steps, 1):
         changed = step.get("changed") if isinstance(step, dict) else None
         if not isinstance(changed, list):
             raise InputError(f"step {k} has no list named changed")
         left -= len(changed)
         if left < 0:
-            raise InputError(f"too long to export: more than {MOST_CHANGES} changes")
-        move = _Move(_forwards(step, k), _seconds(step, k), str(step.get("model") or "")[:MOST_TEXT], {}, {})
+            raise InputError(f"too long to export: more than {MAX_CHANGES} changes")
+        move = _Move(_forwards(step, k), _seconds(step, k), str(step.get("model") or "")[:MAX_CHARACTERS], {}, {})
         for entry in changed:
             position, number, state = _change(entry, k, len(states), pieces)
             if states[position] == GIVEN:
                 raise InputError(f"step {k} changes position {position}, which is given")
-            if proposes and state == DRAFT:
-                move.proposed[position] = number
-            elif not (proposes and state == REFUSED):  # the text never held that, and the run knows it by itself
+            if drafting and state == DRAFT:
+                move.drafts[position] = number
+            elif not (drafting and state == REJECTED):  # the text never held that, and the run knows it by itself
                 move.written[position] = number
                 promise[position] = (promise[position] if promise[position] >= 0 else len(moves) + 1) if state in SETTLED else -1
-        if not (proposes and changed and all(change[3] == REFUSED for change in changed)):
+        if not (drafting and changed and all(change[3] == REJECTED for change in changed)):
             moves.append(move)
     return moves, torch.tensor(promise)
 
@@ -172,7 +172,7 @@ def _change(entry: object, k: int, length: int, pieces: _Pieces) -> tuple[int, i
 def _forwards(step: dict[str, Any], k: int) -> int:
     value = step.get("forwards", k)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 10**9:
-        raise InputError(f"step {k}: forwards counts network calls, got {str(value)[:20]}")
+        raise InputError(f"step {k}: forwards counts forward passes, got {str(value)[:20]}")
     return value
 
 
@@ -206,7 +206,7 @@ def _json(traces: Sequence[object], _panes: Sequence[Pane]) -> ExportFile:
 
 
 def _written(write: Callable[[Path], None], name: str) -> bytes:
-    """What a writer of files writes."""
+    """The bytes that a writer of files writes."""
     with tempfile.TemporaryDirectory(prefix="dlm-") as directory:
         path = Path(directory) / name
         write(path)

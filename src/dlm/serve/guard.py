@@ -1,4 +1,4 @@
-"""What is looked at before any request is read: its key, its host, the size of its body and the time that it takes to arrive."""
+"""Checks before any request is read: its key, its host, the size of its body and the time that it takes to arrive."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-OPEN = ("/v1/", "/metrics", "/openapi.json")  # what a key protects; the page itself holds nothing
-PATIENCE = 32  # times the size allowed that are read to the end, to be refused in peace
+OPEN = ("/v1/", "/metrics", "/openapi.json")  # paths that a key protects; the page itself holds no data
+DRAIN_FACTOR = 32  # times the allowed size: a body up to that is read to its end, so that the client sees the rejection
 EXPORT = "/v1/dlm/export"
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
@@ -35,14 +35,16 @@ def problem(status: int, message: str, code: str | None = None, param: str | Non
 
 @dataclass(frozen=True)
 class Limits:
-    """keys: any of them opens the server, none is needed if there are none; most_body: bytes; most_export: bytes of a run that
-    is sent back to be kept; body_seconds: until it is here;
-    hosts: names that a request may come under, none for all (a page elsewhere could reach a loopback server by a name of its own);
-    deadline: seconds for a request."""
+    """Limits of the server.
+
+    keys: any of them opens the server; an empty list asks for none. max_body_bytes: of a request; max_export_bytes: of a run that is
+    sent back to be exported; body_seconds: until the body has arrived; deadline: seconds for a request.
+    hosts: names that a request may come under, none for all (a page elsewhere could reach a loopback server by a name of its own).
+    """
 
     keys: Sequence[str] = field(default=(), repr=False)
-    most_body: int = 2**20
-    most_export: int = 2**25
+    max_body_bytes: int = 2**20
+    max_export_bytes: int = 2**25
     body_seconds: float = 30.0
     hosts: Sequence[str] = LOCAL
     deadline: float = 300.0
@@ -64,23 +66,23 @@ class Guard:
                 self.count(scope["path"], message["status"])
             await send(message)
 
-        refused = self._refused(scope["path"], Headers(scope=scope))
-        if refused is None:
+        rejected = self._rejected(scope["path"], Headers(scope=scope))
+        if rejected is None:
             try:
-                body = await asyncio.wait_for(self._body(receive, self._most(scope["path"])), self.limits.body_seconds)
+                body = await asyncio.wait_for(self._body(receive, self._max_bytes(scope["path"])), self.limits.body_seconds)
             except TimeoutError:
-                refused = refusal(408, f"the body did not arrive within {self.limits.body_seconds:.0f} s", "timeout")
+                rejected = refusal(408, f"the body did not arrive within {self.limits.body_seconds:.0f} s", "timeout")
             else:
                 if body is None:
                     return
-                if len(body) > self._most(scope["path"]):
-                    refused = self._too_large(scope["path"])
+                if len(body) > self._max_bytes(scope["path"]):
+                    rejected = self._too_large(scope["path"])
                 else:
                     await self.app(scope, _again(body, receive), counted)
                     return
-        await refused(scope, receive, counted)
+        await rejected(scope, receive, counted)
 
-    def _refused(self, path: str, headers: Headers) -> Any:
+    def _rejected(self, path: str, headers: Headers) -> Any:
         limits = self.limits
         if limits.hosts and _name(headers.get("host", "")) not in limits.hosts:
             return refusal(400, "this server answers to localhost only: start it with --host to serve others", "unknown_host")
@@ -90,18 +92,18 @@ class Guard:
             if scheme.lower() != "bearer" or not any(known):
                 return refusal(401, "a key is needed: send Authorization: Bearer KEY", "invalid_api_key", {"WWW-Authenticate": "Bearer"})
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > PATIENCE * self._most(path):
+        if not length.isdecimal() or int(length) > DRAIN_FACTOR * self._max_bytes(path):
             return self._too_large(path)
         return None
 
-    def _most(self, path: str) -> int:
-        return self.limits.most_export if path == EXPORT else self.limits.most_body
+    def _max_bytes(self, path: str) -> int:
+        return self.limits.max_export_bytes if path == EXPORT else self.limits.max_body_bytes
 
     def _too_large(self, path: str) -> JSONResponse:
-        return refusal(413, f"the body is larger than {self._most(path)} bytes", "too_large", {"Connection": "close"})
+        return refusal(413, f"the body is larger than {self._max_bytes(path)} bytes", "too_large", {"Connection": "close"})
 
-    async def _body(self, receive: Receive, most: int) -> bytes | None:
-        """All of it, or its beginning if it is larger than allowed; None where the client left.
+    async def _body(self, receive: Receive, max_bytes: int) -> bytes | None:
+        """The whole body, or its beginning if it is larger than allowed; None where the client left.
 
         The rest is read and thrown away: a client that is cut off while it sends does not see the answer.
         """
@@ -111,9 +113,9 @@ class Guard:
             if message["type"] == "http.disconnect":
                 return None
             size += len(message.get("body", b""))
-            if len(body) <= most:
+            if len(body) <= max_bytes:
                 body += message.get("body", b"")
-            if not message.get("more_body") or size > PATIENCE * most:
+            if not message.get("more_body") or size > DRAIN_FACTOR * max_bytes:
                 return bytes(body)
 
 

@@ -152,7 +152,7 @@ class Service:
 
 
 async def _unless_gone(work: Awaitable[T], request: Request) -> T:
-    """What the work gives. ClientGoneError, with the work given up, once the client is gone."""
+    """The result of the work. ClientGoneError, with the work cancelled, once the client is gone."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(request.receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""What Prometheus reads: counters and gauges of the engine, taken when asked, and histograms of times."""
+"""Metrics for Prometheus: counters and gauges of the engine, taken when asked, and histograms of times."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from prometheus_client.registry import Collector
 
 from dlm.serve.engine.scheduler import Engine
 
-SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+BUCKET_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 PATHS = ("/", "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/dlm/generate", "/v1/dlm/export", "/healthz", "/metrics")
 COUNTERS = {
-    "calls": "Network calls, each for all rows of a run.",
-    "rows": "Rows in these calls.",
+    "calls": "Forward passes, each for all rows of a run.",
+    "rows": "Rows in these forward passes.",
     "tokens": "Tokens of finished texts.",
     "finished": "Texts that were finished.",
     "failed": "Texts that failed.",
-    "cancelled": "Texts that nobody waited for any more.",
+    "cancelled": "Texts whose client had left.",
 }
 
 
@@ -28,8 +28,10 @@ class Metrics(Collector):
     def __init__(self, engine: Engine) -> None:
         self.engine, self.registry = engine, CollectorRegistry()
         self.requests = Counter("dlm_requests", "Answers.", ["path", "status"], registry=self.registry)
-        self.first = Histogram("dlm_first_token_seconds", "Until the first token is settled.", buckets=SECONDS, registry=self.registry)
-        self.whole = Histogram("dlm_text_seconds", "Until a text is finished.", buckets=SECONDS, registry=self.registry)
+        self.first = Histogram(
+            "dlm_first_token_seconds", "Until the first token is settled.", buckets=BUCKET_SECONDS, registry=self.registry
+        )
+        self.whole = Histogram("dlm_text_seconds", "Until a text is finished.", buckets=BUCKET_SECONDS, registry=self.registry)
         self.registry.register(self)
         engine.observe = self._observe
 
@@ -40,13 +42,13 @@ class Metrics(Collector):
         yield GaugeMetricFamily("dlm_engine_running", "Rows in a batch.", value=self.engine.running)
         yield GaugeMetricFamily("dlm_engine_waiting", "Rows that wait for a place.", value=self.engine.waiting)
         per = counts.rows / counts.tokens if counts.tokens else 0.0
-        yield GaugeMetricFamily("dlm_engine_forwards_per_token", "Calls that a row takes part in, for each token.", value=per)
+        yield GaugeMetricFamily("dlm_engine_forwards_per_token", "Forward passes of a row for each token.", value=per)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
     def answered(self, path: str, status: int) -> None:
-        """Count an answer; paths that nobody made are one."""
+        """Count an answer; all unknown paths are counted as one."""
         self.requests.labels(path if path in PATHS else "other", str(status)).inc()
 
     def _observe(self, first: float | None, whole: float) -> None:

@@ -21,11 +21,11 @@ from dlm.serve.engine.scheduler import Engine
 from dlm.serve.engine.shelf import Shelf
 from dlm.serve.guard import LOCAL, Limits
 from dlm.serve.http import create_app
-from dlm.serve.run import GRACE
+from dlm.serve.run import GRACE_SECONDS
 
 log = logging.getLogger("dlm.serve")
-SPARE = 16
-"""Requests beyond those that an engine takes: it refuses them itself with 429, and the page and /healthz get through."""
+SPARE_REQUESTS = 16
+"""Requests beyond those that an engine takes: the engine rejects them itself with 429, and the page and /healthz get through."""
 
 
 def _words(value: object) -> object:
@@ -59,13 +59,13 @@ class Settings(BaseModel):
     max_steps: PositiveInt = 1024
     max_body: PositiveInt = 2**20
     deadline: PositiveFloat = 300.0
-    grace: PositiveFloat = float(GRACE)
+    grace: PositiveFloat = float(GRACE_SECONDS)
     dtype: str = "float32"
     deterministic: bool = False
 
     def limits(self) -> Limits:
         hosts = () if self.hosts == ("any",) else self.hosts
-        return Limits(keys=self.api_keys, most_body=self.max_body, hosts=hosts, deadline=self.deadline)
+        return Limits(keys=self.api_keys, max_body_bytes=self.max_body, hosts=hosts, deadline=self.deadline)
 
     def application(self) -> FastAPI:
         """Made where a replica starts: loads the models."""
@@ -85,7 +85,7 @@ class Settings(BaseModel):
             scale = {"autoscaling_config": bounds | {"target_ongoing_requests": self.busy}}
         return scale | {
             "name": "dlm",
-            "max_ongoing_requests": self.max_batch + self.max_queue + SPARE,
+            "max_ongoing_requests": self.max_batch + self.max_queue + SPARE_REQUESTS,
             "graceful_shutdown_wait_loop_s": 1.0,
             "graceful_shutdown_timeout_s": self.grace,
             "ray_actor_options": {"num_cpus": self.cpus, "num_gpus": self.gpus},
@@ -93,7 +93,7 @@ class Settings(BaseModel):
 
 
 class Replica:
-    """What Ray asks of a replica."""
+    """The interface that Ray expects of a replica."""
 
     app: Any  # the application, which `serve.ingress` puts here
 
@@ -104,7 +104,7 @@ class Replica:
 
 
 class Named:
-    """Adds to every answer which replica gave it."""
+    """Adds the name of the replica to every answer."""
 
     def __init__(self, app: ASGIApp, name: str) -> None:
         self.app, self.name = app, name
@@ -135,5 +135,5 @@ def build(**arguments: Any) -> serve.Application:
 
 
 def app(arguments: dict[str, Any]) -> serve.Application:
-    """What `serve run dlm.serve.ray_app:app key=value ...` and a config file of Ray Serve name."""
+    """The entry point of `serve run dlm.serve.ray_app:app key=value ...` and of config files of Ray Serve."""
     return build(**arguments)

@@ -1,4 +1,4 @@
-"""The server as a process: listens, says where, and ends after what runs."""
+"""The server as a process: listens, prints its address, and ends after the running requests."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dlm.serve.engine.shelf import Shelf
 from dlm.serve.guard import Limits
 from dlm.serve.http import create_app
 
-GRACE = 30
-"""Seconds that requests may take to end once the server is to."""
+GRACE_SECONDS = 30
+"""Requests may take this long to end once the server shuts down."""
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -34,7 +34,7 @@ def listening(host: str, port: int) -> socket.socket:
 def make(shelf: Shelf, engine: Engine, limits: Limits) -> uvicorn.Server:
     """The server around the application; `run(sockets=[...])` starts it, `should_exit` ends it."""
     app = create_app(shelf, engine, limits)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE_SECONDS)
     return uvicorn.Server(config)
 
 

@@ -21,7 +21,7 @@ def test_schemathesis_finds_no_fault() -> None:
 
     models = [make_model(window=16), make_model("autoregressive", window=16)]
     seen: set[int] = set()
-    with serving(models, Limits(deadline=2.0, body_seconds=5.0), most=48, most_steps=32) as served, warnings.catch_warnings():
+    with serving(models, Limits(deadline=2.0, body_seconds=5.0), max_tokens=48, max_steps=32) as served, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tool's own
         document = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
         operations = [found.ok() for found in document.get_all_operations()]

@@ -1,4 +1,4 @@
-"""One row that somebody waits for, and what they are told of it.
+"""One row that a client waits for, and the events that tell its progress.
 
 Shapes: L positions of the row, C changed positions, V vocabulary.
 """
@@ -34,32 +34,32 @@ class Change:
 
 @dataclass(frozen=True)
 class Began:
-    """The row has its place in a batch. tokens: the state before the first call."""
+    """The row has its place in a batch. tokens: the state before the first forward pass."""
 
     tokens: list[int]
 
 
 @dataclass(frozen=True)
 class Stepped:
-    """A call that the row took part in. proposed: tokens that the next call is to verify, by position; forwards: calls so far."""
+    """A forward pass that the row took part in. drafts: tokens by position, which the next pass verifies; forwards: passes so far."""
 
     forwards: int
     t: float
     model: str
     changes: list[Change]
-    proposed: dict[int, int]
+    drafts: dict[int, int]
 
 
 @dataclass(frozen=True)
 class Ended:
-    """Nothing is left to do. seconds: since it was submitted."""
+    """The text is complete. seconds: since it was submitted."""
 
     seconds: float
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The row gave an error, of this status in the protocol of the web."""
+    """The row failed, with this HTTP status."""
 
     status: int
     message: str
@@ -71,7 +71,7 @@ Event = Began | Stepped | Ended | Failed
 
 @dataclass(eq=False)
 class Job:
-    """One row. lane: what it must have in common with others to share their calls; make: the sampler of that lane.
+    """One row. lane: rows with the same key share forward passes; make: the sampler of that lane.
 
     deliver: takes the events, called from the engine's thread; records: alternatives to record, None for no confidence either.
     deadline: of `time.monotonic`.
@@ -106,31 +106,31 @@ class Job:
             self.cancelled = True
 
     def begin(self, frame: Frame, row: int) -> None:
-        """The state before the first call."""
+        """The state before the first forward pass."""
         self.tokens_L, self.settled_L = frame.tokens_BT[row, : self.length], frame.settled_BT[row, : self.length]
         self.tell(Began(self.tokens_L.tolist()))
 
     def step(self, frame: Frame, row: int, distribution: WrittenDistribution | None) -> None:
-        """Tell what a call has changed."""
+        """Tell the changes of a forward pass."""
         tokens_L, settled_L = frame.tokens_BT[row, : self.length], frame.settled_BT[row, : self.length]
         at_C = ((tokens_L != self.tokens_L) | (settled_L & ~self.settled_L)).nonzero().squeeze(-1)
         self.tokens_L, self.settled_L = tokens_L, settled_L
         token_C, done_C = tokens_L[at_C], settled_L[at_C]
-        said: list[tuple[Any, ...]] = [(None, ())] * len(at_C)
+        recorded: list[tuple[Any, ...]] = [(None, ())] * len(at_C)
         if self.records is not None and distribution is not None and len(at_C):
-            said = self._said(distribution, row, at_C, token_C)
-        columns = zip(at_C.tolist(), token_C.tolist(), done_C.tolist(), said, strict=True)
-        changes = [Change(i, token, done, *told) for i, token, done, told in columns]
-        proposed: dict[int, int] = {}
+            recorded = self._confidences(distribution, row, at_C, token_C)
+        columns = zip(at_C.tolist(), token_C.tolist(), done_C.tolist(), recorded, strict=True)
+        changes = [Change(i, token, done, *record) for i, token, done, record in columns]
+        drafts: dict[int, int] = {}
         if frame.draft_BT is not None and self.records is not None:
             own_L = frame.draft_BT[row, : self.length]
-            proposed = {i: int(own_L[i]) for i in (own_L >= 0).nonzero().squeeze(-1).tolist()}
+            drafts = {i: int(own_L[i]) for i in (own_L >= 0).nonzero().squeeze(-1).tolist()}
         self.forwards += 1
         if self.first is None and bool(done_C.any()):
             self.first = time.monotonic()
-        self.tell(Stepped(self.forwards, float(frame.t_B[row]), frame.model, changes, proposed))
+        self.tell(Stepped(self.forwards, float(frame.t_B[row]), frame.model, changes, drafts))
 
-    def _said(self, distribution: WrittenDistribution, row: int, at_C: Tensor, token_C: Tensor) -> list[tuple[Any, ...]]:
+    def _confidences(self, distribution: WrittenDistribution, row: int, at_C: Tensor, token_C: Tensor) -> list[tuple[Any, ...]]:
         """(confidence, alternatives) of each changed position, (None, ()) where the forward pass wrote nothing."""
         score_CV, known_C = distribution.at(row, at_C)
         score_CV = score_CV.float().cpu()
@@ -146,7 +146,7 @@ class Job:
         self.tell(Ended(time.monotonic() - self.submitted))
 
     def fail(self, error: Exception) -> None:
-        """What the request is told: what it can mend, or that the fault is here."""
+        """Tell the request its own mistake, or that the fault is the server's."""
         if isinstance(error, InputError):
             self.tell(Failed(400, str(error), "invalid_request"))
         else:

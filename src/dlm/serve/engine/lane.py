@@ -1,4 +1,4 @@
-"""The rows that share calls: one sampler, a run that they join and leave.
+"""The rows that share forward passes: one sampler, a run that they join and leave.
 
 Shapes: B rows, K rows that stay.
 """
@@ -59,13 +59,13 @@ class Group:
 
 
 class Lane:
-    """Jobs of one sampler. calls: network calls so far; rows: rows in them."""
+    """Jobs of one sampler. forwards: forward passes so far; rows: rows in them."""
 
     def __init__(self, sampler: Sampler, device: torch.device | str) -> None:
         self.sampler, self.device = sampler, device
         self.shares = isinstance(sampler, Joinable)
         self.groups: list[Group] = []
-        self.calls = self.rows = 0
+        self.forwards = self.rows = 0
 
     def __len__(self) -> int:
         return sum(len(group.jobs) for group in self.groups)
@@ -99,14 +99,14 @@ class Lane:
             return None
 
     def step(self) -> list[Job]:
-        """One call for every run of this lane, of which there are several while rows make their first. The jobs that are done."""
+        """One forward pass for every run of this lane, of which there are several while rows make their first. The jobs that are done."""
         if self.shares:
             self._gather()
         done: list[Job] = []
         for group in self.groups:
             try:
                 frame = on_cpu(group.run.step())
-                self.calls += 1
+                self.forwards += 1
                 self.rows += len(group.jobs)
             except Exception as error:
                 done += self._apart(group, error)
@@ -134,7 +134,7 @@ class Lane:
         return gone
 
     def _gather(self) -> None:
-        """Runs become one, those whose first call is longer than the next ones after that call."""
+        """Runs become one; those whose first forward pass is longer than the next ones join after it."""
         ready = [group for group in self.groups if group.jobs[0].forwards or not group.run.reads_first]
         for group in ready[1:]:
             ready[0].run.join(group.run)
@@ -142,16 +142,16 @@ class Lane:
             self.groups.remove(group)
 
     def _apart(self, group: Group, error: Exception) -> list[Job]:
-        """A joint call failed: find out whose fault it is, by taking every row alone to where it stood, and one call further.
+        """A joint forward pass failed: find the faulty row, by taking every row alone to where it stood, and one pass further.
 
-        What a row becomes does not depend on its neighbours, so nothing that was told has to be taken back.
+        Decoding is batch-invariant, so no event that was delivered has to be taken back.
         """
         jobs, done = group.jobs, list[Job]()
         group.jobs = []
         if len(jobs) == 1:
             failed(jobs[0], error)
             return done
-        log.warning("a call of %d rows failed (%s): trying each alone", len(jobs), error)
+        log.warning("a forward pass of %d rows failed (%s): trying each alone", len(jobs), error)
         survivors: list[Group] = []
         for job in jobs:
             alone = None
@@ -176,13 +176,13 @@ class Lane:
 
 
 def failed(job: Job, error: Exception) -> None:
-    """Tell the job, and the log what no client is told."""
+    """Tell the job; the log gets the traceback too."""
     log.warning("a request failed: %s", error, exc_info=None if isinstance(error, ValueError) else error)
     job.fail(error)
 
 
 def on_cpu(frame: Frame) -> Frame:
-    """What the listeners look at, fetched at once."""
+    """The parts of a frame that clients read, copied at once."""
     draft_BT = None if frame.draft_BT is None else frame.draft_BT.cpu()
     parts = frame.tokens_BT.cpu(), frame.settled_BT.cpu(), frame.t_B.cpu()
     return Frame(*parts, frame.model, frame.forwards, draft_BT=draft_BT)

@@ -1,4 +1,4 @@
-"""Continuous batching: one thread runs the models, rows join and leave between calls, lanes take turns."""
+"""Continuous batching: one thread runs the models, rows join and leave between forward passes, lanes take turns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dlm.serve.engine.job import Failed, Job
 from dlm.serve.engine.lane import Lane, failed
 
 log = logging.getLogger("dlm.serve")
-SAMPLERS = 64  # that are kept ready
+MAX_READY_SAMPLERS = 64
 
 
 class QueueFullError(Exception):
@@ -36,10 +36,10 @@ class ClosingError(Exception):
 
 @dataclass
 class Counts:
-    """What happened since the start, written by the engine's thread alone."""
+    """Totals since the start, written by the engine's thread alone."""
 
-    calls: int = 0  # of a network, each for all rows of a run
-    rows: int = 0  # rows in these calls
+    calls: int = 0  # forward passes, each for all rows of a run
+    rows: int = 0  # rows in these forward passes
     tokens: int = 0  # of texts that were finished
     finished: int = 0
     failed: int = 0
@@ -63,7 +63,7 @@ class Engine:
         self._lanes: dict[Hashable, Lane] = {}
         self._samplers: OrderedDict[Hashable, Sampler] = OrderedDict()
         self._lock, self._pending, self._closing = threading.Lock(), 0, False
-        self._seconds = 1.0  # what a row takes, about
+        self._seconds = 1.0  # moving average of the time that a row takes
         self._thread = threading.Thread(target=self._work, name="dlm-engine", daemon=True)
 
     def start(self) -> None:
@@ -107,7 +107,7 @@ class Engine:
         self._inbox.put(list(jobs))
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Free their rows before the next call."""
+        """Free their rows before the next forward pass."""
         for job in jobs:
             job.cancelled = True
         self._inbox.put(None)
@@ -123,12 +123,12 @@ class Engine:
                 return
             try:
                 self._turn()
-            except Exception:  # nothing of one request: a fault of the engine itself, which must not hang the others
+            except Exception:  # a fault of the engine itself, not of one request: no other request may hang
                 log.exception("the engine failed; all that ran is given up")
                 self._end_all()
 
     def _receive(self) -> None:
-        """Take what was submitted, and wait for it where there is nothing to do."""
+        """Take the submitted jobs; wait for some where the engine is idle."""
         idle = not self._lanes and not self._waiting and not self._closing
         while idle or not self._inbox.empty():
             jobs = self._inbox.get()
@@ -136,7 +136,7 @@ class Engine:
             idle = False
 
     def _turn(self) -> None:
-        """One call of every lane, after rows that nobody waits for have left and others have come."""
+        """One forward pass of every lane, after abandoned rows have left and waiting ones have joined."""
         now = time.monotonic()
         for lane in self._lanes.values():
             jobs = [job for group in lane.groups for job in group.jobs]
@@ -146,9 +146,9 @@ class Engine:
                 self._finished(len(gone))
         self._admit(now)
         for lane in list(self._lanes.values()):
-            before, calls, rows = len(lane), lane.calls, lane.rows
+            before, forwards, rows = len(lane), lane.forwards, lane.rows
             done = lane.step()
-            self.counts.calls += lane.calls - calls
+            self.counts.calls += lane.forwards - forwards
             self.counts.rows += lane.rows - rows
             for job in done:
                 self._count(job)
@@ -190,12 +190,12 @@ class Engine:
         if key not in self._samplers:
             self._samplers[key] = job.make()
         self._samplers.move_to_end(key)
-        while len(self._samplers) > SAMPLERS:
+        while len(self._samplers) > MAX_READY_SAMPLERS:
             self._samplers.popitem(last=False)
         return self._samplers[key]
 
     def _is_over(self, job: Job, now: float) -> bool:
-        """Whether nobody waits for it any more, or too long; the latter is told."""
+        """Whether the client has left or the deadline has passed; the latter is told."""
         if job.enough:
             self._count(job)
             return True

@@ -18,7 +18,7 @@ from dlm.serve.engine.job import Event, Job
 from dlm.serve.protocol import schema
 from dlm.trajectory import Canvas
 
-CHARACTERS_PER_TOKEN = 16  # on average at most, of any text worth reading
+MAX_CHARACTERS_PER_TOKEN = 16  # on average, in any sensible text
 ROW_BY_ROW = Draft("ngram", tokens=0)  # plain decoding whose rows may join and leave a batch
 Deliver = Callable[[int, Event], None]
 
@@ -67,10 +67,10 @@ class Plan:
 class Shelf:
     """Models by name, the first is the default; the only names that a request may use.
 
-    most: positions of a text; most_steps: of a window.
+    max_tokens: of a text, its prompt included; max_steps: of a window.
     """
 
-    def __init__(self, models: Sequence[LanguageModel], most: int = 4096, most_steps: int = 1024) -> None:
+    def __init__(self, models: Sequence[LanguageModel], max_tokens: int = 4096, max_steps: int = 1024) -> None:
         if not models:
             raise InputError("nothing to serve: name a model")
         self.models = {model.name: model for model in models}
@@ -81,7 +81,7 @@ class Shelf:
                 model.introduce(other)
             if not model.is_diffusion:
                 model.prepare_lossless()  # before anything runs
-        self.most, self.most_steps, self.created = most, most_steps, int(time.time())
+        self.max_tokens, self.max_steps, self.created = max_tokens, max_steps, int(time.time())
 
     def get(self, name: str | None) -> LanguageModel:
         """UnknownModelError for one that is not served."""
@@ -94,8 +94,8 @@ class Shelf:
     def plan(self, request: schema.Decoding, seed: int) -> Plan:
         """UnknownModelError, or InputError for options that do not go with the model or with one another."""
         lm = self.get(request.model)
-        if (request.steps or 0) > self.most_steps:
-            raise InputError(f"{request.steps} steps were asked for, this server takes {self.most_steps} at most")
+        if (request.steps or 0) > self.max_steps:
+            raise InputError(f"{request.steps} steps were asked for, this server takes {self.max_steps} at most")
         for name in [request.light, *_draft_models(request.sampler)]:
             if name is not None and name not in self.models:
                 raise InputError(f"the model {name!r} is not served here; there are: {', '.join(self.models)}")
@@ -115,19 +115,19 @@ class Shelf:
         if plan.draft is None and not lm.is_diffusion:
             plan = replace(plan, draft=ROW_BY_ROW)
         if plan.draft is None:
-            lm.build(plan)  # tells now what is wrong
+            lm.build(plan)  # raises now for options that do not go together
         return Plan(lm, word, plan, seed)
 
     def check_text(self, texts: Iterable[str | None]) -> None:
         """InputError for more text than can be that many tokens, before it is encoded."""
         size = sum(len(text) for text in texts if text is not None)
-        if size > CHARACTERS_PER_TOKEN * self.most:
-            raise InputError(f"the text has {size} characters: this server writes {self.most} tokens at most, what was given included")
+        if size > MAX_CHARACTERS_PER_TOKEN * self.max_tokens:
+            raise InputError(f"the text has {size} characters: this server writes {self.max_tokens} tokens at most, the prompt included")
 
     def check(self, canvas: Canvas) -> Canvas:
         """InputError for a text that is too long for this server."""
-        if canvas.tokens_BT.shape[1] > self.most:
-            raise InputError(f"the text would have {canvas.tokens_BT.shape[1]} tokens, this server writes {self.most} at most")
+        if canvas.tokens_BT.shape[1] > self.max_tokens:
+            raise InputError(f"the text would have {canvas.tokens_BT.shape[1]} tokens, this server writes {self.max_tokens} at most")
         return canvas
 
     def describe(self, lm: LanguageModel) -> dict[str, Any]:

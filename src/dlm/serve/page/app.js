@@ -1,4 +1,4 @@
-// The page: what a click or a key does, and who is told.
+// The page: the action of every click and key.
 
 import { TextPane } from "./canvas.js";
 import * as editor from "./editor.js";
@@ -24,13 +24,13 @@ transport.ended = () => settle();
 const shown = () => page.panes.slice(0, page.compare ? 2 : 1);
 const traces = () => shown().map(pane => pane.trace).filter(Boolean);
 const frame = pane => transport.frame(pane.trace);
-const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
+const plural = (n, word, many = `${word}s`) => `${n} ${n === 1 ? word : many}`;
 
 function facts(pane) {
-  const { trace } = pane, k = frame(pane), calls = trace.calls[k], settled = trace.settled[k];
-  const planned = trace.over ? trace.calls[trace.last] : trace.planned;
-  const words = [planned ? `call ${calls} of ${planned}` : plural(calls, "call")];
-  if (settled && calls) words.push(`${(settled / calls).toFixed(1)} tokens a call`);
+  const { trace } = pane, k = frame(pane), passes = trace.passes[k], settled = trace.settled[k];
+  const planned = trace.over ? trace.passes[trace.last] : trace.planned;
+  const words = [planned ? `pass ${passes} of ${planned}` : plural(passes, "pass", "passes")];
+  if (settled && passes) words.push(`${(settled / passes).toFixed(1)} tokens a pass`);
   words.push(`${trace.holes ? Math.round(100 * settled / trace.holes) : 100}% settled`);
   if (trace.seconds[k]) words.push(`${trace.seconds[k].toFixed(1)} s`);
   words.push(`seed ${trace.begin.seed}`);
@@ -132,7 +132,7 @@ function settle() { // the run is over and shown to its end
   transport.icon();
   draw();
   preview();
-  const told = traces().map(trace => `${plural(trace.settled.at(-1), "token")} in ${plural(trace.calls.at(-1), "call")}: ${trace.text().slice(0, 1000)}`);
+  const told = traces().map(trace => `${plural(trace.settled.at(-1), "token")} in ${plural(trace.passes.at(-1), "forward pass", "forward passes")}: ${trace.text().slice(0, 1000)}`);
   if (told.length) say(`Done. ${told.join(" Beside it: ")}`);
 }
 

@@ -3,7 +3,7 @@
 
 import { last } from "./trace.js";
 
-const HEATS = 12, LONG = 700; // a longer text is not animated when its lines move
+const HEATS = 12, MAX_ANIMATED_TOKENS = 700; // a longer text is not animated when its lines move
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 const NAMES = { g: "given", n: "noise", d: "draft", f: "fresh", c: "committed", x: "rejected" };
 
@@ -29,7 +29,7 @@ export class TextPane {
 
   get editable() { return Boolean(this.trace?.over); }
 
-  // What a request will begin with: typed text and its holes. length: of the whole, in tokens
+  // The canvas of the next request: typed text and its holes. length: of the whole, in tokens
   preview(parts, length, characters) {
     this.trace = null;
     this.text.classList.toggle("letters", characters);
@@ -55,7 +55,7 @@ export class TextPane {
     return span;
   }
 
-  show(trace, { characters, proposes }, locked = new Set()) {
+  show(trace, { characters, drafting }, locked = new Set()) {
     this.trace = trace;
     this.characters = characters;
     this.locked = locked;
@@ -65,7 +65,7 @@ export class TextPane {
     this.broken = null;
     this.current = 0;
     this.text.classList.toggle("letters", characters);
-    this.text.classList.toggle("proposes", proposes);
+    this.text.classList.toggle("drafting", drafting);
     this.text.classList.remove("preview");
     this.spans = trace.history.map((_, i) => {
       const span = document.createElement("span");
@@ -78,7 +78,7 @@ export class TextPane {
     this.text.setAttribute("aria-label", "The text, token by token. Arrow keys move, space locks a token, Enter rewrites it.");
   }
 
-  // Where lines break: known at the end; before, after what has settled from the start on.
+  // Where lines break: known at the end; until then, only after text that has settled from the start on.
   breaks(k) {
     const { trace } = this, places = [];
     let steady = true; // so far nothing is open
@@ -93,7 +93,7 @@ export class TextPane {
   lay(k) {
     const places = this.breaks(k), grid = !this.trace.over, old = this.broken;
     if (old && this.text.classList.contains("grid") === grid && places.length === old.length && places.every((p, j) => p === old[j])) return;
-    const move = old && !still.matches && this.spans.length <= LONG;
+    const move = old && !still.matches && this.spans.length <= MAX_ANIMATED_TOKENS;
     const before = move ? this.spans.map(span => [span.offsetLeft, span.offsetTop]) : null;
     this.broken = places;
     this.text.classList.toggle("grid", grid);
@@ -151,7 +151,7 @@ export class TextPane {
     return Math.max(1, frames[j]);
   }
 
-  room(final) { // a mask is as wide as what will stand there, where that is known
+  room(final) { // a mask is as wide as its final text, where that is known
     if (final && !final.mask) return visible(final.text).replace(/[↵ ]/g, "\u00a0") || "\u200b";
     return this.characters ? "a" : "aaa";
   }
@@ -159,7 +159,7 @@ export class TextPane {
   label(i, k) {
     const entry = this.look(i, k), edit = this.edited.get(i);
     const parts = [edit !== undefined ? `“${visible(edit)}”, rewritten` : `${quoted(entry)}, ${NAMES[entry.state]}`];
-    if (entry.frame) parts.push(`call ${this.trace.calls[entry.frame]}`);
+    if (entry.frame) parts.push(`forward pass ${this.trace.passes[entry.frame]}`);
     if (entry.confidence != null) parts.push(`confidence ${Math.round(100 * entry.confidence)} percent`);
     if (entry.alternatives?.length) parts.push(`also possible: ${entry.alternatives.map(([text, p]) => `${visible(text) || "nothing"} ${Math.round(100 * p)} percent`).join(", ")}`);
     if (this.locked.has(i)) parts.push("locked");

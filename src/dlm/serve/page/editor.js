@@ -2,7 +2,7 @@
 
 import { visible } from "./canvas.js";
 
-// What the text keeps: token ids of what was given or locked, the text of what was rewritten, null for everything else.
+// The row of a request: ids of given and locked tokens, the text of rewritten ones, null for every other token.
 export function canvas(pane) {
   const { trace } = pane, row = [];
   for (let i = 0; i < trace.length; i++) {

@@ -1,4 +1,4 @@
-// What the page offers to those who come for the first time: one press, and text settles.
+// Examples for a first visit: one press, and text settles.
 
 const find = (models, test) => models.find(model => model.dlm.kind === "diffusion" && test(model));
 
@@ -19,7 +19,7 @@ export function show(root, models, page) {
       page.prompt(letters ? "ROMEO:\n[32], my lord,\nAnd [28] of the king.\n\nJULIET:\n[30] love." : "The cat [6] because [8].");
       page.setting(0, { model: mask.id, steps: calm(mask) });
     }]);
-    offers.push(["half the calls", () => {
+    offers.push(["half the passes", () => {
       const steps = Math.max(2, calm(mask));
       page.prompt(opening);
       page.compare(true);

@@ -1,9 +1,9 @@
-// The card beside a token: what it is, when it came, how sure the model was, what else it thought of.
+// The card beside a token: its state, its forward pass, the model's confidence, the alternatives.
 
 import { quoted, visible } from "./canvas.js";
 
 const STATES = {
-  g: "given", n: "noise", d: "a draft, it may still change", f: "fresh, settled by this call", c: "committed", x: "a proposal that was rejected",
+  g: "given", n: "noise", d: "a draft, it may still change", f: "fresh, settled by this forward pass", c: "committed", x: "a rejected draft token",
 };
 const card = () => document.getElementById("card");
 
@@ -29,7 +29,7 @@ export function inspect(pane, i, k) {
   const rows = [line("what", edit === undefined ? quoted(entry) : `“${visible(edit)}”`)];
   const facts = [edit === undefined ? STATES[entry.state] : "rewritten by you"];
   if (entry.frame && edit === undefined) {
-    facts.push(entry.change > 1 ? `change ${entry.change}, at call ${trace.calls[entry.frame]}` : `at call ${trace.calls[entry.frame]}`);
+    facts.push(entry.change > 1 ? `change ${entry.change}, at pass ${trace.passes[entry.frame]}` : `at pass ${trace.passes[entry.frame]}`);
   }
   rows.push(line("when", facts.join(" · ")));
   if (edit === undefined && entry.confidence != null) rows.push(bar("confidence", entry.confidence));

@@ -1,4 +1,4 @@
-// What keys do: on the page, and on a token.
+// Keys: on the page, and on a token.
 
 import * as editor from "./editor.js";
 

@@ -3,7 +3,7 @@
 import { file } from "./stream.js";
 
 const NAMES = ["model", "sampler", "steps", "temperature", "length", "seed"];
-const LONGEST = 6000; // characters of an address that travels well
+const MAX_ADDRESS_CHARACTERS = 6000; // longer ones are cut by some programs
 
 // runs: one or two of {value, canvas}; canvas: the row of a request that kept tokens, else null
 export function write(prompt, runs) {
@@ -14,8 +14,8 @@ export function write(prompt, runs) {
     if (canvas) words.set(`${mark}canvas`, JSON.stringify(canvas));
   });
   const hash = `#${words}`;
-  if (hash.length <= LONGEST) history.replaceState(null, "", hash);
-  return hash.length <= LONGEST;
+  if (hash.length <= MAX_ADDRESS_CHARACTERS) history.replaceState(null, "", hash);
+  return hash.length <= MAX_ADDRESS_CHARACTERS;
 }
 
 export function read() {

@@ -5,7 +5,7 @@ import * as prompt from "./prompt.js";
 import { ApiError, events } from "./stream.js";
 import { Trace } from "./trace.js";
 
-// The body of a request: a text to go on from, a text with holes, or a canvas of what is kept.
+// The body of a request: a text to continue, a text with holes, or a canvas of the tokens that are kept.
 export function body(value, text, row, model) {
   const parts = prompt.parse(text), { length, ...rest } = value;
   const all = { ...rest, alternatives: 3 };
@@ -22,7 +22,7 @@ export async function run(pane, request, model, signal, tell) {
     for await (const [name, data] of events(request, signal)) {
       if (name === "begin") {
         trace = new Trace(data, model.dlm.kind === "diffusion" ? data.steps ?? model.dlm.steps : 0);
-        const look = { characters: model.dlm.characters, proposes: model.dlm.kind === "autoregressive" };
+        const look = { characters: model.dlm.characters, drafting: model.dlm.kind === "autoregressive" };
         pane.model = model;
         pane.show(trace, look, request.canvas ? editor.places(request.canvas, data) : editor.given(data));
       } else if (name === "step") trace?.add(data);

@@ -61,7 +61,7 @@ export class Settings {
     this.changed();
   }
 
-  // What a request takes of it. Empty fields are left to the server.
+  // The fields of a request. Empty ones are left to the server.
   get value() {
     const value = { model: this.field("model").value, sampler: this.field("sampler").value };
     for (const name of ["steps", "temperature", "length", "seed"]) {

@@ -1,4 +1,4 @@
-// Light and dark, and what the page offers to those who come for the first time.
+// Light and dark, and the colours of the heat map.
 
 const KEY = "dlm-theme";
 const dark = matchMedia("(prefers-color-scheme: dark)");

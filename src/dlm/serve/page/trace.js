@@ -1,4 +1,4 @@
-// A run as its events tell it: what every position shows at every step, and what can be counted.
+// A run as its events tell it: every position at every step, and the counts.
 
 export const last = (sorted, x) => { // index of the last entry <= x, -1 if none
   let low = 0, high = sorted.length;
@@ -12,7 +12,7 @@ export const last = (sorted, x) => { // index of the last entry <= x, -1 if none
 const settles = state => state === "f" || state === "c";
 
 export class Trace {
-  // planned: calls that it may take, 0 where nobody knows
+  // planned: forward passes that it may take, 0 if unknown
   constructor(begin, planned = 0) {
     this.planned = planned;
     this.begin = begin;
@@ -26,7 +26,7 @@ export class Trace {
       return { frames: [0], entries: [{ id, text, state, confidence: null, alternatives: null, mask: state === "n" && id === begin.mask_id }] };
     });
     this.holes = [...begin.states].filter(state => state !== "g").length;
-    this.calls = [0]; // network calls by frame
+    this.passes = [0]; // forward passes by frame
     this.settled = [0]; // settled positions by frame
     this.moved = [0]; // changes by frame
     this.seconds = [0];
@@ -44,7 +44,7 @@ export class Trace {
       if (frames.at(-1) === k) entries[entries.length - 1] = entry;
       else { frames.push(k); entries.push(entry); }
     }
-    this.calls.push(Math.max(this.calls[k - 1], step.forwards));
+    this.passes.push(Math.max(this.passes[k - 1], step.forwards));
     this.settled.push(settled);
     this.moved.push(step.changed.length);
     this.seconds.push(step.seconds);
@@ -61,7 +61,7 @@ export class Trace {
 
   final(i) { return this.history[i].entries.at(-1); }
 
-  frameOfCalls(calls) { return Math.max(0, last(this.calls, calls + 1e-9)); }
+  frameOfPasses(passes) { return Math.max(0, last(this.passes, passes + 1e-9)); }
 
   text(k = this.last) {
     let all = "";

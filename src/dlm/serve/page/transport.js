@@ -1,6 +1,6 @@
-// The playhead over one run, by its steps, or over two, by the calls that both have made.
+// The playhead over one run, by its steps, or over two, by the forward passes that both have made.
 
-const COLD = 0.6; // seconds that the end is shown before play stops
+const REST_SECONDS = 0.6; // the end is shown so long before play stops
 const PLAY = "M3 1.5v13l11-6.5z", PAUSE = "M3 2h4v12H3zM9 2h4v12H9z";
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -18,11 +18,11 @@ export class Transport {
   }
 
   get shared() { return this.traces.length > 1; }
-  when(trace, k) { return this.shared ? trace.calls[k] : k; }
-  frame(trace) { return this.shared ? trace.frameOfCalls(this.at) : Math.min(trace.last, Math.floor(this.at + 1e-9)); }
+  when(trace, k) { return this.shared ? trace.passes[k] : k; }
+  frame(trace) { return this.shared ? trace.frameOfPasses(this.at) : Math.min(trace.last, Math.floor(this.at + 1e-9)); }
   get max() { return Math.max(0, ...this.traces.map(trace => this.when(trace, trace.last))); }
 
-  // As far as every run has come, so that no one is ahead in calls; a run that is over waits for nobody.
+  // As far as every run has come, so that none is ahead in forward passes; a run that is over does not wait.
   get reached() {
     const going = this.traces.filter(trace => !trace.over);
     return going.length ? Math.min(...going.map(trace => this.when(trace, trace.last))) : this.max;
@@ -30,7 +30,7 @@ export class Transport {
 
   get rest() { return !this.playing && !this.live && this.at >= this.max && this.traces.every(trace => trace.over); }
 
-  get planned() { // length of the axis, guessed until the end
+  get planned() { // length of the axis, an estimate until the end
     if (this.traces.every(trace => trace.over)) return this.max;
     return Math.max(1, this.max, ...this.traces.map(trace => trace.over ? 0 : trace.planned || trace.holes));
   }
@@ -64,10 +64,10 @@ export class Transport {
     if (this.live) {
       this.at = still.matches ? this.reached : Math.min(this.reached, this.at + passed * speed);
       this.held = ended && this.at >= this.max ? this.held + passed : 0;
-      if (ended && (this.held >= COLD || still.matches)) { this.pause(); this.at = this.max; this.ended?.(); }
+      if (ended && (this.held >= REST_SECONDS || still.matches)) { this.pause(); this.at = this.max; this.ended?.(); }
     } else if (this.playing) {
       this.at += passed * speed;
-      if (this.at >= this.max + COLD * speed) { this.at = this.max; this.pause(); }
+      if (this.at >= this.max + REST_SECONDS * speed) { this.at = this.max; this.pause(); }
     }
     this.draw(true);
     this.ticking = this.live || this.playing;
@@ -117,16 +117,16 @@ export class Transport {
     this.$("play").setAttribute("aria-label", on ? "Pause" : "Play");
   }
 
-  // The scrubber: its value, its clock, and how much every call changed as a small skyline behind it.
+  // The scrubber: its value, its clock, and the changes of every forward pass as a small skyline behind it.
   show(words) {
     const range = this.$("at"), planned = this.planned || 1;
     range.disabled = this.$("play").disabled = !this.traces.length || this.max === 0;
     range.max = planned;
     range.value = this.at;
     range.setAttribute("aria-valuetext", words || "nothing yet");
-    const [first] = this.traces, calls = this.shared ? Math.floor(Math.min(this.at, this.max) + 1e-9) : first?.calls[this.frame(first)];
-    const all = this.shared ? planned : first?.over ? first.calls[first.last] : first?.planned || first?.holes;
-    this.$("clock").textContent = first ? `${calls} / ${all}` : "\u00a0";
+    const [first] = this.traces, passes = this.shared ? Math.floor(Math.min(this.at, this.max) + 1e-9) : first?.passes[this.frame(first)];
+    const all = this.shared ? planned : first?.over ? first.passes[first.last] : first?.planned || first?.holes;
+    this.$("clock").textContent = first ? `${passes} / ${all}` : "\u00a0";
     const key = `${this.traces.map(trace => trace.last)} ${planned} ${Math.floor(150 * this.at / planned)}`;
     if (key === this.drawn) return;
     this.drawn = key;
@@ -134,7 +134,7 @@ export class Transport {
     this.$("pulse").querySelector(".done").setAttribute("d", this.skyline(planned, this.at));
   }
 
-  // Bars of what every call changed; of two runs one stands up and the other hangs down.
+  // Bars of the changes of every forward pass; of two runs one stands up and the other hangs down.
   skyline(planned, upto) {
     const bins = Math.min(120, planned), wide = 100 / bins, two = this.shared, ground = two ? 11 : 20;
     return this.traces.map((trace, j) => {

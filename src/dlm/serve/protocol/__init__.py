@@ -1,1 +1,1 @@
-"""The wire: OpenAI's protocol, native events, and what a request may say."""
+"""The wire format: OpenAI's protocol, native events, and the schema of requests."""

@@ -1,7 +1,7 @@
 """Native events: every token with its state, confidence and alternatives, at every step. Pure: from the engine's events to the wire's.
 
-States: g given, n noise, d draft (may change again, or is proposed and not verified), f fresh (settled by this step), c settled before,
-x a proposal that was refused.
+States: g given, n noise, d draft (may change again, or a draft token before its verification), f fresh (settled by this step),
+c settled before, x a rejected draft token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dlm.trajectory import Canvas
 
 
 def canvas(lm: LanguageModel, request: schema.GenerateRequest) -> Canvas:
-    """What the request wants filled. InputError for parts that do not go together, or tokens that the model has not."""
+    """The canvas of a request. InputError for parts that do not go together, or tokens that the model has not."""
     if request.canvas is None:
         return lm.canvas(request.prompt or "", length=request.length, max_new_tokens=request.max_tokens, suffix=request.suffix or "")
     if request.prompt or request.suffix or request.length or request.max_tokens:
@@ -37,12 +37,12 @@ def canvas(lm: LanguageModel, request: schema.GenerateRequest) -> Canvas:
 
 
 class Narrator:
-    """Tells one row. events: (name, data) of what an event of the engine comes to."""
+    """Tells one row. events: (name, data) of the native events that an event of the engine gives."""
 
     def __init__(self, ident: str, plan: Plan, row: Row) -> None:
         self.ident, self.plan, self.row = ident, plan, row
         self.mask_id, self.pieces = plan.model.tokenizer.mask_id, _Pieces(plan.model)
-        self.proposed: dict[int, int] = {}
+        self.drafts: dict[int, int] = {}
 
     def events(self, event: Event) -> Iterator[tuple[str, dict[str, Any]]]:
         self.row.take(event)
@@ -73,15 +73,15 @@ class Narrator:
     def _step(self, event: Stepped) -> Iterator[tuple[str, dict[str, Any]]]:
         facts = {"step": event.forwards, "forwards": event.forwards, "t": round(event.t, 6), "model": event.model}
         written = {change.position: change for change in event.changes}
-        refused = [i for i, token in self.proposed.items() if i not in written or written[i].token != token]
-        if refused:
-            struck = [[i, self.proposed[i], self.pieces.text(self.row.tokens, i, self.proposed[i]), "x", None, None] for i in refused]
+        rejected = [i for i, token in self.drafts.items() if i not in written or written[i].token != token]
+        if rejected:
+            struck = [[i, self.drafts[i], self.pieces.text(self.row.tokens, i, self.drafts[i]), "x", None, None] for i in rejected]
             yield "step", facts | {"changed": struck}
         changed, tokens = [self._changed(change) for change in event.changes], self.row.tokens
-        changed += ([i, token, self.pieces.text(tokens, i, token), "d", None, None] for i, token in event.proposed.items())
-        noise_again = (i for i in refused if i not in written and i not in event.proposed)
+        changed += ([i, token, self.pieces.text(tokens, i, token), "d", None, None] for i, token in event.drafts.items())
+        noise_again = (i for i in rejected if i not in written and i not in event.drafts)
         changed += ([i, tokens[i], "", "n", None, None] for i in noise_again)
-        self.proposed = event.proposed
+        self.drafts = event.drafts
         yield "step", facts | {"changed": changed}
 
     def _changed(self, change: Change) -> list[Any]:
@@ -112,7 +112,7 @@ class Narrator:
 
 
 class _Pieces:
-    """What is shown for a token: of those that share a character, the last shows it."""
+    """The text shown for a token; of tokens that share a character, the last one shows it."""
 
     def __init__(self, lm: LanguageModel) -> None:
         self.tokenizer = lm.tokenizer

@@ -73,8 +73,8 @@ class Answer:
             made = [_text(lm, asked, prompt) for prompt in _prompts(asked)]
             records, ident = asked.logprobs, "cmpl-"
         canvases = [canvas for canvas, _ in made for _ in range(n)]
-        if len(canvases) > schema.MOST_CHOICES:
-            raise InputError(f"{len(canvases)} choices were asked for, {schema.MOST_CHOICES} is the most of a request")
+        if len(canvases) > schema.MAX_CHOICES:
+            raise InputError(f"{len(canvases)} choices were asked for, {schema.MAX_CHOICES} is the limit of a request")
         stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
         rows = []
         for canvas in canvases:
@@ -113,7 +113,7 @@ class Answer:
         return bool(self.rows[index].writer.finished) and self.rows[index].seconds == 0
 
     def last(self) -> Iterator[dict[str, Any]]:
-        """What follows the last choice."""
+        """The chunk after the last choice, if one was asked for."""
         if self.asked.stream_options is not None and self.asked.stream_options.include_usage:
             yield self._head() | {"choices": [], "usage": self._usage()}
 
@@ -129,7 +129,7 @@ class Answer:
         return head | {"choices": [choice]}
 
     def _standing(self, index: int) -> str:
-        """The text of a row as it is now: what is settled, then what is not, noise as a block."""
+        """The text of a row as it is now: first the settled part, then the rest, with noise as a block."""
         row, lm = self.rows[index], self.plan.model
         text = self._echoed(index) + row.writer.text
         if row.done:
@@ -139,7 +139,7 @@ class Answer:
         return text + "".join(NOISE if token == mask_id else lm.tokenizer.piece(token) for token in rest)
 
     def _fresh(self, row: Row, text: str) -> list[Piece]:
-        """The pieces that lie in what was given last."""
+        """The pieces of the text that was given last."""
         end = row.writer.given
         begin = end - len(text)
         return [piece for piece in row.writer.pieces if begin <= piece.offset < end]
@@ -175,7 +175,7 @@ class Answer:
         return {"id": self.ident, "object": kind, "created": self.created, "model": plan.model.name, "dlm": facts}
 
     def _usage(self) -> dict[str, Any]:
-        """Tokens of the final texts alone; the network's calls beside them."""
+        """Tokens of the final texts alone, and the forward passes."""
         n = self.asked.n or 1
         prompt = sum(int(row.canvas.given_BT.sum()) for row in self.rows[::n])
         new, forwards = sum(len(row.writer.pieces) for row in self.rows), sum(row.forwards for row in self.rows)
@@ -188,15 +188,15 @@ class Answer:
         }
 
     def _logprobs(self, row: Row, pieces: Sequence[Piece], begin: int = 0) -> dict[str, Any] | None:
-        """Of tokens by what the network said when it wrote them, before temperature."""
+        """Log-probabilities of tokens at the forward pass that wrote them, before temperature."""
         if self.records is None:
             return None
         tokenizer, first = self.plan.model.tokenizer, {id(piece): k for k, piece in enumerate(row.writer.pieces)}
         lines = []
         for piece in pieces:
-            told = row.told.get(row.first + first[id(piece)])
-            value = None if told is None or told.confidence is None else math.log(max(told.confidence, 1e-38))
-            others = [(tokenizer.piece(token), math.log(max(p, 1e-38))) for token, p in (told.alternatives if told else ())]
+            change = row.written.get(row.first + first[id(piece)])
+            value = None if change is None or change.confidence is None else math.log(max(change.confidence, 1e-38))
+            others = [(tokenizer.piece(token), math.log(max(p, 1e-38))) for token, p in (change.alternatives if change else ())]
             lines.append((piece, value, others))
         if isinstance(self.asked, schema.ChatRequest):
             return {"content": [_line(piece.text, value, others) for piece, value, others in lines], "refusal": None}
@@ -216,7 +216,7 @@ def _line(text: str, value: float | None, others: list[tuple[str, float]]) -> di
 
 
 def texts(asked: schema.CompletionRequest | schema.ChatRequest) -> Iterator[str]:
-    """Everything that is to be encoded."""
+    """All texts of a request that are to be encoded."""
     if isinstance(asked, schema.ChatRequest):
         for message in asked.messages:
             yield _content(message)
@@ -236,12 +236,12 @@ def _prompts(asked: schema.CompletionRequest) -> list[str | list[int]]:
 
 
 def _text(lm: LanguageModel, asked: schema.CompletionRequest, prompt: str | list[int]) -> tuple[Canvas, str]:
-    """(what is to be filled, the prompt as text)."""
+    """(the canvas, the prompt as text)."""
     canvas = lm.canvas([prompt], max_new_tokens=asked.max_tokens, suffix=asked.suffix or "")
     return canvas, prompt if isinstance(prompt, str) else lm.tokenizer.decode(prompt)
 
 
 def _conversation(lm: LanguageModel, asked: schema.ChatRequest) -> tuple[Canvas, str]:
     messages = [{"role": message.role, "content": _content(message)} for message in asked.messages]
-    most = asked.max_completion_tokens or asked.max_tokens
-    return lm.chat_canvas(messages, **({} if most is None else {"max_new_tokens": most})), ""
+    max_new_tokens = asked.max_completion_tokens or asked.max_tokens
+    return lm.chat_canvas(messages, **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})), ""

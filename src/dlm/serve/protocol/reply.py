@@ -22,13 +22,16 @@ class RowFailedError(Exception):
 
 @dataclass
 class Row:
-    """One text as it stands. first, last: columns of the first hole and after the last; settled: columns of the new text that stand for
-    good, without a hole before them; told: what the network said of each token when it was written."""
+    """One text as it stands.
+
+    first, last: columns of the first hole and after the last. settled: the column up to which the text is final, without a hole before
+    it. written: for each position the change that wrote its token, with its confidence.
+    """
 
     canvas: Canvas
     writer: Writer
     tokens: list[int] = field(default_factory=list)
-    told: dict[int, Change] = field(default_factory=dict)
+    written: dict[int, Change] = field(default_factory=dict)
     forwards: int = 0
     seconds: float = 0.0
     done: bool = False
@@ -40,15 +43,15 @@ class Row:
         self.open = {i for i, hole in enumerate(free) if hole}
 
     def take(self, event: Event) -> str:
-        """What the event settles of the text, from the left."""
+        """The text that the event settles, from the left."""
         if isinstance(event, Began):
             self.tokens = list(event.tokens)
         elif isinstance(event, Stepped):
             self.forwards = event.forwards
             for change in event.changes:
                 self.tokens[change.position] = change.token
-                if change.confidence is not None or change.position not in self.told:
-                    self.told[change.position] = change
+                if change.confidence is not None or change.position not in self.written:
+                    self.written[change.position] = change
                 if change.settled:
                     self.open.discard(change.position)
             begin = self.settled
@@ -75,7 +78,7 @@ class Reply:
         self._left = 0
 
     def deliver(self, index: int, event: Event) -> None:
-        """For the engine's thread. RuntimeError where nobody listens any more."""
+        """Called by the engine's thread. RuntimeError once the event loop is closed."""
         self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -84,7 +87,7 @@ class Reply:
         self.jobs, self._left = list(jobs), len(jobs)
 
     def close(self) -> None:
-        """Free what is not done."""
+        """Free the rows that are not done."""
         if self._left:
             self._left = 0
             self.engine.cancel(self.jobs)
@@ -103,7 +106,7 @@ class Reply:
                 if self.jobs[index].cancelled:
                     continue
                 raise RowFailedError(event)
-            if self.jobs[index].cancelled:  # what was still on its way
+            if self.jobs[index].cancelled:  # an event that was still on its way
                 continue
             if isinstance(event, Ended):
                 self._left -= 1

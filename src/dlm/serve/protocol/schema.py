@@ -1,4 +1,4 @@
-"""What a request may say. Unknown fields and wrong types are refused; what OpenAI's clients send without effect is taken."""
+"""The schema of requests. Unknown fields and wrong types are rejected; fields of OpenAI's clients without effect here are accepted."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-MOST_TOKENS, MOST_STEPS, MOST_TEXT, MOST_CHOICES = 16_384, 16_384, 1_000_000, 16
+MAX_TOKENS, MAX_STEPS, MAX_CHARACTERS, MAX_CHOICES = 16_384, 16_384, 1_000_000, 16
 Word = Annotated[str, StringConstraints(max_length=200)]
-Text = Annotated[str, StringConstraints(max_length=MOST_TEXT)]
+Text = Annotated[str, StringConstraints(max_length=MAX_CHARACTERS)]
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Count = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
@@ -22,16 +22,16 @@ class Decoding(Strict):
     """How the text of a request is decoded. The last six fields are this server's own."""
 
     model: Word | None = None
-    max_tokens: Count | None = Field(None, description="Tokens to add at most; default: what fills a window.")
+    max_tokens: Count | None = Field(None, description="Tokens to add at most; by default a window is filled.")
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(None, description="The same seed gives the same text.")
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(None, description="Keep this many likeliest tokens; 0: all.")
     sampler: Word | None = Field(None, description="One that /v1/models lists, with its setting after a colon.")
-    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = Field(None, description="Denoising steps of each window.")
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = Field(None, description="Denoising steps of each window.")
     schedule: Word | None = Field(None, description="Which model takes which step, as `L0.5 H0.5`.")
     light: Word | None = Field(None, description="Model L of the schedule.")
-    lossless: bool | None = Field(None, description="The model's own law or text, in fewer calls: no approximation.")
+    lossless: bool | None = Field(None, description="The model's exact distribution or greedy text, in fewer forward passes.")
 
 
 class StreamOptions(Strict):
@@ -40,9 +40,9 @@ class StreamOptions(Strict):
 
 
 class OpenAI(Decoding):
-    """What completions and chat share."""
+    """The fields that completions and chat share."""
 
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: Word | Annotated[list[Annotated[str, StringConstraints(min_length=1, max_length=200)]], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -58,9 +58,9 @@ class CompletionRequest(OpenAI):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_CHOICES)]
-        | Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS)]
-        | Annotated[list[Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS)]], Field(min_length=1, max_length=MOST_CHOICES)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[list[Token], Field(min_length=1, max_length=MAX_TOKENS)]
+        | Annotated[list[Annotated[list[Token], Field(min_length=1, max_length=MAX_TOKENS)]], Field(min_length=1, max_length=MAX_CHOICES)]
         | None
     ) = None
     suffix: Text | None = None
@@ -103,7 +103,7 @@ class GenerateRequest(Decoding):
 
     prompt: Text | None = None
     suffix: Text | None = None
-    canvas: Annotated[list[Token | Text | None], Field(min_length=1, max_length=MOST_TOKENS)] | None = None
+    canvas: Annotated[list[Token | Text | None], Field(min_length=1, max_length=MAX_TOKENS)] | None = None
     length: Count | None = Field(None, description="Tokens of the whole text, instead of max_tokens.")
     alternatives: Annotated[int, Field(ge=0, le=5)] = 3
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from dlm.text.tokenizer import Tokenizer
 
-BEFORE = 4
-"""Tokens of the prompt that are decoded along, because some tokenizers write the first token of a text in another way."""
+PROMPT_TOKENS = 4
+"""The last tokens of the prompt are decoded along, because some tokenizers write the first token of a text in another way."""
 HALF = "\ufffd"
 
 
@@ -30,13 +30,13 @@ class Writer:
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int], ends: frozenset[int] = frozenset(), stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.ends, self.stops = tokenizer, ends, [stop for stop in stops if stop]
-        self.ids = list(before[-BEFORE:])
+        self.ids = list(before[-PROMPT_TOKENS:])
         self.shown, self.read = 0, len(self.ids)  # ids up to `read` have been shown, those from `shown` on are decoded again
         self.text, self.given, self.finished = "", 0, ""
         self.pieces: list[Piece] = []
 
     def add(self, tokens: Sequence[int]) -> str:
-        """What can now be shown for good."""
+        """The text that is now final."""
         for token in tokens:
             if self.finished:
                 break
