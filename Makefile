@@ -31,7 +31,7 @@ check: lint
 	$(BIN)/python -m pytest -n auto -m "not slow and not browser and not network"
 
 docs: $(VENV)/.dev
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

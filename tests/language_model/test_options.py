@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from conftest import make_model
 from dlm.errors import InputError
@@ -120,6 +122,38 @@ def test_an_unknown_option_is_named_with_the_nearest(base: LanguageModel) -> Non
     for ask in (base.generate, base.sampler, lambda **options: list(base.stream(**options))):
         with pytest.raises(InputError, match="unknown option 'temprature'; did you mean temperature"):
             ask(**wrong)
+
+
+WRONG_TYPES: list[tuple[dict[str, Any], str]] = [
+    ({"steps": "four"}, "steps takes a whole number or None, got 'four'"),
+    ({"length": 2.5}, "length takes a whole number or None, got 2.5"),
+    ({"temperature": "warm"}, "temperature takes a number or None"),
+    ({"sampler": 3}, "sampler takes a text or None"),
+    ({"prompt": 3}, "a prompt is a text, or a list"),
+    ({"prompt": [3, 4]}, "a prompt is a text, or a list"),
+]
+
+
+@pytest.mark.parametrize(("options", "told"), WRONG_TYPES)
+def test_a_value_of_another_type_is_named(options: dict[str, Any], told: str, base: LanguageModel) -> None:
+    with pytest.raises(InputError, match=told):
+        base.generate(**options)
+
+
+def test_the_numbers_of_other_libraries_are_numbers() -> None:
+    options = {"steps": torch.tensor(4), "temperature": np.float32(0.5), "guidance": 2}
+    assert DecodingOptions.of(options).steps == 4
+
+
+@pytest.mark.parametrize(("draft", "close"), [("ngrm", "ngram"), ("adaptor", "adapter")])
+def test_a_misspelt_drafter_is_named_with_the_nearest(draft: str, close: str, base: LanguageModel) -> None:
+    with pytest.raises(InputError, match=f"no drafter and no draft model '{draft}'; did you mean {close}"):
+        base.generate("ROMEO:", length=12, draft=draft)
+
+
+def test_a_misspelt_cache_is_named_with_the_nearest(masked_dir: Path) -> None:
+    with pytest.raises(InputError, match=r"unknown cache 'prefx'; did you mean prefix\?"):
+        load(str(masked_dir)).sampler(cache="prefx")
 
 
 def test_a_draft_and_a_sampler_are_one_too_many(base: LanguageModel) -> None:

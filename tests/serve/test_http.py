@@ -70,6 +70,18 @@ def test_a_bad_request_is_told_what_is_wrong(served: Served, path: str, body: An
         shape(answer.text)
 
 
+NEAREST: list[tuple[dict[str, Any], str]] = [
+    ({"temprature": 1}, "unknown field 'temprature'; did you mean temperature?"),
+    ({"sampler": "entopy"}, "did you mean entropy"),
+    ({"model": "tiny-arr"}, "the model 'tiny-arr' is not served here; did you mean tiny-ar?"),
+]
+
+
+@pytest.mark.parametrize(("fields", "told"), NEAREST)
+def test_a_misspelt_name_is_told_the_nearest(served: Served, fields: dict[str, Any], told: str) -> None:
+    assert told in shape(served.post("/v1/completions", {"prompt": "a"} | fields).text)["message"]
+
+
 RAW: list[tuple[bytes, int]] = [
     (b"", 400),
     (b"{", 400),

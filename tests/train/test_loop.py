@@ -205,7 +205,7 @@ def test_a_preview_may_hold_anything(text: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("speed=3", "--set speed=3: known keys are attention, .* width"),
+        ("speed=3", r"--set speed=3: did you mean seed\? known keys are attention, .* width"),
         ("steps", "--set steps: known keys"),
         ("network=3", "known keys"),
         ("vocab_size=3", "known keys"),

@@ -226,14 +226,10 @@ def load(
     compile: bool = False,
 ) -> LanguageModel:
     """InputError for a device or dtype that is not there, or an adapter of another base."""
-    import torch
-
     from dlm.language_model import load
+    from dlm.workflows.inputs import check_device
 
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"no device {device!r} here ({str(error).splitlines()[0]}): use --device cpu") from None
+    check_device(device)
     return load(name, device=device, dtype=dtype, adapter=adapter, deterministic=deterministic, compile=compile)
 
 
@@ -299,7 +295,8 @@ def _usage(error: typer.TyperException) -> str:
     """An error of the command line itself in one line; empty where the help has been printed instead."""
     message = error.format_message()
     context = getattr(error, "ctx", None)
-    hint = f"; see {context.command_path} --help" if context is not None else ""
+    end = " (" if message.endswith("?") else "; "
+    hint = f"{end}see {context.command_path} --help{')' if end == ' (' else ''}" if context is not None else ""
     return f"{message[:1].lower()}{message[1:].rstrip('.')}{hint}" if message else ""
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TypedDict, cast
+from functools import cache
+from types import NoneType
+from typing import TypedDict, cast, get_args, get_origin, get_type_hints
 
-from dlm.errors import unknown
+from dlm.errors import InputError, unknown
 from dlm.sampling.autoregressive.draft import Draft
 
 __all__ = ["DecodingKeywords", "DecodingOptions", "Draft", "LayoutKeywords", "TextKeywords", "separate"]
@@ -99,9 +101,36 @@ class DecodingOptions:
 
 
 def separate(options: Mapping[str, object]) -> tuple[LayoutKeywords, DecodingOptions]:
-    """The options of a canvas and those of decoding. InputError for a name that is neither, with the nearest one."""
+    """The options of a canvas and those of decoding. InputError for a name that is neither, with the nearest one, and for another type."""
     decoding, layout = [one.name for one in fields(DecodingOptions)], list(LayoutKeywords.__annotations__)
     if strange := [name for name in options if name not in (*decoding, *layout)]:
         raise unknown("option", strange[0], [*decoding, *layout])
+    for name, value in options.items():
+        _check_type(name, value)
     own = {name: value for name, value in options.items() if name in layout}
     return cast(LayoutKeywords, own), DecodingOptions(**{n: v for n, v in options.items() if n in decoding})  # type: ignore[arg-type]
+
+
+KINDS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    NoneType: "None",
+    Draft: "a Draft",
+    Mapping: "a mapping",
+}
+
+
+@cache
+def _types() -> dict[str, tuple[type, ...]]:
+    """The types that each option takes."""
+    return {name: tuple(get_origin(one) or one for one in get_args(hint) or (hint,)) for name, hint in get_type_hints(TextKeywords).items()}
+
+
+def _check_type(name: str, value: object) -> None:
+    """InputError for a value of another type. The numbers of numpy and torch are numbers."""
+    kinds = _types()[name]
+    whole, number = hasattr(value, "__index__"), hasattr(value, "__float__")
+    if not (isinstance(value, kinds) or (whole and int in kinds) or (number and float in kinds)):
+        raise InputError(f"{name} takes {' or '.join(KINDS[kind] for kind in kinds)}, got {value!r}")

@@ -44,8 +44,11 @@ class Prompting:
             return Canvas.from_rows([self.tokenizer.encode_template(template)], fill=self.tokenizer.mask_id)
         if length is not None and max_new_tokens is not None:
             raise InputError("give length or max_new_tokens, not both")
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not hasattr(prompts, "__iter__") or any(isinstance(one, int) for one in prompts):
+            raise InputError(f"a prompt is a text, or a list of texts or of lists of token ids; got {prompt!r}")
         tail = self.tokenizer.encode(suffix)
-        rows = [self._row(one, tail, length, max_new_tokens) for one in ([prompt] if isinstance(prompt, str) else prompt)]
+        rows = [self._row(one, tail, length, max_new_tokens) for one in prompts]
         return Canvas.from_rows(rows, fill=self.tokenizer.mask_id)
 
     def _row(self, prompt: str | Sequence[int], tail: list[int], length: int | None, max_new_tokens: int | None) -> list[int | None]:

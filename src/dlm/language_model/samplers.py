@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dlm.adapters import lora
 from dlm.adapters.chain import Chain
-from dlm.errors import InputError
+from dlm.errors import InputError, nearest
 from dlm.language_model.protocols import Model
 from dlm.language_model.resolution import DecodingPlan
 from dlm.model_scheduling import routing
@@ -21,7 +22,7 @@ from dlm.models.transformer import Transformer
 from dlm.noise.masked import MaskedNoise
 from dlm.protocols import Denoiser, Sampler
 from dlm.sampling import registry
-from dlm.sampling.autoregressive.draft import Draft, DraftFacts, factory
+from dlm.sampling.autoregressive.draft import Draft, DraftFacts, factory, sources
 from dlm.sampling.autoregressive.draft_length import AdaptiveDraftLength
 from dlm.sampling.autoregressive.draft_tree import Tree
 from dlm.sampling.autoregressive.drafters import DraftModel, FittedVocabulary, MaskDrafter, MedusaDrafter, PromptLookup, SelfDraft
@@ -139,7 +140,12 @@ def _mask_drafter(draft: Draft, tokens: int, model: Model) -> MaskDrafter:
 
 def _draft_model(name: str, model: Model) -> DraftModel:
     """InputError for a model of another vocabulary, or one that cannot continue a text alike."""
-    other = model.other(name)
+    try:
+        other = model.other(name)
+    except InputError:
+        if Path(name).exists() or not (close := nearest(name, sources())):
+            raise
+        raise InputError(f"no drafter and no draft model {name!r}{close}") from None
     if other.is_diffusion or (other.config.start_token_id is None) != (model.config.start_token_id is None):
         raise InputError(f"{name} cannot draft for {model.name}: it must be autoregressive and begin its texts alike")
     if other.tokenizer.fingerprint() != model.tokenizer.fingerprint():

@@ -18,7 +18,7 @@ from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from dlm.errors import InputError
+from dlm.errors import InputError, nearest
 from dlm.serve.engine.job import FAULT, Event
 from dlm.serve.engine.scheduler import ClosingError, Engine, QueueFullError
 from dlm.serve.engine.shelf import Plan, Shelf, UnknownModelError
@@ -241,17 +241,24 @@ class Page(StaticFiles):
         return response
 
 
+def _invalid(error: RequestValidationError) -> Response:
+    """The first mistake of a body, with the field that it is in; of an unknown field the nearest one."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "json_invalid":
+        return refusal(400, "the body is no JSON", "invalid_json")
+    field = str(first["loc"][1]) if len(first["loc"]) > 1 else None
+    if first["type"] == "extra_forbidden":
+        return refusal(400, f"unknown field {place!r}{nearest(str(first['loc'][-1]), schema.FIELDS)}", "invalid_request", param=field)
+    return refusal(400, f"{place or 'body'}: {first['msg']}", "invalid_request", param=field)
+
+
 def _errors(app: FastAPI) -> None:
     """Every error in one shape."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        if first["type"] == "json_invalid":
-            return refusal(400, "the body is no JSON", "invalid_json")
-        field = str(first["loc"][1]) if len(first["loc"]) > 1 else None
-        return refusal(400, f"{place or 'body'}: {first['msg']}", "invalid_request", param=field)
+        return _invalid(error)
 
     @app.exception_handler(HTTPException)
     async def known(_: Request, error: HTTPException) -> Response:

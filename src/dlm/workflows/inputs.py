@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dlm import bundled
-from dlm.errors import InputError
+from dlm.errors import InputError, nearest
 from dlm.evaluation import generative, judge
 from dlm.formats import native
 from dlm.language_model import LanguageModel, load
@@ -47,7 +47,8 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"no device {device!r} here ({str(error).splitlines()[0]}): use --device cpu") from None
+        close, reason = nearest(device, ("cpu", "cuda", "mps")), str(error).splitlines()[0]
+        raise InputError(f"no device {device!r} here" + (close or f" ({reason}): use --device cpu")) from None
 
 
 def language_model(model: Model, device: str = "cpu") -> LanguageModel:

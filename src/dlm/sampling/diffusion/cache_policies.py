@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlm.errors import InputError, in_range
+from dlm.errors import InputError, in_range, unknown
 from dlm.sampling.diffusion.protocols import CachePolicy, View
 from dlm.sampling.draw import MAX_SETTING
 
@@ -108,7 +108,7 @@ def make(word: str) -> CachePolicy:
     """The policy that a word such as `dual` or `delayed:8` means. InputError for one that is unknown."""
     name, colon, value = word.partition(":")
     if name not in POLICIES:
-        raise InputError(f"unknown cache {name!r}; known: {', '.join(POLICIES)}")
+        raise unknown("cache", name, POLICIES)
     if colon and name not in SETTING:
         raise InputError(f"the cache {name!r} has no setting, got {word!r}")
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from dlm.errors import InputError
+from dlm.errors import InputError, nearest
 from dlm.language_model import LanguageModel
 from dlm.language_model.options import DecodingOptions
 from dlm.language_model.resolution import DecodingPlan
@@ -88,7 +88,9 @@ class Shelf:
         if name is None or name == "":
             return next(iter(self.models.values()))
         if name not in self.models:
-            raise UnknownModelError(f"the model {name!r} is not served here; there are: {', '.join(self.models)}")
+            raise UnknownModelError(
+                f"the model {name!r} is not served here{nearest(name, self.models) or ';'} there are: {', '.join(self.models)}"
+            )
         return self.models[name]
 
     def plan(self, request: schema.Decoding, seed: int) -> Plan:
@@ -98,7 +100,9 @@ class Shelf:
             raise InputError(f"{request.steps} steps were asked for, this server takes {self.max_steps} at most")
         for name in [request.light, *_draft_models(request.sampler)]:
             if name is not None and name not in self.models:
-                raise InputError(f"the model {name!r} is not served here; there are: {', '.join(self.models)}")
+                raise InputError(
+                    f"the model {name!r} is not served here{nearest(name, self.models) or ';'} there are: {', '.join(self.models)}"
+                )
         options = DecodingOptions(
             sampler=_lossless(lm, request.sampler, request.steps) if request.lossless else request.sampler,
             steps=request.steps,

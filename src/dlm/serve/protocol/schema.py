@@ -113,3 +113,7 @@ class ExportRequest(Strict):
 
     model_config = ConfigDict(strict=True, extra="allow")
     format: Literal["html", "gif", "json"]
+
+
+FIELDS = sorted({name for kind in (CompletionRequest, ChatRequest, GenerateRequest, ExportRequest) for name in kind.model_fields})
+"""The fields of all requests, for the nearest name to a misspelt one."""
