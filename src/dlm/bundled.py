@@ -1,4 +1,4 @@
-"""What ships with the package, by name, and where fetched bases lie. Imports no torch, so that `dlm list` answers at once."""
+"""The bundled models and data, by name, and the place of fetched bases. Imports no torch, so that `dlm list` answers at once."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def datasets() -> dict[str, Path]:
 
 
 def cache_directory() -> Path:
-    """Where `dlm pull` puts what it fetched: $DLM_CACHE, or `dlm` in the user's cache."""
+    """The directory of fetched checkpoints: $DLM_CACHE, or `dlm` in the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("DLM_CACHE") or Path(home) / "dlm")

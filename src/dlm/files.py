@@ -52,7 +52,7 @@ def _install(partial: Path, path: Path, mode: int) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what a process that was killed while it saved has left in a directory."""
+    """Remove the temporary files of a process that was killed while it saved."""
     for left in directory.glob(f"{PREFIX}*"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -86,7 +86,7 @@ def stamp(number: int) -> dict[str, Any]:
 
 
 def check_stamp(data: Mapping[str, Any], newest: int, path: str | Path) -> int:
-    """The format number of what was read; 0 for a file from before there were any. InputError for one newer than `newest`."""
+    """The format number of a file's contents; 0 for a file from before there were any. InputError for one newer than `newest`."""
     number, writer = data.get("format", 0), data.get("dlm_version")
     if not isinstance(number, int) or number < 0:
         raise InputError(f"{path} is damaged (its format is {number!r})")

@@ -1,6 +1,6 @@
 """The signatures that everything else is written against.
 
-Shapes: B rows, T positions of the whole canvas, Q positions queried in one call, V vocabulary.
+Shapes: B rows, T positions of the whole canvas, Q positions queried in one forward pass, V vocabulary.
 Time: t = 0 is data, t = 1 is noise; alpha_t is the probability that a token is still untouched.
 """
 
@@ -29,7 +29,7 @@ class OwnDraws:
 
 
 RNG = Sequence[torch.Generator | OwnDraws]
-"""One generator a row, so that what a row draws does not depend on its neighbours."""
+"""One generator a row, so that the draws of a row do not depend on its neighbours."""
 
 
 class NoiseSchedule(Protocol):
@@ -46,7 +46,7 @@ class NoiseSchedule(Protocol):
 
 
 class NoiseProcess(Protocol):
-    """A forward process q(z_t | x) that corrupts every token independently, and what follows from it."""
+    """A forward process q(z_t | x) that corrupts every token independently, with its posteriors and bounds."""
 
     @property
     def vocab_size(self) -> int:
@@ -68,7 +68,7 @@ class NoiseProcess(Protocol):
         """Draw z_1 from one uniform a position; int64 (B, T)."""
 
     def log_probs(self, logits_BTV: Tensor, z_BT: Tensor, t_B: Tensor) -> Tensor:
-        """Network output -> log mu(x_i | z without z_i), normalised, with what the process knows for certain put in."""
+        """Network output -> log mu(x_i | z without z_i), normalised, a visible token under masked noise certain."""
 
     def denoised(self, logp_BTV: Tensor, z_BT: Tensor, t_B: Tensor) -> Tensor:
         """log mu -> log p(x_i | z), z_i included."""
@@ -105,15 +105,15 @@ class Denoiser(Protocol):
         at_BQ: Tensor | None = None,
         states: list[Tensor] | None = None,
     ) -> Tensor:
-        """Logits (B, Q, V). at_BQ: the only positions whose logits are asked for. own_BQQ: which of these positions each one reads,
-        besides what a `RowCache` holds. states: gets the last hidden states (B, Q, D), for a drafter that reads them.
+        """Logits (B, Q, V). at_BQ: the only positions whose logits are needed. own_BQQ: the new positions that each new one reads,
+        besides those that a `RaggedCache` holds. states: gets the last hidden states (B, Q, D), for a drafter that reads them.
 
-        pattern `shadow`: z is [text | masks], and a mask guesses its position without seeing the text there.
+        pattern `shadow`: z is [text | masks], and a mask predicts its position without reading the text there.
         """
 
 
 class Sampler(Protocol):
-    """Anything that fills a canvas."""
+    """A way to fill a canvas."""
 
     def steps(self, canvas: Canvas, *, rng: RNG) -> Iterator[Frame]:
         """Yield a Frame after every step; the last one has no free position unsettled."""

@@ -1,4 +1,4 @@
-"""The exchange types: what goes into a sampler (Canvas), what comes out (Frame), and a whole run kept small (Trajectory).
+"""The exchange types: the input of a sampler (Canvas), its output after a step (Frame), and a whole run kept small (Trajectory).
 
 Shapes: B rows, T positions, E changes, S frames.
 """

@@ -92,7 +92,7 @@ def test_convert_and_generate(dlm: Dlm, base_dir: Path, text: Path) -> None:  # 
         assert made["heads:3"]["text"] == made["lossless"]["text"] == made["autoregressive"]["text"]
         assert made["lossless"]["sampler"] == "heads:auto"
     assert calls["heads:3"] <= calls["lossless"] <= calls["autoregressive"] > calls["heads:3"]  # as many as pay on this machine
-    assert "has no heads to guess with: give --adapter DIRECTORY" in dlm.told("generate", "--model", str(base_dir), "--sampler", "heads:3")
+    assert "has no heads to draft with: give --adapter DIRECTORY" in dlm.told("generate", "--model", str(base_dir), "--sampler", "heads:3")
     assert "resume with the same" in dlm.told(*words[:-4], "--steps", "130", "--out", "out", "--resume", "--heads", "3")
     assert "leave --full or --heads away" in dlm.told(*words, "--steps", "9", "--full")
     assert "heads count from 1" in dlm.told(*words, "--steps", "9", "--heads", "-1")

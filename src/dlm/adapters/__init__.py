@@ -1,1 +1,1 @@
-"""What is trained for an autoregressive base and loaded beside it: gated LoRA, Medusa heads, and their training."""
+"""Adapters of an autoregressive base, trained and loaded beside it: gated LoRA, Medusa heads, and their training."""

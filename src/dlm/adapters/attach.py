@@ -32,7 +32,7 @@ def begin_with(network: Transformer, path: str | Path) -> None:
 
 
 def find(network: Transformer, path: str | Path) -> Path:
-    """A directory, or that of a bundled name, or of what is bundled for this base, `auto`. InputError for none."""
+    """A directory, or that of a bundled name, or of the one bundled for this base, `auto`. InputError for none."""
     found: Path | None = Path(path)
     if not Path(path).is_dir():
         found = bundled_for(network) if str(path) == "auto" else bundled.adapters().get(str(path))

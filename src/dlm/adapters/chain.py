@@ -33,7 +33,7 @@ class Chain(nn.Module):
         self.down = nn.Parameter(torch.zeros(slots, width, inner))
 
     def forward(self, slot: int, hidden_ND: Tensor, before_NSD: Tensor) -> Tensor:
-        """What the output layer reads for masks of this slot. before_NSD: S + 1 embeddings."""
+        """The input of the output layer for masks of this slot. before_NSD: S + 1 embeddings."""
         read_NE = F.rms_norm(torch.cat([hidden_ND[:, None], before_NSD], 1).float(), hidden_ND.shape[-1:]).flatten(1)
         inner_NH = F.silu(F.linear(read_NE, cast(Tensor, getattr(self, f"up_{slot}")), self.bias[slot]))
         return hidden_ND + F.linear(inner_NH, self.down[slot]).to(hidden_ND.dtype)

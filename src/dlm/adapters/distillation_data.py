@@ -33,7 +33,7 @@ Batch = tuple[Tensor, Tensor]  # x_BT int64 and free_BT, False where a token is 
 
 
 class Writer(Protocol):
-    """An autoregressive `LanguageModel`: what is needed of it to write texts."""
+    """An autoregressive `LanguageModel`: the parts needed to write texts."""
 
     @property
     def name(self) -> str: ...

@@ -134,7 +134,7 @@ class MaskEmbedding(Embedding):
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is attached to a network; its state is in the network's modules."""
+    """The handle of an attached adapter; its state is in the network's modules."""
 
     config: AdapterConfig
     mask_id: int

@@ -50,7 +50,7 @@ class Heads(nn.Module):
         self._base = [network]  # in a list: no part of this module
 
     def states(self, hidden_ND: Tensor, count: int | None = None) -> Tensor:
-        """(N, K, D): what the output layer reads for each head, by default for all."""
+        """(N, K, D): the input of the output layer for each head, by default for all."""
         inner_NKD = torch.einsum("nd,kod->nko", hidden_ND.float(), self.weight[:count]) + self.bias[:count]
         return (hidden_ND[:, None].float() + F.silu(inner_NKD)).to(hidden_ND.dtype)
 

@@ -68,7 +68,7 @@ class ConvertConfig:
                 raise InputError("--init is an adapter to begin with: leave --full and --heads away")
         if self.loss not in LOSSES:
             raise unknown("loss", self.loss, LOSSES)
-        for name, low in LEAST.items():
+        for name, low in MIN_SETTINGS.items():
             if not getattr(self, name) >= low:
                 raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if not 0 < self.lr < math.inf:
@@ -83,7 +83,7 @@ class ConvertConfig:
             raise InputError(f"length must lie in {least} (stride + 2) .. {window} (the window of {base.name}), got {self.length}")
 
 
-LEAST = {
+MIN_SETTINGS = {
     **dict.fromkeys(("steps", "batch", "log_every", "eval_every", "save_every"), 1),
     **dict.fromkeys(("seed", "warmup", "clean_weight", "weight_decay"), 0),
 }
@@ -102,7 +102,7 @@ class Base:
 
 
 class Drafting(Protocol):
-    """What is trained to propose draft tokens."""
+    """The drafters that can be trained."""
 
     @property
     def module(self) -> nn.Module:
@@ -184,7 +184,7 @@ class HeadsDrafting:
 
 
 def drafting(base: Base, config: ConvertConfig, fingerprint: str, *, fresh: bool) -> Drafting:
-    """What these settings train, put on the base. fresh: a new run, which may begin with an adapter."""
+    """The adapter of these settings, put on the base. fresh: a new run, which may begin with an adapter."""
     if config.full:
         return FullDrafting(base, config)
     return HeadsDrafting(base, config, fingerprint) if config.heads else AdapterDrafting(base, config, fingerprint, fresh=fresh)
@@ -214,7 +214,7 @@ class Conversion:
         self.held_x_BT, self.held_free_BT = (part.to(self.device) for part in rows.held)
 
     def describe(self) -> str:
-        """What is trained on what, in a line."""
+        """The adapter and its data, in a line."""
         trained = sum(p.numel() for p in self.named.values())
         share = f"{trained:,} parameters to train ({trained / self.base.network.parameters_count():.1%} of all)"
         return f"{share}, {self.rows.tokens:,} training tokens, stride {self.config.stride}, on {self.device}, into {self.out}"
@@ -261,7 +261,7 @@ def worth(found: Acceptance) -> dict[str, float]:
 
 
 def describe(found: Acceptance) -> str:
-    """Acceptance by slot, at temperature 1 and 0, and what it is worth, for people."""
+    """Acceptance by slot, at temperature 1 and 0, and its worth, as text."""
     slots, greedy = (" ".join(f"{a:.3f}" for a in chances) for chances in (found.sampled, found.greedy))
     chain, tree = worth(found).values()
     return f"acceptance by slot {slots} (greedy {greedy}): {chain:.2f} tokens per forward, {tree:.2f} where every prefix has drafts (tree)"

@@ -26,7 +26,7 @@ Options = dict[str, Any]
 class Row:
     """One measured setting. calls: forward passes of a batch; seconds of each text; bits per token under the judge; diversity.
 
-    exact: whether the distribution is that of one token a call; options are those of `LanguageModel.sampler`.
+    exact: whether the distribution is that of one token a forward pass; options are those of `LanguageModel.sampler`.
     """
 
     options: Options

@@ -1,4 +1,4 @@
-"""The command line. Verbs import what they need when they run, so that `dlm --help` is quick."""
+"""The command line. Verbs import their modules when they run, so that `dlm --help` is quick."""
 
 from dlm.cli import (
     bench,

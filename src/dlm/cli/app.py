@@ -1,4 +1,4 @@
-"""The application, what the verbs share, and how errors reach the user.
+"""The application, the options that the verbs share, and how errors reach the user.
 
 Conventions: the model is an argument, MODEL, of every verb; lists take commas; the settings of a sampler stand after colons. An old
 spelling works for one version, with a warning that says the new one: `renamed` for options, `listed` for separators.

@@ -1,4 +1,4 @@
-"""`dlm list`: what is here, what can be had, and what to type next. Imports no torch."""
+"""`dlm list`: the installed models, those that can be fetched, and the next command. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dlm.files import read_json
 
 @app.command(name="list")
 def list_() -> None:
-    """List what is here: models, adapters, data sets, recipes."""
+    """List the installed models, adapters, data sets and recipes."""
     out = console()
     for kind, name, about in [*_models(), *_adapters(), *_datasets(), *_bases(), *_recipes()]:
         out.print(f"[dim]{kind:8}[/][bold]{escape(name):28}[/] {escape(about)}", highlight=False, soft_wrap=True)

@@ -22,7 +22,7 @@ def convert(
     ],
     data: Annotated[str | None, typer.Option(help="shakespeare (bundled), a text file, a folder of .txt files, or hf:DATASET.")] = None,
     self_distill: Annotated[int, typer.Option(help="Instead of --data: learn from so many texts that the base writes.")] = 0,
-    prompts: Annotated[Path | None, typer.Option(help="What they begin with, a line each; a chat model answers them.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Their beginnings, a line each; a chat model answers them.")] = None,
     temperatures: Annotated[str, typer.Option(help="Of those texts, with commas, in turns: 0,1 where greedy text is wanted too.")] = "1",
     out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/convert/BASE.")] = None,
     stride: Annotated[int, typer.Option(help="Tokens that a forward pass may commit: one and stride - 1 draft tokens.")] = 4,

@@ -333,7 +333,7 @@ def _report(runs: dict[str, Run], watched: bool, as_json: bool) -> None:
 
 
 def _figures(label: str, row: Generation) -> str:
-    """A line on what was done: tokens, forward passes, seconds, and what was accepted or saved."""
+    """One line: tokens, forward passes, seconds, and accepted draft tokens or saved steps."""
     passes = f"{row.forwards} forward pass{'es' * (row.forwards != 1)}"
     facts = f"{label}, {row.sampler}, seed {row.seed}: {row.tokens} tokens in {passes}"
     facts += f", {row.tokens_per_forward:.1f} a pass, {row.seconds:.1f} s"

@@ -44,7 +44,7 @@ NAMES = Names(
 
 @dataclass(frozen=True)
 class Base:
-    """A converted checkpoint: what a `LanguageModel` is made of. defaults: of generation_config.json, eos_token_id among them."""
+    """A converted checkpoint: the parts of a `LanguageModel`. defaults: of generation_config.json, eos_token_id among them."""
 
     network: Transformer
     config: ModelConfig
@@ -54,29 +54,29 @@ class Base:
 
 
 def read_config(data: dict[str, Any], where: str) -> TransformerConfig:
-    """The backbone of a Hugging Face config.json, mask included. InputError for what it cannot be."""
+    """The backbone of a Hugging Face config.json, mask included. InputError for an unsupported one."""
 
-    def refuse(what: str) -> InputError:
+    def unsupported(what: str) -> InputError:
         return InputError(f"{where}: dlm does not read a {data.get('model_type')} checkpoint with {what}")
 
     kind = data.get("model_type")
     if kind not in CONVERTIBLE:
         raise InputError(f"{where} is a checkpoint of kind {kind!r}; dlm converts {', '.join(CONVERTIBLE)}")
     if data.get("quantization_config"):
-        raise refuse("quantized weights: take the unquantized one, or a GGUF file")
+        raise unsupported("quantized weights: take the unquantized one, or a GGUF file")
     if data.get("hidden_act", "silu") != "silu":
-        raise refuse(f"the activation {data['hidden_act']!r}")
+        raise unsupported(f"the activation {data['hidden_act']!r}")
     if data.get("attention_bias") or data.get("mlp_bias"):
-        raise refuse("biases of its output and MLP projections")
+        raise unsupported("biases of its output and MLP projections")
     rope = {**(data.get("rope_scaling") or {}), **(data.get("rope_parameters") or {})}
     rope_kind = rope.get("rope_type", rope.get("type", "default"))
     if rope_kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise refuse(f"rotary positions of kind {rope_kind!r}")
+        raise unsupported(f"rotary positions of kind {rope_kind!r}")
     try:
         window, heads = data["max_position_embeddings"], data["num_attention_heads"]
         slides = data.get("use_sliding_window") and (data.get("sliding_window") or window) < window
         if slides and data.get("max_window_layers", 0) < data["num_hidden_layers"]:
-            raise refuse(f"attention that slides over {data['sliding_window']} tokens")
+            raise unsupported(f"attention that slides over {data['sliding_window']} tokens")
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         return TransformerConfig(
             vocab_size=data["vocab_size"] + 1,
@@ -165,7 +165,7 @@ def assemble(
 
 
 def load(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
-    """Read a directory with config.json, safetensors and tokenizer.json, or a GGUF file. InputError for what it cannot be."""
+    """Read a directory with config.json, safetensors and tokenizer.json, or a GGUF file. InputError for an unsupported one."""
     if path.suffix == ".gguf":
         from dlm.formats import gguf
 

@@ -54,8 +54,8 @@ class ModelConfig:
     noise: dict[str, Any] = field(default_factory=lambda: {"process": "masked", "schedule": "linear"})
     context: int = 0  # tokens of the last window that a long text carries into the next
     training: dict[str, Any] = field(default_factory=dict)
-    start_token_id: int | None = -1  # what an autoregressive network reads before the text: -1 its mask; None: nothing
-    family: str = "dlm"  # what it was converted from: one of CONVERTIBLE, or of `dlm.formats.families`
+    start_token_id: int | None = -1  # read before the text by an autoregressive network: -1 its mask; None: nothing
+    family: str = "dlm"  # of the original checkpoint: one of CONVERTIBLE, or of `dlm.formats.families`
     shift: bool = False  # whether row i of the logits predicts token i + 1
     fills_window: bool = True  # whether the network was trained on windows that noise fills to the end
     block_phase: str = "zero"  # where blocks begin: `zero`, at multiples of their length, or at the end of the `prompt`
@@ -177,7 +177,7 @@ def write(
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
         written = {file.name for file in temporary.iterdir()}
-    # an index or shards of a former save of another size would be read instead of what is new
+    # an index or shards of a former save of another size would be read instead of the new file
     weights = [directory / INDEX, directory / "model.safetensors", *directory.glob("model-?????-of-?????.safetensors")]
     for stale in {path.name for path in weights} - written:
         (directory / stale).unlink(missing_ok=True)

@@ -160,7 +160,7 @@ def attend_alone(q_BH1K: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_B11T: Tens
 
 
 def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function over blocks, compiled by itself: another network must not find what was compiled for this one."""
+    """A function over blocks, compiled by itself: another network must not find the code compiled for this one."""
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_name=function.__name__)  # torch.compile knows a function by its code
     options: dict[str, Any] = {

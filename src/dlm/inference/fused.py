@@ -90,7 +90,7 @@ class FusedLinear(nn.Module):
         return [layer.adapt(x, part, mask_tokens) for layer, part in zip(layers, parts, strict=True)] if records else parts
 
     def refresh(self, layers: Sequence[Linear]) -> None:
-        """Join anew what was moved apart, by `to` for example."""
+        """Join weights again that were moved apart, by `to` for example."""
         if torch.compiler.is_compiling() or (joined := self.joined) is None:
             return
         if joined.weight.data_ptr() != layers[0].weight.data_ptr():
@@ -225,7 +225,7 @@ def _take_children(made: nn.Module, base: nn.Module) -> None:
 def fuse(network: Transformer) -> Transformer:
     """Replace attention, MLP, head and rotations by fused ones, in place. The logits stay the same, up to the order of sums.
 
-    A network that is fused already stays as it is; what was moved apart is joined again.
+    A network that is fused already stays as it is; weights that were moved apart are joined again.
     """
     if not isinstance(network.rotary, RotaryTable):
         network.rotary = RotaryTable(network.rotary)

@@ -94,7 +94,7 @@ class Int4Linear(QuantizedLinear):
         weight_OGI = torch.unflatten(weight_OI, 1, (-1, GROUP))
         low_OG1, high_OG1 = torch.aminmax(weight_OGI, dim=-1, keepdim=True)
         scale_OG1 = ((high_OG1 - low_OG1) / 15).clamp(min=1e-12)
-        offset_OG1 = (low_OG1 + 8 * scale_OG1).bfloat16()  # what code 8 stands for
+        offset_OG1 = (low_OG1 + 8 * scale_OG1).bfloat16()  # the value of code 8
         scale_OG1 = scale_OG1.bfloat16()
         code_OGI = (weight_OGI - offset_OG1).div_(scale_OG1).round_().add_(8).clamp_(0, 15)
         code_OI = code_OGI.flatten(1).to(torch.uint8)

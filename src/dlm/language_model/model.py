@@ -73,7 +73,7 @@ class LanguageModel:
 
     @classmethod
     def from_pretrained(cls, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:
-        """Load a directory, a GGUF file, a bundled or pulled checkpoint or a hub id. InputError says what is missing or wrong."""
+        """Load a directory, a GGUF file, a bundled or pulled checkpoint or a hub id. InputError names the missing or wrong part."""
         path = native.find(str(name))
         family = known.of(path)
         if family is not None or native.is_foreign(path):
@@ -157,7 +157,7 @@ class LanguageModel:
         return self.config.context
 
     def decode(self, frame: Frame, row: int = 0) -> str:
-        """Text of one row of a frame; what is still noise shows as █."""
+        """Text of one row of a frame; noise shows as █."""
         return "".join("█" if i == self.tokenizer.mask_id else self.tokenizer.piece(i) for i in frame.tokens_BT[row].tolist())
 
     @property
@@ -284,7 +284,7 @@ class LanguageModel:
             attach.with_adapter(self, path)
 
     def calibration(self) -> Calibration:
-        """What `dlm calibrate` measured. InputError where it has not."""
+        """The table of `dlm calibrate`. InputError where there is none."""
         if self.path is None:
             raise InputError(f"{self.name} is not on disk: save it, then run dlm calibrate")
         return Calibration.load(self.path)

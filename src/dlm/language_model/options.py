@@ -1,4 +1,4 @@
-"""The options of decoding: how a text is drawn, what it must keep to, and how long it is."""
+"""The options of decoding: how a text is drawn, its constraints, and its length."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from dlm.text.tokenizer import Tokenizer
 from dlm.trajectory import Canvas
 
 NEW_TOKENS = 256  # that a converted model adds unless told otherwise, or until it ends its text
-LEAST_NEW = 64  # tokens that a model of ours adds at least to a long prompt, unless told otherwise
+MIN_NEW_TOKENS = 64  # tokens that a model of ours adds at least to a long prompt, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Prompting:
     def _row(self, prompt: str | Sequence[int], tail: list[int], length: int | None, max_new_tokens: int | None) -> list[int | None]:
         head = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.known(prompt)
         given = len(head) + len(tail)
-        usual = max(self.window, given + LEAST_NEW) if self.fills_windows else given + NEW_TOKENS
+        usual = max(self.window, given + MIN_NEW_TOKENS) if self.fills_windows else given + NEW_TOKENS
         whole = usual if length is None else length
         new = whole - given if max_new_tokens is None else max_new_tokens
         if new < 1:

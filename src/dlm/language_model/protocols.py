@@ -16,7 +16,7 @@ from dlm.text.tokenizer import Tokenizer
 
 
 class Model(Protocol):
-    """What a `dlm.LanguageModel` is to its samplers and to the models beside it."""
+    """The interface of a `dlm.LanguageModel` for its samplers and for other models."""
 
     network: Transformer
     config: ModelConfig
@@ -26,7 +26,7 @@ class Model(Protocol):
     defaults: dict[str, Any]
     heads: Heads | None
     draft_lengths: dict[tuple[Draft, bool], AdaptiveDraftLength]
-    """What adaptive drafts have learned, by draft, with and without an adapter."""
+    """The learned lengths of adaptive drafts, by draft, with and without an adapter."""
     pass_seconds: dict[tuple[int, bool], float]
     """Measured seconds of a forward pass, by its positions, with and without an adapter."""
 

@@ -20,7 +20,7 @@ BUDGET = "bits:0.1"  # of `sampler="auto"`
 
 @dataclass(frozen=True)
 class Facts:
-    """What a plan depends on besides the options.
+    """The facts that a plan depends on besides the options.
 
     noise: that its samplers suit, None for an autoregressive model. bidirectional: whether each position reads all others.
     fills_window: whether noise fills its windows to the end, as of all models that dlm trains. block_length: of block diffusion.
@@ -55,7 +55,7 @@ class DecodingPlan:
     word: the sampler with its parameters, as records name it. steps: of a window; 0 for an autoregressive model. block_length: 0 for
     none. cache: as of DecodingOptions. draft: of speculative decoding, with the most draft tokens of a forward pass; adaptive: whether
     fewer are verified where that pays. exact: whether the law is that of one token a forward pass, or the text that of plain decoding.
-    options: what was asked for, with the choices of `auto` in it.
+    options: as given, with the choices of `auto` in them.
     """
 
     word: str
@@ -111,7 +111,7 @@ def choose(options: DecodingOptions, facts: Facts) -> DecodingOptions:
 
 
 def _fastest_drafter(facts: Facts) -> Draft:
-    """The drafter that speeds decoding up most: what was trained for the model, else its quantized copy, else the text so far."""
+    """The drafter that speeds decoding up most: the model's adapter, else its quantized copy, else n-grams of the text."""
     if facts.noise is not None:
         raise InputError(f"{facts.name} is a diffusion model: lossless decoding is for autoregressive ones")
     if facts.adapter_tokens is not None:
@@ -188,7 +188,7 @@ def _left_to_right(options: DecodingOptions, facts: Facts, draw: Draw, context: 
 def _with_numbers(draft: Draft, facts: Facts) -> Draft:
     """The draft with its dtype and the most draft tokens of a forward pass."""
     if draft.source == "heads" and facts.heads is None:
-        raise InputError(f"{facts.name} has no heads to guess with: give --adapter DIRECTORY of dlm convert {facts.name} --heads 3")
+        raise InputError(f"{facts.name} has no heads to draft with: give --adapter DIRECTORY of dlm convert {facts.name} --heads 3")
     if draft.source == "self" and not draft.model:
         draft = replace(draft, model=facts.draft_dtype or "int8")
     if draft.tokens is not None:

@@ -1,4 +1,4 @@
-"""The law of a schedule written out: one token a call in random order, a model for each number of known tokens.
+"""The exact distribution of a schedule: one token a forward pass in random order, a model for each number of known tokens.
 
 For sources small enough to enumerate, where the exact posterior is known: a schedule is judged with no judge. Shapes: V tokens, T
 positions, S = V^T texts, X states of a set of known positions.

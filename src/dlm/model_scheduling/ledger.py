@@ -39,7 +39,7 @@ class Ledger:
         return json.dumps(settings, sort_keys=True), schedule, seeds
 
     def find(self, settings: Mapping[str, object], schedule: str, seeds: tuple[int, int]) -> Outcome | None:
-        """What was measured of this schedule on exactly these seeds under these settings."""
+        """The measurement of this schedule on exactly these seeds under these settings."""
         return self._known.get(self._key(settings, schedule, seeds))
 
     def add(self, settings: Mapping[str, object], outcome: Outcome) -> None:

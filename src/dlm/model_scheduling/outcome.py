@@ -47,5 +47,5 @@ class Outcome:
         return Mean.of(mine - theirs)
 
     def saved(self, other: Outcome) -> float:
-        """Share of the FLOPs of `other`'s blocks, in calls that happened, for each text."""
+        """Share of the FLOPs of `other`'s blocks, in forward passes that happened, for each text."""
         return 1 - self.blocks / self.texts / (other.blocks / other.texts)

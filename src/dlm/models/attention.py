@@ -77,7 +77,7 @@ def mask(
     mask_BQT = allowed(pattern, pos_BQ[:, :, None], pos_BT[:, None, :], block_length)
     if valid_BT is not None:
         mask_BQT = mask_BQT & valid_BT[:, None, :]
-        # a padded query may find no key, which softmax turns into NaN; it reads itself, and nobody reads it
+        # a padded query may find no key, which softmax turns into NaN; it reads itself, and no position reads it
         if mask_BQT.shape[1] == mask_BQT.shape[2]:
             mask_BQT = mask_BQT | torch.eye(mask_BQT.shape[1], dtype=torch.bool, device=mask_BQT.device) & ~valid_BT[:, :, None]
     return mask_BQT[:, None], False

@@ -1,4 +1,4 @@
-"""Keys and values of positions already read.
+"""KV caches: keys and values of positions already read.
 
 Shapes: B batch, A rows of one forward pass, G key-value heads, T capacity or the part of it in use, Q new positions, K head dimension.
 """
@@ -19,13 +19,13 @@ class Memory:
     _kept: tuple[Tensor, list[tuple[Tensor, ...]]] | None = None  # parts of a kv
 
     def span(self, queries: int) -> tuple[int, int] | None:
-        """From where to where so many new positions would lie; None where rows have places of their own, or no room."""
+        """The first slot and the end of so many new positions; None where rows have slots of their own, or no room."""
         raise NotImplementedError
 
     def whole(self, first: int, end: int, mask: Tensor | None) -> tuple[list[tuple[Tensor, ...]], Tensor, Tensor]:
-        """(keys and values (B, G, T, K) of each layer, the slots of new positions, what is added to scores (B, 1, Q, T)).
+        """(keys and values (B, G, T, K) of each layer, the slots of new positions, the bias of the scores (B, 1, Q, T)).
 
-        mask: of the positions up to `end`, bool or what is added; None for everything.
+        mask: of the positions up to `end`, bool or a bias of the scores; None where every position is read.
         """
         kv, device = self.kv, self.kv.device
         if self._kept is None or self._kept[0] is not kv:
@@ -98,9 +98,9 @@ class RaggedCache(Memory):
         return self.kv.shape[4]
 
     def begin(self, own_BQQ: Tensor) -> Tensor | None:
-        """What the Q positions that are written next read, bool (B, Q, T): all that their row holds, and one another by own_BQQ.
+        """The mask of the next Q positions, bool (B, Q, T): they read all positions that their row holds, and one another by own_BQQ.
 
-        None for everything that `write` returns.
+        None where they read all that `write` returns.
         """
         queries, lengths = own_BQQ.shape[1], self.length_B.tolist()
         self.end = max(lengths) + queries
@@ -162,7 +162,7 @@ class RaggedCache(Memory):
 class TextCache:
     """Keys and values of a text as the first forward pass computed them; later ones read them beside their own, which are not kept.
 
-    Nothing is written in place: what reads a text that was read without gradients has gradients of its own.
+    Nothing is written in place: later passes have gradients of their own, even beside a text that was read without gradients.
     A later forward pass may have C rows for each one of the text, one after another.
     """
 
@@ -223,12 +223,12 @@ class WindowCache:
         self.rows_A1 = torch.arange(len(filled_BT), device=kv.device)[:, None]
 
     def clear(self, rows_A: Tensor) -> None:
-        """Forget what these rows hold."""
+        """Forget all positions of these rows."""
         self.filled_BT[rows_A] = False
         self.drift_BT[rows_A] = 0
 
     def begin(self, pos_AQ: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Say which positions the next writes are for: (positions of all slots (1, T), which hold something (A, T) or None for all)."""
+        """Set the positions of the next writes: (positions of all slots (1, T), whether each is filled (A, T) or None for all)."""
         self.pos_AQ = pos_AQ
         self.was_AQ = self.filled_BT[self.rows_A1, pos_AQ]
         self.filled_BT[self.rows_A1, pos_AQ] = True
@@ -256,4 +256,4 @@ class WindowCache:
         self.drift_BT[rows_AQ[real_AQ], self.pos_AQ[real_AQ]] = torch.where(self.was_AQ, moved_AQ, 0.0)[real_AQ]
 
     def advance(self, count: int) -> None:
-        """Nothing to do: positions say where they lie."""
+        """Nothing to do: `begin` gives the slots."""

@@ -1,4 +1,4 @@
-"""Sizes and switches of the backbone."""
+"""The configuration of the backbone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dlm.models import attention
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes and switches; everything needed to rebuild the network."""
+    """Sizes and switches: all that is needed to rebuild the network."""
 
     vocab_size: int
     window: int = 256

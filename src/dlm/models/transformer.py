@@ -1,4 +1,4 @@
-"""One backbone for diffusers, their autoregressive twins and converted checkpoints.
+"""One backbone for diffusion models, autoregressive models and converted checkpoints.
 
 Pre-norm transformer: RMSNorm, rotary positions, grouped queries, optional qk-norm, gated (SwiGLU) or squared-ReLU MLP.
 Shapes: B batch, T positions of the window, Q queried positions, V vocabulary, D width, H heads, G kv heads, K head dim.
@@ -16,7 +16,7 @@ from dlm.models.cache import KVCache, RaggedCache, TextCache, WindowCache
 from dlm.models.config import TransformerConfig
 
 Attends = tuple[Tensor, Mask, bool]
-"""Positions of the queries (B, Q), which keys they read, and whether those up to their own."""
+"""Positions of the queries (B, Q), their attention mask, and whether it is causal."""
 
 
 class Transformer(nn.Module):
@@ -54,12 +54,12 @@ class Transformer(nn.Module):
         return self.embed.weight.device
 
     def parameters_count(self) -> int:
-        """Number of trainable numbers, a tied head counted once."""
+        """Number of parameters, a tied head counted once."""
         return sum(p.numel() for p in self.parameters())
 
     @property
     def quantized(self) -> bool:
-        """Whether the weights of the blocks are held in few bits alone: nothing can be trained or saved."""
+        """Whether the blocks hold quantized weights alone, which can be neither trained nor saved."""
         weight: Tensor | None = next(iter(self.blocks)).mlp.up.weight
         return weight is None
 
@@ -104,15 +104,15 @@ class Transformer(nn.Module):
 
         z_BQ: int64 ids; t_B: noise level, read only with time_conditioning; pos_BQ: positions, by default counted over
         the valid tokens so that padding on either side leaves no gap; valid_BT: False at padding, never attended to.
-        With a KVCache, z continues what it holds, and valid_BT covers cached and new positions; with a WindowCache, pos_BQ are the
+        With a KVCache, z continues its text, and valid_BT covers cached and new positions; with a WindowCache, pos_BQ are the
         slots of its window that z overwrites; with a RaggedCache, z at pos_BQ continues every row where it ends.
-        own_BQQ: bool, for a RaggedCache: which of the new positions each new one reads, besides all that its row holds.
+        own_BQQ: bool, for a RaggedCache: the new positions that each new one reads, besides all that its row holds.
         pattern `clean`: z is [noisy | clean] (B, 2T) and every noisy block reads the clean blocks before it; logits of the noisy half.
-        pattern `shadow`: z is [text | masks] (B, 2T) and a mask predicts its position without seeing the text there (but for
-        what deeper layers of other positions have read of it); logits of both.
+        pattern `shadow`: z is [text | masks] (B, 2T) and a mask predicts its position without reading the text there (deeper
+        layers read other positions, which have read it); logits of both.
         pattern `introspective`: z is [masks | text] (B, 2T), causal; a mask reads its block of masks and the text before the block;
-        logits of both. phase_B: how far into a block each row begins.
-        block_length: of block-causal attention, another one than the network's own.
+        logits of both. phase_B: the offset in its block at which each row begins.
+        block_length: of block-causal attention, in place of the network's own.
         A TextCache keeps the text of its first forward pass; later ones read it, and their own positions by own_BQQ, bool (B, Q, T + Q).
         at_BQ: bool, the only positions that get logits; those of the others are 0.
         logits: False returns the hidden states that the head reads instead, (B, Q, D); states: a list that they are appended to.
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
         return logits_MV.new_zeros(*at_BQ.shape, logits_MV.shape[-1]).index_put_((at_BQ,), logits_MV)
 
     def _continues(self, pos_BQ: Tensor | None, own_BQQ: Tensor, cache: AnyCache | None) -> Attends:
-        """New positions that read what a cache holds, and one another by own_BQQ."""
+        """New positions that read those of a cache, and one another by own_BQQ."""
         assert pos_BQ is not None
         assert isinstance(cache, RaggedCache | TextCache)
         mask = cache.begin(own_BQQ)
@@ -175,7 +175,7 @@ class Transformer(nn.Module):
         return torch.cat([half_BT, half_BT], 1), mask_BQT[:, None], False
 
     def _window(self, pos_BQ: Tensor | None, cache: WindowCache, block_length: int) -> Attends:
-        """Some positions of a window that are read anew."""
+        """Some positions of a window, computed anew."""
         assert pos_BQ is not None
         slots_BT, filled_BT = cache.begin(pos_BQ)
         if filled_BT is None and self.config.attention == "full":
@@ -192,7 +192,7 @@ class Transformer(nn.Module):
         cache: KVCache | RaggedCache | TextCache | None,
         block_length: int,
     ) -> Attends:
-        """A text, or what continues the text that a cache holds."""
+        """A text, or the continuation of the text that a cache holds."""
         (batch, queries), device, pattern = z_BQ.shape, z_BQ.device, self.config.attention
         held = cache.length if isinstance(cache, KVCache) else 0
         plain = pos_BQ is None and valid_BT is None
@@ -226,7 +226,7 @@ def predict_beside(network: nn.Module, z_BT: Tensor, x_BT: Tensor, block_length:
 def predict_next(network: nn.Module, z_BT: Tensor, start: int | None) -> Tensor:
     """Logits (B, T, V) of an autoregressive network in float32. z: the text after a place for the start token, without its last token.
 
-    start: the token that goes to that place; None for a network that reads none: its law of the first token is taken as uniform.
+    start: the token that goes to that place; None for a network that reads none: its first token is then uniform.
     """
     if start is None:
         logits: Tensor = network(z_BT[:, 1:]).float()

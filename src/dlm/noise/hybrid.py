@@ -1,8 +1,8 @@
 """Hybrid noise: masks and uniform replacements in one process, in GIDD's form.
 
-GIDD, von Ruette et al. 2025 (arXiv 2503.04482), with the mixture of the scaling study (2512.10858): of what is noise at
-signal-to-noise ratio alpha / (1 - alpha), the share sigmoid(log SNR + b) is uniform and the rest is masked. So nearly clean
-text holds wrong tokens, and nearly pure noise holds masks. Shapes: B rows, V vocabulary.
+GIDD, von Ruette et al. 2025 (arXiv 2503.04482), with the mixture of the scaling study (2512.10858): at signal-to-noise
+ratio alpha / (1 - alpha), the share sigmoid(log SNR + b) of the noise is uniform and the rest is masked. So nearly clean text holds
+wrong tokens, and nearly pure noise holds masks. Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class HybridNoise(ReplacementNoise):
         return Kernel(alpha_B, torch.zeros_like(alpha_B), self._prior(uniform_B, mask_B))
 
     def between(self, s_B: Tensor, t_B: Tensor) -> Kernel:
-        """What q(z_t | x) holds above what is left of q(z_s | x)."""
+        """q(z_t | z_s): the part of q(z_t | x) beyond the remainder of q(z_s | x)."""
         (alpha_t, uniform_t, mask_t), (alpha_s, uniform_s, mask_s) = self._parts(t_B), self._parts(s_B)
         left_B = alpha_t / alpha_s
         new = ((now - left_B * before).clamp(min=0) for now, before in ((uniform_t, uniform_s), (mask_t, mask_s)))

@@ -2,7 +2,7 @@
 
 `continuous`, `any_order` and `discrete` have the same expectation for a masked model without time input (discrete
 from above); they differ in variance. Each returns (B,) nats summed over the free positions of a row, so that the
-caller divides by what it reports: tokens, characters. A visible position that is not free is given, not predicted.
+caller divides by its own unit: tokens, characters. A visible position that is not free is given, not predicted.
 Shapes: B rows, T positions, V vocabulary.
 """
 
@@ -93,7 +93,7 @@ def any_order(
     Given a mask pattern with k of n positions masked, the time is Beta distributed and E[1/t] P(k) = 1/k: the same
     expectation as `continuous` for any schedule from 1 to 0, with less variance (Rao-Blackwell), and equal to the mean
     over all orders of the autoregressive loss. Only for a network that does not read t.
-    teacher: a network whose guess takes the place of the text: nats are then KL(teacher || network), the path KL of their chains.
+    teacher: a network whose predictions replace the text: the nats are then KL(teacher || network), the path KL of their chains.
     """
     levels_B = draw_levels(len(x_BT), rng) if t_B is None else t_B
     free_B = free_BT.sum(-1)
@@ -139,7 +139,7 @@ def counted(
 ) -> Tensor:
     """The continuous bound of replacement noise with the number of noised positions drawn first, uniform on 0..n. (B,) nats.
 
-    What `any_order` is for masks: the weight 1/t of a noised position becomes about n/k, and the spread of k at a given t is gone.
+    The counterpart of `any_order`: the weight 1/t of a noised position becomes about n/k, without the variance of k at a given t.
     For a schedule from 1 to 0.
     """
     u_B = draw_levels(len(x_BT), rng) if u_B is None else u_B

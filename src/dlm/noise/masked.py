@@ -73,7 +73,7 @@ class MaskedNoise:
         return torch.where(masked_BT1, (1 - stay_B11) * logp_BTV.exp() + stay_B11 * mask_V, logp_BTV.exp())
 
     def denoised(self, logp_BTV: Tensor, z_BT: Tensor, t_B: Tensor) -> Tensor:
-        """log p(x_i | z) (B, T, V), which for masks is what `log_probs` gives."""
+        """log p(x_i | z) (B, T, V), which under masked noise equals `log_probs`."""
         return logp_BTV
 
     def prior_cost(self, x_BT: Tensor) -> Tensor:
@@ -89,19 +89,19 @@ class MaskedNoise:
     def nll(self, logits_BTV: Tensor, x_BT: Tensor, z_BT: Tensor) -> Tensor:
         """`cross_entropy` of `log_probs` (B, T), normalised at masks alone: with a large vocabulary that is most of a training step."""
         masked_BT = z_BT == self.mask_id
-        nll_M = F.cross_entropy(self._guesses(logits_BTV, masked_BT), x_BT[masked_BT], reduction="none")
+        nll_M = F.cross_entropy(self._mask_logits(logits_BTV, masked_BT), x_BT[masked_BT], reduction="none")
         return torch.zeros(z_BT.shape, dtype=logits_BTV.dtype, device=z_BT.device).masked_scatter(masked_BT, nll_M)
 
     def kl(self, heavy_BTV: Tensor, light_BTV: Tensor, z_BT: Tensor) -> Tensor:
         """KL(heavy || light) of two networks' logits at masks, 0 where the token is visible: nats (B, T)."""
         masked_BT = z_BT == self.mask_id
-        heavy_MV, light_MV = (self._guesses(logits, masked_BT).log_softmax(-1) for logits in (heavy_BTV, light_BTV))
+        heavy_MV, light_MV = (self._mask_logits(logits, masked_BT).log_softmax(-1) for logits in (heavy_BTV, light_BTV))
         p_MV = heavy_MV.exp()
         kl_M = torch.where(p_MV > 0, p_MV * (heavy_MV - light_MV), 0.0).sum(-1)
         return torch.zeros(z_BT.shape, dtype=kl_M.dtype, device=z_BT.device).masked_scatter(masked_BT, kl_M)
 
-    def _guesses(self, logits_BTV: Tensor, masked_BT: Tensor) -> Tensor:
-        """Logits of the masks (M, V), none of which stays a mask."""
+    def _mask_logits(self, logits_BTV: Tensor, masked_BT: Tensor) -> Tensor:
+        """Logits of the masked positions (M, V), -inf for ids that no text has."""
         return logits_BTV[masked_BT].masked_fill(self._never(logits_BTV), -torch.inf)
 
     def nelbo(self, logp_BTV: Tensor, x_BT: Tensor, z_BT: Tensor, t_B: Tensor) -> Tensor:

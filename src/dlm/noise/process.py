@@ -70,7 +70,7 @@ def settings(noise: NoiseProcess) -> dict[str, Any]:
 
 
 def parse(word: str) -> dict[str, Any]:
-    """`"uniform"`, or with its setting `"hybrid:0.3"`, `"semantic:2"` -> entries of the settings. ValueError says what is known."""
+    """`"uniform"`, or with its setting `"hybrid:0.3"`, `"semantic:2"` -> entries of the settings. ValueError names the known ones."""
     name, colon, value = word.partition(":")
     _class(name)
     setting = SETTING.get(name, "")
@@ -83,7 +83,7 @@ def parse(word: str) -> dict[str, Any]:
 
 
 def make(settings: Mapping[str, Any], vocab_size: int, mask_id: int) -> Process:
-    """The process that config.json describes: process, schedule and what that process needs. ValueError says what is wrong."""
+    """The process that config.json describes: process, schedule and the settings of that process. ValueError names the wrong one."""
     rest: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}  # JSON has lists
     name, alpha = rest.pop("process", ""), schedule.parse(rest.pop("schedule", "linear"))
     made = _class(name)

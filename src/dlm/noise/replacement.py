@@ -1,9 +1,9 @@
-"""Replacement noise: a token becomes another one. What uniform, semantic and hybrid noise have in common.
+"""Replacement noise: a token becomes another one; the base of uniform, semantic and hybrid noise.
 
 Each is a family of kernels q(y | x) = keep [y = x] + local [y in the cluster of x] / size + prior(y), closed under
 composition: the marginal at t, the move from s to t and the rate of change at t are all of this form, and a process is
 the three of them. Everything else follows: the bound is the one of a continuous-time Markov chain (Campbell et al.
-2205.14987; Lou et al. 2310.16834), with the network's guess mu put in place of x ("plug-in").
+2205.14987; Lou et al. 2310.16834), with the network's prediction mu in place of x ("plug-in").
 
 The best mu is then the *leave-one-out* posterior p(x_i | z without z_i), which for masks is the same as the ordinary one,
 p(x_i | z), and for replacement noise is not. `log_probs` gives the former, `denoised` the latter.
@@ -36,7 +36,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class ReplacementNoise(ABC):
-    """vocab_size counts the mask token, which is never data. head: what the softmax of the network is taken to mean."""
+    """vocab_size counts the mask token, which is never data. head: the meaning of the network's softmax, leave-one-out or posterior."""
 
     vocab_size: int
     mask_id: int
@@ -162,12 +162,12 @@ class ReplacementNoise(ABC):
 
     @cached_property
     def _prior_V(self) -> Tensor:
-        """p(z_1); what the schedule leaves of x at t = 1 is taken as uniform."""
+        """p(z_1); the share of x that the schedule keeps at t = 1 counts as uniform."""
         last = self.kernel(torch.ones(1, dtype=torch.float64))
         return last.prior_BV[0] + (last.keep_B + last.local_B) * self._data_V
 
     def log_probs(self, logits_BTV: Tensor, z_BT: Tensor, t_B: Tensor) -> Tensor:
-        """log mu(x | z without z_i) (B, T, V), whichever the head gives."""
+        """log mu(x | z without z_i) (B, T, V), whatever the head predicts."""
         logits_BTV = logits_BTV.masked_fill(torch.arange(self.vocab_size, device=logits_BTV.device) == self.mask_id, -torch.inf)
         if self.head == "posterior":
             fits_BTV = self._likelihood(self.kernel(t_B), z_BT, logits_BTV.dtype)
@@ -202,7 +202,7 @@ class ReplacementNoise(ABC):
         near_BTV = extra_BTV.abs() < 0.5
         log_far = (model_BTV.clamp(min=tiny) / true_BTV.clamp(min=tiny)).log() - (model_z / true_z.clamp(min=tiny)).clamp(min=tiny).log()
         log_BTV = torch.where(near_BTV, torch.log1p(torch.where(near_BTV, extra_BTV, 0.0)), log_far)
-        # where only the model goes (share 0 of a hybrid), q r remains
+        # where only the model has a transition (share 0 of a hybrid), q r remains
         cost_BTV = torch.where(true_BTV > 0, true_BTV * (extra_BTV - log_BTV), off_BTV * true_z / model_z.clamp(min=tiny))
         into_BTV = rate.prior_BV.to(dtype).expand(len(z_BT), -1).gather(1, z_BT)[..., None]
         if self.clusters:

@@ -150,7 +150,7 @@ def time_when(schedule: NoiseSchedule, revealed: Tensor) -> Tensor:
 
 
 def parse(word: str) -> NoiseSchedule:
-    """`"cosine"`, or with arguments `"polynomial:3"`, `"geometric:1e-5,20"`. ValueError says what is known."""
+    """`"cosine"`, or with arguments `"polynomial:3"`, `"geometric:1e-5,20"`. ValueError names the known ones."""
     name, _, arguments = word.partition(":")
     if name not in SCHEDULES:
         raise unknown("noise schedule", name, SCHEDULES)

@@ -1,4 +1,4 @@
-"""Uniform noise: a token is itself with probability alpha_t, else one of the vocabulary, all alike.
+"""Uniform noise: a token is itself with probability alpha_t, else uniform over the vocabulary.
 
 D3PM, Austin et al. 2021 (arXiv 2107.03006); UDLM, Schiff et al. 2024 (2412.10193); Duo, Sahoo et al. 2025 (2506.10892).
 Shapes: B rows, V vocabulary.

@@ -1,6 +1,6 @@
 """Drawing tokens: temperature, top-k, top-p, and an inverse CDF in float64.
 
-Gumbel noise in float32 truncates the tails and lowers the entropy of what is drawn (Zheng et al. 2409.02908); one
+Gumbel noise in float32 truncates the tails and lowers the entropy of the draws (Zheng et al. 2409.02908); one
 float64 uniform a position through the inverse CDF does not, and needs V times fewer random numbers.
 Shapes: B rows, T positions, V vocabulary.
 """
@@ -83,7 +83,7 @@ def _clocks(u_N: Tensor, size: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 on int64, which wraps; a right shift copies the sign, so that what it brings in is masked away."""
+    """The finaliser of SplitMix64 on int64, which wraps; a right shift copies the sign, so that the copied bits are masked away."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
     return x ^ (x >> 31 & (1 << 33) - 1)

@@ -16,7 +16,7 @@ from dlm.files import read_json
 from dlm.text import tokenizer
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""How Llama 3 and Qwen2 cut text into words; %s: how many digits go together."""
+"""The word boundaries of Llama 3 and Qwen2; %s: the quantifier of digits."""
 
 
 def read(directory: Path) -> tokenizers.Tokenizer:

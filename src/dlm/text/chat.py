@@ -44,7 +44,7 @@ class ChatTemplate:
         return cls(source or "", {key: value for key, value in tokens.items() if isinstance(value, str)})
 
     def files(self) -> dict[str, str]:
-        """What `load` reads."""
+        """The files that `load` reads, by name."""
         if not self.source:
             return {}
         return {"tokenizer_config.json": json.dumps(self.tokens | {"chat_template": self.source}, indent=2) + "\n"}
@@ -52,7 +52,7 @@ class ChatTemplate:
     def render(self, messages: Messages, *, answer: bool = True, **variables: Any) -> str:
         """The text of a conversation, control tokens spelt out. answer: end where the model is to speak. InputError from the template.
 
-        messages: dicts with `role` and `content`; variables: what the template knows more, as `enable_thinking` of Qwen3.
+        messages: dicts with `role` and `content`; variables: further ones of the template, such as `enable_thinking` of Qwen3.
         """
         if not self.source:
             raise InputError("this model has no chat template: it was not made for conversations")
@@ -60,7 +60,7 @@ class ChatTemplate:
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        def refuse(message: str) -> None:
+        def raise_exception(message: str) -> None:
             raise TemplateError(message)
 
         def tojson(value: Any, indent: int | None = None) -> str:  # Jinja's own escapes HTML
@@ -68,7 +68,7 @@ class ChatTemplate:
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = tojson
-        environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
         names = self.tokens | {"tools": None, "documents": None} | variables
         try:
             return environment.from_string(self.source).render(messages=messages, add_generation_prompt=answer, **names)

@@ -54,7 +54,7 @@ class Tokenizer:
         self.control = {token.content: i for i, token in inner.get_added_tokens_decoder().items() if token.special}
         self._closed = isinstance(inner.model, models.WordLevel) and inner.model.unk_token not in inner.get_vocab()
         single_bytes = set(inner.get_vocab()) == set(pre_tokenizers.ByteLevel.alphabet())
-        # a byte-level vocabulary learned from a text knows only the bytes in it, and drops others without a word
+        # a byte-level vocabulary learned from a text knows only the bytes in it, and silently drops others
         partial = isinstance(inner.model, models.BPE) and inner.model.unk_token is None and not inner.model.byte_fallback
         self._known = set(inner.get_vocab())
         lacks_bytes = partial and not self._known >= set(pre_tokenizers.ByteLevel.alphabet())
@@ -123,7 +123,7 @@ class Tokenizer:
         encoding = self.inner.encode(text, add_special_tokens=False)
         read = {i for begin, end in encoding.offsets for i in range(begin, end)}
         lost = sorted({c for i, c in enumerate(text) if i not in read and not c.isspace()})
-        if lost:  # a vocabulary without unknown token and byte fallback drops what it cannot spell
+        if lost:  # a vocabulary without unknown token and byte fallback drops characters that it lacks
             raise InputError(f"this model has no token for {', '.join(f'{c!r} (U+{ord(c):04X})' for c in lost[:5])}")
         ids: list[int] = encoding.ids
         if self.mask_id in ids:  # of a tokenizer that does not mark it as a control token
@@ -164,13 +164,13 @@ class Tokenizer:
         return text
 
     def piece(self, token: int) -> str:
-        """What one token shows by itself."""
+        """The text of one token by itself."""
         if token not in self._pieces:
             self._pieces[token] = self.inner.decode([token], skip_special_tokens=False)
         return self._pieces[token]
 
     def pieces(self) -> dict[int, str]:
-        """What every token shows by itself; the mask shows nothing."""
+        """The text of every token by itself; the mask has none."""
         return {token: self.piece(token) for token in range(self.vocab_size) if token != self.mask_id}
 
     def fingerprint(self) -> str:
@@ -189,7 +189,7 @@ class Tokenizer:
             return
         shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in lacking[:5]) + (" ..." if len(lacking) > 5 else "")
         if self._bytes:
-            raise InputError(f"this model has no token for {shown}: its vocabulary was learned from a text without")
+            raise InputError(f"this model has no token for {shown}: its vocabulary was learned from a text without them")
         known = "".join(c for c in sorted(self._known) if c.isprintable())
         newline = "newline and " if "\n" in self._known else ""
         raise InputError(f"this model has no token for {shown}; it knows: {newline}{known}")

@@ -36,7 +36,7 @@ class TrainConfig:
     noise: str | NoiseProcess | type[Any] = "masked"  # masked | uniform | semantic[:lead] | hybrid[:share of uniform noise]
     noise_schedule: str | NoiseSchedule = "linear"
     clusters: str = "classes"  # of semantic noise: classes | MODEL:COUNT (k-means of its output embedding) | a JSON file
-    head: str = "leave-one-out"  # what the network predicts under replacement noise: leave-one-out | posterior
+    head: str = "leave-one-out"  # prediction of the network under replacement noise: leave-one-out | posterior
     estimator: str = "auto"  # any_order (masks, no time input) | counted (replacement) | continuous | auto: the first that applies
     init: str = ""  # a checkpoint to begin with, instead of fresh weights: of the same shape, or deeper
     teacher: str = ""  # distillation: a masked model whose predictions take the place of the text
@@ -203,7 +203,7 @@ def _distillation(c: TrainConfig) -> Iterator[str]:
 
 
 CHECKS: tuple[Callable[[TrainConfig], Iterator[str]], ...] = (_objective, _block_diffusion, _noise, _numbers, _distillation)
-"""Each yields what is wrong, in a line; the first one is what the user reads."""
+"""Each yields an error in a line; the user reads the first one."""
 
 ABOVE_0, BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
 FINITE = math.nextafter(math.inf, 0)

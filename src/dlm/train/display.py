@@ -1,4 +1,4 @@
-"""A run as a terminal shows it: a bar with the latest figures, or a line every few seconds where nobody watches."""
+"""A run as a terminal shows it: a bar with the latest figures, or a line every few seconds in a pipe or a file."""
 
 from __future__ import annotations
 

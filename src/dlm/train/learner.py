@@ -62,7 +62,7 @@ def teacher_of(config: TrainConfig, network: TransformerConfig, mask_id: int, de
 class Learner:
     """Network, optimiser and average, wrapped by accelerate for one process, DDP or FSDP2.
 
-    Of every batch a process takes the rows `own`; what is drawn does not depend on how many there are.
+    Of every batch a process takes the rows `own`; the draws do not depend on the number of processes.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from dlm.files import write_text
 
 
 class Log:
-    """Opened at `step`, it drops what a killed run wrote after its last save: later lines, half a line. Only `main` writes."""
+    """Opened at `step`, it drops the lines that a killed run wrote after its last save, half a line included. Only `main` writes."""
 
     def __init__(self, out: Path, step: int, *, tensorboard: bool, main: bool) -> None:
         self.file: TextIO | None = None

@@ -24,7 +24,7 @@ from dlm.train.log import Log
 from dlm.train.processes import Processes
 
 Figures = dict[str, Any]
-"""What a run has come to, by name."""
+"""The figures of a run, by name."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Validation:
 
 
 class Task(Protocol):
-    """What is trained. loss: the name of the training loss in figures and log; remedy: for a loss that is not finite."""
+    """The object of training. loss: the name of the training loss in figures and log; remedy: for a loss that is not finite."""
 
     loss: str
     tokens_per_step: int
@@ -77,7 +77,7 @@ class Intervals(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback is told after a step, and between two where `text` has news.
+    """The argument of a progress callback after a step, and between two for a message in `text`.
 
     nats: mean training loss up to the last line of the log, as tokens_per_second and eta (time that is left) None before the first.
     logged: whether that line was just written. measured: whether there are such figures at all.

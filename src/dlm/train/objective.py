@@ -73,7 +73,7 @@ ESTIMATORS: dict[str, Callable[..., Tensor]] = {"any_order": loss.any_order, "co
 
 @dataclass(frozen=True)
 class Objective:
-    """What one run minimises, in nats per predicted token; resolved once from its config by `of`."""
+    """The objective of a run, in nats per predicted token; resolved once from its config by `of`."""
 
     estimate: Estimator
     window: int

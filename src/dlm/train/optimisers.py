@@ -31,7 +31,7 @@ Group = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What an optimiser is made with. lr: the peak; fused: one kernel for all parameters, on a GPU."""
+    """The settings of an optimiser. lr: the peak; fused: one kernel for all parameters, on a GPU."""
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.99)

@@ -24,7 +24,7 @@ def accelerate(batch: int, *, bf16: bool) -> Accelerator:
 
 
 class Processes:
-    """What the loop asks of them. Without an accelerator there is one, on `device`."""
+    """The interface of the processes for the loop. Without an accelerator there is one, on `device`."""
 
     def __init__(self, accelerator: Accelerator | None = None, device: torch.device | None = None) -> None:
         self.accelerator = accelerator

@@ -23,7 +23,7 @@ from dlm.train.data import Stream
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run works with. noise_settings: the entry of config.json that makes the noise again; W windows to validate on."""
+    """The parts of a run. noise_settings: the entry of config.json that makes the noise again; W windows to validate on."""
 
     tokenizer: Tokenizer
     network: TransformerConfig

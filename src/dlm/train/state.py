@@ -34,7 +34,7 @@ TRAINED_MOMENT = "optimizer."
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 Meta = dict[str, Any]
-"""What a state says besides its tensors: format, verb (train or convert), step, recent losses, config."""
+"""The header of a state: format, verb (train or convert), step, recent losses, config."""
 
 
 def begin(out: Path, verb: str, *, resume: bool, optimizer: str) -> Meta:
@@ -58,7 +58,7 @@ def begin(out: Path, verb: str, *, resume: bool, optimizer: str) -> Meta:
 
 
 def clear(out: Path) -> None:
-    """Make the directory, without what a run that was killed while it saved has left in it."""
+    """Make the directory, without the temporary files of a run that was killed while it saved."""
     out.mkdir(parents=True, exist_ok=True)
     sweep(out)
 

@@ -58,7 +58,7 @@ class Training:
         return self.tokens_per_step / self.facts["tokens"]
 
     def describe(self) -> str:
-        """What is trained on what, in a line."""
+        """The network and its data, in a line."""
         size = f"{self.facts['parameters']:,} parameters, {self.facts['tokens']:,} training tokens"
         epochs = f"{self.config.steps * self.epochs_per_step:.1f} epochs"
         where = f"{self.accelerator.num_processes} process(es) on {self.accelerator.device}, into {self.out}"

@@ -62,7 +62,7 @@ def points_plot(series: Mapping[str, Sequence[tuple[float, float, str]]], x: str
 
 
 def curse_plot(rows: Sequence[Mapping[str, Any]], levels: Mapping[str, Any], length: int, path: Path) -> None:
-    """Bits per character lost against tokens a step, and what a token costs against the share of the text that is visible.
+    """Bits per character lost against tokens a step, and the cost of a token against the visible share of the text.
 
     rows: `tokens_per_step`, `equal` and `best` (the curve's price) and `measured` by sampler, each a `mean` with its `band95`.
     levels: `known` tokens, `entropy` and `text` (mean and band95 lists). length: tokens of a text. Written to a temporary name first.

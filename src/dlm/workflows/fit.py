@@ -54,7 +54,7 @@ def fit(
 ) -> Fit:
     """Train a config, or the recipe of that name, into the directory `out`, which is a loadable checkpoint after every save.
 
-    resume: go on from the state in `out`. progress: told of every step, and of what is worth a line; by default a bar, or lines, on
+    resume: go on from the state in `out`. progress: called at every step, and for every message; by default a bar, or lines, on
     standard error. preview: text of the model in training, shown beside every validation. stop_after: leave after that step, as Ctrl-C
     would. Raises KeyboardInterrupt after saving when interrupted; InputError for data or settings that cannot work.
     """

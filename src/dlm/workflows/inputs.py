@@ -1,4 +1,4 @@
-"""What a use case is given: models and judges by name or as objects, text by its source, and a callback for progress."""
+"""The inputs of a use case: models and judges by name or as objects, text by its source, and a callback for progress."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 
 def silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Progress that is not shown."""
 
 
 class Counter:

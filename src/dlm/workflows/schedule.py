@@ -289,7 +289,7 @@ def _search_report(
     samples: int,
     seed: int,
 ) -> SearchReport:
-    """What the outcomes say, by label."""
+    """The results of the outcomes, by label."""
     reference = outcomes[str(plan.alone[0])]
     rows = _rows(outcomes, reference, {label: one.schedule for label, one in outcomes.items()}, kl, pair.lm.window)
     whole = {label: outcome for label, outcome in outcomes.items() if outcome.texts == samples}

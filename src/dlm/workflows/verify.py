@@ -19,7 +19,7 @@ Rows = list[list[int]]
 
 @dataclass(frozen=True)
 class Verified:
-    """One case. found: what was written, a row for each prompt, prompts included; at: the first new token that differs, -1 for none."""
+    """One case. found: the written tokens, a row for each prompt, prompts included; at: the first new token that differs, -1 for none."""
 
     name: str
     equal: bool
@@ -96,7 +96,7 @@ def _prompts(case: Mapping[str, Any]) -> tuple[Rows, set[int]]:
 
 
 def _written(ids: list[int], mask_id: int) -> list[int]:
-    """What stands before the first mask, which a text that has ended leaves behind."""
+    """The tokens before the first mask; a text that has ended leaves masks after it."""
     return ids[: ids.index(mask_id)] if mask_id in ids else ids
 
 

@@ -34,7 +34,7 @@ def of(path: Path) -> Family | None:
 
 
 def unknown(config: Mapping[str, Any], path: Path) -> str:
-    """What to say of a checkpoint that no family recognises."""
+    """The error for a checkpoint that no family recognises."""
     architectures = config.get("architectures")
     named = ", ".join(map(str, architectures)) if isinstance(architectures, list) and architectures else "no architecture"
     code = "; it demands code of its own (auto_map), which dlm never runs" if config.get("auto_map") else ""

@@ -20,7 +20,7 @@ from dlm.text.tokenizer import Tokenizer
 
 
 def load(path: Path, family: Family, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
-    """Read a directory with config.json, safetensors and a tokenizer. InputError for what it cannot be."""
+    """Read a directory with config.json, safetensors and a tokenizer. InputError for an unsupported one."""
     data = read_json(path / "config.json")
     shape = read_shape(data, family, path)
     inner = byte_level.read(path)

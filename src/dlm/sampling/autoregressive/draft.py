@@ -26,7 +26,7 @@ SHORT = ("strided", "lookup", "draft", "heads")
 
 @dataclass(frozen=True)
 class DraftFacts:
-    """What a drafter of your own is made for: the network, its ids (the mask is one), the start token if it has one, and how many draft
+    """The arguments of a drafter of your own: the network, its ids (the mask is one), the start token if it has one, and how many draft
     tokens a forward pass verifies at most."""
 
     denoiser: Denoiser

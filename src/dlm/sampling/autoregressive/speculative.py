@@ -55,7 +55,7 @@ class SpeculativeDecoder:
     with more accepted. Both are exact up to rounding: where passes of different lengths round differently, a near-tie may fall otherwise.
     floor: the k-th draft token is made only where c^k reaches it, c the probability of the likeliest token where the last one was drawn; so
     their number follows the network's confidence. 0: always `stride` - 1. tree: of the draft tokens, by default the first choice for each
-    place; others need masks or heads, and `stream`. draft_length: chooses every stride, up to `stride`, by what has paid so far; with
+    place; others need masks or heads, and `stream`. draft_length: chooses every stride, up to `stride`, by its measured speed so far; with
     `stream`, whose text does not depend on it. start, stop, context: as of `AutoregressiveSampler`. InputError for settings out of range.
     """
 
@@ -161,7 +161,7 @@ class SpeculativeRun:
 
     @torch.no_grad()
     def step(self) -> Frame:
-        """One forward pass for the rows that go on; `tally` counts what it did."""
+        """One forward pass for the rows that go on; `tally` counts its tokens."""
         self.distribution = None  # its memory is free for this pass
         decoder, live_B, adaptive, before, began = self.decoder, self.live_B, self.decoder.draft_length, self.stride, time.perf_counter()
         if adaptive is not None:
@@ -182,7 +182,7 @@ class SpeculativeRun:
         return self.frame()
 
     def _commit(self, output: Output, live_B: Tensor, read_B: Tensor, place_B: Tensor, token_B: Tensor) -> None:
-        """Commit the draft tokens up to the accepted place and the token after them; the KV cache keeps what is committed.
+        """Commit the draft tokens up to the accepted place and the token after them; the KV cache keeps the committed positions.
 
         read_B: positions of the cache that hold text.
         """

@@ -20,7 +20,7 @@ DEAD, START = 0, 1
 
 
 def plain(regex: str) -> str:
-    """The expression as the library reads it. InputError for what it does not read, or would read otherwise than Python."""
+    """The expression as the library reads it. InputError for syntax that it lacks, or reads otherwise than Python."""
     try:
         re.compile(regex)
     except (re.error, OverflowError, RecursionError) as error:
@@ -50,11 +50,11 @@ def _characters(regex: str) -> tuple[Tensor, int, Tensor, Callable[[str], int]]:
     readable = plain(regex)
     try:
         fsm = interegular.parse_pattern(readable).to_fsm()
-    except Exception as error:  # it raises bare Exceptions, and others for what it forgot
+    except Exception as error:  # it raises bare Exceptions, and others by mistake
         reason = str(error).partition("\n")[0] or "an automaton lacks something that it uses"
         raise InputError(f"{regex!r} cannot be used as a constraint: {reason}") from None
     number = {state: n for n, state in enumerate(sorted(fsm.states), 1)}
-    none = max(fsm.alphabet.values(), default=-1) + 1  # the class of what it does not know
+    none = max(fsm.alphabet.values(), default=-1) + 1  # the class of unknown characters
     step_SC = torch.full((len(number) + 1, none + 1), DEAD)
     for state, moves in fsm.map.items():
         for symbol, after in moves.items():

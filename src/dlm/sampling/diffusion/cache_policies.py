@@ -56,7 +56,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Dual:
-    """Everything when a block begins, then the masks of the block and what was written in it (Fast-dLLM, dual cache)."""
+    """Everything when a block begins, then the masks of the block and its new tokens (Fast-dLLM, dual cache)."""
 
     def __call__(self, view: View) -> Tensor:
         return view.entered_B[:, None] | _unread(view) | view.block_BT | (view.seen_BT != view.z_BT)
@@ -78,7 +78,7 @@ class Delayed:
 
 @dataclass(frozen=True)
 class Drift:
-    """The block, what was written, and a few probes; everything once the values at the probes have moved by more than `threshold`.
+    """The block, its new tokens, and a few probes; everything once the values at the probes have moved by more than `threshold`.
 
     After Elastic-Cache (Nguyen-Tri et al. 2510.14973), which watches attention weights, layer by layer. Probes are the positions
     around the block, whose values depend on it most.

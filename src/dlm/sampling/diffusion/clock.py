@@ -102,6 +102,6 @@ class Clock:
         if steps not in self._grids:
             grid_N = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=self.steps_B.device)
             alphas_N, last = self.schedule.alpha(grid_N), self.schedule.alpha(grid_N[0])
-            # the chain starts with everything masked: where the schedule ends above 0, what it would have kept is not there
+            # the chain starts with everything masked: where the schedule ends above 0, the share that it would keep is missing
             self._grids[steps] = grid_N, ((alphas_N - last) / (1 - last))[1:]
         return self._grids[steps]

@@ -46,7 +46,7 @@ def _as_set(tokens: Sequence[int] | Tensor, vocab_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class AllowedTokens:
-    """The same tokens at every hole; what is given may be anything. ids: token ids, or a bool tensor (V,), kept as a tuple.
+    """The same tokens at every hole; given tokens are free. ids: token ids, or a bool tensor (V,), kept as a tuple.
 
     mask_id: the token never allowed, -1 the last one. InputError when no token is left.
     """
@@ -91,7 +91,7 @@ class Pattern:
         return cls(Automaton.compile(regex, pieces, vocab_size))
 
     def restricted(self, ids: Sequence[int] | Tensor) -> Pattern:
-        """The same, with only these tokens (ids, or a bool tensor (V,)) at holes; what is given may still be anything."""
+        """The same, with only these tokens (ids, or a bool tensor (V,)) at holes; given tokens stay free."""
         automaton = self.automaton
         return Pattern(replace(automaton, free_V=automaton.free_V & _as_set(ids, len(automaton.kind_V))))
 

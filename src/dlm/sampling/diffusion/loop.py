@@ -45,7 +45,7 @@ class DiffusionSampler:
     fills_window: whether the network reads noise up to the end of the window, as in training; else it reads the text alone, `budget` are
     the steps of all that a row writes, and `window` is only a limit.
     block_phase: where blocks begin, at multiples of their length from `zero`, or at the first position that a row writes (`prompt`).
-    stops: tokens that end a text once their block is done, so that what comes after is not computed.
+    stops: tokens that end a text once their block is done, so that later blocks are not computed.
     cache, make_cache: which positions a forward pass reads anew (`cache_policies.py`), and what holds the keys and values of the others.
     """
 

@@ -24,7 +24,9 @@ NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class NetworkCall:
-    """Remembers the token that was last read at each position, and so what a cache still holds. InputError for parts that do not combine.
+    """Remembers the token that was last read at each position, and so the positions that a cache still holds.
+
+    InputError for parts that do not combine.
 
     like_BT: any tensor with the rows, the window and the device of the run.
     """

@@ -24,7 +24,7 @@ class Cache(Protocol):
         """The part of these rows, to be given to a denoiser."""
 
     def clear(self, rows_A: Tensor) -> None:
-        """Forget what these rows hold."""
+        """Forget all positions of these rows."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Reverse:
 class PredictorCorrector:
     """Overshoot t -> s by `corrector` more steps of that length, then add the noise back.
 
-    Forward noise is exact, so the marginal at s is what the reverse move made of it, but tokens drawn together are drawn anew.
+    Forward noise is exact, so the marginal at s is that of the reverse move, but tokens drawn together are drawn anew.
     For masks this is remasking. Cf. Campbell et al. 2205.14987; the psi-samplers of 2602.21185; ReMDM, 2503.00307.
     """
 
@@ -79,7 +79,7 @@ class Refine:
 class EntropyBound:
     """Draw all, keep the positions of least entropy while sum H - max H <= bound (nats), put the prior's noise on the rest.
 
-    The sum bounds the mutual information of what is kept (EB-sampler, Ben-Hamu et al. 2505.24857); with re-noising it is
+    The sum bounds the mutual information of the kept tokens (EB-sampler, Ben-Hamu et al. 2505.24857); with re-noising it is
     DiffusionGemma's sampler. The last step keeps all. How much is noise does not follow the grid here, so p(x_i | z) is taken
     near the level that explains itself, the share of tokens expected to be wrong, by a few rounds from that of the grid.
     """
@@ -129,7 +129,7 @@ class ChangeWorst:
         stands_BT = pick(mu_BTV, step.z_BT)
         gain_BT = mu_BTV.max(-1).values - stands_BT
         count_B = (self.edits * step.open_BT.sum(-1) / step.steps).ceil().long()
-        # a mask, or what a constraint forbids, is never text: at the end it must go whatever it gains
+        # a mask or a forbidden token is never text: at the end it must go at any cost
         never_BT = step.open_BT & (stands_BT == 0)
         count_B = torch.where(step.left_B == 1, torch.maximum(count_B, never_BT.sum(-1)), count_B)
         worst_BT = ranked(gain_BT + never_BT, step.open_BT & ((gain_BT > 0) | never_BT), count_B)

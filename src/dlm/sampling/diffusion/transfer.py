@@ -28,7 +28,7 @@ def even(step: Step) -> Tensor:
 
 
 def rounded(step: Step) -> Tensor:
-    """dllm's: what is left over the steps left, rounded half to even; steps that would transfer nothing are left out (B,)."""
+    """dllm's: the masks left divided by the steps left, rounded half to even; steps that would transfer nothing are left out (B,)."""
     left_B = step.open_BT.sum(-1)
     steps_B = torch.minimum(step.left_B, 2 * left_B - 1).clamp(min=1)  # with more steps left the quotient rounds to 0
     return (left_B.double() / steps_B).round().long()

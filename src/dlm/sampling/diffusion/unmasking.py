@@ -30,7 +30,7 @@ def within(entropy_BT: Tensor, bound: float) -> Tensor:
 
 
 def share(step: Step) -> Tensor:
-    """What is left, in equal parts over the steps left, rounded up (B,)."""
+    """The masks left divided by the steps left, rounded up (B,)."""
     return -(-step.open_BT.sum(-1) // step.left_B)
 
 

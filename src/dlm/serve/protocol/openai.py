@@ -50,7 +50,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {status: _ERROR for status in (400, 40
 
 @dataclass
 class Answer:
-    """One request under way. rows: of each choice; prompts: what they begin with, as text; records: of `Job`."""
+    """One request under way. rows: of each choice; prompts: their beginnings as text; records: of `Job`."""
 
     plan: Plan
     asked: schema.CompletionRequest | schema.ChatRequest

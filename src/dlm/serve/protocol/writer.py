@@ -14,7 +14,7 @@ HALF = "\ufffd"
 
 @dataclass(frozen=True)
 class Piece:
-    """A token and what it adds to the text, "" for all but the last of those that share a character; offset: where that begins."""
+    """A token and the text that it adds, "" for all but the last of those that share a character; offset: where that text begins."""
 
     token: int
     text: str
