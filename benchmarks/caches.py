@@ -22,12 +22,12 @@ from rich.table import Table
 
 import dlm
 from dlm.evaluation import card, generative
-from dlm.language_model.options import DecodingKeywords
+from dlm.language_model.options import TextKeywords
 from dlm.train import recipes
 from dlm.train.log import finished
 
 POLICIES = ("uncached", "prefix", "dual", "delayed:8", "drift:0.2")
-WIDE = {1024: {"batch": 4, "steps": 60}, 4096: {"batch": 1, "steps": 30}}
+WIDE: dict[int, dict[str, Any]] = {1024: {"batch": 4, "steps": 60}, 4096: {"batch": 1, "steps": 30}}
 
 
 def wider(window: int, out: Path) -> None:
@@ -50,14 +50,14 @@ class Timings:
 def measure(model: dlm.LanguageModel, window: int, samples: int, args: argparse.Namespace, console: Console) -> Timings:
     """Every policy writes the same texts in turn."""
     timings = Timings({policy: [] for policy in POLICIES}, {})
-    options: DecodingKeywords = {"block_length": window // args.blocks, "sampler": "topk", "temperature": 1.0}
-    model.generate("", length=window, steps=args.blocks, **options)  # the first run allocates what later ones use
+    options: TextKeywords = {"length": window, "block_length": window // args.blocks, "sampler": "topk", "temperature": 1.0}
+    model.generate("", **(options | {"steps": args.blocks}))  # the first run allocates what later ones use
     for repeat in range(args.repeats):
         for policy in POLICIES:
             console.print(f"window {window}, {policy}, repeat {repeat + 1}", highlight=False)
             clock = time.perf_counter()
             cache = True if policy == "uncached" else policy
-            made = model.generate([""] * samples, length=window, seed=0, cache=cache, steps=args.blocks * args.calls, **options)
+            made = model.generate([""] * samples, seed=0, **(options | {"steps": args.blocks * args.calls, "cache": cache}))
             timings.seconds[policy].append((time.perf_counter() - clock) / samples)
             timings.texts[policy] = made[0].trajectory.current_BT
     return timings

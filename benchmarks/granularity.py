@@ -23,18 +23,19 @@ import dlm
 from dlm.evaluation import card, generative, order_cost, parallel_decoding
 from dlm.evaluation.statistics import Mean
 from dlm.language_model import LanguageModel
+from dlm.sampling.diffusion.protocols import Rule
 from dlm.sampling.diffusion.unmasking import Ancestral, TopScore
 from dlm.text.tokenizer import Tokenizer
 from dlm.train import data as reading
 from dlm.train import recipes
 from dlm.train.config import TrainConfig
 from dlm.train.log import finished
-from dlm.workflows.inputs import Text
+from dlm.workflows.inputs import Text, masked_noise
 
 KINDS = ("chars", "bytes", "bpe:256", "bpe:1024", "bpe:4096", "bpe:16384")
 SPAN = 256  # characters of a window, about
 VAL_FRACTION = recipes.shakespeare_mask().val_fraction
-RULES = {"ancestral": Ancestral(), "topk": TopScore()}
+RULES: dict[str, Rule] = {"ancestral": Ancestral(), "topk": TopScore()}
 
 
 def design(kind: str, text: str, args: argparse.Namespace) -> TrainConfig:
@@ -62,8 +63,9 @@ def measure(lm: LanguageModel, judge: LanguageModel, args: argparse.Namespace) -
     text = Text.read(lm, recipes.SHAKESPEARE, val_fraction=VAL_FRACTION, max_windows=args.windows)
     windows_WT, each = text.windows_WT, text.characters / text.windows_WT.numel()
     bound = dlm.evaluate(lm, recipes.SHAKESPEARE, val_fraction=VAL_FRACTION, max_windows=args.windows, passes=args.passes)
+    noise = masked_noise(lm, "the curve is of masked tokens")
     few_WT = windows_WT[:: max(1, len(windows_WT) // args.curve_windows)]
-    curve = order_cost.entropy_curve(lm.noise, lm.predict, few_WT, passes=args.passes)
+    curve = order_cost.entropy_curve(noise, lm.predict, few_WT, passes=args.passes)
     h_WT = curve.every(curve.entropy_WK) / (each * math.log(2))
 
     def priced(count: int) -> tuple[float, float, float]:
@@ -72,7 +74,7 @@ def measure(lm: LanguageModel, judge: LanguageModel, args: argparse.Namespace) -
         return lm.window * each / count, found.value, found.band95
 
     def measured(word: str, size: int) -> tuple[float, float, float]:
-        found = parallel_decoding.curse(lm.noise, lm.predict, few_WT, RULES[word], size)
+        found = parallel_decoding.curse(noise, lm.predict, few_WT, RULES[word], size)
         bits = found.bits_per_char(each)
         return lm.window * each / found.steps, bits.value, bits.band95
 

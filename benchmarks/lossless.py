@@ -85,7 +85,7 @@ def write(sampler: Any, canvas: Canvas, seed: int) -> tuple[Tensor, int]:
 
 def greedy(lm: dlm.LanguageModel, args: argparse.Namespace, words: Sequence[str]) -> list[dict[str, Any]]:
     samplers = {word: lm.sampler(sampler=word, temperature=0.0) for word in ("autoregressive", *words)}
-    found = {word: {"method": word, "texts": 0, "same": 0, "calls": 0, "gaps": []} for word in samplers}
+    found: dict[str, dict[str, Any]] = {word: {"method": word, "texts": 0, "same": 0, "calls": 0, "gaps": []} for word in samplers}
     with showing(f"greedy, {args.prompts} prompts") as progress:
         count = Counter(progress, args.prompts)
         for canvas in canvases(lm, prompts(args.prompts), args.new, args.batch):

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from operator import itemgetter
+from typing import TypedDict
 
 import torch
 from rich.console import Console
@@ -27,13 +29,20 @@ SOURCES = {
 }
 
 
+class Row(TypedDict):
+    schedule: str
+    light: int
+    kl: float
+    path: float
+
+
 def measure(name: str, length: int, reach: int, light: int) -> dict[str, object]:
     """All schedules of one source; those with `light` steps compared in detail."""
     transition = torch.tensor(SOURCES[name], dtype=torch.float64)
     models = {"H": MarkovPosterior(transition, length), "L": MarkovPosterior(transition, length, reach)}
     found = Enumerated(models, len(transition), length)
     source_S, each = found.law("H" * length), found.step_kl("L", "H")
-    rows = []
+    rows: list[Row] = []
     for keys in track(list(itertools.product("HL", repeat=length)), description=name, transient=True):
         law_S = found.law(keys)
         kl = float((source_S * (source_S / law_S).log()).sum())
@@ -46,13 +55,12 @@ def measure(name: str, length: int, reach: int, light: int) -> dict[str, object]
             }
         )
     equal = [row for row in rows if row["light"] == light]
-    best, planned = (min(equal, key=lambda row, by=by: row[by]) for by in ("kl", "path"))
     return {
         "source": name,
         "each_step": each,
-        "best": best,
-        "by_path": planned,
-        "worst": max(equal, key=lambda row: row["kl"]),
+        "best": min(equal, key=itemgetter("kl")),
+        "by_path": min(equal, key=itemgetter("path")),
+        "worst": max(equal, key=itemgetter("kl")),
         "mean_kl": sum(row["kl"] for row in equal) / len(equal),
         "rank_agreement": spearman([row["kl"] for row in equal], [row["path"] for row in equal]),
         "bound_holds": all(row["kl"] <= row["path"] + 1e-9 for row in rows),

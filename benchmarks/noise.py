@@ -42,7 +42,8 @@ class Bench:
     """Models, the judge, and the rows measured so far."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.models = args, {}
+        self.args = args
+        self.models: dict[str, dlm.LanguageModel] = {}
         self.twin = dlm.load("shakespeare-ar", device=args.device)
         config = recipes.shakespeare_mask()
         train, val = reading.split(reading.read(config.data), config.val_fraction)

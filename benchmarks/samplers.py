@@ -96,7 +96,7 @@ def _measured(model: dlm.LanguageModel, twin: dlm.LanguageModel, options: Option
 
 def _points(found: Calibration) -> list[dict[str, Any]]:
     best = found.front("calls") + found.front("seconds")
-    return [_point(row, row in best, found.made["texts"]) | {"fair": row in found.fair()} for row in found.rows]
+    return [_point(row, row in best, int(found.made["texts"])) | {"fair": row in found.fair()} for row in found.rows]
 
 
 def _point(row: Row, on_front: bool, texts: int) -> dict[str, Any]:

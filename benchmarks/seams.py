@@ -20,7 +20,7 @@ from torch import Tensor
 
 import dlm
 from dlm.evaluation import card
-from dlm.evaluation.generative import Mean
+from dlm.evaluation.statistics import Mean
 
 NEAR_JOIN = 16  # characters after a join that count as near it
 

@@ -73,23 +73,27 @@ def dense(noise: Any, t: float | Tensor) -> Tensor:
     uniform, mask = torch.zeros_like(one), torch.zeros_like(one)
     uniform[:, :vocab], mask[:, vocab] = 1 / vocab, 1
     alpha = noise.schedule.alpha(torch.as_tensor(t, dtype=torch.float64))[..., None, None]
+    law: Tensor
     if name == "MaskedNoise":
-        return alpha * one + (1 - alpha) * mask
-    if name == "UniformNoise":
-        return alpha * one + (1 - alpha) * uniform
-    if name == "HybridNoise":
+        law = alpha * one + (1 - alpha) * mask
+    elif name == "UniformNoise":
+        law = alpha * one + (1 - alpha) * uniform
+    elif name == "HybridNoise":
         part = ((alpha / (1 - alpha)).log() + math.log(noise.share / (1 - noise.share))).sigmoid()
-        return alpha * one + (1 - alpha) * (part * uniform + (1 - part) * mask)
-    cluster = torch.tensor(noise.clusters)
-    same = (cluster[:, None] == cluster).double()
-    near, far = alpha, 1 - (1 - alpha) ** noise.lead
-    prior = mask if noise.to == "mask" else uniform
-    return near * far * one + far * (1 - near) * same / same.sum(-1, keepdim=True) + (1 - far) * prior
+        law = alpha * one + (1 - alpha) * (part * uniform + (1 - part) * mask)
+    else:
+        cluster = torch.tensor(noise.clusters)
+        same = (cluster[:, None] == cluster).double()
+        near, far = alpha, 1 - (1 - alpha) ** noise.lead
+        prior = mask if noise.to == "mask" else uniform
+        law = near * far * one + far * (1 - near) * same / same.sum(-1, keepdim=True) + (1 - far) * prior
+    return law
 
 
 def dense_move(noise: Any, s: float, t: float) -> Tensor:
     """q(z_t | z_s): the matrix M with q_s M = q_t."""
-    return torch.linalg.solve(dense(noise, s), dense(noise, t))
+    move: Tensor = torch.linalg.solve(dense(noise, s), dense(noise, t))
+    return move
 
 
 class ReplacementBayes:

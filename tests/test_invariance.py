@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dlm.formats.native import ModelConfig
 from dlm.language_model import LanguageModel
+from dlm.language_model.options import TextKeywords
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 from dlm.noise import loss
@@ -157,7 +158,8 @@ def test_the_loss_of_a_row_is_its_own(estimator: str) -> None:
             return loss.autoregressive(noise, predict, x, free)
         if estimator == "discrete":
             return loss.discrete(noise, predict, x, free, rng, 10, t_B[rows])
-        return {"continuous": loss.continuous, "any_order": loss.any_order}[estimator](noise, predict, x, free, rng, t_B[rows])
+        bound = loss.continuous if estimator == "continuous" else loss.any_order
+        return bound(noise, predict, x, free, rng, t_B[rows])
 
     assert_own(nats, [len(row) for row in rows])
 
@@ -245,17 +247,19 @@ SAMPLERS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("kind", "options"), SAMPLERS, ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else x)
 @pytest.mark.parametrize("layout", [{"max_new_tokens": 21}, {"length": 37}])
-def test_a_prompt_is_answered_the_same_alone_and_among_others(kind: str, options: dict[str, Any], layout: dict[str, int]) -> None:
+def test_a_prompt_is_answered_the_same_alone_and_among_others(kind: str, options: TextKeywords, layout: TextKeywords) -> None:
     made = model(kind)
-    together = made.generate(PROMPTS, seed=11, temperature=1.0, **layout, **options)
-    alone = [made.generate(prompt, seed=11 + i, temperature=1.0, **layout, **options) for i, prompt in enumerate(PROMPTS)]
+    asked: TextKeywords = {"temperature": 1.0} | layout | options
+    together = made.generate(PROMPTS, seed=11, **asked)
+    alone = [made.generate(prompt, seed=11 + i, **asked) for i, prompt in enumerate(PROMPTS)]
     assert [g.text for g in together] == [g.text for g in alone]
     assert [(g.seed, g.tokens) for g in together] == [(g.seed, g.tokens) for g in alone]
-    assert [(g.steps_saved, g.expected_edits) for g in together] == [(g.steps_saved, pytest.approx(g.expected_edits)) for g in alone]
-    fewer = made.generate(PROMPTS[2:], seed=13, temperature=1.0, **layout, **options)
+    assert [g.steps_saved for g in together] == [g.steps_saved for g in alone]
+    assert [g.expected_edits for g in together] == pytest.approx([g.expected_edits for g in alone])
+    fewer = made.generate(PROMPTS[2:], seed=13, **asked)
     assert [g.text for g in fewer] == [g.text for g in together[2:]]
     assert all(g.text.startswith(prompt) for prompt, g in zip(PROMPTS, together, strict=True))
-    assert len({g.text for g in made.generate([""] * 4, seed=0, max_new_tokens=12, **options)}) == 4  # rows are not copies
+    assert len({g.text for g in made.generate([""] * 4, seed=0, **(options | {"max_new_tokens": 12}))}) == 4  # rows are not copies
 
 
 @pytest.mark.parametrize("attention", ["full", "block_causal", "causal"])

@@ -14,7 +14,7 @@ import dlm
 from dlm.train import config, loop
 
 PUBLIC = [name for name in dlm.__all__ if name != "__version__"]
-SMALL = ("steps=2", "layers=1", "heads=2", "width=16", "window=32", "context=8", "batch=4", "eval_windows=4")
+SMALL = ["steps=2", "layers=1", "heads=2", "width=16", "window=32", "context=8", "batch=4", "eval_windows=4"]
 
 
 def import_everything() -> None:

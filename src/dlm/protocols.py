@@ -96,6 +96,7 @@ class Denoiser(Protocol):
         self,
         z_BQ: Tensor,
         t_B: Tensor | None = None,
+        /,
         *,
         pos_BQ: Tensor | None = None,
         valid_BT: Tensor | None = None,

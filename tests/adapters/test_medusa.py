@@ -39,7 +39,7 @@ def test_the_loss_is_its_definition(how: str) -> None:
     lm.network.requires_grad_(False)
     made, (x_BT, free_BT), mask_id = guessing(lm), batch(lm), lm.tokenizer.mask_id
     found = medusa.foresight(lm.network, made, x_BT, free_BT, mask_id=mask_id, how=how)
-    found.nats_B.sum().backward()  # type: ignore[no-untyped-call]
+    found.nats_B.sum().backward()
     got = [p.grad.clone() for p in made.parameters() if p.grad is not None]
     made.zero_grad()
     rows, count, accepted, agreed = [], [0, 0], [0.0, 0.0], [0, 0]
@@ -110,6 +110,7 @@ def test_save_and_load(saved: Path) -> None:
     lm, made = make_model("autoregressive"), guessing(make_model("autoregressive"))
     assert attach.with_adapter(lm, saved).heads.config == made.config
     assert lora.adapter_of(lm.network) is None
+    assert lm.heads is not None
     for name, parameter in lm.heads.named_parameters():
         assert not parameter.requires_grad
         assert torch.equal(parameter, dict(made.named_parameters())[name].bfloat16().float())
@@ -123,6 +124,7 @@ def test_save_and_load(saved: Path) -> None:
     assert adapter is not None
     assert adapter.config == config
     low = load_in_bfloat16(saved)
+    assert low.heads is not None
     assert low.heads(low.network(batch(low)[0], logits=False)[:, -1], 2).dtype == torch.bfloat16
 
 

@@ -15,8 +15,16 @@ from rich.console import Console
 from conftest import Dlm, make_model
 from dlm.bench import decoding
 from dlm.cli import bench
+from dlm.language_model import LanguageModel
 from dlm.sampling.autoregressive.drafters import DraftModel
+from dlm.sampling.autoregressive.plain import AutoregressiveSampler
 from dlm.sampling.autoregressive.speculative import SpeculativeDecoder
+
+
+def left_to_right(model: LanguageModel, temperature: float | None = None) -> AutoregressiveSampler:
+    sampler = model.sampler(temperature=temperature)
+    assert isinstance(sampler, AutoregressiveSampler)
+    return sampler
 
 
 def test_a_draft_of_itself_is_always_accepted() -> None:
@@ -25,7 +33,7 @@ def test_a_draft_of_itself_is_always_accepted() -> None:
     draft = DraftModel(network, network.ragged_cache, model.config.start_token_id)
     canvas = model.canvas(["ROMEO", "What,"], max_new_tokens=13)
     strided = SpeculativeDecoder(network, model.tokenizer.mask_id, 32, network.ragged_cache, draft, stride=4)
-    plain, fast = decoding.compare({"plain": model.sampler(), "draft": strided}, canvas, seed=3, rounds=2)
+    plain, fast = decoding.compare({"plain": left_to_right(model), "draft": strided}, canvas, seed=3, rounds=2)
     assert plain.same
     assert fast.same
     assert plain.tokens == fast.tokens == 26
@@ -38,7 +46,7 @@ def test_a_draft_of_itself_is_always_accepted() -> None:
 def test_another_text_is_told() -> None:
     model = make_model("autoregressive", window=32, context=0)
     canvas = model.canvas(["ROMEO"], max_new_tokens=20)
-    words = {"plain": model.sampler(temperature=1.0), "cold": model.sampler(temperature=0.0)}
+    words = {"plain": left_to_right(model, 1.0), "cold": left_to_right(model, 0.0)}
     assert [one.same for one in decoding.compare(words, canvas, rounds=1)] == [True, False]
 
 
@@ -60,7 +68,8 @@ class Starting:
 
 
 def test_the_first_run_is_not_timed() -> None:
-    model, told, engine = make_model("autoregressive", window=32, context=0), [], Starting()
+    model, engine = make_model("autoregressive", window=32, context=0), Starting()
+    told: list[int] = []
     canvases = [model.canvas(["ROMEO"], max_new_tokens=4), model.canvas(["JULIET"], max_new_tokens=4)]
     (found,) = decoding.compare({"engine": engine}, canvases, rounds=1, progress=told.append)
     assert found.seconds < 0.2

@@ -68,7 +68,10 @@ def test_a_usage_error_is_one_line(dlm: Dlm, words: tuple[str, ...], told: str) 
 
 
 def test_every_verb_has_a_place_in_the_help(dlm: Dlm) -> None:
-    assert "More" not in {info.rich_help_panel for info in [*app.registered_commands, *app.registered_groups]}
+    assert "More" not in {
+        *(one.rich_help_panel for one in app.registered_commands),
+        *(one.rich_help_panel for one in app.registered_groups),
+    }
 
 
 @pytest.mark.parametrize("old", ["--base", "--model", "-m"])

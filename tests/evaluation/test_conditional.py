@@ -98,7 +98,8 @@ def test_a_batch_changes_nothing() -> None:
     lm = make_model()
 
     def predict(z_BT: Tensor, x_BT: Tensor, *, want_BT: Tensor, valid_BT: Tensor | None) -> Tensor:
-        return lm.network(z_BT, valid_BT=valid_BT, at_BQ=want_BT)
+        logits_BQV: Tensor = lm.network(z_BT, valid_BT=valid_BT, at_BQ=want_BT)
+        return logits_BQV
 
     assert isinstance(lm.noise, MaskedNoise)
     pairs = [Pair((1, 2, 3), (4, 5)), Pair((), tuple(range(9))), Pair((7,) * 20, (8,) * 12), Pair((9,), (3,))]

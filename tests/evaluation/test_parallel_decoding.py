@@ -245,7 +245,7 @@ def test_what_cannot_be_measured_is_told() -> None:
 
 
 def test_the_verb_prints_a_table_a_picture_and_json(dlm: Dlm, masked_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    words = ("curse", str(masked_dir), "--data", str(text_file), "--split", "all", "--max-windows", "3")
+    words: tuple[str, ...] = ("curse", str(masked_dir), "--data", str(text_file), "--split", "all", "--max-windows", "3")
     words += ("--tokens-per-step", "8,1,32", "--sampler", "ancestral,topk,factor:2")
     code, out, _ = dlm(*words, "--json", "--plot", "curse.png")
     record = json.loads(out.splitlines()[-1])

@@ -14,7 +14,7 @@ from conftest import make_model
 from dlm.language_model import LanguageModel
 from dlm.models.transformer import Transformer
 
-LLAMA = {"mlp": "swiglu", "heads": 6, "kv_heads": 2, "width": 48, "mlp_width": 96, "qk_norm": False, "tied": True}
+LLAMA: dict[str, Any] = {"mlp": "swiglu", "heads": 6, "kv_heads": 2, "width": 48, "mlp_width": 96, "qk_norm": False, "tied": True}
 OURS = {"mlp": "relu2", "qkv_bias": True}
 LENGTH = 72  # more than one block of keys
 

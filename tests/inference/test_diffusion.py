@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_every_pattern(bits: int) -> None:
 @pytest.mark.parametrize("attention", ["full", "block_causal"])
 def test_compiled_texts(attention: str) -> None:
     """Rows, lengths and masks change from forward pass to forward pass; another network has compilations of its own."""
-    blocks = {"attention": attention, "block_length": 8 * (attention == "block_causal")}
+    blocks: dict[str, Any] = {"attention": attention, "block_length": 8 * (attention == "block_causal")}
     plain, made = ([make_model(norm_eps=eps, **blocks) for eps in (1e-6, 1e-2)] for _ in range(2))
 
     def compare(index: int, rows: int, length: int, *, padded: bool = False) -> None:
@@ -120,12 +121,12 @@ def test_compiled_texts(attention: str) -> None:
         found, expected = (one[index].network(z_BT, valid_BT=valid_BT) for one in (made, plain))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
-    texts = []
+    texts: list[int] = []
     for one in made:
         prepare(one.network, compiled=True)
         assert isinstance(one.network.blocks, CompiledBlocks)
         over = one.network.blocks.text
-        one.network.blocks.text = lambda *args, over=over: texts.append(1) or over(*args)  # type: ignore[assignment, func-returns-value, misc]
+        one.network.blocks.text = lambda *args, over=over: texts.append(1) or over(*args)  # type: ignore[method-assign, func-returns-value]
     with torch.no_grad():
         for shape in ((1, 32), (2, 16), (3, 24), (1, 8)):
             compare(0, *shape)

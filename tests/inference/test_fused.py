@@ -42,14 +42,16 @@ def test_fused_weights_are_the_layers_own(tmp_path: Path) -> None:
     made.network.requires_grad_(True)
     optimizer, z_BT = torch.optim.SGD(made.network.parameters(), lr=1.0), text(made)
     made.network(z_BT).logsumexp(-1).mean().backward()
-    assert made.network.blocks[1].attention.k.weight.grad is not None
+    assert made.network.get_parameter("blocks.1.attention.k.weight").grad is not None
     optimizer.step()
     with torch.no_grad():
         joined = made.network(z_BT)
     torch.testing.assert_close(joined, made.network(z_BT), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(joined, plain.network(z_BT), atol=1e-3)
     half = fused.fuse(made.network.to(torch.bfloat16))  # moved apart by the cast, and joined again
-    assert half.blocks[0].mlp.fused_in.product.weight.data_ptr() == half.blocks[0].mlp.gate.weight.data_ptr()
+    joined_in = half.get_submodule("blocks.0.mlp.fused_in.product")
+    assert isinstance(joined_in, fused.JoinedLinear)
+    assert joined_in.weight.data_ptr() == half.get_parameter("blocks.0.mlp.gate.weight").data_ptr()
 
 
 @pytest.mark.parametrize("ready", [fused.fuse, quantize.quantize])

@@ -82,7 +82,8 @@ def test_the_dtype_of_a_copy_that_drafts(monkeypatch: pytest.MonkeyPatch) -> Non
     assert tuple(quantize.BITS) == DTYPES
     assert quantize.draft_dtype(made.network) == "int8"
     assert made.resolve(DecodingOptions(sampler="lossless")).word == "draft:int8:auto"
-    up = made.network.blocks[0].mlp.up
+    up = made.network.get_submodule("blocks.0.mlp.up")
+    assert isinstance(up, torch.nn.Linear)
     up.weight.data = Int4Linear(up.weight).dense_weight()[: up.out_features, : up.in_features].float()
     assert quantize.draft_dtype(made.network) == "int4"
     assert quantize.draft_dtype(quantize.quantize(made.network)) == ""

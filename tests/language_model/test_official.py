@@ -13,6 +13,8 @@ import torch
 
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel, load, official
+from dlm.language_model.options import TextKeywords
+from dlm.noise.masked import MaskedNoise
 from dlm.sampling.draw import generators
 from dlm.trajectory import Canvas, Frame
 
@@ -61,7 +63,7 @@ def test_the_ids_of_the_reference(family: str, case: dict[str, Any]) -> None:
         assert set(expected[:begin] + expected[begin + len(found) :]) <= {272, 273}  # padding of the reference's batch
 
 
-@pytest.mark.parametrize(("family", "case"), [p for p in CASES if p.values[1]["calls"]])  # type: ignore[index, call-overload]
+@pytest.mark.parametrize(("family", "case"), [p for p in CASES if p.values[1]["calls"]])  # type: ignore[index]
 def test_every_forward_pass_reads_what_the_reference_reads(family: str, case: dict[str, Any]) -> None:
     lm = model(family)
     canvas, frames = run(lm, case, prompts(case))
@@ -221,10 +223,11 @@ def test_our_samplers_on_models_of_others(family: str, word: str) -> None:
     lm = model(family)
     own = prompts(cases(family)[0])[0]
     rows = [own[:5], own]
-    options = {"steps": 6, "temperature": 0.5, "max_new_tokens": 12}
-    together = lm.generate(rows, sampler=word, seed=5, **options)  # type: ignore[call-overload]
+    options: TextKeywords = {"sampler": word, "steps": 6, "temperature": 0.5, "max_new_tokens": 12}
+    together = lm.generate(rows, seed=5, **options)  # type: ignore[arg-type]
     for row, prompt in enumerate(rows):
-        (alone,) = lm.generate([prompt], sampler=word, seed=5 + row, **options)  # type: ignore[call-overload]
+        (alone,) = lm.generate([prompt], seed=5 + row, **options)  # type: ignore[list-item]
+        assert isinstance(lm.noise, MaskedNoise)
         ids = alone.trajectory.current_BT[0].tolist()
         assert together[row].trajectory.current_BT[row][: len(ids)].tolist() == ids
         assert max(ids) < lm.noise.tokens
@@ -258,7 +261,7 @@ def test_a_template_is_filled_by_the_reference_sampler() -> None:
 
 def test_sdar_generates_and_ends_with_a_block_that_holds_a_stop() -> None:
     lm, case = model("sdar"), cases("sdar")[0]
-    (generation,) = lm.generate(prompts(case), sampler="llada", steps=16, temperature=0.0, max_new_tokens=15)
+    (generation,) = lm.generate(prompts(case), sampler="llada", steps=16, temperature=0.0, max_new_tokens=15)  # type: ignore[arg-type]
     expected = case["output_ids"][0]
     ids = generation.trajectory.current_BT[0].tolist()
     assert ids[:12] == expected[:12]  # the first new token is <|im_end|>, its block ends at 12

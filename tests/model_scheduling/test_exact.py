@@ -15,6 +15,7 @@ from dlm.model_scheduling.exact import Enumerated, MarkovPosterior
 from dlm.model_scheduling.plan import ModelSchedule
 from dlm.model_scheduling.routing import Scheduled
 from dlm.noise.masked import MaskedNoise
+from dlm.protocols import Denoiser
 from dlm.sampling.diffusion.loop import DiffusionSampler
 from dlm.sampling.diffusion.unmasking import Ancestral, FirstHitting
 from dlm.sampling.draw import generators
@@ -37,7 +38,7 @@ class Blurred:
         return ((1 - self.share) * p_BQV + self.share * uniform_V).clamp(min=1e-300).log()
 
 
-MODELS = {"H": BayesDenoiser(TINY), "L": Blurred(TINY)}
+MODELS: dict[str, Denoiser] = {"H": BayesDenoiser(TINY), "L": Blurred(TINY)}
 WRITTEN_OUT = Enumerated(MODELS, TINY.vocab, TINY.length)
 
 

@@ -65,7 +65,7 @@ def test_cost(dlm: Dlm, family: Path) -> None:
 
 def test_sensitivity(dlm: Dlm, family: Path, text_file: Path) -> None:
     pytest.importorskip("matplotlib")
-    words = (
+    words: tuple[str, ...] = (
         "schedule",
         "sensitivity",
         f"{family}/heavy",
@@ -93,7 +93,20 @@ def test_sensitivity(dlm: Dlm, family: Path, text_file: Path) -> None:
 @pytest.mark.parametrize("how", ["kl", "joint", "exhaustive", "halving"])
 def test_search_and_auto(dlm: Dlm, family: Path, text_file: Path, tmp_path: Path, how: str) -> None:
     make_model(window=16, context=0).save_pretrained("heavy")
-    words = ("schedule", "search", "heavy", f"{family}/light", "--search", how, "--saved", "0.25", "--segments", "4", "--steps", "8")
+    words: tuple[str, ...] = (
+        "schedule",
+        "search",
+        "heavy",
+        f"{family}/light",
+        "--search",
+        how,
+        "--saved",
+        "0.25",
+        "--segments",
+        "4",
+        "--steps",
+        "8",
+    )
     words += (
         "--samples",
         "8",
@@ -133,7 +146,17 @@ def test_search_and_auto(dlm: Dlm, family: Path, text_file: Path, tmp_path: Path
 def test_compare_goes_on_where_it_was(dlm: Dlm, family: Path, text_file: Path, tmp_path: Path) -> None:
     """Batches of 16 are kept one by one: more texts measure only what is new, and what is there is what comes out again."""
     ledger = tmp_path / "ledger.jsonl"
-    words = ("schedule", "compare", f"{family}/heavy", f"{family}/light", "L0.5 H0.5, H@4", "--steps", "8", "--segments", "4")
+    words: tuple[str, ...] = (
+        "schedule",
+        "compare",
+        f"{family}/heavy",
+        f"{family}/light",
+        "L0.5 H0.5, H@4",
+        "--steps",
+        "8",
+        "--segments",
+        "4",
+    )
     words += ("--judge", f"{family}/judge", "--data", str(text_file), "--max-windows", "2", "--ledger", str(ledger), "--json")
     rows = {}
     for count, lines in ((16, 3), (20, 6), (20, 6)):
@@ -189,7 +212,7 @@ def test_a_judge_with_words_of_its_own(dlm: Dlm, family: Path, text_file: Path, 
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(pieces, unk_token="<s>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
     transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", unk_token="<s>").save_pretrained("gpt2")
-    words = (
+    words: tuple[str, ...] = (
         "schedule",
         "search",
         f"{family}/heavy",

@@ -19,6 +19,7 @@ from dlm.model_scheduling.plan import ModelSchedule
 from dlm.model_scheduling.trial import Trial
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
+from dlm.noise.masked import MaskedNoise
 from dlm.sampling.draw import generators
 from dlm.workflows.model_pair import ModelPair, Trials
 
@@ -193,6 +194,7 @@ def test_the_ledger_is_not_measured_again(tmp_path: Path) -> None:
 def test_a_model_has_no_gap_to_itself() -> None:
     heavy = make_model(window=16, context=0)
     x_WT = torch.randint(0, heavy.tokenizer.vocab_size, (6, 16), generator=torch.Generator().manual_seed(0))
+    assert isinstance(heavy.noise, MaskedNoise)
     found = sensitivity.on_text(heavy.noise, {"H": heavy.predict, "L": heavy.predict}, x_WT, segments=4)
     assert found.kl_WJ["L"].abs().max() < 1e-6
     assert found.gap_WJ("L").abs().max() == 0
@@ -202,6 +204,7 @@ def test_a_model_has_no_gap_to_itself() -> None:
 
 def test_the_states_of_a_run_are_those_that_it_came_by() -> None:
     heavy, light = pair()
+    assert isinstance(heavy.noise, MaskedNoise)
     frames = list(heavy.sampler(steps=16).steps(heavy.canvas([""] * 5, length=16), rng=generators(0, 5)))
     models = {"H": heavy.predict, "L": light.predict}
     found = sensitivity.on_trajectories(heavy.noise, models, frames, segments=4)

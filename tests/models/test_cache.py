@@ -19,7 +19,15 @@ VOCAB, WINDOW = 11, 12
 
 
 def network(attention: str = "causal", **changes: Any) -> Transformer:
-    sizes = {"vocab_size": VOCAB, "window": WINDOW, "layers": 2, "heads": 4, "kv_heads": 2, "width": 32, "attention": attention}
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "window": WINDOW,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "width": 32,
+        "attention": attention,
+    }
     made, rng = Transformer(TransformerConfig(**(sizes | changes))), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in made.parameters():

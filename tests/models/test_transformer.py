@@ -84,7 +84,7 @@ def dense(made: Transformer, z_BT: Tensor, readable_QK: Tensor) -> Tensor:
     cos, sin = (x[:, 0] for x in rotary(time, c.head_dim, c.rope_base))
     x = made.embed(z_BT)
     for block in made.blocks:
-        h, outs = block.attention_norm(x), []  # type: ignore[operator]
+        h, outs = block.attention_norm(x), []
         attend: Any = block.attention
         for head in range(c.heads):
             group = head * c.kv_heads // c.heads
@@ -96,7 +96,7 @@ def dense(made: Transformer, z_BT: Tensor, readable_QK: Tensor) -> Tensor:
             score = (q @ k.transpose(1, 2) / c.head_dim**0.5).masked_fill(~readable_QK, -torch.inf)
             outs.append(score.softmax(-1) @ v)
         x = x + attend.out(torch.cat(outs, -1))
-        x = x + block.mlp(block.mlp_norm(x))  # type: ignore[operator]
+        x = x + block.mlp(block.mlp_norm(x))
     out: Tensor = made.head(made.norm(x))
     return out
 
@@ -225,10 +225,11 @@ def test_products_attend_as_the_kernel_does(kind: str) -> None:
     expected = attention.attend(q, k, v, mask, False)
     torch.testing.assert_close(attention.attend_by_products(q, k, v, mask), expected)
     half = [x.bfloat16().requires_grad_() for x in (q, k, v)]
-    learned = attention.attend(*half, None if mask is None else mask if kind == "bool" else mask.bfloat16(), False)  # type: ignore[arg-type]
+    light = mask.bfloat16() if mask is not None and kind == "added" else mask
+    learned = attention.attend(half[0], half[1], half[2], light, False)
     torch.testing.assert_close(learned.float(), expected, atol=0.05, rtol=0.05)
     whole = [x.detach().float().requires_grad_() for x in half]
-    attention.attend(*whole, mask, False).square().sum().backward()  # type: ignore[no-untyped-call]
+    attention.attend(whole[0], whole[1], whole[2], mask, False).square().sum().backward()
     learned.float().square().sum().backward()
     for one, other in zip(half, whole, strict=True):
         assert one.grad is not None

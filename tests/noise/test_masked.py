@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -40,20 +41,20 @@ def expected_integrand(tiny: Tiny, noise: MaskedNoise, t: float, s: float | None
 def integrated_bound(tiny: Tiny, noise: MaskedNoise, points: int = 64) -> float:
     """Gauss-Legendre over alpha, where the integrand is a polynomial for every schedule."""
     nodes, weights = np.polynomial.legendre.leggauss(points)
-    ends = noise.schedule.alpha(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+    ends: list[float] = noise.schedule.alpha(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
     total = 0.0
     for node, weight in zip(nodes, weights, strict=True):
         alpha = torch.tensor(ends[1] + (ends[0] - ends[1]) * (node + 1) / 2, dtype=torch.float64)
         t = noise.schedule.inverse(alpha)
         per_alpha = expected_integrand(tiny, noise, float(t)) / float(-noise.schedule.dalpha(t))
-        total += weight * per_alpha * (ends[0] - ends[1]) / 2
+        total += float(weight) * per_alpha * (ends[0] - ends[1]) / 2
     return total
 
 
 def end_terms(tiny: Tiny, noise: MaskedNoise) -> float:
     """Prior and reconstruction, enumerated."""
     alpha0, alpha1 = noise.schedule.alpha(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
-    total = tiny.length * alpha1 * np.log(tiny.vocab)
+    total: float = tiny.length * alpha1 * math.log(tiny.vocab)
     denoiser = BayesDenoiser(tiny)
     for pattern_T in tiny.patterns():
         z_ST = torch.where(pattern_T, tiny.mask_id, tiny.x_ST)
@@ -153,7 +154,8 @@ def _estimates(tiny: Tiny, estimator: str, passes: int) -> Tensor:
     x_BT, free_BT = tiny.x_ST[rows], torch.ones(passes, tiny.length, dtype=torch.bool)
     if estimator == "discrete":
         return loss.discrete(noise, predict, x_BT, free_BT, rng, 1000)
-    return {"continuous": loss.continuous, "any_order": loss.any_order}[estimator](noise, predict, x_BT, free_BT, rng)
+    bound = loss.continuous if estimator == "continuous" else loss.any_order
+    return bound(noise, predict, x_BT, free_BT, rng)
 
 
 @pytest.mark.parametrize("estimator", ["continuous", "any_order", "discrete"])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dlm.noise import loss, process
 from dlm.noise.masked import MaskedNoise
-from dlm.noise.process import Process
+from dlm.noise.replacement import ReplacementNoise
 from oracle import ReplacementBayes, Tiny, dense
 
 VOCAB, MASK = 4, 4  # data tokens 0..3, then the mask
@@ -28,11 +28,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(name: str, schedule: str = "linear", vocab: int = VOCAB, **more: Any) -> Process:
+def make(name: str, schedule: str = "linear", vocab: int = VOCAB, **more: Any) -> ReplacementNoise:
     settings = SETTINGS[name] | {"schedule": schedule} | more
     if "clusters" in settings:
         settings["clusters"] = [c % 2 for c in settings["clusters"][:vocab]] + [2]
-    return process.make(settings, vocab + 1, vocab)
+    noise = process.make(settings, vocab + 1, vocab)
+    assert isinstance(noise, ReplacementNoise)
+    return noise
 
 
 def at(t: float) -> Tensor:
@@ -134,11 +136,11 @@ def expected(noise: Any, tiny: Tiny, t_N: Tensor, s_N: Tensor | None = None, *, 
     return total_N
 
 
-def integrated(noise: Any, tiny: Tiny, points: int = 32, **network: str) -> float:
+def integrated(noise: Any, tiny: Tiny, points: int = 32, network: str = "leave-one-out") -> float:
     """Gauss-Legendre in u with t = u^2."""
     nodes, weights = (torch.tensor(part) for part in np.polynomial.legendre.leggauss(points))
     u_N = (nodes + 1) / 2
-    return float((weights * u_N * expected(noise, tiny, u_N.square(), **network)).sum())
+    return float((weights * u_N * expected(noise, tiny, u_N.square(), network=network)).sum())
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -214,11 +216,11 @@ def test_hybrid_ends_are_masked_and_uniform_noise() -> None:
         (1.0, make("uniform"), torch.tensor([[0, 3, 1]])),
     ):
         noise = make("hybrid", share=share)
-        bounds = [n.nelbo(n.log_probs(logits, z_BT, t), x_BT, z_BT, t) for n in (noise, other)]
-        assert torch.allclose(*bounds, atol=1e-12)
+        mine, theirs = (n.nelbo(n.log_probs(logits, z_BT, t), x_BT, z_BT, t) for n in (noise, other))
+        assert torch.allclose(mine, theirs, atol=1e-12)
         for s in (0.0, 0.1):
-            moves = [n.posterior(n.log_probs(logits, z_BT, t), z_BT, t, at(s)) for n in (noise, other)]
-            assert torch.allclose(*moves, atol=1e-12)
+            mine, theirs = (n.posterior(n.log_probs(logits, z_BT, t), z_BT, t, at(s)) for n in (noise, other))
+            assert torch.allclose(mine, theirs, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -12,6 +12,7 @@ import torch
 
 from conftest import make_model
 from dlm.language_model import LanguageModel
+from dlm.language_model.options import DecodingKeywords
 from dlm.sampling.autoregressive.speculative import SpeculativeDecoder
 from dlm.sampling.batching import Joinable, WrittenDistribution
 from dlm.sampling.draw import generators
@@ -97,10 +98,10 @@ def play(sampler: Any, rows: list[list[int | None]], model: LanguageModel) -> di
 
 
 @pytest.mark.parametrize(("name", "options"), DIFFUSION + STRIDED, ids=str)
-def test_a_row_is_as_alone_at_each_of_its_steps(name: str, options: dict[str, Any]) -> None:
+def test_a_row_is_as_alone_at_each_of_its_steps(name: str, options: DecodingKeywords) -> None:
     model, rows = MODELS[name], ROWS[name]
-    steps = {} if name == "ar" else {"steps": 8}
-    sampler: Any = model.sampler(temperature=0.9, **options, **steps)
+    steps: DecodingKeywords = {} if name == "ar" else {"steps": 8}
+    sampler: Any = model.sampler(**({"temperature": 0.9} | steps | options))
     seen = play(sampler, rows, model)
     for row, tokens in enumerate(rows):
         alone = list(sampler.steps(canvas_of([tokens], model), rng=generators(50 + row, 1)))

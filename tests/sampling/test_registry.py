@@ -19,7 +19,7 @@ from chains import TINY, ancestral_law, any_order_law, distance, masked_noise, n
 from conftest import make_model
 from dlm.calibration import measure
 from dlm.errors import InputError
-from dlm.language_model.options import DecodingKeywords
+from dlm.language_model.options import TextKeywords
 from dlm.noise import process
 from dlm.noise.uniform import UniformNoise
 from dlm.protocols import RNG
@@ -256,8 +256,9 @@ def test_a_drafter_of_your_own() -> None:
     registry.register_drafter("pairs", pairs, "What followed the last two tokens.")
     assert Draft.from_word("pairs:5") == Draft.parse("pairs", tokens=4)
     model = make_model("autoregressive")
-    said: tuple[DecodingKeywords, ...] = ({}, {"draft": Draft("pairs", tokens=4)}, {"sampler": "pairs:5"})
-    plain, named, short = (model.generate("abab", length=40, seed=1, temperature=0.0, **one) for one in said)
+    said: tuple[TextKeywords, ...] = ({}, {"draft": Draft("pairs", tokens=4)}, {"sampler": "pairs:5"})
+    common: TextKeywords = {"length": 40, "temperature": 0.0}
+    plain, named, short = (model.generate("abab", seed=1, **(common | one)) for one in said)
     assert named.text == short.text == plain.text
     assert named.sampler == "pairs:5"
     assert named.proposed == short.proposed

@@ -45,7 +45,7 @@ class User:
             field.select_option(str(value)) if name in ("model", "noise", "sampler") else field.fill(str(value))
 
     def generate(self, prompt: str | None = None, **fields: object) -> str:
-        self.set(prompt, **fields)
+        self.set(prompt, 0, **fields)
         self.tab.click("#generate")
         return self.done()
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from dlm.errors import InputError
 from dlm.language_model import load
 from dlm.noise import loss
+from dlm.noise.masked import MaskedNoise
 from dlm.train import learner
 from train import tiny
 
@@ -48,6 +49,7 @@ def test_a_student_comes_nearer_to_its_teacher(text: Path, heavy: Path, tmp_path
         teacher, student = load(str(heavy)), load(str(tmp_path / str(steps)))
         x_BT = torch.randint(0, 10, (16, 32), generator=torch.Generator().manual_seed(1))
         rng = torch.Generator().manual_seed(0)
+        assert isinstance(teacher.noise, MaskedNoise)
         kl.append(loss.any_order(teacher.noise, student.predict, x_BT, torch.ones_like(x_BT).bool(), rng, teacher=teacher.predict).mean())
     assert kl[1] < 0.7 * kl[0]
 
@@ -56,6 +58,7 @@ def test_a_teacher_of_itself_has_nothing_to_teach(heavy: Path) -> None:
     model = load(str(heavy))
     x_BT = torch.randint(0, 10, (4, 32), generator=torch.Generator().manual_seed(1))
     rng = torch.Generator().manual_seed(0)
+    assert isinstance(model.noise, MaskedNoise)
     nats_B = loss.any_order(model.noise, model.predict, x_BT, torch.ones_like(x_BT).bool(), rng, teacher=model.predict)
     assert nats_B.abs().max() < 1e-5
 

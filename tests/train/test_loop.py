@@ -137,12 +137,11 @@ def test_a_run_directory_is_a_checkpoint(text: Path, tmp_path: Path) -> None:
 
 
 def show(text: Path, out: Path, *settings: str, **options: Any) -> str:
-    console = Console(file=io.StringIO(), **{"width": 80} | options.pop("console", {}))
+    file = io.StringIO()
+    console = Console(file=file, **{"width": 80} | options.pop("console", {}))
     with Display(console) as shown:
         fit(tiny.config(text, *settings), out, progress=shown, **options)
-    shown = console.file.getvalue()
-    assert isinstance(shown, str)
-    return shown
+    return file.getvalue()
 
 
 def test_lines_for_a_pipe(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

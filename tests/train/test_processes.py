@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def assert_close(a: Path, b: Path) -> None:
         first, second = load_file(a / file), load_file(b / file)
         assert first.keys() == second.keys()
         for name, value in first.items():
-            torch.testing.assert_close(second[name], value, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(second[name], value, atol=1e-5, rtol=0, msg=partial("{}: {}".format, name))
     for x, y in zip(tiny.curve(a), tiny.curve(b), strict=True):
         assert x == pytest.approx(y, rel=1e-4)
 

@@ -182,7 +182,7 @@ def test_an_interrupt_says_how_to_go_on_and_a_second_does_not_wait(text: Path, t
     before = signal.getsignal(signal.SIGINT)
 
     def press(times: int) -> Any:
-        def preview(*_: Any) -> str:
+        def preview(*_given: object) -> str:
             for _ in range(times):
                 signal.raise_signal(signal.SIGINT)
             return ""

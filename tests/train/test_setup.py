@@ -67,7 +67,7 @@ def test_a_run_resumes_to_the_bit_and_its_noise_loads_again(
 
     model = dlm.load(str(tmp_path / "parts"))
     pieces = [model.tokenizer.piece(token) for token in range(model.tokenizer.vocab_size)]
-    expected = {"schedule": "cosine" if "noise_schedule=cosine" in settings else "linear", "head": "leave-one-out"}
+    expected: dict[str, object] = {"schedule": "cosine" if "noise_schedule=cosine" in settings else "linear", "head": "leave-one-out"}
     expected |= process.parse(settings[0].removeprefix("noise="))
     if "head=posterior" in settings:
         expected["head"] = "posterior"

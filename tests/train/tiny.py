@@ -71,15 +71,15 @@ def shard_on_cpu() -> None:
     """Make accelerate choose FSDP2 for CPU processes, as it does for GPUs; it offers that to accelerators alone."""
     from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 
-    class Sharded(Accelerator):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            plugin = FullyShardedDataParallelPlugin(
-                fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"]
-            )
-            self.state._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    def sharded(**options: Any) -> Accelerator:
+        made = Accelerator(**options)
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"]
+        )
+        made.state._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+        return made
 
-    processes.Accelerator = Sharded  # type: ignore[misc]
+    vars(processes)["Accelerator"] = sharded
 
 
 def as_rank(

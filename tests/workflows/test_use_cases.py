@@ -11,7 +11,7 @@ import pty
 import subprocess
 import sys
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 
@@ -69,7 +69,7 @@ def test_evaluate(dlm: Dlm, masked_dir: Path, text_file: Path, loaded: bool) -> 
     shown = printed(dlm, "eval", str(masked_dir), *words)
     watch = Watch()
     model = library.load(str(masked_dir)) if loaded else str(masked_dir)
-    found = library.evaluate(model, text_file, split="all", max_windows=4, passes=3, seed=5, card=shown["card"], progress=watch)
+    found = library.evaluate(model, text_file, split="all", max_windows=4, passes=3, seed=5, card=str(shown["card"]), progress=watch)
     assert plain(found) == shown
     assert found.is_bound
     assert found.windows == 4
@@ -147,7 +147,7 @@ def test_settle(dlm: Dlm, masked_dir: Path, autoregressive_dir: Path) -> None:
         base = ("generate", "--model", str(masked_dir), "--length", "32", "--steps", "6", "--seed", str(seed))
         assert dlm(*base, "--save", f"{seed}.traj")[0] == 0
     shown = printed(dlm, "settle", "1.traj", "2.traj", "--judge", str(autoregressive_dir))
-    runs = [library.Trajectory.load("1.traj"), "2.traj"]
+    runs: list[library.Trajectory | str | Path] = [library.Trajectory.load("1.traj"), "2.traj"]
     watch = Watch()
     found = library.settle(runs, library.load(str(autoregressive_dir)), progress=watch)
     assert plain(found) == shown
@@ -188,7 +188,7 @@ def test_schedule_sensitivity(dlm: Dlm, family: Path, text_file: Path) -> None:
     words = ("--data", str(text_file), "--segments", "4", "--max-windows", "6", "-n", "3", "--swap", "2", "--judge", judge)
     shown = printed(dlm, "schedule", "sensitivity", heavy, light, *words)
     watch = Watch()
-    settings = {"data": text_file, "segments": 4, "max_windows": 6, "samples": 3, "swap": 2}
+    settings: dict[str, Any] = {"data": text_file, "segments": 4, "max_windows": 6, "samples": 3, "swap": 2}
     found = library.schedule.sensitivity(heavy, {"L": light}, judge=library.load(judge), progress=watch, **settings)
     assert plain(found) == shown
     watch.check()
@@ -201,7 +201,7 @@ def test_schedule_search(dlm: Dlm, family: Path, text_file: Path, way: str) -> N
     light, judge = f"{family}/light", f"{family}/judge"
     words = ("--saved", "0.25", "--segments", "4", "--steps", "8", "-n", "8", "--count", "4", "--judge", judge, "--data", str(text_file))
     shown = printed(dlm, "schedule", "search", "heavy", light, "--search", way, *words, "--save")
-    settings = {"saved": 0.25, "segments": 4, "steps": 8, "samples": 8, "count": 4, "judge": judge, "data": text_file}
+    settings: dict[str, Any] = {"saved": 0.25, "segments": 4, "steps": 8, "samples": 8, "count": 4, "judge": judge, "data": text_file}
     watch = Watch()
     found = library.schedule.search("heavy", light, way=way, progress=watch, **settings)
     assert without_seconds(plain(found)) == without_seconds(shown)
@@ -220,7 +220,7 @@ def test_schedule_compare(dlm: Dlm, family: Path, text_file: Path) -> None:
     words = ("--steps", "8", "--segments", "4", "-n", "4", "--judge", judge, "--data", str(text_file), "--max-windows", "2")
     shown = printed(dlm, "schedule", "compare", heavy, light, "L0.5 H0.5, H@4", *words)
     watch = Watch()
-    settings = {"steps": 8, "segments": 4, "samples": 4, "data": text_file, "max_windows": 2}
+    settings: dict[str, Any] = {"steps": 8, "segments": 4, "samples": 4, "data": text_file, "max_windows": 2}
     found = library.schedule.compare(heavy, light, ["L0.5 H0.5", "H@4"], judge=judge, progress=watch, **settings)
     assert without_seconds(plain(found)) == without_seconds(shown)
     watch.check()

@@ -226,7 +226,7 @@ class Conversion:
         lr = learning_rate(step, peak=config.lr, steps=config.steps, warmup=config.warmup, decay_share=config.decay_share)
         set_learning_rate(self.optimizer, lr)
         nats_B = self.drafting.nats(x_BT, free_BT, rng)
-        nats_B.mean().backward()  # type: ignore[no-untyped-call]
+        nats_B.mean().backward()
         norm = nn.utils.clip_grad_norm_(self.named.values(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()

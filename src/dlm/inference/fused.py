@@ -117,9 +117,7 @@ class FusedLinear(nn.Module):
         if known is None or known[1] != version or known[2].dtype != dtype or not _same(known[0], each):
             A_RI = torch.cat([one.A_RI for one in each if one is not None])
             none = [A_RI.new_zeros(layer.out_features, 0) for layer in layers]
-            B_OR = torch.block_diag(  # type: ignore[no-untyped-call]
-                *(empty if one is None else one.scale * one.B_OR for one, empty in zip(each, none, strict=True))
-            )
+            B_OR = torch.block_diag(*(empty if one is None else one.scale * one.B_OR for one, empty in zip(each, none, strict=True)))
             known = self._low_rank = each, version, A_RI.to(dtype), B_OR.to(dtype)
         return known[2:]
 

@@ -50,8 +50,8 @@ class PrepackedLinear(nn.Module):
 
 
 LAYERS: weakref.WeakValueDictionary[int, PrepackedLinear] = weakref.WeakValueDictionary()  # by serial
-LIBRARY = torch.library.Library("dlm", "DEF")  # type: ignore[no-untyped-call]
-LIBRARY.define("product(Tensor x, int outputs, Tensor? bias, Tensor serial) -> Tensor")  # type: ignore[no-untyped-call]
+LIBRARY = torch.library.Library("dlm", "DEF")
+LIBRARY.define("product(Tensor x, int outputs, Tensor? bias, Tensor serial) -> Tensor")
 
 
 @torch.library.impl(LIBRARY, "product", "CPU")
@@ -66,7 +66,7 @@ def _product_shape(x: Tensor, outputs: int, _bias: Tensor | None, _serial: Tenso
 
 def available(dtype: torch.dtype) -> bool:
     """Whether oneDNN prepacks weights of this type on this machine."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 

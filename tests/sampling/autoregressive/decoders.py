@@ -84,7 +84,7 @@ def canvas_of(rows: Sequence[Sequence[int]], new: int) -> Canvas:
 
 
 def decoder(drafter: Any, stride: int = 4, made: Any = BASE, **options: Any) -> SpeculativeDecoder:
-    options = {"context": CONTEXT, "model": "ar"} | options
+    options = {"context": CONTEXT, "model": "ar", **options}
     if isinstance(drafter, tuple):
         drafter, nodes = drafter
         if stride > 1 and options.get("coupling") != "ratio" and "draft_length" not in options:  # which have no trees
@@ -112,7 +112,8 @@ class Acceptance:
     def __init__(self, chance: float) -> None:
         self.chance, self.rng = chance, torch.Generator().manual_seed(0)
 
-    def __call__(self, z_BQ: Tensor, t_B: Tensor | None = None, *, pos_BQ: Tensor, cache: RaggedCache, **_: object) -> Tensor:
+    def __call__(self, z_BQ: Tensor, t_B: Tensor | None = None, *, pos_BQ: Tensor | None = None, cache: Any = None, **_: object) -> Tensor:
+        assert pos_BQ is not None
         cache.advance(z_BQ.shape[1])
         wrong_BQ = (z_BQ == MASK) & (pos_BQ > 0) & (torch.rand(z_BQ.shape, generator=self.rng) >= self.chance)
         return torch.nn.functional.one_hot((5 * pos_BQ + wrong_BQ) % MASK, MASK + 1).float() * 10

@@ -6,13 +6,13 @@ Shapes: B rows, K nodes, P places, V vocabulary.
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.models.cache import RaggedCache
 from dlm.sampling.autoregressive.draft_tokens import DraftTokens
 from dlm.sampling.autoregressive.draft_tree import Tree
 from dlm.sampling.autoregressive.drafters import MaskDrafter
@@ -105,7 +105,8 @@ class Ranked(Acceptance):
         super().__init__(1.0)
         self.law_R = torch.tensor([*chances, 1 - sum(chances)])
 
-    def __call__(self, z_BQ: Tensor, t_B: Tensor | None = None, *, pos_BQ: Tensor, cache: RaggedCache, **_: object) -> Tensor:
+    def __call__(self, z_BQ: Tensor, t_B: Tensor | None = None, *, pos_BQ: Tensor | None = None, cache: Any = None, **_: object) -> Tensor:
+        assert pos_BQ is not None
         cache.advance(z_BQ.shape[1])
         rank_BQ = torch.multinomial(self.law_R, z_BQ.numel(), True, generator=self.rng).view_as(z_BQ)
         rank_BQ = rank_BQ * ((z_BQ == MASK) & (pos_BQ > 0))

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.models.cache import RaggedCache
 from dlm.sampling.autoregressive.committed_text import CommittedText
 from dlm.sampling.autoregressive.draft_tree import Tree
 from dlm.sampling.autoregressive.drafters import (
@@ -92,7 +91,9 @@ def test_lookup_finds_what_came_next() -> None:
 
 def test_lookup_is_quick_in_a_text_that_repeats_itself() -> None:
     class Cycle(Acceptance):
-        def __call__(self, z_BQ: Tensor, t_B: Tensor | None = None, *, cache: RaggedCache, **_: object) -> Tensor:
+        def __call__(
+            self, z_BQ: Tensor, t_B: Tensor | None = None, *, pos_BQ: Tensor | None = None, cache: Any = None, **_: object
+        ) -> Tensor:
             cache.advance(z_BQ.shape[1])
             return torch.nn.functional.one_hot((z_BQ + 1) % 5, MASK + 1).float() * 10
 

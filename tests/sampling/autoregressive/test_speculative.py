@@ -20,7 +20,7 @@ from dlm.sampling.autoregressive.drafters import (
     SelfDraft,
 )
 from dlm.sampling.draw import Draw, generators
-from dlm.trajectory import Canvas
+from dlm.trajectory import Canvas, Frame
 from sampling.autoregressive.decoders import (
     BASE,
     DRAFTERS,
@@ -99,7 +99,7 @@ def test_ratio_rows_are_as_each_alone(name: str) -> None:
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_frames_show_committed_text_and_tallies_add_up(name: str) -> None:
     canvas, committed_B = canvas_of(PROMPTS, 20), torch.zeros(5, dtype=torch.long)
-    before = None
+    before: Frame | None = None
     for forwards, (frame, tally) in enumerate(decoder(DRAFTERS[name]).rounds(canvas, rng=generators(3, 5)), 1):
         assert frame.forwards == forwards
         assert frame.model == "ar"
@@ -110,6 +110,7 @@ def test_frames_show_committed_text_and_tallies_add_up(name: str) -> None:
         assert frame.draft_BT is not None
         assert frame.settled_BT[frame.draft_BT == MASK].all()
         if before is not None:  # what a call verifies is what the frame before it showed
+            assert before.draft_BT is not None
             assert torch.equal((before.draft_BT >= 0).sum(1), tally.drafted_B)
             shown_B = (before.draft_BT == frame.tokens_BT).sum(1)  # of a tree, the first choices
             assert torch.equal(shown_B, tally.accepted_B) or (", " in name and (shown_B <= tally.accepted_B).all())

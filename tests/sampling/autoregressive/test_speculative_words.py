@@ -11,6 +11,7 @@ import dlm
 from conftest import Dlm, make_model
 from dlm.adapters import lora
 from dlm.language_model import load
+from dlm.language_model.options import TextKeywords
 from dlm.trajectory import Trajectory
 
 WORDS = [
@@ -33,8 +34,11 @@ WORDS = [
 @pytest.mark.parametrize("word", WORDS)
 def test_words_of_a_language_model(word: str, autoregressive_dir: Path) -> None:
     model, word = dlm.load(str(autoregressive_dir)), word.format(autoregressive_dir)
-    for options in ({"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 20}):
-        base, same = (model.generate(["ROMEO:", "But", "A"], length=45, seed=5, sampler=sampler, **options) for sampler in (None, word))
+    draws: list[TextKeywords] = [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 20}]
+    for draw in draws:
+        base, same = (
+            model.generate(["ROMEO:", "But", "A"], seed=5, **(draw | {"length": 45, "sampler": sampler})) for sampler in (None, word)
+        )
         assert [row.text for row in same] == [row.text for row in base]
         assert same[0].sampler == word
         assert same[0].forwards <= base[0].forwards

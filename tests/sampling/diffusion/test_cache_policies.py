@@ -48,14 +48,16 @@ class Counting:
 
     def __call__(self, z_BQ: Tensor, t_B: Tensor | None = None, **more: Any) -> Tensor:
         self.read, self.calls = self.read + z_BQ.numel(), self.calls + 1
-        return self.inner(z_BQ, t_B, **more)
+        logits_BQV: Tensor = self.inner(z_BQ, t_B, **more)
+        return logits_BQV
 
 
 def run(model: Any, rows: list[list[int | None]] = PLAIN, seed: int = 0, **options: Any) -> list[Frame]:
     inner = model.inner if isinstance(model, Counting) else model
     if options.get("cache") is not None:
         options["make_cache"] = inner.window_cache
-    sampler = DiffusionSampler(model, NOISE, WINDOW, **({"rule": TopScore(), "budget": 12, "context": 8} | options))
+    options = {"rule": TopScore(), "budget": 12, "context": 8, **options}
+    sampler = DiffusionSampler(model, NOISE, WINDOW, **options)
     frames = list(sampler.steps(Canvas.from_rows(rows, fill=VOCAB - 1), rng=generators(seed, len(rows))))
     assert frames[-1].settled_BT.all()
     return frames

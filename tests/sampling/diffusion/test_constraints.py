@@ -105,7 +105,8 @@ def test_a_pattern_allows_what_some_filling_holds(regex: str) -> None:
 def test_allowed_tokens_and_a_pattern_together_are_exact(regex: str, free: tuple[int, ...]) -> None:
     """The intersection of the two masks would be too wide; what is given need not be among the allowed."""
     pattern = both(AllowedTokens(free, V), Pattern.compile(regex, PIECES, V))
-    pairs = [(row, fillings(regex, row, free)) for row in [*every_row(3), [HOLE] * 4]]
+    canvases: list[Row] = [*every_row(3), [HOLE] * 4]
+    pairs = [(row, fillings(regex, row, free)) for row in canvases]
     rows, found = zip(*(pair for pair in pairs if pair[1]), strict=True)
     check(pattern, list(rows), list(found))
 
@@ -141,7 +142,8 @@ def greedy(found: list[tuple[int, ...]], row: Row, proposal: list[int]) -> list[
 @pytest.mark.parametrize("regex", REGEXES)
 def test_agree_keeps_the_greedy_set_of_every_proposal(regex: str, free: tuple[int, ...]) -> None:
     pattern, proposals = Pattern.compile(regex, PIECES, V), list(itertools.product([MASK, 0, 1, 2, 3], repeat=3))
-    for row in ([HOLE] * 3, [0, HOLE, HOLE, HOLE], [HOLE, HOLE, 1, HOLE]):
+    canvases: list[Row] = [[HOLE] * 3, [0, HOLE, HOLE, HOLE], [HOLE, HOLE, 1, HOLE]]
+    for row in canvases:
         found = fillings(regex, row, free)
         if found:
             z_BL, hole_BL, _ = canvas([row] * len(proposals))

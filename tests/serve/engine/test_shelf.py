@@ -68,7 +68,7 @@ def test_such_a_request_gets_400(served: Served) -> None:
 
 def test_top_k_reaches_the_plan(shelf: Shelf) -> None:
     """Requests that differ in it share no forward pass; 0 and none are the same."""
-    plans = [shelf.plan(schema.Decoding(model="mask", top_k=k), 0) for k in (None, 0, 5)]
+    plans = [shelf.plan(schema.Decoding.model_validate({"model": "mask", "top_k": k}), 0) for k in (None, 0, 5)]
     assert plans[2].decoding.draw.top_k == 5
     assert plans[0].lane == plans[1].lane
     assert plans[0].lane != plans[2].lane

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dlm.language_model import LanguageModel
+from dlm.language_model.options import TextKeywords
 from serve.serving import Served, curl, events
 
 pytest.importorskip("fastapi")
@@ -42,8 +43,8 @@ def test_models_are_listed(openai: Any, models: list[LanguageModel]) -> None:
 def test_a_completion_is_the_text_of_the_library(openai: Any, models: list[LanguageModel], model: str, sampler: str | None) -> None:
     """Whole and in chunks."""
     lm = next(lm for lm in models if lm.name == model)
-    steps = {"steps": 8} if lm.is_diffusion else {}
-    expected = [lm.generate(PROMPT, max_new_tokens=20, seed=seed, sampler=sampler, **steps) for seed in (5, 6)]
+    steps: TextKeywords = {"steps": 8} if lm.is_diffusion else {}
+    expected = [lm.generate(PROMPT, seed=seed, **(steps | {"max_new_tokens": 20, "sampler": sampler})) for seed in (5, 6)]
     extra = {"sampler": sampler, **steps}
     asked = {"model": model, "prompt": PROMPT, "max_tokens": 20, "seed": 5, "n": 2, "extra_body": extra}
     whole = openai.completions.create(**asked)

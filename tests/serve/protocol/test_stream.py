@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ def play(reads: int, leaves: bool) -> tuple[int, int]:
     """(chunks that were sent, times that it was closed), to a client that reads so many and then nothing, or leaves."""
     sent, closed = [], []
 
-    async def send(message: dict[str, Any]) -> None:
+    async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(message)
         if len(sent) > reads:
             await asyncio.sleep(3600)
@@ -61,7 +61,7 @@ def test_a_stream_on_which_nothing_happens_is_kept_alive(monkeypatch: pytest.Mon
         await asyncio.sleep(0.3)
         yield stream.event("late")
 
-    async def send(message: dict[str, Any]) -> None:
+    async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(message.get("body", b""))
 
     async def receive() -> dict[str, Any]:
