@@ -119,8 +119,8 @@ class TrainConfig:
         for word in settings:
             key, equals, value = word.partition("=")
             if not equals or key not in own | net:
-                close = nearest(key, own | net).removeprefix("; ")
-                raise InputError(f"--set {word}: {close}{' ' if close else ''}known keys are {', '.join(sorted(own | net))}")
+                close = "" if key in own | net else nearest(key, own | net).replace("; ", "") + " "
+                raise InputError(f"--set {word}: {close.lstrip()}known keys are {', '.join(sorted(own | net))}")
             try:
                 changes[key] = _parse(value, getattr(self if key in own else self.network, key))
             except ValueError as error:
