@@ -46,6 +46,6 @@ for t in (0.1, 0.5, 0.9):
     print(f"t = {t}: {tokenizer.decode(z_BT[0].tolist())!r}")
 
 # A denoiser that knows the frequencies alone is exact for independent characters: its bound is their entropy.
-nats_B = loss.counted(noise, lambda z_BT, _t_B: f_V.log().expand(*z_BT.shape, -1), x_BT, torch.ones_like(x_BT, dtype=torch.bool), rng)
+nats_B = loss.counted(noise, lambda z_BT, t_B: f_V.log().expand(*z_BT.shape, -1), x_BT, torch.ones_like(x_BT, dtype=torch.bool), rng)
 entropy = torch.special.entr(f_V).sum()
 print(f"bound {nats_B.mean() / 64:.3f} +- {nats_B.std() / 64 / rows**0.5:.3f} nats per character, entropy {entropy:.3f}")
