@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from operator import itemgetter
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from rich.console import Console
@@ -36,7 +36,7 @@ class Row(TypedDict):
     path: float
 
 
-def measure(name: str, length: int, reach: int, light: int) -> dict[str, object]:
+def measure(name: str, length: int, reach: int, light: int) -> dict[str, Any]:
     """All schedules of one source; those with `light` steps compared in detail."""
     transition = torch.tensor(SOURCES[name], dtype=torch.float64)
     models = {"H": MarkovPosterior(transition, length), "L": MarkovPosterior(transition, length, reach)}
@@ -80,8 +80,8 @@ def main() -> None:
     results = [measure(name, args.length, args.reach, args.light) for name in names]
     table = Table("source", "KL of each step", "best", "by path KL", "worst", "mean", "rank agreement", box=None)
     for one in results:
-        cells = [f"{one[name]['schedule']} {one[name]['kl']:.4f}" for name in ("best", "by_path", "worst")]  # type: ignore[index]
-        each = " ".join(f"{nats:.3f}" for nats in one["each_step"])  # type: ignore[attr-defined]
+        cells = [f"{one[name]['schedule']} {one[name]['kl']:.4f}" for name in ("best", "by_path", "worst")]
+        each = " ".join(f"{nats:.3f}" for nats in one["each_step"])
         table.add_row(str(one["source"]), each, *cells, f"{one['mean_kl']:.4f}", f"{one['rank_agreement']:.3f}")
     Console().print(table)
     Console().print(f"KL from the source in nats a text; schedules with {args.light} of {args.length} light steps, the first step first")

@@ -28,7 +28,7 @@ def make_model(
     window: int = 32,
     context: int = 8,
     alphabet: str = ALPHABET,
-    **network: object,
+    **network: Any,
 ) -> LanguageModel:
     """A LanguageModel whose weights are random and far from the identity. noise: as in config.json; semantic gets clusters."""
     tokenizer = Tokenizer.characters(alphabet)
@@ -36,8 +36,8 @@ def make_model(
     if noise["process"] == "semantic":
         noise = {"clusters": [*(token % 5 for token in range(tokenizer.vocab_size)), 5]} | noise
     attention = "full" if objective == "diffusion" else "causal"
-    sizes = {"layers": 2, "heads": 2, "width": 32, "window": window, "attention": attention} | network
-    config = TransformerConfig(vocab_size=tokenizer.vocab_size + 1, **sizes)  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {"layers": 2, "heads": 2, "width": 32, "window": window, "attention": attention} | network
+    config = TransformerConfig(vocab_size=tokenizer.vocab_size + 1, **sizes)
     network_ = Transformer(config)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,8 +46,8 @@ def test_a_layer_is_its_formula() -> None:
 
 
 @pytest.mark.parametrize("network", [{}, {"mlp": "swiglu", "kv_heads": 1, "tied": True, "qkv_bias": True}], ids=["own", "llama-like"])
-def test_text_reads_as_in_the_base(network: dict[str, object]) -> None:
-    base, lm = make_model("autoregressive", **network), adapted(**network)  # type: ignore[arg-type]
+def test_text_reads_as_in_the_base(network: dict[str, Any]) -> None:
+    base, lm = make_model("autoregressive", **network), adapted(**network)
     mask_id = lm.tokenizer.mask_id
     x_BT, _ = batch(lm)
     assert x_BT[0, 0] == mask_id  # the start token of our own

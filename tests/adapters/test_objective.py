@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -35,9 +35,9 @@ def test_the_pattern_is_its_definition(block: int, phases: list[int]) -> None:
     assert torch.equal(aligned, attention.introspective(torch.arange(length)[None], block, torch.tensor([0])))
 
 
-def adapted(seed: int = 0, chain: int = 0, **network: object) -> LanguageModel:
+def adapted(seed: int = 0, chain: int = 0, **network: Any) -> LanguageModel:
     """A tiny causal model with an adapter that is far from doing nothing."""
-    lm = make_model("autoregressive", **network)  # type: ignore[arg-type]
+    lm = make_model("autoregressive", **network)
     lora.attach(lm.network, lora.AdapterConfig(rank=4, alpha=8.0, stride=8, chain=chain), lm.tokenizer.mask_id)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -88,9 +88,9 @@ def phases(stride: int) -> Tensor:
 def test_the_loss_is_what_blocks_give_alone(stride: int, clean: float | None, chain: int) -> None:
     lm = adapted(kv_heads=1, mlp="swiglu", chain=chain)
     x_BT, free_BT = batch(lm)
-    options = {"stride": stride, "mask_id": lm.tokenizer.mask_id, "clean": clean}
+    options: dict[str, Any] = {"stride": stride, "mask_id": lm.tokenizer.mask_id, "clean": clean}
     with torch.no_grad():
-        got = {how: consistency(lm.network, x_BT, free_BT, phases(stride), how=how, **options) for how in ("kl", "ce")}  # type: ignore[arg-type]
+        got = {how: consistency(lm.network, x_BT, free_BT, phases(stride), how=how, **options) for how in ("kl", "ce")}
         both = zip(x_BT, free_BT, phases(stride).tolist(), strict=True)
         parts = [[mask for phase in own for mask in slow(lm, x, free, stride, phase)] for x, free, own in both]
     kl = [sum(float((p.exp() * (p - q)).sum()) for _, p, q, _ in row) / len(row) for row in parts]

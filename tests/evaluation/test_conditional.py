@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +16,14 @@ from dlm.noise.masked import MaskedNoise
 from oracle import BayesDenoiser, Tiny
 
 
-def estimator(tiny: Tiny, **settings: object) -> Estimator:
+def estimator(tiny: Tiny, **settings: Any) -> Estimator:
     """With the exact posterior for a network."""
     denoiser = BayesDenoiser(tiny)
 
     def predict(z_BT: Tensor, x_BT: Tensor, *, want_BT: Tensor, valid_BT: Tensor | None) -> Tensor:
         return denoiser(z_BT)
 
-    return Estimator(MaskedNoise(tiny.vocab + 1, tiny.mask_id), predict, tiny.length, True, **settings)  # type: ignore[arg-type]
+    return Estimator(MaskedNoise(tiny.vocab + 1, tiny.mask_id), predict, tiny.length, True, **settings)
 
 
 def conditional(tiny: Tiny, pair: Pair) -> float:

@@ -176,8 +176,8 @@ def test_generate_uses_the_reference_sampler() -> None:
     """A chat of LLaDA: the same ids as the settings by the reference's names, cut at the first stop."""
     lm, case = model("llada"), cases("llada")[2]
     canvas, frames = run(lm, case, prompts(case))
-    settings = {"steps": 16, "block_length": 8, "max_new_tokens": 32}
-    generation = lm.generate(prompts(case), **settings)[0]  # type: ignore[call-overload]
+    settings: TextKeywords = {"steps": 16, "block_length": 8, "max_new_tokens": 32}
+    generation = lm.generate(prompts(case), **settings)[0]
     assert generation.trajectory.current_BT[0].tolist() == text(canvas, frames[-1], 0)
     assert generation.sampler == "llada"
     first = text(canvas, frames[-1], 0)[11:].index(273)
@@ -224,9 +224,9 @@ def test_our_samplers_on_models_of_others(family: str, word: str) -> None:
     own = prompts(cases(family)[0])[0]
     rows = [own[:5], own]
     options: TextKeywords = {"sampler": word, "steps": 6, "temperature": 0.5, "max_new_tokens": 12}
-    together = lm.generate(rows, seed=5, **options)  # type: ignore[arg-type]
+    together = lm.generate(rows, seed=5, **options)
     for row, prompt in enumerate(rows):
-        (alone,) = lm.generate([prompt], seed=5 + row, **options)  # type: ignore[list-item]
+        (alone,) = lm.generate([prompt], seed=5 + row, **options)
         assert isinstance(lm.noise, MaskedNoise)
         ids = alone.trajectory.current_BT[0].tolist()
         assert together[row].trajectory.current_BT[row][: len(ids)].tolist() == ids
@@ -261,7 +261,7 @@ def test_a_template_is_filled_by_the_reference_sampler() -> None:
 
 def test_sdar_generates_and_ends_with_a_block_that_holds_a_stop() -> None:
     lm, case = model("sdar"), cases("sdar")[0]
-    (generation,) = lm.generate(prompts(case), sampler="llada", steps=16, temperature=0.0, max_new_tokens=15)  # type: ignore[arg-type]
+    (generation,) = lm.generate(prompts(case), sampler="llada", steps=16, temperature=0.0, max_new_tokens=15)
     expected = case["output_ids"][0]
     ids = generation.trajectory.current_BT[0].tolist()
     assert ids[:12] == expected[:12]  # the first new token is <|im_end|>, its block ends at 12

@@ -75,7 +75,9 @@ class User:
         return str(self.tab.locator(".facts").nth(side).text_content()).replace("\xa0", " ")
 
     def passes(self, side: int = 0) -> int:
-        return int(re.search(r"pass (\d+)", self.facts(side))[1])  # type: ignore[index]
+        found = re.search(r"pass (\d+)", self.facts(side))
+        assert found is not None
+        return int(found[1])
 
     def settled(self) -> None:
         """Nothing went wrong that nobody saw, and nothing left the origin."""

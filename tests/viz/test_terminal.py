@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import pytest
 from rich.cells import cell_len
@@ -17,9 +18,9 @@ from runs import TEXT, drafting, run
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-def terminal(width: int = 80, height: int = 24, **options: object) -> Console:
-    options = {"force_terminal": True, "color_system": "truecolor", "no_color": False} | options
-    return Console(file=io.StringIO(), width=width, height=height, **options)  # type: ignore[arg-type]
+def terminal(width: int = 80, height: int = 24, **options: Any) -> Console:
+    options = {"force_terminal": True, "color_system": "truecolor", "no_color": False, **options}
+    return Console(file=io.StringIO(), width=width, height=height, **options)
 
 
 def output(console: Console) -> str:

@@ -290,7 +290,12 @@ class LanguageModel:
         return Calibration.load(self.path)
 
     def stream(
-        self, prompt: str | Sequence[str] = "", *, seed: int = 0, canvas: Canvas | None = None, **options: Unpack[TextKeywords]
+        self,
+        prompt: str | Sequence[str | Sequence[int]] = "",
+        *,
+        seed: int = 0,
+        canvas: Canvas | None = None,
+        **options: Unpack[TextKeywords],
     ) -> Iterator[Frame]:
         """Frames as they come. Options are those of `canvas` and `sampler`; `decode(frame)` gives the text."""
         layout, decoding = separate(options)
@@ -321,7 +326,7 @@ class LanguageModel:
     @overload
     def generate(
         self,
-        prompt: list[str],
+        prompt: list[str] | list[list[int]],
         *,
         seed: int = 0,
         streamer: Any = None,
@@ -331,14 +336,14 @@ class LanguageModel:
 
     def generate(
         self,
-        prompt: str | list[str] = "",
+        prompt: str | list[str] | list[list[int]] = "",
         *,
         seed: int = 0,
         streamer: Any = None,
         callback: Callback | None = None,
         **options: Unpack[TextKeywords],
     ) -> Generation | list[Generation]:
-        """A Generation, or a list of them for a list of prompts (row i draws with seed + i, alone or in any batch).
+        """A Generation, or a list of them for a list of prompts, texts or token ids (row i draws with seed + i, alone or in any batch).
 
         streamer: an object with put(tokens) and end(), and put_draft(tokens) for drafts, as in transformers; one prompt only.
         callback(trajectory, frame): called after every step. Other options are those of `canvas` (length, max_new_tokens, suffix,

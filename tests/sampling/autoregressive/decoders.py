@@ -39,9 +39,10 @@ PROMPTS = [[1, 2, 3], [], [4] * 11, [5] * 12, [6, 7] * 9]
 DRAWS = [Draw(), Draw(0.0), Draw(0.7, top_k=5, top_p=0.9)]
 
 
-def network(seed: int = 0, **changes: object) -> Transformer:
-    sizes = {"vocab_size": MASK + 1, "window": WINDOW, "layers": 2, "heads": 4, "kv_heads": 2, "width": 32, "attention": "causal"}
-    made, rng = Transformer(TransformerConfig(**(sizes | changes))), torch.Generator().manual_seed(seed)  # type: ignore[arg-type]
+def network(seed: int = 0, **changes: Any) -> Transformer:
+    sizes: dict[str, Any] = {"layers": 2, "heads": 4, "kv_heads": 2, "width": 32, "attention": "causal"}
+    sizes |= {"vocab_size": MASK + 1, "window": WINDOW}
+    made, rng = Transformer(TransformerConfig(**(sizes | changes))), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(0.0, 0.3, generator=rng)

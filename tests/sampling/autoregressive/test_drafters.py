@@ -40,7 +40,8 @@ def proposed_after_calls(name: str) -> Iterator[tuple[Tensor, list[int]]]:
     for frame, tally in decoder(DRAFTERS[name], draw=Draw(0.0), context=0).rounds(canvas, rng=generators(5, 2)):
         for row in range(2):
             known = int(frame.settled_BT[row].sum()) - int((~canvas.valid_BT[row]).sum())
-            proposed = [i for i in frame.draft_BT[row].tolist() if i >= 0]  # type: ignore[index]
+            assert frame.draft_BT is not None
+            proposed = [i for i in frame.draft_BT[row].tolist() if i >= 0]
             if tally.committed_B[row] and proposed:
                 yield frame.tokens_BT[row, :known], proposed
 

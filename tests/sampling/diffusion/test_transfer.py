@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -98,6 +100,6 @@ def test_origin_writes_everything_in_its_last_step() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"quota": "all"}, {"score": "best"}, {"score_temperature": -1.0}])
-def test_bad_settings(settings: dict[str, object]) -> None:
+def test_bad_settings(settings: dict[str, Any]) -> None:
     with pytest.raises(InputError):
-        Transfer(**settings)  # type: ignore[arg-type]
+        Transfer(**settings)
