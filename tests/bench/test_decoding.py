@@ -91,6 +91,16 @@ def test_many_draft_tokens_leave_room_for_the_speed(width: int) -> None:
     assert line.rstrip().endswith("12.3 (1.00x)  49.3 (1.00x)")
 
 
+def test_top_k_of_the_verb(dlm: Dlm, autoregressive_dir: Path) -> None:
+    Path("prompts.txt").write_text("ROMEO:\n")
+    words = ("bench", "decode", str(autoregressive_dir), "--max-new-tokens", "4", "--rounds", "1", "--prompts", "prompts.txt")
+    code, out, err = dlm(*words, "--batch", "1", "--methods", "lookup:3", "--top-k", "2", "--json")
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])
+    assert found["top_k"] == 2
+    assert all(row["same"] for row in found["rows"])
+
+
 def test_the_verb(dlm: Dlm, autoregressive_dir: Path, masked_dir: Path) -> None:
     Path("prompts.txt").write_text("ROMEO:\nBut soft\n")
     base = ("bench", "decode", str(autoregressive_dir), "--max-new-tokens", "8", "--rounds", "1", "--prompts", "prompts.txt")

@@ -102,6 +102,11 @@ def test_bad_options_are_told_before_a_model_is_loaded(dlm: Dlm, words: tuple[st
     assert told in dlm.told("generate", "--model", "no-such-model", *words)
 
 
+def test_compilation_is_an_option(dlm: Dlm, autoregressive_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "install g" in dlm.told("generate", "R", str(autoregressive_dir), "--compile")
+
+
 def test_settings_of_a_sampler_after_commas_warn(dlm: Dlm, autoregressive_dir: Path) -> None:
     words = ("ROMEO:", str(autoregressive_dir), "--max-new-tokens", "12")
     code, out, err = dlm("generate", *words, "--sampler", "lookup:8,0.2")

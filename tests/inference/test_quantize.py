@@ -101,7 +101,7 @@ def test_a_quantized_network_is_nearly_the_base(bits: str, error: float, tmp_pat
     assert 0 < (after - before).std() < error * before.std()
     with pytest.raises(InputError, match="save it from float32"):
         rounded.save_pretrained(tmp_path / "again")
-    with pytest.raises(InputError, match="load both at once"):
+    with pytest.raises(InputError, match="the weights are quantized, and an adapter names those before: load both at once"):
         lora.fingerprint(rounded.network)
     with pytest.raises(InputError, match="unknown dtype 'int3'; known: float32, bfloat16, int8, int4"):
         load(str(tmp_path), dtype="int3")

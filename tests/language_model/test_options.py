@@ -13,6 +13,7 @@ from conftest import make_model
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel, load
 from dlm.language_model.options import DecodingKeywords, DecodingOptions, Draft
+from dlm.sampling.autoregressive.draft import SHORT
 
 WORDS: list[tuple[str, Draft]] = [
     ("strided", Draft("adapter", tokens=3)),
@@ -164,6 +165,10 @@ def test_a_draft_and_a_sampler_are_one_too_many(base: LanguageModel) -> None:
 def test_a_diffusion_model_has_no_draft(masked_dir: Path) -> None:
     with pytest.raises(InputError, match="for autoregressive"):
         load(str(masked_dir)).sampler(draft="ngram")
+
+
+def test_the_docstring_has_the_short_form_of_every_drafter() -> None:
+    assert [name for name in SHORT if f"`{name}:" not in (DecodingOptions.__doc__ or "")] == []
 
 
 def test_keywords_and_fields_are_the_same() -> None:
