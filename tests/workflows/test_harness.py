@@ -213,6 +213,18 @@ def test_a_chat_template_is_read_with_its_control_tokens(llama: Path) -> None:
     assert made.apply_chat_template(messages, add_generation_prompt=False).endswith("assistant\nart")
 
 
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
+def test_open_models_answer_alone_as_in_a_batch(family: str) -> None:
+    lm = dlm.load(str(Path(__file__).parents[1] / "golden" / family))
+    alone, together = (harness_of(lm, mc_samples=8, batch_size=rows, steps=4) for rows in (1, 5))
+    pairs = [asked("Hello wor", "ld!"), asked("The capital of France is", " Paris in the spring"), asked("", "abc")]
+    one, many = alone.loglikelihood(pairs), together.loglikelihood(pairs)
+    assert [logp for logp, _ in many] == pytest.approx([logp for logp, _ in one], abs=1e-3)
+    assert alone.get_model_info() == pytest.approx(together.get_model_info(), abs=1e-3)
+    requests = [asked(text, {"until": [], "max_gen_toks": 8}) for text in ("Hello wor", "The capital of")]
+    assert together.generate_until(requests) == alone.generate_until(requests)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["shakespeare-mask", "shakespeare-block", "shakespeare-ar"])
 def test_tasks_run_and_go_on(name: str, task_files: Path, tmp_path: Path) -> None:
@@ -260,6 +272,12 @@ def test_bad_input(dlm: Dlm, task_files: Path, masked_dir: Path) -> None:
     assert "unknown option 'stepps'" in dlm.told("eval", model, "--tasks", "choice", "--model-args", "stepps=4")
     with pytest.raises(InputError, match="batch_size 'many'"):
         harness_of(make_model(), batch_size="many")
+
+
+@pytest.mark.slow
+def test_an_unknown_task_is_named(dlm: Dlm, task_files: Path, masked_dir: Path) -> None:
+    told = dlm.told("eval", str(masked_dir), "--tasks", "choise", "--include-path", str(task_files))
+    assert "unknown task 'choise'; did you mean choice?" in told
 
 
 def test_without_the_extra(dlm: Dlm, masked_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

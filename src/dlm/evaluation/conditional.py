@@ -136,11 +136,20 @@ class Estimator:
             some = order[begin : begin + self.batch]
             greedy = self._greedy([pairs[i] for i in some])
             masks = [self._masks(pairs[i]) for i in some]
-            nats = self._nats([pairs[i] for i in some], masks)
-            for i, mask, nats_S, is_greedy in zip(some, masks, nats, greedy, strict=True):
-                samples = len(nats_S)
-                stderr = 0.0 if mask.exact else float(nats_S.std() * math.sqrt(samples))
-                yield i, Score(-float(nats_S.sum()), stderr, is_greedy)
+            for part in self._runs(masks):
+                nats = self._nats([pairs[i] for i in some[part]], masks[part])
+                for i, mask, nats_S, is_greedy in zip(some[part], masks[part], nats, greedy[part], strict=True):
+                    stderr = 0.0 if mask.exact else float(nats_S.std() * math.sqrt(len(nats_S)))
+                    yield i, Score(-float(nats_S.sum()), stderr, is_greedy)
+
+    def _runs(self, masks: Sequence[Masks]) -> Iterator[slice]:
+        """Pairs that fill a forward pass together, so that an answer comes as soon as it can."""
+        begin, rows = 0, 0
+        for end, mask in enumerate(masks, 1):
+            rows += len(mask.masked_SN)
+            if rows >= self.batch or end == len(masks):
+                yield slice(begin, end)
+                begin, rows = end, 0
 
     def _masks(self, pair: Pair) -> Masks:
         """The mask patterns of a pair, drawn from its own seed."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm.adapters.lora import fingerprint
-from dlm.errors import InputError, unknown
+from dlm.errors import InputError, nearest
 from dlm.evaluation import card as cards
 from dlm.language_model import LanguageModel
 from dlm.workflows.inputs import FORMAT, Model, language_model
@@ -126,7 +126,8 @@ def _manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
         strange = [task for task in tasks if not manager.match_tasks([task])]
         if not strange:
             return manager
-    raise unknown("task", strange[0], manager.all_tasks)
+    near = nearest(strange[0], manager.all_tasks)
+    raise InputError(f"unknown task {strange[0]!r}{near}; python -m dlm.workflows.harness ls tasks lists them")
 
 
 def main() -> None:
