@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,9 @@ from torch import Tensor
 from dlm.errors import InputError
 from dlm.formats.names import Names
 from dlm.formats.native import CONVERTIBLE, KINDS
+from dlm.formats.stored import Stored
 from dlm.text.byte_level import WORDS
 from dlm.text.chat import ChatTemplate
-from dlm.text.tokenizer import Tokenizer
 
 NAMES = Names(
     outside={"token_embd": "embed", "output_norm": "norm", "output": "head"},
@@ -46,14 +48,20 @@ NAMES = Names(
 )
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-CONTROL, USER_DEFINED = 3, 4  # kinds of token
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # kinds of token
+DIFFUSION = {"llada": "llama", "dream": "qwen2"}  # architectures of diffusion models, and whose keys and tensors they have
+INTERLEAVED = ("llama", "llada")  # llama.cpp rotates neighbours, not halves: its converter interleaves the rows of their q and k
+QWEN2_WORDS = ("qwen2", "bailingmoe", "bailingmoe2", "llada-moe")  # names of one way to cut a text into words
 LLAMA3 = (1.0, 4.0, 8192.0)  # low, high and window before of every Llama 3.1 and 3.2; the file has only what follows from them
 
 
 class Header:
-    """metadata by key; tensors by name: (shape with the fastest axis last, kind of quantization, bytes from the file's beginning)."""
+    """metadata by key; tensors by name: (shape with the fastest axis last, kind of quantization, bytes from the file's beginning).
 
-    def __init__(self, data: mmap.mmap) -> None:
+    until: a key of the metadata after which nothing more is read.
+    """
+
+    def __init__(self, data: mmap.mmap, until: str = "") -> None:
         self.data, self.at = data, 4
         if data[:4] != b"GGUF":
             raise ValueError("it does not begin with GGUF")
@@ -61,9 +69,12 @@ class Header:
         if version not in (2, 3):
             raise ValueError(f"version {version} of the format")
         self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(pairs):
             key = self._string()
             self.metadata[key] = self._value(self._take("<I")[0])
+            if key == until:
+                return
         infos = []
         for _ in range(count):
             name, (axes,) = self._string(), self._take("<I")
@@ -96,37 +107,70 @@ class Header:
         return [self._value(inner) for _ in range(count)]
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tokenizer, dict[str, Any], ChatTemplate]:
-    """config.json, tensors in our names, tokenizer, generation defaults and start_token_id, chat template. InputError as `weights.load`."""
+@dataclass(frozen=True)
+class Contents:
+    """A GGUF file. config: with the keys of a Hugging Face config.json; stored: tensors in our names; stops: ids that end a text.
+
+    mask_token_id and shift, whether row i of the logits predicts token i + 1: None where a file does not say.
+    """
+
+    config: dict[str, Any]
+    stored: dict[str, Stored]
+    inner: tokenizers.Tokenizer
+    chat: ChatTemplate
+    stops: list[int]
+    start_token_id: int | None
+    mask_token_id: int | None
+    shift: bool | None
+
+
+DAMAGE = (struct.error, ValueError, LookupError, TypeError, ArithmeticError, RecursionError, MemoryError)
+
+
+def _header(path: Path, until: str = "") -> Header:
+    with path.open("rb") as file:
+        return Header(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), until)
+
+
+def architecture(path: Path) -> str:
+    """general.architecture of a file; nothing for one that is not whole, which `read` tells."""
+    try:
+        return str(_header(path, "general.architecture").metadata.get("general.architecture", ""))
+    except DAMAGE:
+        return ""
+
+
+def read(path: Path) -> Contents:
+    """InputError as `native.load`."""
     try:
         import gguf  # noqa: F401
     except ImportError:
         raise InputError("GGUF files need the convert extra: pip install 'dlm[convert]'") from None
     try:
-        with path.open("rb") as file:
-            header = Header(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except (struct.error, ValueError, LookupError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
+        header = _header(path)
+    except DAMAGE as error:
         raise InputError(f"{path} is no whole GGUF file ({error}): fetch it again") from None
     meta = header.metadata
     kind = meta.get("general.architecture")
-    if kind not in CONVERTIBLE:
-        raise InputError(f"{path} is a checkpoint of kind {kind!r}; dlm converts {', '.join(CONVERTIBLE)}")
+    if kind not in CONVERTIBLE and kind not in DIFFUSION:
+        raise InputError(f"{path} is a checkpoint of kind {kind!r}; dlm converts {', '.join([*CONVERTIBLE, *DIFFUSION])}")
     try:
-        config, state = _config(header, path), _tensors(header, path)
-        tokenizer, control = _tokenizer(meta, path), {"bos_token": "bos_token_id", "eos_token": "eos_token_id"}
+        config, stored = _config(header, path), _stored(header, path)
+        inner, control = _tokenizer(meta, path), {"bos_token": "bos_token_id", "eos_token": "eos_token_id"}
         tokens = meta["tokenizer.ggml.tokens"]
         named = {name: tokens[meta[f"tokenizer.ggml.{key}"]] for name, key in control.items() if f"tokenizer.ggml.{key}" in meta}
         stops = {meta[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in meta}
         begins = meta.get("tokenizer.ggml.add_bos_token", meta.get("tokenizer.ggml.pre") == "llama-bpe")
         start = meta.get("tokenizer.ggml.bos_token_id") if begins else None
+        chat = ChatTemplate(meta.get("tokenizer.chat_template", ""), named)
+        mask, shift = meta.get("tokenizer.ggml.mask_token_id"), meta.get("diffusion.shift_logits")
+        return Contents(config, stored, inner, chat, sorted(stops), start, mask, shift)
     except KeyError as error:
         raise InputError(f"{path} lacks {error}: it is no whole {kind} checkpoint") from None
     except InputError:
         raise
     except (TypeError, ValueError, IndexError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise InputError(f"{path} contradicts itself ({str(error).splitlines()[0]})") from None
-    chat = ChatTemplate(meta.get("tokenizer.chat_template", ""), named)
-    return config, state, tokenizer, {"eos_token_id": sorted(stops), "start_token_id": start}, chat
 
 
 def _config(header: Header, path: Path) -> dict[str, Any]:
@@ -136,6 +180,8 @@ def _config(header: Header, path: Path) -> dict[str, Any]:
     its = {key.removeprefix(f"{kind}."): value for key, value in meta.items() if key.startswith(f"{kind}.")}
     if its.get("rope.scaling.type", "none") not in ("none", ""):
         raise InputError(f"dlm does not read a {kind} checkpoint with rotary positions of kind {its['rope.scaling.type']!r}")
+    if kind in DIFFUSION and its.get("attention.causal", False):
+        raise InputError(f"{path} has causal attention, which no {kind} checkpoint has: it was converted wrongly")
     heads, width = its["attention.head_count"], its["embedding_length"]
     head_dim = its.get("attention.key_length", width // heads)
     rope: dict[str, Any] = {"rope_theta": its.get("rope.freq_base", 10_000.0)}
@@ -143,9 +189,10 @@ def _config(header: Header, path: Path) -> dict[str, Any]:
         factor = float(_tensor(header, "rope_freqs.weight", path).max())
         rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": LLAMA3[0], "high_freq_factor": LLAMA3[1]}
         rope["original_max_position_embeddings"] = LLAMA3[2]
+    tokens = len(meta["tokenizer.ggml.tokens"])
     return {
-        "model_type": kind,
-        "vocab_size": len(meta["tokenizer.ggml.tokens"]),
+        "model_type": DIFFUSION.get(kind, kind),
+        "vocab_size": header.tensors["token_embd.weight"][0][0] if kind in DIFFUSION else tokens,
         "hidden_size": width,
         "intermediate_size": its["feed_forward_length"],
         "num_hidden_layers": its["block_count"],
@@ -160,27 +207,26 @@ def _config(header: Header, path: Path) -> dict[str, Any]:
     }
 
 
-def _tensors(header: Header, path: Path) -> dict[str, Tensor]:
-    meta, state = header.metadata, {}
+def _stored(header: Header, path: Path) -> dict[str, Stored]:
+    meta, stored = header.metadata, {}
     kind = meta["general.architecture"]
     heads = meta[f"{kind}.attention.head_count"]
-    groups = {"attn_q": heads, "attn_k": meta.get(f"{kind}.attention.head_count_kv", heads)}
-    for name in header.tensors:
+    groups = {"attn_q": heads, "attn_k": meta.get(f"{kind}.attention.head_count_kv", heads)} if kind in INTERLEAVED else {}
+    for name, (shape, _, _) in header.tensors.items():
         try:
             own = NAMES.ours(name)
         except KeyError:
             raise InputError(f"{path} has a tensor {name}, which no {KINDS} model has: it is of another architecture") from None
-        if own is None:
-            continue
-        tensor, part = _tensor(header, name, path), name.split(".")[-2]
-        if kind == "llama" and part in groups:  # llama.cpp turns neighbours, not halves: its converter interleaves them
-            tensor = tensor.view(groups[part], -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-        state[own] = tensor
-    return state
+        if own is not None:
+            stored[own] = Stored(shape, partial(_tensor, header, name, path, groups.get(name.split(".")[-2])))
+    return stored
 
 
-def _tensor(header: Header, name: str, path: Path) -> Tensor:
-    """float32. InputError for a quantization that the gguf package cannot read, or a file that ends before."""
+def _tensor(header: Header, name: str, path: Path, interleaved: int | None = None) -> Tensor:
+    """float32. interleaved: heads whose rows are to be put back in halves.
+
+    InputError for a quantization that the gguf package cannot read, or a file that ends before.
+    """
     from gguf import quants
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -195,16 +241,30 @@ def _tensor(header: Header, name: str, path: Path) -> Tensor:
         raise InputError(f"{path}: {name} is quantized in a way that the gguf package cannot read ({error})") from None
     except ValueError as error:
         raise InputError(f"{path} is no whole GGUF file ({name}: {error}): fetch it again") from None
-    return torch.from_numpy(np.array(values, dtype=np.float32, copy=None if values.flags.writeable else True))
+    tensor = torch.from_numpy(np.array(values, dtype=np.float32, copy=None if values.flags.writeable else True))
+    del raw, values
+    if hasattr(header.data, "madvise"):  # what has been read need not stay in memory
+        page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        header.data.madvise(mmap.MADV_DONTNEED, page, begin + math.prod(shape) // block * size - page)
+    if interleaved:
+        try:
+            return tensor.view(interleaved, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        except (RuntimeError, TypeError) as error:
+            raise InputError(f"{path} contradicts itself ({name}: {str(error).splitlines()[0]})") from None
+    return tensor
 
 
-def _tokenizer(meta: dict[str, Any], path: Path) -> Tokenizer:
+def _tokenizer(meta: dict[str, Any], path: Path) -> tokenizers.Tokenizer:
     """Byte-level BPE; which words it begins with goes by a name, as in llama.cpp's llama-vocab.cpp."""
     model, pre = meta["tokenizer.ggml.model"], meta.get("tokenizer.ggml.pre", "default")
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if model != "gpt2" or pre not in ("gpt-2", "smollm", "llama-bpe", "qwen2"):
+    if model != "gpt2" or pre not in ("gpt-2", "smollm", "llama-bpe", *QWEN2_WORDS):
         raise InputError(f"{path}: dlm does not read a vocabulary of kind {model}/{pre}: load the Hugging Face directory of this model")
     tokens, merges = meta["tokenizer.ggml.tokens"], [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
+    kinds = meta["tokenizer.ggml.token_type"]
+    if meta["general.architecture"] in DIFFUSION:  # rows of the embedding that no token has, at the end
+        while kinds and kinds[-1] == UNUSED:
+            tokens, kinds = tokens[:-1], kinds[:-1]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     try:
         inner = tokenizers.Tokenizer(bpe.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
@@ -217,10 +277,9 @@ def _tokenizer(meta: dict[str, Any], path: Path) -> Tokenizer:
     else:
         split = pre_tokenizers.Split(Regex(WORDS % ("{1,3}" if pre == "llama-bpe" else "")), "isolated")
         inner.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    if pre == "qwen2":
+    if pre in QWEN2_WORDS:
         inner.normalizer = normalizers.NFC()
     inner.decoder = decoders.ByteLevel()
-    kinds = meta["tokenizer.ggml.token_type"]
     for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
         inner.add_tokens([AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == kind])
-    return Tokenizer(inner, len(tokens))
+    return inner

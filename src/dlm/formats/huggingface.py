@@ -17,7 +17,8 @@ from dlm.errors import InputError
 from dlm.files import read_json
 from dlm.formats import native
 from dlm.formats.names import Names
-from dlm.formats.native import CONVERTIBLE, KINDS, ModelConfig
+from dlm.formats.native import CONVERTIBLE, KINDS, ModelConfig, Ready
+from dlm.formats.stored import Stored
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 from dlm.text.chat import ChatTemplate
@@ -134,43 +135,44 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def with_mask(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state with a row for the mask at the end of embedding and head."""
-    for name in {"embed.weight", "head.weight"} & state.keys():
-        rows = state[name]
-        state[name] = torch.cat([rows, rows.float().mean(0, keepdim=True).to(rows.dtype)])
-    return state
+def with_mask(stored: dict[str, Stored]) -> dict[str, Stored]:
+    """The tensors with a row for the mask at the end of embedding and head."""
+
+    def longer(rows: Tensor) -> Tensor:
+        return torch.cat([rows, rows.float().mean(0, keepdim=True).to(rows.dtype)])
+
+    return stored | {name: stored[name].with_row(longer) for name in {"embed.weight", "head.weight"} & stored.keys()}
 
 
 def assemble(
     data: dict[str, Any],
-    state: dict[str, Tensor],
+    stored: dict[str, Stored],
     path: Path,
     start_token_id: int | None,
     *,
     device: torch.device | str,
     dtype: torch.dtype,
+    ready: Ready | None = None,
 ) -> tuple[Transformer, ModelConfig]:
     """Network and config of a Hugging Face config.json and tensors in our names."""
     shape = read_config(data, str(path))
-    layers = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    layers = {name.split(".")[1] for name in stored if name.startswith("blocks.")}
     if len(layers) != shape.layers:
         raise InputError(f"{path} says that it has {shape.layers} layers, its weights do not fit: they have {len(layers)}")
-    if shape.tied:
-        state.pop("head.weight", None)
     # a long text carries half a window into the next
     settings = {"objective": "autoregressive", "context": shape.window // 2, "family": data["model_type"]}
     config = ModelConfig(shape, shape.vocab_size - 1, start_token_id=start_token_id, **settings)
-    return native.assemble(config, with_mask(state), path, device=device, dtype=dtype), config
+    return native.assemble(config, with_mask(stored), path, device=device, dtype=dtype, ready=ready), config
 
 
-def load(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
+def load(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, ready: Ready | None = None) -> Base:
     """Read a directory with config.json, safetensors and tokenizer.json, or a GGUF file. InputError for an unsupported one."""
     if path.suffix == ".gguf":
         from dlm.formats import gguf
 
-        data, state, tokenizer, defaults, chat = gguf.read(path)
-        start = defaults.pop("start_token_id")
+        file = gguf.read(path)
+        data, stored, chat, start = file.config, file.stored, file.chat, file.start_token_id
+        tokenizer, defaults = Tokenizer(file.inner, data["vocab_size"]), {"eos_token_id": file.stops}
     else:
         data = read_json(path / "config.json")
         read_config(data, str(path))  # before gigabytes of weights are
@@ -180,8 +182,8 @@ def load(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype =
         defaults["eos_token_id"] = stops(defaults.get("eos_token_id"), data.get("eos_token_id"), chat, tokenizer)
         begins = tokenizer.inner.encode("", add_special_tokens=True).ids
         start = begins[0] if begins else None
-        state = NAMES.renamed(native.load_weights(path), path, KINDS)
-    network, config = assemble(data, state, path, start, device=device, dtype=dtype)
+        stored = NAMES.renamed(native.weights(path), path, KINDS)
+    network, config = assemble(data, stored, path, start, device=device, dtype=dtype, ready=ready)
     return Base(network, config, tokenizer, defaults, chat)
 
 

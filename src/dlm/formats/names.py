@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from dlm.errors import InputError
+from dlm.formats.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Names:
         _, layer, rest = stem.split(".", 2)
         return f"{self.layers}{layer}.{ {own: other for other, own in self.inside.items()}[rest] }.{kind}"
 
-    def renamed(self, state: dict[str, Tensor], where: Path, kinds: str) -> dict[str, Tensor]:
+    def renamed(self, state: dict[str, Stored], where: Path, kinds: str) -> dict[str, Stored]:
         """The tensors, taken out of `state`, by our names. InputError for one that has no place; kinds: the models that it is none of."""
         found = {}
         for name in list(state):

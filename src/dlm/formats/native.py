@@ -9,19 +9,22 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from dlm import bundled
 from dlm.errors import InputError
 from dlm.files import check_stamp, read_json, replacing_files, stamp
+from dlm.formats.stored import Stored
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 
@@ -230,8 +233,8 @@ def load_config(path: Path) -> ModelConfig:
     return ModelConfig.from_json(read_json(path / "config.json"), str(path))
 
 
-def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a directory, from one file or from shards."""
+def weights(path: Path) -> dict[str, Stored]:
+    """All tensors of a directory, of one file or of shards, shard after shard; a file is closed when its last tensor has been read."""
     index = path / INDEX
     names = ["model.safetensors"]
     if index.is_file():
@@ -240,41 +243,69 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
             names = sorted(set(found["weight_map"].values()))
         except (TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{index} is damaged ({error}): fetch or train the checkpoint again") from None
-    state: dict[str, torch.Tensor] = {}
+    stored: dict[str, Stored] = {}
     for name in names:
         if Path(str(name)).name != name or not (path / name).is_file():
             raise InputError(f"{path} lacks {name}: the checkpoint is not whole, fetch or train it again")
         try:
-            state |= load_file(path / name)
+            file: Any = safe_open(path / name, framework="pt")
+            for tensor in file.offset_keys():
+                stored[tensor] = Stored(tuple(file.get_slice(tensor).get_shape()), partial(file.get_tensor, tensor))
         except SafetensorError as error:
             raise InputError(f"{path}/{name} is truncated or damaged ({error}): fetch or train it again") from None
-    return state
+    return stored
 
 
-def load(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Transformer, ModelConfig]:
+Ready = Callable[[Transformer, str], None]
+"""Called with a network and a part of it, `blocks.N` or `head`, whose weights have been read, as the file has them, to quantize them."""
+
+
+def load(
+    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, ready: Ready | None = None
+) -> tuple[Transformer, ModelConfig]:
     """The network in evaluation mode, and its config. InputError where the files do not fit together."""
     config = load_config(path)
-    return assemble(config, load_weights(path), path, device=device, dtype=dtype), config
+    return assemble(config, weights(path), path, device=device, dtype=dtype, ready=ready), config
 
 
 def assemble(
-    config: ModelConfig, state: dict[str, torch.Tensor], path: Path, *, device: torch.device | str, dtype: torch.dtype
+    config: ModelConfig,
+    stored: dict[str, Stored],
+    path: Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    ready: Ready | None = None,
 ) -> Transformer:
-    """The network around these tensors, each cast by itself so that memory holds the weights once. Takes them out of `state`."""
+    """The network around these tensors, read and cast one by one. Takes them out of `stored`."""
     try:
         with torch.device("meta"):
             network = Transformer(config.network)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise InputError(f"{path}: its config describes no network ({str(error).splitlines()[0]})") from None
-    if config.network.tied and "embed.weight" in state:
-        state["head.weight"] = state["embed.weight"]
-    shapes = {name: tuple(p.shape) for name, p in network.state_dict().items()}
-    wrong = [n for n in shapes.keys() | state.keys() if shapes.get(n) != (tuple(state[n].shape) if n in state else None)]
+    if config.network.tied:
+        stored.pop("head.weight", None)
+    shapes = {name: tuple(p.shape) for name, p in network.state_dict().items() if not config.network.tied or name != "head.weight"}
+    wrong = [n for n in shapes.keys() | stored.keys() if shapes.get(n) != (stored[n].shape if n in stored else None)]
     if wrong:
         raise InputError(f"the weights in {path} do not fit its config.json (first: {sorted(wrong)[0]}); another vocabulary or size?")
-    if config.network.tied:
-        del state["head.weight"]
-    network.load_state_dict({k: state.pop(k).to(device, dtype) for k in list(state)}, assign=True, strict=False)
+    left = Counter(map(_part, stored))
+    for name in list(stored):
+        tensor, part = stored.pop(name).read(), _part(name)
+        if ready is None:
+            tensor = tensor.to(device, dtype)
+        elif tensor.ndim == 1 or name.startswith(("embed.", "time.")):  # what is not quantized; a copy, or it would hold its file open
+            tensor = tensor.to(device, dtype, copy=True)
+        network.load_state_dict({name: tensor}, assign=True, strict=False)
+        left[part] -= 1
+        if ready is not None and part not in ("embed", "norm", "time") and not left[part]:
+            network.requires_grad_(False)
+            ready(network, part)
     if config.network.tied:
         network.head.weight = network.embed.weight
     return network.eval().requires_grad_(False)
+
+
+def _part(name: str) -> str:
+    """`blocks.N`, `embed`, `head`, `norm` or `time`."""
+    return ".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1])

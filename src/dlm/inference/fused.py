@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from dlm.inference.fixed_rows import FixedRows
 from dlm.inference.packed import PrepackedLinear, available
-from dlm.inference.quantized_linear import is_large_head, quantized_head
-from dlm.models.block import MLP, Attention, Head, Linear, LowRank, MaskTokens, Rotary, rotary
+from dlm.inference.quantized_linear import QuantizedLinear, is_large_head, quantized_head
+from dlm.models.block import MLP, Attention, Block, Head, Linear, LowRank, MaskTokens, Rotary, rotary
 from dlm.models.transformer import Transformer
 
 PREPACK_ROWS = {torch.float32: range(3, 257), torch.bfloat16: range(1, 257)}  # rows of a product for which prepacked weights pay
@@ -228,10 +228,7 @@ def fuse(network: Transformer) -> Transformer:
     if not isinstance(network.rotary, RotaryTable):
         network.rotary = RotaryTable(network.rotary)
     for block in network.blocks:
-        if not isinstance(block.attention, FusedAttention):
-            block.attention = FusedAttention(block.attention)
-        if not isinstance(block.mlp, FusedMLP):
-            block.mlp = FusedMLP(block.mlp)
+        fuse_block(block)
     if isinstance(network.head, Head) and not isinstance(network.head, FusedHead):
         network.head = FusedHead(network.head, tied=network.head.weight.data_ptr() == network.embed.weight.data_ptr())
     packs = may_prepack(network, network.embed.weight.dtype)
@@ -242,9 +239,18 @@ def fuse(network: Transformer) -> Transformer:
     return network
 
 
+def fuse_block(block: Block) -> None:
+    """Replace attention and MLP of a block by fused ones, in place."""
+    if not isinstance(block.attention, FusedAttention):
+        block.attention = FusedAttention(block.attention)
+    if not isinstance(block.mlp, FusedMLP):
+        block.mlp = FusedMLP(block.mlp)
+
+
 def may_prepack(network: Transformer, dtype: torch.dtype) -> bool:
     """Whether the weights of this network may be held a second time, in this type."""
-    size = sum(p.numel() for p in network.parameters()) * dtype.itemsize
+    quantized = sum(m.in_features * m.out_features for m in network.modules() if isinstance(m, QuantizedLinear))
+    size = (sum(p.numel() for p in network.parameters()) + quantized) * dtype.itemsize
     return network.device.type == "cpu" and size <= PREPACK_BYTES and available(dtype)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from dlm.errors import InputError
 from dlm.inference.compiled import CompiledBlocks, compile
-from dlm.inference.fused import FusedHead, fuse, fused_layers, may_prepack
+from dlm.inference.fused import FusedHead, fuse, fuse_block, fused_layers, may_prepack
 from dlm.inference.quantized_linear import (
     LINEAR,
     OUTPUTS,
@@ -19,6 +19,7 @@ from dlm.inference.quantized_linear import (
     is_large_head,
     quantized_head,
 )
+from dlm.models.block import Block
 from dlm.models.transformer import Transformer
 
 BITS = {"int8": 8, "int4": 4}
@@ -30,20 +31,38 @@ def quantize(network: Transformer, bits: int = 8) -> Transformer:
     """Quantize the weights of all blocks to 8 or 4 bits and the head as `quantized_head` does, in place; the embedding stays as it is."""
     if network.device.type != "cpu":
         raise ValueError(f"weights of few bits are for the CPU, this network is on {network.device}")
-    packs = may_prepack(fuse(network), torch.bfloat16)
-    for fused, layers in list(fused_layers(network)):
-        if fused.joined is None or isinstance(layers[0], FusedHead):
+    fuse(network)
+    for block in network.blocks:
+        _quantize_block(block, bits)
+    if isinstance(network.head, FusedHead):
+        network.head = QuantizedHead(quantized_head(network.head.weight, tied=network.head.tied))  # type: ignore[assignment]
+    packs = may_prepack(network, torch.bfloat16)
+    for module in network.modules():
+        if isinstance(module, QuantizedLinear):
+            module.packs = packs
+    return network
+
+
+@torch.no_grad()
+def quantize_part(network: Transformer, part: str, bits: int) -> None:
+    """Quantize one block, `blocks.N`, or a head of its own, `head`, while the weights of others are still on disk; then `quantize`."""
+    if part == "head":
+        network.head = QuantizedHead(quantized_head(network.head.weight, tied=False))  # type: ignore[assignment]
+    else:
+        block = network.blocks[int(part.partition(".")[2])]
+        assert isinstance(block, Block)
+        fuse_block(block)
+        _quantize_block(block, bits)
+
+
+def _quantize_block(block: Block, bits: int) -> None:
+    for fused, layers in list(fused_layers(block)):
+        if fused.joined is None:
             continue
         fused.product = LINEAR[bits](fused.joined.weight, fused.joined.bias)
         for layer in layers:  # their outputs are parts of a product now; an adapter on them is still theirs
             layer.register_parameter("weight", None)
             layer.register_parameter("bias", None)
-    if isinstance(network.head, FusedHead):
-        network.head = QuantizedHead(quantized_head(network.head.weight, tied=network.head.tied))  # type: ignore[assignment]
-    for module in network.modules():
-        if isinstance(module, QuantizedLinear):
-            module.packs = packs
-    return network
 
 
 def draft_dtype(network: Transformer) -> str:

@@ -7,6 +7,7 @@ Shapes: I and O features in and out, G groups, N rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from dlm.inference.packed import PrepackedLinear
 from dlm.models.block import MaskTokens
 
 GROUP = 32  # weights that share a scale: the least that the kernel knows
+ROWS_AT_ONCE = 4096  # outputs that are quantized together, to bound the memory that it takes; packed codes lie in blocks of 64
 OUTPUTS = 16  # the kernels want a multiple of these, and of `GROUP` inputs
 LARGE_HEAD_WEIGHTS = 2**22  # numbers, from which on a head is a large part of a forward pass
 
@@ -35,13 +37,18 @@ class QuantizedLinear(PrepackedLinear):
         self.out_features, self.in_features = weight_OI.shape
         self.register_buffer("bias", None if bias_O is None else bias_O.detach().float(), persistent=False)
         self.pads = -self.in_features % GROUP, -self.out_features % OUTPUTS
-        weight_OI = weight_OI.detach().float()
-        self.quantize(F.pad(weight_OI, (0, self.pads[0], 0, self.pads[1])) if any(self.pads) else weight_OI)
+        weight_OI = weight_OI.detach()
+        pieces = torch.split(F.pad(weight_OI, (0, self.pads[0], 0, self.pads[1])) if any(self.pads) else weight_OI, ROWS_AT_ONCE)
+        self.keep([self.quantize(piece.float()) for piece in pieces])
 
     bias: Tensor | None
 
-    def quantize(self, weight_OI: Tensor) -> None:
-        """Keep these weights in fewer bits."""
+    def quantize(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
+        """Some rows in fewer bits: the buffers that hold them."""
+        raise NotImplementedError
+
+    def keep(self, pieces: Sequence[tuple[Tensor, ...]]) -> None:
+        """Register the buffers of all rows."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,10 +78,13 @@ class QuantizedLinear(PrepackedLinear):
 class Int8Linear(QuantizedLinear):
     kernel_rows, kernel_rows_alone = 1, 16
 
-    def quantize(self, weight_OI: Tensor) -> None:
+    def quantize(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
         scale_O = (weight_OI.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
-        self.register_buffer("scale", scale_O, persistent=False)
-        self.register_buffer("weight", (weight_OI / scale_O.float()[:, None]).round().clamp(-127, 127).to(torch.int8), persistent=False)
+        return scale_O, (weight_OI / scale_O.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+
+    def keep(self, pieces: Sequence[tuple[Tensor, ...]]) -> None:
+        for name, parts in zip(("scale", "weight"), zip(*pieces, strict=True), strict=True):
+            self.register_buffer(name, torch.cat(parts), persistent=False)
 
     weight: Tensor
     scale: Tensor
@@ -90,7 +100,7 @@ class Int8Linear(QuantizedLinear):
 class Int4Linear(QuantizedLinear):
     kernel_rows, kernel_rows_alone = 6, 64
 
-    def quantize(self, weight_OI: Tensor) -> None:
+    def quantize(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
         weight_OGI = torch.unflatten(weight_OI, 1, (-1, GROUP))
         low_OG1, high_OG1 = torch.aminmax(weight_OGI, dim=-1, keepdim=True)
         scale_OG1 = ((high_OG1 - low_OG1) / 15).clamp(min=1e-12)
@@ -100,9 +110,13 @@ class Int4Linear(QuantizedLinear):
         code_OI = code_OGI.flatten(1).to(torch.uint8)
         # the kernel has a layout of its own, which only it can read
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(code_OI.int(), 2)
+        return packed, torch.cat([scale_OG1, offset_OG1], -1), code_OI[:, ::2] | code_OI[:, 1::2] << 4
+
+    def keep(self, pieces: Sequence[tuple[Tensor, ...]]) -> None:
+        packed, scale_OG2, codes = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         self.register_buffer("packed", packed, persistent=False)
-        self.register_buffer("scale_GO2", torch.cat([scale_OG1, offset_OG1], -1).transpose(0, 1).contiguous(), persistent=False)
-        self.register_buffer("codes", code_OI[:, ::2] | code_OI[:, 1::2] << 4, persistent=False)
+        self.register_buffer("scale_GO2", scale_OG2.transpose(0, 1).contiguous(), persistent=False)
+        self.register_buffer("codes", codes, persistent=False)
 
     packed: Tensor
     scale_GO2: Tensor

@@ -72,17 +72,22 @@ class LanguageModel:
             prepare(network)
 
     @classmethod
-    def from_pretrained(cls, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:
-        """Load a directory, a GGUF file, a bundled or pulled checkpoint or a hub id. InputError names the missing or wrong part."""
+    def from_pretrained(
+        cls, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, ready: native.Ready | None = None
+    ) -> LanguageModel:
+        """Load a directory, a GGUF file, a bundled or pulled checkpoint or a hub id. InputError names the missing or wrong part.
+
+        ready: quantizes parts of the network while others are still on disk.
+        """
         path = native.find(str(name))
         family = known.of(path)
         if family is not None or native.is_foreign(path):
             read = partial(huggingface.load, path) if family is None else partial(foreign.load, path, family)
-            base = read(device=device, dtype=dtype)
+            base = read(device=device, dtype=dtype, ready=ready)
             model = cls(base.network, base.config, base.tokenizer, name=path.stem if path.is_file() else Path(name).name)
             model.defaults, model.chat = base.defaults, base.chat
             return model
-        network, config = native.load(path, device=device, dtype=dtype)
+        network, config = native.load(path, device=device, dtype=dtype, ready=ready)
         ids = config.network.vocab_size
         tokenizer = Tokenizer.load(path) if config.family == "dlm" else Tokenizer.of_network(path, ids, config.mask_token_id)
         model = cls(network, config, tokenizer, name=Path(name).name)
@@ -421,15 +426,17 @@ def load(
     words = {"float32": torch.float32, "bfloat16": torch.bfloat16} | dict.fromkeys(quantize.BITS, torch.float32)
     if isinstance(dtype, str) and dtype not in words:
         raise InputError(f"unknown dtype {dtype!r}; known: {', '.join(words)}")
-    model = LanguageModel.from_pretrained(name, device=device, dtype=words[dtype] if isinstance(dtype, str) else dtype)
+    bits = quantize.BITS.get(str(dtype))
+    if bits and torch.device(device).type != "cpu":
+        raise InputError(f"{dtype} is for the CPU: use --dtype bfloat16 on other devices")
+    # an adapter is loaded onto the weights that it was made for, before they are quantized
+    ready = partial(quantize.quantize_part, bits=bits) if bits and adapter is None else None
+    model = LanguageModel.from_pretrained(name, device=device, dtype=words[dtype] if isinstance(dtype, str) else dtype, ready=ready)
     if adapter is not None:
         for path in [adapter] if isinstance(adapter, str | Path) else adapter:
             attach.with_adapter(model, path)
-    bits = quantize.BITS.get(str(dtype))
     if deterministic and model.is_diffusion:
         raise InputError(f"{name} is a diffusion model: deterministic decoding is for autoregressive models")
-    if bits and model.network.device.type != "cpu":
-        raise InputError(f"{dtype} is for the CPU: use --dtype bfloat16 on other devices")
     if bits or compile or not model.is_diffusion:
         prepare(model.network, bits=bits, batch_invariant=deterministic, compiled=compile)
     return model

@@ -8,7 +8,7 @@ from typing import Any
 
 from dlm.errors import InputError
 from dlm.files import read_json
-from dlm.formats import native
+from dlm.formats import gguf, native
 from dlm.formats.families import a2d, dream, llada, sdar
 from dlm.formats.families.record import Family
 
@@ -16,12 +16,13 @@ FAMILIES: tuple[Family, ...] = (llada.LLADA, dream.DREAM, a2d.QWEN2, a2d.QWEN3, 
 
 
 def of(path: Path) -> Family | None:
-    """The family of a directory; None for a checkpoint of ours, a GGUF file, and a base that `huggingface` converts.
+    """The family of a directory or a GGUF file; None for a checkpoint of ours and for a base that `huggingface` converts.
 
     InputError for an architecture that nothing here reads.
     """
     if path.suffix == ".gguf" and path.is_file():
-        return None
+        kind = gguf.architecture(path)
+        return next((family for family in FAMILIES if family.name == kind and kind in gguf.DIFFUSION), None)
     config = read_json(path / "config.json")
     if not isinstance(config, Mapping) or config.get("model_type") == "dlm":
         return None

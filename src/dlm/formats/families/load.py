@@ -2,48 +2,80 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
-from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.files import read_json
-from dlm.formats import huggingface, native
+from dlm.formats import gguf, huggingface, native
+from dlm.formats.families.a2d import bidirectional
 from dlm.formats.families.record import Config, Family
 from dlm.formats.huggingface import Base
-from dlm.formats.native import ModelConfig
+from dlm.formats.native import ModelConfig, Ready
+from dlm.formats.stored import Stored
+from dlm.models.config import TransformerConfig
 from dlm.text import byte_level
 from dlm.text.chat import ChatTemplate
 from dlm.text.tokenizer import Tokenizer
 
 
-def load(path: Path, family: Family, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
-    """Read a directory with config.json, safetensors and a tokenizer. InputError for an unsupported one."""
-    data = read_json(path / "config.json")
-    shape = read_shape(data, family, path)
-    inner = byte_level.read(path)
-    chat = ChatTemplate.load(path)
-    mask_id = find_mask(data, family, chat, inner.get_vocab(with_added_tokens=True), path)
+def load(
+    path: Path, family: Family, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, ready: Ready | None = None
+) -> Base:
+    """Read a directory with config.json, safetensors and a tokenizer, or a GGUF file. InputError for an unsupported one."""
+    contents = _gguf(path, family) if path.is_file() else _directory(path, family)
+    data, shape, inner, chat, stored = contents.config, contents.shape, contents.inner, contents.chat, contents.stored
+    vocabulary = inner.get_vocab(with_added_tokens=True)
+    mask_id = find_mask(data, family, chat, vocabulary, path)
     tokenizer = Tokenizer(inner, shape.vocab_size, mask_id)
-    state = family.names.renamed(native.load_weights(path), path, family.name)
-    layers = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    layers = {name.split(".")[1] for name in stored if name.startswith("blocks.")}
     if len(layers) != shape.layers:
         raise InputError(f"{path} says that it has {shape.layers} layers, its weights do not fit: they have {len(layers)}")
     config = ModelConfig(
-        shape.with_(tied=is_tied(state, shape.tied)),
+        shape.with_(tied=is_tied(stored, shape.tied)),
         mask_id,
-        noise={"process": "masked", "schedule": "linear", "tokens": max(inner.get_vocab(with_added_tokens=True).values()) + 1},
+        noise={"process": "masked", "schedule": "linear", "tokens": max(vocabulary.values()) + 1},
         family=family.name,
-        shift=family.shift,
+        shift=contents.shift,
         fills_window=False,
         block_phase=family.phase,
     )
     defaults = dict(family.preset)
-    defaults["eos_token_id"] = stops(data, native.read_defaults(path), family, chat, tokenizer)
-    network = native.assemble(config, state, path, device=device, dtype=dtype)
+    defaults["eos_token_id"] = stops(data, contents.generation, family, chat, tokenizer)
+    network = native.assemble(config, stored, path, device=device, dtype=dtype, ready=ready)
     return Base(network, config, tokenizer, defaults, chat)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A checkpoint before its parts are put together. generation: generation_config.json."""
+
+    config: Config
+    shape: TransformerConfig
+    inner: tokenizers.Tokenizer
+    chat: ChatTemplate
+    generation: Config
+    shift: bool
+    stored: dict[str, Stored]
+
+
+def _directory(path: Path, family: Family) -> Contents:
+    data = read_json(path / "config.json")
+    shape = read_shape(data, family, path)
+    inner, chat, generation = byte_level.read(path), ChatTemplate.load(path), native.read_defaults(path)
+    return Contents(data, shape, inner, chat, generation, family.shift, family.names.renamed(native.weights(path), path, family.name))
+
+
+def _gguf(path: Path, family: Family) -> Contents:
+    file = gguf.read(path)
+    shape = bidirectional(file.config, file.config["model_type"])
+    shift = family.shift if file.shift is None else file.shift
+    config = file.config | {"mask_token_id": file.mask_token_id}
+    return Contents(config, shape, file.inner, file.chat, {"eos_token_id": file.stops}, shift, file.stored)
 
 
 def read_shape(data: Config, family: Family, path: Path) -> Any:
@@ -75,17 +107,15 @@ def find_mask(data: Config, family: Family, chat: ChatTemplate, vocabulary: dict
     raise InputError(f"{path}: its tokenizer lacks the mask token {' or '.join(dict.fromkeys(texts))}")
 
 
-def is_tied(state: dict[str, Tensor], stated: bool) -> bool:
-    """Whether head and embedding are one matrix. The file decides: a head that differs from the embedding stays, whatever config.json says.
+def is_tied(stored: dict[str, Stored], stated: bool) -> bool:
+    """Whether head and embedding are one matrix.
 
-    Takes a head that only repeats the embedding out of a `state` whose config says tied.
+    The file decides: a head that differs from the embedding stays, whatever config.json says.
     """
-    if not stated or "head.weight" not in state:
+    if not stated or "head.weight" not in stored:
         return stated
-    if not torch.equal(state["head.weight"], state.get("embed.weight", state["head.weight"])):
-        return False
-    del state["head.weight"]
-    return True
+    head, embedding = stored["head.weight"], stored.get("embed.weight", stored["head.weight"])
+    return head.shape == embedding.shape and torch.equal(head.read(), embedding.read())
 
 
 def stops(data: Config, generation: Config, family: Family, chat: ChatTemplate, tokenizer: Tokenizer) -> list[int]:

@@ -1,0 +1,26 @@
+"""Tensors of a checkpoint that are read one at a time, when they are wanted, so that a large one never lies in memory as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file. shape: of what `read` gives."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    def with_row(self, row: Callable[[Tensor], Tensor]) -> Stored:
+        """With one more row at the end, computed from the others."""
+        read = self.read
+
+        def longer() -> Tensor:
+            return row(read())
+
+        rows, *rest = self.shape or (0,)
+        return Stored((rows + 1, *rest), longer)
