@@ -41,10 +41,10 @@ def measure(name: str, length: int, reach: int, light: int) -> dict[str, Any]:
     transition = torch.tensor(SOURCES[name], dtype=torch.float64)
     models = {"H": MarkovPosterior(transition, length), "L": MarkovPosterior(transition, length, reach)}
     found = Enumerated(models, len(transition), length)
-    source_S, each = found.law("H" * length), found.step_kl("L", "H")
+    source_S, each = found.distribution("H" * length), found.step_kl("L", "H")
     rows: list[Row] = []
     for keys in track(list(itertools.product("HL", repeat=length)), description=name, transient=True):
-        law_S = found.law(keys)
+        law_S = found.distribution(keys)
         kl = float((source_S * (source_S / law_S).log()).sum())
         rows.append(
             {

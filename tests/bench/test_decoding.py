@@ -37,7 +37,7 @@ def test_a_draft_of_itself_is_always_accepted() -> None:
     assert plain.same
     assert fast.same
     assert plain.tokens == fast.tokens == 26
-    assert plain.per_call == 1
+    assert plain.per_pass == 1
     assert fast.accepted == [1.0, 1.0, 1.0]
     assert fast.calls == 4  # one call without proposals, then four tokens each
     assert 0 < fast.first <= fast.seconds

@@ -64,14 +64,14 @@ def path_written_out(keys: Sequence[str]) -> float:
 
 
 def test_the_heavy_model_alone_has_the_law_of_the_source() -> None:
-    torch.testing.assert_close(WRITTEN_OUT.law("HHHH"), TINY.p_S, atol=1e-9, rtol=0)
+    torch.testing.assert_close(WRITTEN_OUT.distribution("HHHH"), TINY.p_S, atol=1e-9, rtol=0)
 
 
 def test_the_kl_of_texts_is_at_most_that_of_paths_and_that_is_additive() -> None:
     alone = WRITTEN_OUT.step_kl("L", "H")
     assert min(alone) > 0
     for keys in itertools.product("HL", repeat=4):
-        assert kl(TINY.p_S, WRITTEN_OUT.law(keys)) <= path(keys) + 1e-9
+        assert kl(TINY.p_S, WRITTEN_OUT.distribution(keys)) <= path(keys) + 1e-9
         assert path(keys) == pytest.approx(path_written_out(keys), rel=1e-9)
 
 
@@ -97,7 +97,7 @@ def test_first_hitting_under_a_schedule_has_the_law_that_is_written_out(word: st
     draws = torch.rand(20000, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64).sort(-1).values
     patterns = torch.tensor([[key == "L" for key in schedule.keys(row)] for row in draws.unbind()])
     for keys_4, number in zip(*patterns.unique(dim=0, return_counts=True), strict=True):
-        expected_S += WRITTEN_OUT.law(["L" if light else "H" for light in keys_4]) * number / len(draws)
+        expected_S += WRITTEN_OUT.distribution(["L" if light else "H" for light in keys_4]) * number / len(draws)
     assert chi_square_of_counts(counts_S, expected_S) > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""An autoregressive base learns to propose draft tokens, as the training loop takes it: an adapter, Medusa heads, or the base itself.
+"""An autoregressive base learns to write draft tokens, as the training loop takes it: an adapter, Medusa heads, or the base itself.
 
 Everything random at step n is a function of (seed, n), so a run that stopped and resumes is bitwise identical to one that never did.
 """

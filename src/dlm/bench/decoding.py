@@ -42,7 +42,7 @@ class Decoding:
     memory: int = 0
 
     @property
-    def per_call(self) -> float:
+    def per_pass(self) -> float:
         """Tokens of a row that a forward pass commits."""
         return self.tokens / self.batch / self.calls if self.calls else math.nan
 
@@ -52,7 +52,7 @@ class Decoding:
         return self.tokens / self.seconds
 
     def record(self) -> dict[str, object]:
-        found = asdict(self) | {"tokens_per_forward": self.per_call, "tokens_per_second": self.rate}
+        found = asdict(self) | {"tokens_per_forward": self.per_pass, "tokens_per_second": self.rate}
         return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in found.items()}
 
 

@@ -38,7 +38,7 @@ def candidates(*, window: int, causal: bool, quick: bool = False) -> list[Option
 
 
 def is_exact(options: Options) -> bool:
-    """Whether these options of a masked model have the law of one token a forward pass; a text is longer than one token."""
+    """Whether these options of a masked model have the distribution of one token a forward pass; a text is longer than one token."""
     return registry.is_exact(options["sampler"], "masked", steps=options.get("steps"), cache=options.get("cache", True))
 
 

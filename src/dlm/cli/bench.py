@@ -127,9 +127,9 @@ def _table(found: Sequence[Decoding], sizes: Sequence[int]) -> Table:
         own = [by[method, rows] for rows in sizes if (method, rows) in by]
         speeds = [_speed(by[method, rows], by[BASELINE, rows]) if (method, rows) in by else "-" for rows in sizes]
         same = "yes" if all(one.same for one in own) else "no"
-        per_call = f"{own[0].per_call:.2f}" if own[0].calls else "-"
+        per_pass = f"{own[0].per_pass:.2f}" if own[0].calls else "-"
         seconds, memory = f"{own[0].first * 1000:.0f} ms", f"{own[0].memory / 1e6:.0f} MB"
-        made.add_row(method, same, per_call, _acceptance(own[0].accepted), seconds, memory, *speeds)
+        made.add_row(method, same, per_pass, _acceptance(own[0].accepted), seconds, memory, *speeds)
     return made
 
 

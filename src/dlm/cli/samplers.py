@@ -28,7 +28,9 @@ def samplers(as_json: Json = False) -> None:
                 made.add_row(f"[bold]{escape(one.usage)}[/]", "yes" if one.exact_by_default else "", _about(one))
         out.print(made)
         out.print()
-    out.print("[dim]exact: the law of one token a forward pass; of an autoregressive model, its text to the token.[/]", highlight=False)
+    out.print(
+        "[dim]exact: the distribution of one token a forward pass; of an autoregressive model, its text to the token.[/]", highlight=False
+    )
     out.print(f"[dim]{escape(registry.CHOICES)}[/]", highlight=False)
     if as_json:
         typer.echo(json.dumps({"format": 1, "samplers": [_record(one) for one in known]}))

@@ -139,7 +139,7 @@ class LanguageModel:
 
     @property
     def exact_samplers(self) -> list[str]:
-        """The names of its samplers whose law is that of one token a forward pass."""
+        """The names of its samplers whose distribution is that of one token a forward pass."""
         return [one.name for one in registry.usable(self.kind, bidirectional=not self.is_causal) if registry.is_exact(one.name, self.kind)]
 
     @property

@@ -51,12 +51,12 @@ class TextKeywords(DecodingKeywords, LayoutKeywords, total=False):
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How a model decodes. What is None comes from generation_config.json or from the model.
+    """How a model decodes. Options that are None come from generation_config.json or from the model.
 
     sampler: a name of `dlm.sampling.registry`, its parameters after a colon, as in `confidence:0.7`. `auto`: the sampler that `dlm
     calibrate` found best within `budget` (`calls:32`, `seconds:2`, `bits:0.1`). For an autoregressive model, one of the short forms of
     `draft` (`strided:4`, `strided:4x16`, `lookup:4`, `heads:4`, `draft:NAME:4`, `auto` for the number), or `lossless`: the drafter
-    that is fastest for what the model has.
+    that is fastest for the model's adapter, heads or weights.
     draft: speculative decoding of an autoregressive model by this drafter; as a text, as of `Draft.parse` (`self:int4`, `ngram`).
     steps: denoising steps of each window. temperature, top_p, top_k: of every draw; temperature 0 takes the likeliest token.
     greedy_tail: so many last steps take the likeliest token everywhere (replacement noise). until_settled: a window ends once no token

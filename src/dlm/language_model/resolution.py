@@ -54,7 +54,8 @@ class DecodingPlan:
 
     word: the sampler with its parameters, as records name it. steps: of a window; 0 for an autoregressive model. block_length: 0 for
     none. cache: as of DecodingOptions. draft: of speculative decoding, with the most draft tokens of a forward pass; adaptive: whether
-    fewer are verified where that pays. exact: whether the law is that of one token a forward pass, or the text that of plain decoding.
+    fewer are verified where that pays. exact: whether the distribution is that of one token a forward pass, or the text that of plain
+    decoding.
     options: as given, with the choices of `auto` in them.
     """
 

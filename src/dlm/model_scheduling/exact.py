@@ -17,7 +17,7 @@ from dlm.protocols import Denoiser
 
 
 class Enumerated:
-    """Conditionals of every model in every state, read once; then the law of a schedule costs 2^T V^T additions at most.
+    """Conditionals of every model in every state, read once; then the distribution of a schedule costs 2^T V^T additions at most.
 
     Laws are built step by step, and the steps that a schedule shares with the last one are not built again.
     """
@@ -38,7 +38,7 @@ class Enumerated:
         whole = torch.ones(len(self.x_ST), dtype=torch.float64)
         self.last: list[tuple[str, dict[frozenset[int], Tensor]]] = [("", {frozenset(): whole})]
 
-    def law(self, keys: Sequence[str]) -> Tensor:
+    def distribution(self, keys: Sequence[str]) -> Tensor:
         """Probability of every text (S,), keys[k] drawing the token after k known ones, positions in uniformly random order."""
         return self._masses(keys)[-1][frozenset(range(self.length))]
 

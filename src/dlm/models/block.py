@@ -58,7 +58,7 @@ class Linear(nn.Linear):
         return self.adapt(x, F.linear(x, self.weight, self.bias), mask_tokens)
 
     def adapt(self, x: Tensor, y: Tensor, mask_tokens: MaskTokens | None) -> Tensor:
-        """y = W x with what an adapter adds to it."""
+        """y = W x, plus the product of an adapter."""
         return y
 
     @property

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dlm.sampling.draw import Draw
 
 Noise = Literal["masked", "replacement"]
-LOSSLESS = "lossless"  # the drafter that is fastest for what an autoregressive model has
+LOSSLESS = "lossless"  # the fastest drafter of an autoregressive model
 AUTO = "auto"  # the sampler that a measurement found best
 
 
@@ -78,8 +78,8 @@ class SamplerInfo:
     factory: makes the rule from `draw` and the parameters by name; a text: where it is, as in `package.module:Name`.
     about: one line. rule: whether the factory makes a rule of one step, else a whole sampler.
     bidirectional: whether it needs a bidirectional network. settles: whether it ends a window once nothing changes.
-    exact: whether its law is that of one token a forward pass, in random order or from left to right; the grid of `ancestral` is not,
-    however fine, since tokens that share a step are drawn independently.
+    exact: whether its distribution is that of one token a forward pass, in random order or from left to right; the grid of
+    `ancestral` is not, however fine, since tokens that share a step are drawn independently.
     blockwise: whether it reads a bidirectional network block by block, and no block what follows it.
     reference: whether it is another project's, kept to compare with; a calibration leaves it out.
     trials: settings that a calibration measures: (text after the colon, steps as divisors of the window; none: steps do not matter).
@@ -518,7 +518,7 @@ def get(word: str, noise: Noise | None) -> SamplerInfo:
 
 
 def is_exact(word: str, noise: Noise | None, *, steps: int | None = None, tokens: int = 0, cache: bool | str = True) -> bool:
-    """Whether a sampler with these settings has the law of one token a forward pass.
+    """Whether a sampler with these settings has the distribution of one token a forward pass.
 
     steps: of a window or block of so many tokens. cache: a policy by name approximates. InputError as `get`.
     """

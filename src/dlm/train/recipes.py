@@ -37,7 +37,7 @@ def shakespeare_mask() -> TrainConfig:
 
 
 def shakespeare_ar() -> TrainConfig:
-    """Its autoregressive twin, 6.4 epochs; 1.4714 nats per character on the validation split."""
+    """The autoregressive baseline, 6.4 epochs; 1.4714 nats per character on the validation split."""
     network = _network(width=192, attention="causal")
     return _config(data=SHAKESPEARE, network=network, objective="autoregressive", steps=1570)
 

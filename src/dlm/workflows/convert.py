@@ -1,4 +1,4 @@
-"""`dlm.convert`: teach an autoregressive model to propose several draft tokens in a forward pass."""
+"""`dlm.convert`: teach an autoregressive model to draft several tokens in a forward pass."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Harness(TemplateLM):  # type: ignore[misc]
         self.stderrs: list[float] = []  # Monte-Carlo errors of the scores so far
         self._templated = False
 
-    # What the harness asks of a tokenizer
+    # The tokenizer's interface for the harness
 
     @property
     def start(self) -> int | None:
@@ -123,7 +123,7 @@ class Harness(TemplateLM):  # type: ignore[misc]
         return f"{self.lm.name}-{self.lm.tokenizer.fingerprint()}"
 
     def get_model_info(self) -> dict[str, object]:
-        """What the harness writes beside its results."""
+        """The facts about the model that the harness writes beside its results."""
         found: dict[str, object] = {"dlm_model": self.lm.name, "likelihood_estimator": self.estimator, "mc_samples": self.mc_samples}
         if self.stderrs:
             mean = sum(self.stderrs) / len(self.stderrs)
@@ -254,7 +254,7 @@ class Harness(TemplateLM):  # type: ignore[misc]
         return [found[i] for i in range(len(requests))]
 
     def _context(self, text: str, new: int) -> tuple[int, ...]:
-        """The end of a context that leaves room for so many new tokens; what a window carries over where the window is too short."""
+        """The end of a context that leaves room for so many new tokens; the carry of a window where the window is too short."""
         ids, room = self.tok_encode(text), self.lm.window - new
         room = room if room > 0 else self.lm.context
         if room < 1:

@@ -119,7 +119,7 @@ class Ranked(Acceptance):
 
 
 @pytest.mark.parametrize(("nodes", "stride"), [(8, 4), (16, 4), (3, 2), (5, 3), (3, 4)])
-def test_tokens_per_call_are_one_and_the_chances_of_all_nodes(nodes: int, stride: int) -> None:
+def test_tokens_per_pass_are_one_and_the_chances_of_all_nodes(nodes: int, stride: int) -> None:
     known, rows, length, tree = Ranked(0.5, 0.25, 0.125), 40, 400, Tree.likeliest(nodes, stride - 1)
     sampler = SpeculativeDecoder(known, MASK, length, known.ragged_cache, MaskDrafter(), stride, tree=tree, draw=Draw(0.0))
     committed = calls = 0

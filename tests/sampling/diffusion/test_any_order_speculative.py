@@ -1,4 +1,4 @@
-"""Speculative any-order decoding: the law of one token a call in random order, in fewer calls.
+"""Speculative any-order decoding: the distribution of one token a forward pass in random order, in fewer passes.
 
 Shapes: B rows, T positions, V vocabulary, S = V^T sequences.
 """
@@ -92,7 +92,7 @@ class Independent:
 
 
 @pytest.mark.parametrize(("draft_tokens", "calls"), [(1, 30), (5, 7), (8, 5), (100, 2)])
-def test_tokens_per_call(draft_tokens: int, calls: int) -> None:
+def test_tokens_per_pass(draft_tokens: int, calls: int) -> None:
     """The first call has nothing to verify and writes one token; the others write all that they propose."""
     sampler = AnyOrderSpeculativeSampler(Independent(), MaskedNoise(5, 4), 30, draft_tokens)
     frames = list(sampler.steps(Canvas.from_rows([[None] * 30], fill=4), rng=generators(0, 1)))

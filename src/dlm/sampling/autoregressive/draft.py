@@ -1,4 +1,4 @@
-"""Which drafter proposes the draft tokens of speculative decoding, how many, and in what shape."""
+"""The drafter of speculative decoding, the number of draft tokens, and their shape."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def is_short(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Draft:
-    """Speculative decoding of an autoregressive model: a drafter proposes, the model verifies; the text stays that of plain decoding.
+    """Speculative decoding of an autoregressive model: a drafter drafts, the model verifies; the text stays that of plain decoding.
 
     source: `adapter`, masks of the same forward pass that a gated LoRA reads (I-DLM, arXiv 2604.11035); `ngram`, prompt lookup in the
     text so far; `heads`, Medusa heads (2401.10774); `self`, the network's own weights quantized to the dtype in `model`, int8 or int4

@@ -28,11 +28,11 @@ MAX_DRAFT_TOKENS = 256
 class AnyOrderSpeculativeSampler:
     """Draft the next `draft_tokens` tokens of a random order independently, verify them in one batched forward pass.
 
-    Row k of that pass sees the first k draft tokens and gives p of the next; `rejection.verify` accepts or replaces it. So the law is
-    that of decoding one token a forward pass in random order, whatever q is, and a pass never yields less than one token. The next draft
-    is drawn from the last verified row, which misses one token at most.
-    tolerance: accept with min(1, (1 + tolerance) p / q) instead; no token is then more than 1 + tolerance times as likely as its
-    law says, so each is within tolerance / (1 + tolerance) of it in total variation. InputError for settings out of range.
+    Row k of that pass sees the first k draft tokens and gives p of the next; `rejection.verify` accepts or replaces it. So the
+    distribution is that of decoding one token a forward pass in random order, for every q, and a pass never yields less than one
+    token. The next draft is drawn from the last verified row, which misses one token at most.
+    tolerance: accept with min(1, (1 + tolerance) p / q) instead; no token is then more than 1 + tolerance times as likely as under
+    p, so each is within tolerance / (1 + tolerance) of it in total variation. InputError for settings out of range.
     """
 
     denoiser: Denoiser
