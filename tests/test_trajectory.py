@@ -143,6 +143,8 @@ def text_grows() -> Trajectory:
 def test_accepted_and_rejected_draft_tokens(tmp_path: Path) -> None:
     made = text_grows()
     made.save(tmp_path / "run.traj")
+    with safe_open(tmp_path / "run.traj", framework="pt") as file:  # the keys of files saved by earlier versions
+        assert {"proposed_row", "proposed_position", "proposed_token", "proposed_count"} <= set(file.keys())
     for run in (made, Trajectory.load(tmp_path / "run.traj")):
         assert run.has_drafts
         assert (run.drafted_B.tolist(), run.accepted_B.tolist()) == ([3, 2], [2, 0])
