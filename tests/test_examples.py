@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-MOST_LINES = 55  # of a script
+MAX_SCRIPT_LINES = 55
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +56,7 @@ def test_every_script_is_run() -> None:
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.py")), ids=lambda file: file.stem)
 def test_a_script_is_short(file: Path) -> None:
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= MAX_SCRIPT_LINES
 
 
 @pytest.mark.parametrize("name", SETTINGS)
