@@ -31,8 +31,9 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_files(directory: Path, order: Callable[[Path], Any] = str) -> Iterator[Path]:
     """A temporary directory inside `directory`, from which all files move out at the end, each as with `replacing`.
 
-    order: key of the files' order, so that a reader who finds the last one finds all others.
+    order: key of the files' order, so that a reader who finds the last one finds all others. InputError where there is no such directory.
     """
+    check_directory(directory)
     with tempfile.TemporaryDirectory(prefix=PREFIX, dir=directory) as temporary:
         probe = Path(temporary) / ".mode"
         probe.touch()
@@ -42,6 +43,12 @@ def replacing_files(directory: Path, order: Callable[[Path], Any] = str) -> Iter
         for partial in sorted(Path(temporary).iterdir(), key=order):
             path = directory / partial.name
             _install(partial, path, path.stat().st_mode if path.is_file() else mode)
+
+
+def check_directory(directory: Path) -> None:
+    """InputError where there is no such directory to write into."""
+    if not directory.is_dir():
+        raise InputError(f"there is no directory {directory} to write into: make it first")
 
 
 def _install(partial: Path, path: Path, mode: int) -> None:

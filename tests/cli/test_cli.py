@@ -17,6 +17,7 @@ import torch
 from bases import publish, tokenizer, transformer
 from conftest import TEXT, Dlm
 from dlm import bundled, cli
+from dlm.language_model.generation import Run
 from dlm.trajectory import Trajectory
 
 
@@ -63,6 +64,16 @@ def test_autoregressive_model_by_the_same_verb(dlm: Dlm, autoregressive_dir: Pat
     assert record["forwards"] == 44
     assert "fill holes" in dlm.told("generate", "--model", str(autoregressive_dir), "--template", "A_B")
     assert "diffusion" in dlm.told("generate", "--model", str(autoregressive_dir), "--sampler", "topk")
+
+
+def test_a_directory_that_is_missing_is_told_before_the_text_is_written(
+    dlm: Dlm, masked_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--model", str(masked_dir), "--length", "20", "--steps", "2")
+    assert dlm("generate", *words, "--save", "run.traj")[0] == 0
+    assert "there is no directory nowhere to write into" in dlm.told("show", "run.traj", "--html", "nowhere/run.html")
+    monkeypatch.setattr(Run, "step", None)
+    assert "there is no directory nowhere to write into" in dlm.told("generate", *words, "--save", "nowhere/run.traj")
 
 
 def test_save_and_show(dlm: Dlm, masked_dir: Path, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from dlm.cli.app import (
     sampler_word,
 )
 from dlm.errors import InputError
+from dlm.files import check_directory
 from dlm.sampling import registry
 
 if TYPE_CHECKING:
@@ -281,8 +282,10 @@ def _runs(
 
 
 def _paths(save: Path | None, labels: list[str]) -> list[Path]:
+    """A file for each run, beside one another; InputError where their directory is missing, before anything is written."""
     if save is None:
         return []
+    check_directory(save.parent)
     if len(labels) == 1:
         return [save]
     return [save.with_stem(f"{save.stem}-{re.sub('[^A-Za-z0-9.]+', '-', label).strip('-.')}") for label in labels]
