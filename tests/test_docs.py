@@ -21,6 +21,8 @@ NAME = re.compile(r"`(dlm(?:\.\w+)+)(?:\(.*?\))?`")
 COMMAND = re.compile(r"(?:^ {4}|^|`|-m )dlm ([a-z]+\b[^`\n]*)", re.M)
 FILE = re.compile(r"`((?:src|tests|docs|benchmarks|examples|dev)/[\w./-]+\.\w+)`")
 
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
 
 def page_id(page: Path) -> str:
     return str(page.relative_to(ROOT))
@@ -36,6 +38,12 @@ def test_every_name_on_a_page_can_be_imported(page: Path) -> None:
 def test_every_file_on_a_page_exists(page: Path) -> None:
     missing = [name for name in FILE.findall(page.read_text(encoding="utf-8")) if not (ROOT / name).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_link_on_a_page_leads_somewhere(page: Path) -> None:
+    targets = [target.partition("#")[0] for target in LINK.findall(page.read_text(encoding="utf-8"))]
+    assert [target for target in targets if target and ":" not in target and not (page.parent / target).exists()] == []
 
 
 def unknown_options(line: str) -> set[str]:
