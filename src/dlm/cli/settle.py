@@ -66,6 +66,7 @@ def _table(found: Sequence[Settling]) -> Table:
         cells = [f"{one.label}: {one.texts} texts, {one.steps} steps", f"{one.edits:.2f}", str(one.step_of(0.5)), str(one.step_of(0.9))]
         cells += [f"{one.last_step:.0f}", f"{changed[1]:.1%}", f"{changed[(one.steps + 1) // 2]:.1%}"]
         if one.bits is not None:
-            cells.append(f"{one.bits.mean_S[-1]:.2f} +- {one.bits.band_S[-1]:.2f}")
+            error = f" +- {one.bits.band_S[-1]:.2f}" if one.texts > 1 else ""
+            cells.append(f"{one.bits.mean_S[-1]:.2f}{error}")
         made.add_row(*cells)
     return made

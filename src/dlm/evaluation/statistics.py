@@ -38,7 +38,8 @@ def _quantile(count_X: Tensor) -> Tensor:
     """Of Student's t for means of so many values."""
     from scipy import stats
 
-    return torch.as_tensor(stats.t.ppf(0.5 + CONFIDENCE / 2, (count_X - 1).clamp(min=1).numpy()), dtype=torch.float64)
+    quantile_X = stats.t.ppf(0.5 + CONFIDENCE / 2, (count_X - 1).clamp(min=1).cpu().numpy())
+    return torch.as_tensor(quantile_X, dtype=torch.float64, device=count_X.device)
 
 
 @dataclass(frozen=True)
