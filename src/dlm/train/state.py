@@ -46,7 +46,7 @@ def begin(out: Path, verb: str, *, resume: bool, optimizer: str) -> Meta:
     if resume and not saved.is_file():
         raise InputError(f"nothing to resume in {out}: {verb} without --resume first")
     if not resume and saved.is_file():
-        raise InputError(f"{out} holds a run already: add --resume (resume=True), or choose another --out")
+        raise InputError(f"{out} holds a run already: add --resume, or choose another --out")
     if not resume:
         return {}
     meta = read_meta(saved)
