@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,9 +67,6 @@ TEXT = "ROMEO: But soft, what light through yonder window breaks!\nJULIET: O Rom
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["dlm", *words])
-    for handler in logging.getLogger("transformers").handlers:  # it keeps the error stream of the test that imported it, closed by now
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
     with pytest.raises(SystemExit) as left:
         cli.main()
     out, err = capsys.readouterr()
