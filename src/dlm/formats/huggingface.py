@@ -182,7 +182,7 @@ def load(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype =
         defaults["eos_token_id"] = stops(defaults.get("eos_token_id"), data.get("eos_token_id"), chat, tokenizer)
         begins = tokenizer.inner.encode("", add_special_tokens=True).ids
         start = begins[0] if begins else None
-        stored = NAMES.renamed(native.weights(path), path, KINDS)
+        stored = NAMES.renamed(native.weights(path, copied=ready is not None), path, KINDS)
     network, config = assemble(data, stored, path, start, device=device, dtype=dtype, ready=ready)
     return Base(network, config, tokenizer, defaults, chat)
 

@@ -233,8 +233,11 @@ def load_config(path: Path) -> ModelConfig:
     return ModelConfig.from_json(read_json(path / "config.json"), str(path))
 
 
-def weights(path: Path) -> dict[str, Stored]:
-    """All tensors of a directory, of one file or of shards, shard after shard; a file is closed when its last tensor has been read."""
+def weights(path: Path, *, copied: bool = False) -> dict[str, Stored]:
+    """All tensors of a directory, of one file or of shards, shard after shard; a file is closed when its last tensor has been read.
+
+    copied: tensors are dropped soon after they have been read, so that each one maps its file anew and nothing of it stays resident.
+    """
     index = path / INDEX
     names = ["model.safetensors"]
     if index.is_file():
@@ -250,10 +253,17 @@ def weights(path: Path) -> dict[str, Stored]:
         try:
             file: Any = safe_open(path / name, framework="pt")
             for tensor in file.offset_keys():
-                stored[tensor] = Stored(tuple(file.get_slice(tensor).get_shape()), partial(file.get_tensor, tensor))
+                read = partial(_read, path / name, tensor) if copied else partial(file.get_tensor, tensor)
+                stored[tensor] = Stored(tuple(file.get_slice(tensor).get_shape()), read)
         except SafetensorError as error:
             raise InputError(f"{path}/{name} is truncated or damaged ({error}): fetch or train it again") from None
     return stored
+
+
+def _read(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
 
 
 Ready = Callable[[Transformer, str], None]
@@ -265,7 +275,7 @@ def load(
 ) -> tuple[Transformer, ModelConfig]:
     """The network in evaluation mode, and its config. InputError where the files do not fit together."""
     config = load_config(path)
-    return assemble(config, weights(path), path, device=device, dtype=dtype, ready=ready), config
+    return assemble(config, weights(path, copied=ready is not None), path, device=device, dtype=dtype, ready=ready), config
 
 
 def assemble(
@@ -294,8 +304,9 @@ def assemble(
         tensor, part = stored.pop(name).read(), _part(name)
         if ready is None:
             tensor = tensor.to(device, dtype)
-        elif tensor.ndim == 1 or name.startswith(("embed.", "time.")):  # what is not quantized; a copy, or it would hold its file open
-            tensor = tensor.to(device, dtype, copy=True)
+        elif name != "head.weight":  # a copy, or it would hold its file open; what a block quantizes keeps its type until then
+            quantized = name.startswith("blocks.") and tensor.ndim > 1
+            tensor = tensor.to(device, tensor.dtype if quantized else dtype, copy=True)
         network.load_state_dict({name: tensor}, assign=True, strict=False)
         left[part] -= 1
         if ready is not None and part not in ("embed", "norm", "time") and not left[part]:

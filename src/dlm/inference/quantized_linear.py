@@ -7,7 +7,6 @@ Shapes: I and O features in and out, G groups, N rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -18,7 +17,7 @@ from dlm.inference.packed import PrepackedLinear
 from dlm.models.block import MaskTokens
 
 GROUP = 32  # weights that share a scale: the least that the kernel knows
-ROWS_AT_ONCE = 4096  # outputs that are quantized together, to bound the memory that it takes; packed codes lie in blocks of 64
+ROWS_AT_ONCE = 1024  # outputs that are quantized together, to bound the memory that it takes; packed codes lie in blocks of 64
 OUTPUTS = 16  # the kernels want a multiple of these, and of `GROUP` inputs
 LARGE_HEAD_WEIGHTS = 2**22  # numbers, from which on a head is a large part of a forward pass
 
@@ -38,16 +37,25 @@ class QuantizedLinear(PrepackedLinear):
         self.register_buffer("bias", None if bias_O is None else bias_O.detach().float(), persistent=False)
         self.pads = -self.in_features % GROUP, -self.out_features % OUTPUTS
         weight_OI = weight_OI.detach()
-        pieces = torch.split(F.pad(weight_OI, (0, self.pads[0], 0, self.pads[1])) if any(self.pads) else weight_OI, ROWS_AT_ONCE)
-        self.keep([self.quantize(piece.float()) for piece in pieces])
+        weight_OI = F.pad(weight_OI, (0, self.pads[0], 0, self.pads[1])) if any(self.pads) else weight_OI
+        # one buffer for all rows: freed and allocated again and again, large ones leave holes in the heap
+        buffer_OI = torch.empty(min(ROWS_AT_ONCE, len(weight_OI)), weight_OI.shape[1])
+        kept: list[Tensor] = []
+        for first in range(0, len(weight_OI), ROWS_AT_ONCE):
+            piece = weight_OI[first : first + ROWS_AT_ONCE]
+            parts = self.quantize(buffer_OI[: len(piece)].copy_(piece))
+            kept = kept or [part.new_empty(len(weight_OI), *part.shape[1:]) for part in parts]
+            for whole, part in zip(kept, parts, strict=True):
+                whole[first : first + ROWS_AT_ONCE] = part
+        self.keep(*kept)
 
     bias: Tensor | None
 
     def quantize(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
-        """Some rows in fewer bits: the buffers that hold them."""
+        """Some rows, float32 and overwritten, in fewer bits: the buffers that hold them."""
         raise NotImplementedError
 
-    def keep(self, pieces: Sequence[tuple[Tensor, ...]]) -> None:
+    def keep(self, *buffers: Tensor) -> None:
         """Register the buffers of all rows."""
         raise NotImplementedError
 
@@ -79,12 +87,13 @@ class Int8Linear(QuantizedLinear):
     kernel_rows, kernel_rows_alone = 1, 16
 
     def quantize(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
-        scale_O = (weight_OI.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
-        return scale_O, (weight_OI / scale_O.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        low_O, high_O = torch.aminmax(weight_OI, dim=1)
+        scale_O = (torch.maximum(-low_O, high_O) / 127).clamp(min=1e-12).bfloat16()
+        return scale_O, weight_OI.div_(scale_O.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
 
-    def keep(self, pieces: Sequence[tuple[Tensor, ...]]) -> None:
-        for name, parts in zip(("scale", "weight"), zip(*pieces, strict=True), strict=True):
-            self.register_buffer(name, torch.cat(parts), persistent=False)
+    def keep(self, *buffers: Tensor) -> None:
+        for name, buffer in zip(("scale", "weight"), buffers, strict=True):
+            self.register_buffer(name, buffer, persistent=False)
 
     weight: Tensor
     scale: Tensor
@@ -106,14 +115,14 @@ class Int4Linear(QuantizedLinear):
         scale_OG1 = ((high_OG1 - low_OG1) / 15).clamp(min=1e-12)
         offset_OG1 = (low_OG1 + 8 * scale_OG1).bfloat16()  # the value of code 8
         scale_OG1 = scale_OG1.bfloat16()
-        code_OGI = (weight_OGI - offset_OG1).div_(scale_OG1).round_().add_(8).clamp_(0, 15)
+        code_OGI = weight_OGI.sub_(offset_OG1).div_(scale_OG1).round_().add_(8).clamp_(0, 15)
         code_OI = code_OGI.flatten(1).to(torch.uint8)
         # the kernel has a layout of its own, which only it can read
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(code_OI.int(), 2)
         return packed, torch.cat([scale_OG1, offset_OG1], -1), code_OI[:, ::2] | code_OI[:, 1::2] << 4
 
-    def keep(self, pieces: Sequence[tuple[Tensor, ...]]) -> None:
-        packed, scale_OG2, codes = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    def keep(self, *buffers: Tensor) -> None:
+        packed, scale_OG2, codes = buffers
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scale_GO2", scale_OG2.transpose(0, 1).contiguous(), persistent=False)
         self.register_buffer("codes", codes, persistent=False)

@@ -27,7 +27,7 @@ def load(
     path: Path, family: Family, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, ready: Ready | None = None
 ) -> Base:
     """Read a directory with config.json, safetensors and a tokenizer, or a GGUF file. InputError for an unsupported one."""
-    contents = _gguf(path, family) if path.is_file() else _directory(path, family)
+    contents = _gguf(path, family) if path.is_file() else _directory(path, family, copied=ready is not None)
     data, shape, inner, chat, stored = contents.config, contents.shape, contents.inner, contents.chat, contents.stored
     vocabulary = inner.get_vocab(with_added_tokens=True)
     mask_id = find_mask(data, family, chat, vocabulary, path)
@@ -63,11 +63,12 @@ class Contents:
     stored: dict[str, Stored]
 
 
-def _directory(path: Path, family: Family) -> Contents:
+def _directory(path: Path, family: Family, *, copied: bool) -> Contents:
     data = read_json(path / "config.json")
     shape = read_shape(data, family, path)
     inner, chat, generation = byte_level.read(path), ChatTemplate.load(path), native.read_defaults(path)
-    return Contents(data, shape, inner, chat, generation, family.shift, family.names.renamed(native.weights(path), path, family.name))
+    stored = family.names.renamed(native.weights(path, copied=copied), path, family.name)
+    return Contents(data, shape, inner, chat, generation, family.shift, stored)
 
 
 def _gguf(path: Path, family: Family) -> Contents:
