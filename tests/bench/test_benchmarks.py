@@ -16,6 +16,7 @@ QUICK = {
     "decoding_call": ["--quick"],
     "frontier": [],
     "granularity": ["--quick"],
+    "loading": ["--gigabytes", "0.02"],
     "long": ["--quick"],
     "lossless": ["--quick"],
     "markov": ["--quick"],

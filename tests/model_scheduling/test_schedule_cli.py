@@ -204,6 +204,8 @@ def test_bad_input(dlm: Dlm, family: Path, text_file: Path) -> None:
 def test_a_judge_with_words_of_its_own(dlm: Dlm, family: Path, text_file: Path, tmp_path: Path) -> None:
     """Through text: a model of dlm's with another vocabulary, and one of transformers, each against its own likelihood."""
     transformers = pytest.importorskip("transformers")
+    # it logs to the error stream of the test that imported it, closed by now: not a traceback of ours
+    dlm.monkeypatch.setattr(logging, "raiseExceptions", False)
     make_model("autoregressive", window=64, context=0, alphabet=ALPHABET[::-1] + "0123").save_pretrained("cousin")
     config = transformers.GPT2Config(vocab_size=61, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     transformers.set_seed(0)
@@ -245,8 +247,6 @@ def test_a_judge_with_words_of_its_own(dlm: Dlm, family: Path, text_file: Path, 
     x_BT = torch.tensor([cousin.tokenizer.encode(text) for text in texts])
     each_B = generative.judge_bits_each(cousin.noise, cousin.predict, x_BT)
     assert found["cousin"] == pytest.approx(float(each_B.mean()), rel=1e-5)
-    # transformers logs to the error stream of the test that imported it, closed by now: not a traceback of ours
-    dlm.monkeypatch.setattr(logging, "raiseExceptions", False)
     Path("gpt2/config.json").write_text('{"model_type": "nonsense"}')
     assert "no causal model that transformers can read" in dlm.told(*words, "gpt2")
     make_model("autoregressive", window=8, context=0, alphabet=ALPHABET + "0").save_pretrained("short")
