@@ -51,7 +51,7 @@ def wide(directory: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_memory_is_that_of_the_weights_and_one_shard(dtype: str, tmp_path: Path) -> None:
+def test_memory_is_that_of_the_weights_one_shard_and_four_of_sixteen_blocks(dtype: str, tmp_path: Path) -> None:
     size = wide(tmp_path)
     shard = max(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     command = [sys.executable, "-c", LOAD, str(GOLDEN / "llada"), str(tmp_path), dtype]
