@@ -34,6 +34,8 @@ def compile(network: Transformer) -> Transformer:
     """
     if network.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
         raise InputError("a network is compiled with a C++ compiler, and there is none: install g++, or decode without compiling")
+    if network.config.experts is not None:
+        raise InputError("a network with experts is not compiled, for its tokens choose what is run: leave compiling away")
     fuse(network)
     network.blocks = CompiledBlocks(network.blocks)
     return network

@@ -209,7 +209,7 @@ class RotaryTable(Rotary):
 
     def _make(self, device: torch.device) -> tuple[Tensor, Tensor]:
         pos_1T, config = torch.arange(self.config.window + DRAFT_POSITIONS, device=device)[None], self.config
-        cos, sin = rotary(pos_1T, config.head_dim, config.rope_base, config.rope_scaling)
+        cos, sin = rotary(pos_1T, config.rotary_dim or config.head_dim, config.rope_base, config.rope_scaling)
         self.tables[device] = cos[0, 0], sin[0, 0]
         return self.tables[device]
 
@@ -240,11 +240,13 @@ def fuse(network: Transformer) -> Transformer:
 
 
 def fuse_block(block: Block) -> None:
-    """Replace attention and MLP of a block by fused ones, in place."""
+    """Replace attention and MLP of a block, or the MLPs of its experts, by fused ones, in place."""
     if not isinstance(block.attention, FusedAttention):
         block.attention = FusedAttention(block.attention)
-    if not isinstance(block.mlp, FusedMLP):
-        block.mlp = FusedMLP(block.mlp)
+    for module in list(block.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, MLP) and not isinstance(child, FusedMLP):
+                setattr(module, name, FusedMLP(child))
 
 
 def may_prepack(network: Transformer, dtype: torch.dtype) -> bool:

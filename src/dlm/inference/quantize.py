@@ -70,7 +70,7 @@ def draft_dtype(network: Transformer) -> str:
     came in four, else `int8`; nothing for a network that is small, quantized already, or not on a CPU."""
     if network.quantized or network.device.type != "cpu" or not is_large_head(network.head.weight):
         return ""
-    weight_OI = next(iter(network.blocks)).mlp.up.weight.detach()[:OUTPUTS].float()
+    weight_OI = network.get_parameter("blocks.0.mlp.up.weight").detach()[:OUTPUTS].float()
     error = Int4Linear(weight_OI).dense_weight()[: len(weight_OI), : weight_OI.shape[1]].float() - weight_OI
     return "int4" if error.norm() < INT4_ERROR * weight_OI.norm() else "int8"
 

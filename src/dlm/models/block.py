@@ -111,8 +111,11 @@ def rotary(pos_BQ: Tensor, head_dim: int, base: float, scaling: tuple[float, ...
 
 
 def rotate(x_BHQK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x_BHQK.chunk(2, -1)
-    return x_BHQK * cos.to(x_BHQK.dtype) + torch.cat([-second, first], -1) * sin.to(x_BHQK.dtype)
+    """The leading dimensions of each head, as many as cos has, by its position; the others stay."""
+    turned, kept = x_BHQK[..., : cos.shape[-1]], x_BHQK[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, -1)
+    turned = turned * cos.to(x_BHQK.dtype) + torch.cat([-second, first], -1) * sin.to(x_BHQK.dtype)
+    return torch.cat([turned, kept], -1) if kept.shape[-1] else turned
 
 
 class Rotary(nn.Module):
@@ -123,7 +126,8 @@ class Rotary(nn.Module):
         self.config = config
 
     def forward(self, pos_BQ: Tensor) -> tuple[Tensor, Tensor]:
-        return rotary(pos_BQ, self.config.head_dim, self.config.rope_base, self.config.rope_scaling)
+        config = self.config
+        return rotary(pos_BQ, config.rotary_dim or config.head_dim, config.rope_base, config.rope_scaling)
 
 
 class Attend(nn.Module):
@@ -216,7 +220,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp: nn.Module = MLP(config)  # or `dlm.models.experts.Experts`
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, forward_pass: ForwardPass) -> Tensor:

@@ -9,6 +9,39 @@ from dlm.models import attention
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts (`dlm.models.experts`).
+
+    count: experts of a layer, `per_token` of which each token goes to. width: of an expert's hidden layer; shared_width: of the MLP that
+    every token goes to besides, 0 for none. first_layer: layers before it have a plain MLP of `mlp_width`.
+    score: `softmax` over all experts, or `sigmoid` of each. normalised: the weights of a token's experts sum to 1, before `scaling`.
+    correction: whether a bias is added to the scores for the choice alone. groups: equal parts of the experts, of which a token chooses
+    `groups_per_token` first.
+    """
+
+    count: int
+    per_token: int
+    width: int
+    shared_width: int = 0
+    first_layer: int = 0
+    score: str = "softmax"
+    normalised: bool = False
+    scaling: float = 1.0
+    correction: bool = False
+    groups: int = 1
+    groups_per_token: int = 1
+
+    def __post_init__(self) -> None:
+        if self.score not in ("softmax", "sigmoid"):
+            raise ValueError(f"unknown score of experts {self.score!r}; known: softmax, sigmoid")
+        if self.count < 1 or self.width < 1 or self.groups < 1 or self.count % self.groups:
+            raise ValueError(f"{self.count} experts of width {self.width} in {self.groups} groups cannot be")
+        choice = self.count // self.groups * self.groups_per_token
+        if not 1 <= self.groups_per_token <= self.groups or not 1 <= self.per_token <= choice:
+            raise ValueError(f"{self.per_token} experts a token cannot be chosen among {choice} in {self.groups_per_token} groups")
+
+
+@dataclass(frozen=True)
 class TransformerConfig:
     """Sizes and switches: all that is needed to rebuild the network."""
 
@@ -24,11 +57,13 @@ class TransformerConfig:
     attention: str = "full"  # full | causal | block_causal
     block_length: int = 0  # for block_causal
     rope_base: float = 10_000.0
+    rotary_dim: int = 0  # leading dimensions of a head that are rotated; 0: all
     rope_scaling: tuple[float, ...] = ()  # Llama 3: factor, low and high frequency factor, window before
     norm_eps: float = 1e-6
     qk_norm: bool = True
     qkv_bias: bool = False
     tied: bool = False
+    experts: ExpertsConfig | None = None  # in place of the MLP
     time_conditioning: bool = False
     dropout: float = 0.0
     backend: str = "auto"  # auto | sdpa | flex
@@ -49,8 +84,9 @@ class TransformerConfig:
         if self.heads % self.kv_heads or self.head_dim % 2:
             raise ValueError(f"{self.heads} heads need a divisor of kv_heads ({self.kv_heads}) and an even head_dim ({self.head_dim})")
         object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))  # JSON has lists
-        if len(self.rope_scaling) not in (0, 4):
-            raise ValueError(f"rope_scaling has four numbers or none, got {self.rope_scaling}")
+        if isinstance(self.experts, dict):  # and no dataclasses
+            object.__setattr__(self, "experts", ExpertsConfig(**self.experts))
+        self._check_positions()
         if self.mlp not in ("relu2", "swiglu"):
             raise ValueError(f"unknown mlp {self.mlp!r}; known: relu2, swiglu")
         if self.attention not in attention.PATTERNS:
@@ -61,6 +97,12 @@ class TransformerConfig:
             raise ValueError(f"dropout must lie in 0 .. 1, got {self.dropout}")
         if self.backend not in ("auto", "sdpa", "flex"):
             raise ValueError(f"unknown attention backend {self.backend!r}; known: auto, sdpa, flex")
+
+    def _check_positions(self) -> None:
+        if not 0 <= self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
+            raise ValueError(f"rotary_dim must be even and at most the head_dim {self.head_dim}, got {self.rotary_dim}")
+        if len(self.rope_scaling) not in (0, 4):
+            raise ValueError(f"rope_scaling has four numbers or none, got {self.rope_scaling}")
 
     def with_(self, **changes: Any) -> TransformerConfig:
         """A copy with some fields changed; derived widths follow unless given."""
@@ -76,6 +118,14 @@ class TransformerConfig:
         Two for each multiply and add; embedding, norms, rotations and softmax are free, as `torch.utils.flop_counter` counts.
         """
         inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        weights = 2 * self.width * (inner + kv_inner) + (3 if self.mlp == "swiglu" else 2) * self.width * self.mlp_width
+        weights = self.layers * 2 * self.width * (inner + kv_inner) + self.width * self._mlp_features()
         attention = 4 * inner * (self.window if keys is None else keys)
-        return self.layers * (2 * weights + attention), 2 * self.width * self.vocab_size
+        return 2 * weights + self.layers * attention, 2 * self.width * self.vocab_size
+
+    def _mlp_features(self) -> int:
+        """Rows and columns of MLP weights that a token meets in all layers, those of its experts and of the router."""
+        matrices, e = 3 if self.mlp == "swiglu" else 2, self.experts
+        if e is None:
+            return self.layers * matrices * self.mlp_width
+        plain = min(e.first_layer, self.layers)
+        return plain * matrices * self.mlp_width + (self.layers - plain) * (matrices * (e.per_token * e.width + e.shared_width) + e.count)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from dlm.models import attention
 from dlm.models.attention import FlexMask, Mask
-from dlm.models.block import AnyCache, Block, Blocks, Embedding, ForwardPass, Head, RMSNorm, Rotary, TimeEmbedding
+from dlm.models.block import AnyCache, Blocks, Embedding, ForwardPass, Head, RMSNorm, Rotary, TimeEmbedding
 from dlm.models.cache import KVCache, RaggedCache, TextCache, WindowCache
 from dlm.models.config import TransformerConfig
+from dlm.models.experts import make_block
 
 Attends = tuple[Tensor, Mask, bool]
 """Positions of the queries (B, Q), their attention mask, and whether it is causal."""
@@ -28,7 +29,7 @@ class Transformer(nn.Module):
         self.embed = Embedding(config.vocab_size, config.width)
         self.time = TimeEmbedding(config.width) if config.time_conditioning else None
         self.rotary = Rotary(config)
-        self.blocks = Blocks(Block(config, i) for i in range(config.layers))
+        self.blocks = Blocks(make_block(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = Head(config.width, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -42,7 +43,7 @@ class Transformer(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for name, weight in self.named_parameters():
-            if name.endswith(("attention.out.weight", "mlp.down.weight")):
+            if name.endswith(("attention.out.weight", ".down.weight")):
                 nn.init.zeros_(weight)
         if self.time is not None:
             nn.init.zeros_(self.time.linear.weight)
@@ -60,7 +61,7 @@ class Transformer(nn.Module):
     @property
     def quantized(self) -> bool:
         """Whether the blocks hold quantized weights alone, which can be neither trained nor saved."""
-        weight: Tensor | None = next(iter(self.blocks)).mlp.up.weight
+        weight: Tensor | None = next(iter(self.blocks)).attention.out.weight
         return weight is None
 
     def read_out(self, hidden_BQD: Tensor, *, draft: bool = False) -> Tensor:

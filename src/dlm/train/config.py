@@ -114,7 +114,7 @@ class TrainConfig:
     def with_settings(self, settings: list[str]) -> TrainConfig:
         """Apply `key=value` words together, in any order; InputError for an unknown key or a value that cannot be."""
         own = {f.name for f in fields(self)} - {"network"}
-        net = {f.name for f in fields(TransformerConfig)} - {"vocab_size"}
+        net = {f.name for f in fields(TransformerConfig)} - {"vocab_size", "experts"}
         changes: dict[str, Any] = {}
         for word in settings:
             key, equals, value = word.partition("=")
