@@ -15,10 +15,13 @@ from dlm.formats import huggingface
 from dlm.language_model import LanguageModel, load
 from dlm.noise import loss
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": False}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 16, "factor": 4.0}}),
+    "yarn": ("Qwen2", {"rope_parameters": YARN}),
+    "yarn, shorter": ("Llama", {"rope_parameters": YARN | {"factor": 0.25, "mscale": 1.0, "mscale_all_dim": 1.0}}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 1, "spare": 7}),
 }
@@ -171,7 +174,9 @@ def llama(tmp_path: Path) -> Path:
         ({"attention_bias": True}, "biases"),
         ({"mlp_bias": True}, "biases"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "kind 'longrope' (read are default, llama3, yarn, of whole heads)"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "YaRN without truncation"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "lacks 'factor'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "factor"),
         ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "slides over 16"),

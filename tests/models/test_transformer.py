@@ -14,6 +14,7 @@ from torch import Tensor
 from dlm.models import attention
 from dlm.models.block import rotary, rotate
 from dlm.models.config import TransformerConfig
+from dlm.models.pattern import reading
 from dlm.models.transformer import Transformer
 
 VOCAB, WINDOW = 11, 12
@@ -287,3 +288,53 @@ def test_bfloat16_runs() -> None:
     logits = network().to(torch.bfloat16)(tokens())
     assert logits.dtype == torch.bfloat16
     assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [0.25, 4.0, 40.0])
+@pytest.mark.parametrize("mscale", [None, 1.0, 0.707])
+def test_yarn_turns_as_transformers_turns(factor: float, mscale: float | None) -> None:
+    """Frequencies and the factor of cosines, for stretched and shortened windows."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from dlm.formats.huggingface import rope_scaling
+    from dlm.models.rope import frequencies
+
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": factor, "original_max_position_embeddings": 4096, "beta_fast": 32.0}
+    rope |= {"beta_slow": 1.0} | ({} if mscale is None else {"mscale": mscale, "mscale_all_dim": 1.0})
+    theirs = LlamaConfig(hidden_size=256, num_attention_heads=2, head_dim=128, rope_parameters=rope, max_position_embeddings=16384)
+    expected_K, amplitude = ROPE_INIT_FUNCTIONS["yarn"](theirs, torch.device("cpu"))
+    found_K, found = frequencies(128, 1e6, rope_scaling(rope, 16384))
+    assert torch.allclose(found_K, expected_K, rtol=1e-6, atol=0)
+    assert found == pytest.approx(amplitude)
+    assert not torch.allclose(frequencies(128, 1e6)[0], expected_K, rtol=1e-3)
+
+
+def test_a_text_read_causally_and_its_last_block_fully() -> None:
+    made = network(attention="causal_text", block_length=4)
+    z_BT = tokens()
+    whole_BTV = made(z_BT)
+    mixed_BTV = made(z_BT, begin_B1=torch.tensor([[8], [4]]))
+    causal_BTV = reading(made, "causal")(z_BT)
+    assert torch.allclose(whole_BTV, reading(made, "full")(z_BT), atol=1e-6)
+    for row, begin in enumerate((8, 4)):
+        assert torch.allclose(mixed_BTV[row, :begin], causal_BTV[row, :begin], atol=1e-5)
+        changed_BT = z_BT.clone()
+        changed_BT[row, begin + 3] = (changed_BT[row, begin + 3] + 1) % VOCAB
+        seen_T = (made(changed_BT, begin_B1=torch.tensor([[8], [4]])) - mixed_BTV)[row].abs().amax(-1) > 1e-6
+        assert seen_T.tolist() == [place >= begin for place in range(12)]
+
+
+def test_a_learned_vector_for_each_noise_level() -> None:
+    made = network(time_conditioning=True, time_steps=8, embed_norm=True)
+    z_BT = tokens(1)
+    at = [made(z_BT, torch.tensor([step])) for step in range(8)]
+    assert torch.equal(made(z_BT, torch.tensor([1.0])), at[7])
+    assert torch.equal(made(z_BT, torch.tensor([0.125])), at[0])
+    assert torch.equal(made(z_BT, torch.tensor([0.126])), at[1])
+    assert not torch.equal(at[0], at[1])
+    assert made.time is not None
+    with torch.no_grad():
+        made.embed.weight.mul_(2)
+        next(made.time.parameters()).mul_(2)  # what is normalised may be scaled
+    assert torch.allclose(made(z_BT, torch.tensor([3])), at[3], atol=1e-5)

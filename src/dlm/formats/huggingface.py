@@ -6,6 +6,8 @@ where the network has seen inputs; its logit is never read. Logits of the base's
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,10 @@ NAMES = Names(
         "mlp.down_proj": "mlp.down",
     },
 )
+SCALINGS = {  # the numbers of a config's rope_parameters, in the order of `dlm.models.rope`
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "attention_factor"),
+}
 
 
 @dataclass(frozen=True)
@@ -71,14 +77,14 @@ def read_config(data: dict[str, Any], where: str) -> TransformerConfig:
         raise unsupported("biases of its output and MLP projections")
     rope = {**(data.get("rope_scaling") or {}), **(data.get("rope_parameters") or {})}
     rope_kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope_kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise unsupported(f"rotary positions of kind {rope_kind!r}")
+    if rope_kind not in ("default", *SCALINGS) or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        known = ", ".join(["default", *SCALINGS])
+        raise unsupported(f"rotary positions of kind {rope_kind!r} (read are {known}, of whole heads)")
     try:
         window, heads = data["max_position_embeddings"], data["num_attention_heads"]
         slides = data.get("use_sliding_window") and (data.get("sliding_window") or window) < window
         if slides and data.get("max_window_layers", 0) < data["num_hidden_layers"]:
             raise unsupported(f"attention that slides over {data['sliding_window']} tokens")
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         return TransformerConfig(
             vocab_size=data["vocab_size"] + 1,
             window=window,
@@ -91,7 +97,7 @@ def read_config(data: dict[str, Any], where: str) -> TransformerConfig:
             mlp_width=data["intermediate_size"],
             attention="causal",
             rope_base=float(rope.get("rope_theta", data.get("rope_theta", 10_000.0))),
-            rope_scaling=tuple(float(rope[key]) for key in keys) if rope_kind == "llama3" else (),
+            rope_scaling=rope_scaling(rope, window),
             norm_eps=data.get("rms_norm_eps", 1e-6),
             qk_norm=kind == "qwen3",
             qkv_bias=kind == "qwen2",
@@ -104,6 +110,30 @@ def read_config(data: dict[str, Any], where: str) -> TransformerConfig:
         raise InputError(f"{where}: its config of kind {kind} {what}") from None
 
 
+def rope_scaling(rope: Mapping[str, Any], window: int) -> tuple[float, ...]:
+    """The numbers of `dlm.models.rope` of a config's rope_parameters. KeyError for one without them, ValueError for a kind of YaRN."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return ()
+    numbers = {"beta_fast": 32.0, "beta_slow": 1.0} | {key: value for key, value in rope.items() if value is not None}
+    if kind == "yarn":
+        if not numbers.get("truncate", True):
+            raise ValueError("YaRN without truncation is not supported")
+        numbers.setdefault("original_max_position_embeddings", window)
+        numbers.setdefault("attention_factor", _amplitude(numbers))
+    return tuple(float(numbers[key]) for key in SCALINGS[kind])
+
+
+def _amplitude(rope: Mapping[str, Any]) -> float:
+    """The factor of cosines and sines under YaRN, as transformers infers it where the config does not state it."""
+
+    def stretch(mscale: float) -> float:
+        return 0.1 * mscale * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
+
+    first, other = rope.get("mscale"), rope.get("mscale_all_dim")
+    return stretch(first) / stretch(other) if first and other else stretch(1.0)
+
+
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """The Hugging Face config.json of a converted model. InputError for a network that no known architecture is."""
     n = config.network
@@ -114,8 +144,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         )
     rope: dict[str, Any] = {"rope_theta": n.rope_base, "rope_type": "default"}
     if n.rope_scaling:
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        rope |= {"rope_type": "llama3"} | dict(zip(keys, n.rope_scaling, strict=True))
+        kind_of_rope, keys = next((kind, keys) for kind, keys in SCALINGS.items() if len(keys) == len(n.rope_scaling))
+        rope |= {"rope_type": kind_of_rope} | dict(zip(keys, n.rope_scaling, strict=True))
         rope["original_max_position_embeddings"] = int(n.rope_scaling[3])
     return {
         "model_type": kind,

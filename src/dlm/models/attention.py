@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PATTERNS = ("full", "causal", "block_causal")
+BLOCKWISE = ("block_causal", "causal_text")
+PATTERNS = ("full", "causal", *BLOCKWISE)
 
 
 class FlexMask(NamedTuple):
@@ -33,6 +34,15 @@ def allowed(pattern: str, query: Tensor, key: Tensor, block_length: int) -> Tens
     if pattern == "block_causal":
         return key // block_length <= query // block_length
     return torch.ones_like(key <= query)
+
+
+def causal_text(pos_BQ: Tensor, pos_BT: Tensor, begin_B1: Tensor, block_length: int) -> Tensor:
+    """bool (B, Q, T): the text is read causally, and the block that begins at `begin` reads itself fully (Nemotron-Labs-Diffusion).
+
+    A row whose block begins at 0 and is as long as the text is read fully.
+    """
+    query, key, begin = pos_BQ[:, :, None], pos_BT[:, None, :], begin_B1[:, None]
+    return (key <= query) | (query >= begin) & (key >= begin) & (key < begin + block_length)
 
 
 def beside_clean(pos_BT: Tensor, block_length: int) -> Tensor:
@@ -74,13 +84,18 @@ def mask(
     """(mask_B1QT or None, is_causal) for scaled_dot_product_attention. `plain`: positions are 0..T-1 in every row."""
     if valid_BT is None and plain and pattern != "block_causal":
         return None, pattern == "causal"
-    mask_BQT = allowed(pattern, pos_BQ[:, :, None], pos_BT[:, None, :], block_length)
-    if valid_BT is not None:
-        mask_BQT = mask_BQT & valid_BT[:, None, :]
-        # a padded query may find no key, which softmax turns into NaN; it reads itself, and no position reads it
-        if mask_BQT.shape[1] == mask_BQT.shape[2]:
-            mask_BQT = mask_BQT | torch.eye(mask_BQT.shape[1], dtype=torch.bool, device=mask_BQT.device) & ~valid_BT[:, :, None]
-    return mask_BQT[:, None], False
+    return text_only(allowed(pattern, pos_BQ[:, :, None], pos_BT[:, None, :], block_length), valid_BT)[:, None], False
+
+
+def text_only(mask_BQT: Tensor, valid_BT: Tensor | None) -> Tensor:
+    """The mask without padding, which no position reads."""
+    if valid_BT is None:
+        return mask_BQT
+    mask_BQT = mask_BQT & valid_BT[:, None, :]
+    # a padded query may find no key, which softmax turns into NaN; it reads itself
+    if mask_BQT.shape[1] == mask_BQT.shape[2]:
+        mask_BQT = mask_BQT | torch.eye(mask_BQT.shape[1], dtype=torch.bool, device=mask_BQT.device) & ~valid_BT[:, :, None]
+    return mask_BQT
 
 
 @lru_cache(maxsize=16)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dlm.models import attention
 from dlm.models.cache import KVCache, RaggedCache, TextCache, WindowCache
 from dlm.models.config import TransformerConfig
+from dlm.models.rope import frequencies
 
 AnyCache = KVCache | RaggedCache | TextCache | WindowCache
 
@@ -95,19 +96,11 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rotary(pos_BQ: Tensor, head_dim: int, base: float, scaling: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, Q, K), float32, of RoPE (Su et al. 2104.09864), halves rotated as in Llama.
-
-    scaling: (factor, low, high, former window) of Llama 3.1: frequencies of fewer than `low` turns in the former window are divided by
-    `factor`, those of more than `high` turns stay, and those between are interpolated.
-    """
-    frequency_K = base ** (-torch.arange(0, head_dim, 2, device=pos_BQ.device, dtype=torch.float32) / head_dim)
-    if scaling:
-        factor, low, high, before = scaling
-        kept_K = ((frequency_K * before / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        frequency_K = frequency_K * (kept_K + (1 - kept_K) / factor)
+    """cos and sin (B, 1, Q, K), float32, of RoPE (Su et al. 2104.09864), halves rotated as in Llama; scaling as of `frequencies`."""
+    frequency_K, amplitude = frequencies(head_dim, base, scaling, pos_BQ.device)
     angle_BQK = pos_BQ[..., None].float() * frequency_K
     angle_BQK = torch.cat([angle_BQK, angle_BQK], -1)[:, None]
-    return angle_BQK.cos(), angle_BQK.sin()
+    return (angle_BQK.cos(), angle_BQK.sin()) if amplitude == 1 else (angle_BQK.cos() * amplitude, angle_BQK.sin() * amplitude)
 
 
 def rotate(x_BHQK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -254,3 +247,16 @@ class TimeEmbedding(nn.Module):
         angle = t_B.float()[:, None] * frequency
         y: Tensor = self.linear(torch.cat([angle.sin(), angle.cos()], -1).to(self.linear.weight.dtype))
         return y
+
+
+class TimeTable(nn.Module):
+    """A learned vector for each step of training. t of floating point is a noise level in 0 .. 1, a whole number the step itself."""
+
+    def __init__(self, steps: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(steps, width))
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        steps = len(self.weight)
+        step_B = (t_B * steps).ceil().long() - 1 if t_B.is_floating_point() else t_B
+        return self.weight[step_B.clamp(0, steps - 1)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dlm.models import attention
+from dlm.models import attention, rope
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,19 @@ class TransformerConfig:
     head_dim: int = 0  # 0: width / heads
     mlp: str = "relu2"  # relu2 | swiglu
     mlp_width: int = 0  # 0: 4 x width for relu2, 8/3 x width for swiglu
-    attention: str = "full"  # full | causal | block_causal
-    block_length: int = 0  # for block_causal
+    attention: str = "full"  # full | causal | block_causal | causal_text
+    block_length: int = 0  # for block_causal and causal_text
     rope_base: float = 10_000.0
     rotary_dim: int = 0  # leading dimensions of a head that are rotated; 0: all
-    rope_scaling: tuple[float, ...] = ()  # Llama 3: factor, low and high frequency factor, window before
+    rope_scaling: tuple[float, ...] = ()  # of Llama 3 or YaRN, as `dlm.models.rope` takes it
     norm_eps: float = 1e-6
     qk_norm: bool = True
     qkv_bias: bool = False
     tied: bool = False
     experts: ExpertsConfig | None = None  # in place of the MLP
     time_conditioning: bool = False
+    time_steps: int = 0  # of time_conditioning by a learned vector for each of so many noise levels; 0: by sinusoids
+    embed_norm: bool = False  # RMSNorm of the embeddings, without a gain
     dropout: float = 0.0
     backend: str = "auto"  # auto | sdpa | flex
 
@@ -91,7 +93,7 @@ class TransformerConfig:
             raise ValueError(f"unknown mlp {self.mlp!r}; known: relu2, swiglu")
         if self.attention not in attention.PATTERNS:
             raise ValueError(f"unknown attention {self.attention!r}; known: {', '.join(attention.PATTERNS)}")
-        if self.attention == "block_causal" and (self.block_length < 1 or self.window % self.block_length):
+        if self.attention in attention.BLOCKWISE and (self.block_length < 1 or self.window % self.block_length):
             raise ValueError(f"block_length {self.block_length} must divide the window {self.window}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in 0 .. 1, got {self.dropout}")
@@ -101,8 +103,8 @@ class TransformerConfig:
     def _check_positions(self) -> None:
         if not 0 <= self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
             raise ValueError(f"rotary_dim must be even and at most the head_dim {self.head_dim}, got {self.rotary_dim}")
-        if len(self.rope_scaling) not in (0, 4):
-            raise ValueError(f"rope_scaling has four numbers or none, got {self.rope_scaling}")
+        if len(self.rope_scaling) not in (0, rope.LLAMA3, rope.YARN):
+            raise ValueError(f"rope_scaling has {rope.LLAMA3} numbers, {rope.YARN} or none, got {self.rope_scaling}")
 
     def with_(self, **changes: Any) -> TransformerConfig:
         """A copy with some fields changed; derived widths follow unless given."""

@@ -7,11 +7,12 @@ Shapes: B batch, T positions of the window, Q queried positions, V vocabulary, D
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlm.models import attention
 from dlm.models.attention import FlexMask, Mask
-from dlm.models.block import AnyCache, Blocks, Embedding, ForwardPass, Head, RMSNorm, Rotary, TimeEmbedding
+from dlm.models.block import AnyCache, Blocks, Embedding, ForwardPass, Head, RMSNorm, Rotary, TimeEmbedding, TimeTable
 from dlm.models.cache import KVCache, RaggedCache, TextCache, WindowCache
 from dlm.models.config import TransformerConfig
 from dlm.models.experts import make_block
@@ -27,7 +28,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = Embedding(config.vocab_size, config.width)
-        self.time = TimeEmbedding(config.width) if config.time_conditioning else None
+        self.time: TimeEmbedding | TimeTable | None = None
+        if config.time_conditioning:
+            self.time = TimeTable(config.time_steps, config.width) if config.time_steps else TimeEmbedding(config.width)
         self.rotary = Rotary(config)
         self.blocks = Blocks(make_block(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
@@ -45,7 +48,7 @@ class Transformer(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith(("attention.out.weight", ".down.weight")):
                 nn.init.zeros_(weight)
-        if self.time is not None:
+        if isinstance(self.time, TimeEmbedding):
             nn.init.zeros_(self.time.linear.weight)
         if self.config.tied:
             self.head.weight = self.embed.weight
@@ -96,6 +99,7 @@ class Transformer(nn.Module):
         pattern: str = "",
         block_length: int = 0,
         phase_B: Tensor | None = None,
+        begin_B1: Tensor | None = None,
         own_BQQ: Tensor | None = None,
         at_BQ: Tensor | None = None,
         logits: bool = True,
@@ -113,7 +117,8 @@ class Transformer(nn.Module):
         layers read other positions, which have read it); logits of both.
         pattern `introspective`: z is [masks | text] (B, 2T), causal; a mask reads its block of masks and the text before the block;
         logits of both. phase_B: the offset in its block at which each row begins.
-        block_length: of block-causal attention, in place of the network's own.
+        block_length: of block-causal attention, in place of the network's own. begin_B1: with attention `causal_text`, the position of
+        each row at which the only block begins that reads itself fully; without it the whole text does.
         A TextCache keeps the text of its first forward pass; later ones read it, and their own positions by own_BQQ, bool (B, Q, T + Q).
         at_BQ: bool, the only positions that get logits; those of the others are 0.
         logits: False returns the hidden states that the head reads instead, (B, Q, D); states: a list that they are appended to.
@@ -125,7 +130,7 @@ class Transformer(nn.Module):
         elif isinstance(cache, WindowCache):
             attends = self._window(pos_BQ, cache, block_length)
         else:
-            attends = self._text(z_BQ, pos_BQ, valid_BT, cache, block_length)
+            attends = self._text(z_BQ, pos_BQ, valid_BT, cache, block_length, begin_B1)
         pos_BQ, mask, is_causal = attends
         mask_tokens = self.embed.mask_tokens(z_BQ, pos_BQ)
         x_BQD = self.embed(z_BQ, mask_tokens)
@@ -133,6 +138,8 @@ class Transformer(nn.Module):
             if t_B is None:
                 raise ValueError("this network is conditioned on time: give t_B")
             x_BQD = x_BQD + self.time(t_B)[:, None]
+        if self.config.embed_norm:
+            x_BQD = F.rms_norm(x_BQD, x_BQD.shape[-1:], eps=self.config.norm_eps)
         cos, sin = self.rotary(pos_BQ)
         x_BQD = self.blocks(self.dropout(x_BQD), ForwardPass(cos, sin, mask, is_causal, cache, mask_tokens))
         if isinstance(cache, KVCache | RaggedCache):
@@ -192,6 +199,7 @@ class Transformer(nn.Module):
         valid_BT: Tensor | None,
         cache: KVCache | RaggedCache | TextCache | None,
         block_length: int,
+        begin_B1: Tensor | None = None,
     ) -> Attends:
         """A text, or the continuation of the text that a cache holds."""
         (batch, queries), device, pattern = z_BQ.shape, z_BQ.device, self.config.attention
@@ -204,6 +212,9 @@ class Transformer(nn.Module):
         else:
             pos_BT = torch.cat([torch.arange(held, device=device).expand(batch, held), pos_BQ], 1) if held else pos_BQ
         block_length, square = block_length or self.config.block_length, plain and held == 0
+        if begin_B1 is not None:
+            mask_BQT = attention.causal_text(pos_BQ, pos_BT, begin_B1, block_length)
+            return pos_BQ, attention.text_only(mask_BQT, valid_BT)[:, None], False
         if self._use_flex(z_BQ, square):
             return pos_BQ, FlexMask(pattern, block_length), False
         if held and queries == 1 and valid_BT is None and pattern == "causal":
