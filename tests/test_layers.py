@@ -130,6 +130,9 @@ def light(code: str, heavy: tuple[str, ...]) -> None:
     assert out.stdout.strip() == "[]"
 
 
+HEAVY = ("transformers", "fastapi", "matplotlib", "datasets", "gguf", "accelerate", "torch._dynamo", "sympy", "torch.distributed.fsdp")
+
+
 def test_import_is_light() -> None:
     light("import dlm", ("transformers", "fastapi", "matplotlib", "datasets", "gguf", "jinja2", "torch"))
 
@@ -137,4 +140,26 @@ def test_import_is_light() -> None:
 @pytest.mark.slow
 def test_a_model_loads_without_heavy_libraries() -> None:
     code = "import dlm; dlm.load; dlm.DiffusionSampler; dlm.Transformer"
-    light(code, ("transformers", "fastapi", "matplotlib", "datasets", "gguf", "accelerate", "torch._dynamo"))
+    light(code, HEAVY)
+
+
+@pytest.mark.slow
+def test_the_first_text_needs_no_compiler() -> None:
+    """A model that is loaded and writes: torch would import its compiler and 1,600 modules to draw weights on the meta device."""
+    light('import dlm; dlm.load("shakespeare-mask-1").generate("a", length=4)', HEAVY)
+
+
+@pytest.mark.slow
+def test_an_adapter_and_a_quantized_copy_need_no_compiler() -> None:
+    code = """
+import torch
+from dlm.adapters.lora import AdapterConfig, attach, detach
+from dlm.inference.quantize import quantized_copy
+from dlm.models.config import TransformerConfig
+from dlm.models.transformer import Transformer
+network = Transformer(TransformerConfig(40, window=8, layers=1, heads=2, width=32, attention="causal"))
+quantized_copy(network, 8)
+attach(network, AdapterConfig(), 39)
+detach(network)
+"""
+    light(code, HEAVY)

@@ -37,6 +37,11 @@ except SystemExit as left:
         (["generate", "--temprature", "1"], 2),
         (["chat", "--max-new-tokens", "0"], 2),
         (["sing"], 2),
+        (["generate", "--model", "nosuch"], 2),
+        (["generate", "--dtype", "float8"], 2),
+        (["chat", "nosuch"], 2),
+        (["serve", "nosuch"], 2),
+        (["train", "nosuch"], 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

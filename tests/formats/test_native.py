@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -299,7 +300,7 @@ def test_a_hub_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         asked.append(allow_patterns)
         raise OSError("no route to host\nand a long explanation")
 
-    monkeypatch.setattr(native, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     assert "no route to host" in told(Path("someone/something"))
     assert asked == [["*.json", "*.safetensors"]]  # nothing that could be unpickled or run is even fetched
 

@@ -22,6 +22,7 @@ from dlm.adapters import files
 from dlm.adapters.chain import Chain
 from dlm.errors import InputError
 from dlm.models.block import Embedding, Linear, LowRank, MaskTokens
+from dlm.models.meta import without_weights
 from dlm.models.transformer import Transformer
 
 TARGETS = ("q", "k", "v", "out", "up", "down", "gate")  # linear layers of a block; not every network has a gate
@@ -103,13 +104,15 @@ class MaskEmbedding(Embedding):
     """
 
     def __init__(self, base: nn.Embedding, config: AdapterConfig, mask_id: int) -> None:
-        super().__init__(base.num_embeddings, base.embedding_dim, device="meta")
+        with without_weights():
+            super().__init__(base.num_embeddings, base.embedding_dim)
         self.weight, self.config, self.mask_id = base.weight, config, mask_id
         self.mask_row = nn.Parameter(base.weight[mask_id].detach().float().clone())
 
     def to_base(self) -> Embedding:
         """The embedding without the adapter's row, around the same weights."""
-        base = Embedding(self.num_embeddings, self.embedding_dim, device="meta")
+        with without_weights():
+            base = Embedding(self.num_embeddings, self.embedding_dim)
         base.weight = self.weight
         return base
 

@@ -13,7 +13,7 @@ import platform
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -225,12 +225,23 @@ def load(
     deterministic: bool = False,
     compile: bool = False,
 ) -> LanguageModel:
-    """InputError for a device or dtype that is not there, or an adapter of another base."""
+    """InputError for a model, device or dtype that is not there, or an adapter of another base."""
+    check_names([name], dtype)
     from dlm.language_model import load
     from dlm.workflows.inputs import check_device
 
     check_device(device)
     return load(name, device=device, dtype=dtype, adapter=adapter, deterministic=deterministic, compile=compile)
+
+
+def check_names(models: Iterable[str], dtype: str = "float32") -> None:
+    """InputError for a model or dtype that is not there, before torch is loaded."""
+    from dlm.formats.find import here
+    from dlm.language_model.options import check_dtype
+
+    check_dtype(dtype)
+    for name in models:
+        here(name)
 
 
 def named_models(words: str) -> str | dict[str, str]:

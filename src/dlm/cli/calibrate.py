@@ -36,7 +36,7 @@ def calibrate(
     from dlm.calibration.table import FILE
     from dlm.cli.progress import showing
     from dlm.evaluation.card import dumps
-    from dlm.formats.native import find
+    from dlm.formats.find import find
     from dlm.workflows.calibrate import calibrate as measure
 
     lm = load(model, device)

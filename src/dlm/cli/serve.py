@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dlm import bundled
-from dlm.cli.app import Compile, Deterministic, Device, Dtype, app, load
+from dlm.cli.app import Compile, Deterministic, Device, Dtype, app, check_names, load
 from dlm.errors import InputError
 
 
@@ -43,12 +43,13 @@ def serve(
         raise InputError("--adapter belongs to one base: name that model alone")
     if not 0 <= port <= 65535 or deadline <= 0 or min(max_body, max_length, max_steps) < 1:
         raise InputError("--port lies in 0 .. 65535; --deadline and the other limits are above 0")
+    names = models or sorted(bundled.models(), key=lambda name: name != "shakespeare-mask")
+    check_names(names, dtype)
     from dlm.serve import run
     from dlm.serve.engine.scheduler import Engine
     from dlm.serve.engine.shelf import Shelf
     from dlm.serve.guard import LOCAL, Limits
 
-    names = models or sorted(bundled.models(), key=lambda name: name != "shakespeare-mask")
     keys = tuple(key.strip() for key in [*(api_key or []), *os.environ.get("DLM_API_KEYS", "").split(",")] if key.strip())
     engine = Engine(max_batch=max_batch, max_queue=max_queue, threads=threads, device=device)
     shelf = Shelf([load(name, device, dtype, adapter, deterministic, compile) for name in names], max_length, max_steps)

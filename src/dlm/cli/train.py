@@ -31,13 +31,15 @@ def train(
     from dataclasses import replace
 
     from dlm.train import recipes
+
+    if recipe is None and data is None:
+        raise InputError(f"give a recipe ({', '.join(recipes.RECIPES)}) or --data FILE")
+    found = recipes.find(recipe) if recipe else None  # an unknown one is told before the rest is imported
     from dlm.train.config import TrainConfig
     from dlm.train.display import Display
     from dlm.workflows.fit import fit, sample
 
-    if recipe is None and data is None:
-        raise InputError(f"give a recipe ({', '.join(recipes.RECIPES)}) or --data FILE")
-    config = recipes.find(recipe) if recipe else TrainConfig()
+    config = found or TrainConfig()
     if data is not None:
         config = replace(config, data=data)
     words = {"noise": noise, "noise_schedule": noise_schedule}

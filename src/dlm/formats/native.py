@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 
-from dlm import bundled
 from dlm.errors import InputError
 from dlm.files import check_stamp, read_json, replacing_files, stamp
+from dlm.formats.find import find as find
 from dlm.formats.stored import Stored
 from dlm.models.config import TransformerConfig
+from dlm.models.meta import without_weights
 from dlm.models.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
@@ -100,35 +100,6 @@ def _refuse_unknown(data: dict[str, Any], known: list[str], where: str) -> None:
         close = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
         raise InputError(f"{where}/config.json does not describe a model (unknown key {key!r}; {hint})")
-
-
-def find(name: str) -> Path:
-    """Directory or GGUF file of a checkpoint: a path, a bundled or pulled name, or a hub id (downloaded once into the hub cache)."""
-    path = Path(name)
-    if (path / "config.json").is_file() or (path.suffix == ".gguf" and path.is_file()):
-        return path
-    if (found := bundled.models().get(name)) is not None:
-        return found
-    if path.is_dir():
-        raise InputError(f"{name} has no config.json: it is no checkpoint (a training run writes one at its first save)")
-    if name in bundled.BASES:
-        path = bundled.cache_directory() / f"{name}.gguf"
-        if not path.is_file():
-            raise InputError(f"{name} is not here yet: run dlm pull {name}")
-        return path
-    if name.count("/") == 1 and not name.endswith(".gguf") and not name.startswith(("/", ".", "~")):
-        try:
-            path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-            if not (path / "config.json").is_file() or read_json(path / "config.json").get("model_type") == "dlm":
-                return path
-            # another project's chat template may be a file of its own, which runs in a sandbox, and so may its merges
-            return Path(snapshot_download(name, allow_patterns=["*.jinja", "merges.txt"]))
-        except (OSError, HFValidationError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"no directory {name}, and the hub did not give it: {reason}") from None
-    close = difflib.get_close_matches(name, [*bundled.models(), *bundled.BASES], n=2, cutoff=0.4)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"bundled: {', '.join(bundled.models()) or 'none'}."
-    raise InputError(f"no checkpoint {name!r}; {hint} A directory or a hub id works too.")
 
 
 def digest(path: Path) -> str:
@@ -289,7 +260,7 @@ def assemble(
 ) -> Transformer:
     """The network around these tensors, read and cast one by one. Takes them out of `stored`."""
     try:
-        with torch.device("meta"):
+        with without_weights():
             network = Transformer(config.network)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise InputError(f"{path}: its config describes no network ({str(error).splitlines()[0]})") from None

@@ -20,6 +20,7 @@ from dlm.inference.quantized_linear import (
     quantized_head,
 )
 from dlm.models.block import Block
+from dlm.models.meta import without_weights
 from dlm.models.transformer import Transformer
 
 BITS = {"int8": 8, "int4": 4}
@@ -82,7 +83,7 @@ def quantized_copy(network: Transformer, bits: int) -> Transformer:
         raise InputError("the weights are quantized already: there is nothing to quantize for a draft")
     if network.device.type != "cpu":
         raise InputError("int8 and int4 are for the CPU: draft with another model, or with heads or masks")
-    with torch.device("meta"):
+    with without_weights():
         copy = Transformer(network.config)
     copy.load_state_dict(network.state_dict(), assign=True)
     quantize(copy.eval().requires_grad_(False), bits)

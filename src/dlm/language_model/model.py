@@ -25,7 +25,7 @@ from dlm.formats.native import ModelConfig
 from dlm.inference import prepare, quantize
 from dlm.language_model.companions import Companions, denoisers, fingerprints
 from dlm.language_model.generation import Generation, Run, trajectory
-from dlm.language_model.options import DecodingKeywords, DecodingOptions, LayoutKeywords, TextKeywords, separate
+from dlm.language_model.options import DecodingKeywords, DecodingOptions, LayoutKeywords, TextKeywords, check_dtype, separate
 from dlm.language_model.prompting import NEW_TOKENS, Prompting
 from dlm.language_model.resolution import DecodingPlan, Facts, needs_calibration, resolve
 from dlm.language_model.samplers import build
@@ -423,15 +423,15 @@ def load(
     passes of few positions of an autoregressive model, those of a diffusion model without an approximate cache; the first ones take
     seconds. InputError for the adapter of another base, and for settings that do not go together.
     """
-    words = {"float32": torch.float32, "bfloat16": torch.bfloat16} | dict.fromkeys(quantize.BITS, torch.float32)
-    if isinstance(dtype, str) and dtype not in words:
-        raise InputError(f"unknown dtype {dtype!r}; known: {', '.join(words)}")
+    if isinstance(dtype, str):
+        check_dtype(dtype)
     bits = quantize.BITS.get(str(dtype))
     if bits and torch.device(device).type != "cpu":
         raise InputError(f"{dtype} is for the CPU: use --dtype bfloat16 on other devices")
     # an adapter is loaded onto the weights that it was made for, before they are quantized
     ready = partial(quantize.quantize_part, bits=bits) if bits and adapter is None else None
-    model = LanguageModel.from_pretrained(name, device=device, dtype=words[dtype] if isinstance(dtype, str) else dtype, ready=ready)
+    kept = (torch.bfloat16 if dtype == "bfloat16" else torch.float32) if isinstance(dtype, str) else dtype
+    model = LanguageModel.from_pretrained(name, device=device, dtype=kept, ready=ready)
     if adapter is not None:
         for path in [adapter] if isinstance(adapter, str | Path) else adapter:
             attach.with_adapter(model, path)

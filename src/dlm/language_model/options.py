@@ -11,7 +11,15 @@ from typing import TypedDict, cast, get_args, get_origin, get_type_hints
 from dlm.errors import InputError, unknown
 from dlm.sampling.autoregressive.draft import Draft
 
-__all__ = ["DecodingKeywords", "DecodingOptions", "Draft", "LayoutKeywords", "TextKeywords", "separate"]
+__all__ = ["DTYPES", "DecodingKeywords", "DecodingOptions", "Draft", "LayoutKeywords", "TextKeywords", "check_dtype", "separate"]
+
+DTYPES = ("float32", "bfloat16", "int8", "int4")
+
+
+def check_dtype(word: str) -> None:
+    """InputError for a word that is not in DTYPES."""
+    if word not in DTYPES:
+        raise InputError(f"unknown dtype {word!r}; known: {', '.join(DTYPES)}")
 
 
 class DecodingKeywords(TypedDict, total=False):
