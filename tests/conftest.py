@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from accelerator import gpu as gpu
 from dlm import cli
 from dlm.formats.native import ModelConfig
 from dlm.language_model import LanguageModel

@@ -37,7 +37,7 @@ class HybridNoise(ReplacementNoise):
         return alpha_B, (1 - alpha_B) * uniform_B, (1 - alpha_B) * (1 - uniform_B)
 
     def _prior(self, uniform_B: Tensor, mask_B: Tensor) -> Tensor:
-        return uniform_B[:, None] * self._data_V.to(uniform_B) + mask_B[:, None] * self._mask_V.to(mask_B)
+        return uniform_B[:, None] * self._on(uniform_B, "_data_V") + mask_B[:, None] * self._on(mask_B, "_mask_V")
 
     def kernel(self, t_B: Tensor) -> Kernel:
         alpha_B, uniform_B, mask_B = self._parts(t_B)

@@ -78,8 +78,8 @@ class MaskedNoise:
 
     def prior_cost(self, x_BT: Tensor) -> Tensor:
         """KL( q(z_1 | x) || p(z_1) ) (B, T). p(z_1): MASK with 1 - alpha_1, else uniform over tokens, so alpha_1 log(V - 1)."""
-        alpha = self.schedule.alpha(torch.ones((), dtype=torch.float64))
-        return (alpha * math.log(self.vocab_size - 1)).expand(x_BT.shape).to(x_BT.device)
+        alpha = self.schedule.alpha(torch.ones((), dtype=torch.float64, device=x_BT.device))
+        return (alpha * math.log(self.vocab_size - 1)).expand(x_BT.shape)
 
     def cross_entropy(self, logp_BTV: Tensor, x_BT: Tensor, z_BT: Tensor, t_B: Tensor | None = None) -> Tensor:
         """-log mu(x | z) at masks, 0 where the token is visible (B, T)."""
@@ -88,21 +88,30 @@ class MaskedNoise:
 
     def nll(self, logits_BTV: Tensor, x_BT: Tensor, z_BT: Tensor) -> Tensor:
         """`cross_entropy` of `log_probs` (B, T), normalised at masks alone: with a large vocabulary that is most of a training step."""
-        masked_BT = z_BT == self.mask_id
-        nll_M = F.cross_entropy(self._mask_logits(logits_BTV, masked_BT), x_BT[masked_BT], reduction="none")
-        return torch.zeros(z_BT.shape, dtype=logits_BTV.dtype, device=z_BT.device).masked_scatter(masked_BT, nll_M)
+        at_M = self._masks(z_BT)
+        nll_M = F.cross_entropy(self._logits_at(logits_BTV, at_M), x_BT.flatten()[at_M], reduction="none")
+        return self._placed(nll_M, at_M, z_BT)
 
     def kl(self, heavy_BTV: Tensor, light_BTV: Tensor, z_BT: Tensor) -> Tensor:
         """KL(heavy || light) of two networks' logits at masks, 0 where the token is visible: nats (B, T)."""
-        masked_BT = z_BT == self.mask_id
-        heavy_MV, light_MV = (self._mask_logits(logits, masked_BT).log_softmax(-1) for logits in (heavy_BTV, light_BTV))
+        at_M = self._masks(z_BT)
+        heavy_MV, light_MV = (self._logits_at(logits, at_M).log_softmax(-1) for logits in (heavy_BTV, light_BTV))
         p_MV = heavy_MV.exp()
         kl_M = torch.where(p_MV > 0, p_MV * (heavy_MV - light_MV), 0.0).sum(-1)
-        return torch.zeros(z_BT.shape, dtype=kl_M.dtype, device=z_BT.device).masked_scatter(masked_BT, kl_M)
+        return self._placed(kl_M, at_M, z_BT)
 
-    def _mask_logits(self, logits_BTV: Tensor, masked_BT: Tensor) -> Tensor:
+    def _masks(self, z_BT: Tensor) -> Tensor:
+        """Where the masks are in the flattened text (M,): found once, for each index by a bool would wait for the GPU anew."""
+        return (z_BT.flatten() == self.mask_id).nonzero().squeeze(-1)
+
+    def _logits_at(self, logits_BTV: Tensor, at_M: Tensor) -> Tensor:
         """Logits of the masked positions (M, V), -inf for ids that no text has."""
-        return logits_BTV[masked_BT].masked_fill(self._never(logits_BTV), -torch.inf)
+        return logits_BTV.flatten(0, 1)[at_M].masked_fill(self._never(logits_BTV), -torch.inf)
+
+    @staticmethod
+    def _placed(values_M: Tensor, at_M: Tensor, z_BT: Tensor) -> Tensor:
+        """The values at their masks, 0 elsewhere (B, T)."""
+        return values_M.new_zeros(z_BT.numel()).index_copy(0, at_M, values_M).view(z_BT.shape)
 
     def nelbo(self, logp_BTV: Tensor, x_BT: Tensor, z_BT: Tensor, t_B: Tensor) -> Tensor:
         """-alpha'_t / (1 - alpha_t) [z = MASK] (-log mu(x | z)) (B, T): the integrand of MD4 eq. 5, to be averaged over t ~ U(0, 1)."""

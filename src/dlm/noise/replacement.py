@@ -77,18 +77,33 @@ class ReplacementNoise(ABC):
         return torch.tensor(self.clusters or range(self.vocab_size))
 
     @cached_property
-    def _members(self) -> tuple[Tensor, Tensor]:
-        """Size of the cluster of each token (V,), and the members of every cluster (C, most), padded with the first."""
+    def _size_V(self) -> Tensor:
+        """Size of the cluster of each token."""
+        return torch.bincount(self._cluster_V)[self._cluster_V]
+
+    @cached_property
+    def _members(self) -> Tensor:
+        """The members of every cluster (C, most), padded with the first."""
         groups = [(self._cluster_V == c).nonzero().squeeze(-1).tolist() for c in range(int(self._cluster_V.max()) + 1)]
         most = max(len(group) for group in groups)
-        padded = torch.tensor([group + group[:1] * (most - len(group)) for group in groups])
-        return torch.tensor([len(groups[c]) for c in self._cluster_V.tolist()]), padded
+        return torch.tensor([group + group[:1] * (most - len(group)) for group in groups])
+
+    @cached_property
+    def _moved(self) -> dict[tuple[str, torch.device, torch.dtype], Tensor]:
+        return {}
+
+    def _on(self, like: Tensor, table: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One of the tables above in the device and dtype of a tensor, moved there once."""
+        key = table, like.device, dtype or like.dtype
+        if key not in self._moved:
+            self._moved[key] = getattr(self, table).to(*key[1:])
+        return self._moved[key]
 
     def _smooth(self, p_BTV: Tensor) -> Tensor:
         """Each probability replaced by the mean over its cluster."""
-        cluster_V, size_V = self._cluster_V.to(p_BTV.device), self._members[0].to(p_BTV)
-        sum_BTC = p_BTV.new_zeros(*p_BTV.shape[:-1], int(self._cluster_V.max()) + 1).index_add(-1, cluster_V, p_BTV)
-        return sum_BTC[..., cluster_V] / size_V
+        cluster_V, clusters = self._on(p_BTV, "_cluster_V", torch.long), len(self._members)
+        sum_BTC = p_BTV.new_zeros(*p_BTV.shape[:-1], clusters).index_add(-1, cluster_V, p_BTV)
+        return sum_BTC[..., cluster_V] / self._on(p_BTV, "_size_V")
 
     def _given(self, kernel: Kernel, p_BTV: Tensor) -> Tensor:
         """sum_x q(y | x) p(x), over y."""
@@ -107,13 +122,12 @@ class ReplacementNoise(ABC):
         keep_B1, local_B1, prior_BV = kernel.keep_B[:, None], kernel.local_B[:, None], kernel.prior_BV
         rest_BT = (u_BT - keep_B1 - local_B1).clamp(min=0)
         cdf_BV = prior_BV.cumsum(-1).expand(len(x_BT), -1).contiguous()
-        last = self.vocab_size - 1 - int((prior_BV > 0).any(0).flip(0).int().argmax())
+        last = self.vocab_size - 1 - (prior_BV > 0).any(0).flip(0).int().argmax()  # a tensor: nobody waits for it
         y_BT = torch.searchsorted(cdf_BV, rest_BT, right=True).clamp(max=last)
         if self.clusters:
-            size_V, members = (part.to(x_BT.device) for part in self._members)
-            size_BT = size_V[x_BT]
+            size_BT, cluster_BT = self._on(x_BT, "_size_V")[x_BT], self._on(x_BT, "_cluster_V")[x_BT]
             nth_BT = ((u_BT - keep_B1) / local_B1.clamp(min=1e-30) * size_BT).long().clamp(min=0)
-            near_BT = members[self._cluster_V.to(x_BT.device)[x_BT], torch.minimum(nth_BT, size_BT - 1)]
+            near_BT = self._on(x_BT, "_members")[cluster_BT, torch.minimum(nth_BT, size_BT - 1)]
             y_BT = torch.where(u_BT < keep_B1 + local_B1, near_BT, y_BT)
         return torch.where(u_BT < keep_B1, x_BT, y_BT)
 
@@ -157,7 +171,7 @@ class ReplacementNoise(ABC):
 
     def prior(self, u_BT: Tensor) -> Tensor:
         """Draw z_1 from uniforms. int64 (B, T)."""
-        cdf_V = self._prior_V.to(u_BT).cumsum(0)
+        cdf_V = self._on(u_BT, "_prior_V").cumsum(0)
         return torch.searchsorted(cdf_V, u_BT * cdf_V[-1], right=True).clamp(max=int(self._prior_V.nonzero().max()))
 
     @cached_property
@@ -221,7 +235,7 @@ class ReplacementNoise(ABC):
         """KL( q(z_1 | x) || p(z_1) ) (B, T); 0 for a schedule that ends at exactly 0."""
         hot_BTV = torch.nn.functional.one_hot(x_BT, self.vocab_size).double()
         last_BTV = self._given(self.kernel(torch.ones(len(x_BT), device=x_BT.device, dtype=torch.float64)), hot_BTV)
-        cost_BTV: Tensor = torch.special.xlogy(last_BTV, last_BTV / self._prior_V.to(x_BT.device).clamp(min=1e-300))
+        cost_BTV: Tensor = torch.special.xlogy(last_BTV, last_BTV / self._on(last_BTV, "_prior_V").clamp(min=1e-300))
         return cost_BTV.sum(-1)
 
     def cross_entropy(self, logp_BTV: Tensor, x_BT: Tensor, z_BT: Tensor, t_B: Tensor) -> Tensor:

@@ -39,16 +39,15 @@ class SemanticNoise(ReplacementNoise):
         if self.clusters.count(self.clusters[self.mask_id]) > 1:
             raise ValueError("the mask shares a cluster with tokens of the text")
 
-    @property
-    def _prior_to_V(self) -> Tensor:
-        return self._data_V if self.to == "uniform" else self._mask_V
+    def _prior_to(self, far_B: Tensor) -> Tensor:
+        return self._on(far_B, "_data_V" if self.to == "uniform" else "_mask_V")
 
     def _clocks(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
         near_B = self.schedule.alpha(t_B)
         return near_B, 1 - (1 - near_B) ** self.lead
 
     def _kernel(self, near_B: Tensor, far_B: Tensor) -> Kernel:
-        return Kernel(near_B * far_B, (1 - near_B) * far_B, (1 - far_B)[:, None] * self._prior_to_V.to(far_B))
+        return Kernel(near_B * far_B, (1 - near_B) * far_B, (1 - far_B)[:, None] * self._prior_to(far_B))
 
     def kernel(self, t_B: Tensor) -> Kernel:
         return self._kernel(*self._clocks(t_B))
@@ -60,4 +59,4 @@ class SemanticNoise(ReplacementNoise):
     def rate(self, t_B: Tensor) -> Kernel:
         (near_B, far_B), dnear_B = self._clocks(t_B), self.schedule.dalpha(t_B)
         dfar_B = self.lead * (1 - near_B) ** (self.lead - 1) * dnear_B
-        return Kernel(torch.zeros_like(near_B), -dnear_B / near_B, (-dfar_B / far_B)[:, None] * self._prior_to_V.to(far_B))
+        return Kernel(torch.zeros_like(near_B), -dnear_B / near_B, (-dfar_B / far_B)[:, None] * self._prior_to(far_B))

@@ -19,7 +19,7 @@ class UniformNoise(ReplacementNoise):
     """q(z_t = y | x) = alpha_t [y = x] + (1 - alpha_t) / (V - 1), the mask token left out."""
 
     def _kernel(self, keep_B: Tensor) -> Kernel:
-        return Kernel(keep_B, torch.zeros_like(keep_B), (1 - keep_B)[:, None] * self._data_V.to(keep_B))
+        return Kernel(keep_B, torch.zeros_like(keep_B), (1 - keep_B)[:, None] * self._on(keep_B, "_data_V"))
 
     def kernel(self, t_B: Tensor) -> Kernel:
         return self._kernel(self.schedule.alpha(t_B))
@@ -30,4 +30,4 @@ class UniformNoise(ReplacementNoise):
     def rate(self, t_B: Tensor) -> Kernel:
         """-alpha'_t / alpha_t, spread over the vocabulary."""
         away_B = -self.schedule.dalpha(t_B) / self.schedule.alpha(t_B)
-        return Kernel(torch.zeros_like(away_B), torch.zeros_like(away_B), away_B[:, None] * self._data_V.to(away_B))
+        return Kernel(torch.zeros_like(away_B), torch.zeros_like(away_B), away_B[:, None] * self._on(away_B, "_data_V"))

@@ -105,7 +105,8 @@ class Learner:
         torch.manual_seed(config.seed * 7919 + step + self.accelerator.process_index * 1_000_000_007)  # dropout
         lr = learning_rate(step, peak=config.lr, steps=config.steps, warmup=config.warmup, decay_share=config.decay_share)
         set_learning_rate(self.optimizer, lr)
-        x_BT, free_BT, t_B = x_BT[own].to(device), free_BT[own].to(device), levels_on(device, t_B[own])
+        x_BT, free_BT = (rows[own].to(device, non_blocking=True) for rows in (x_BT, free_BT))
+        t_B = levels_on(device, t_B[own])
         nats_B = self.objective(self.network, x_BT, free_BT, noise_rng, t_B, block_length)
         self.accelerator.backward(nats_B.mean())
         norm = self.accelerator.clip_grad_norm_(self.network.parameters(), config.clip)

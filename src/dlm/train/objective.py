@@ -113,7 +113,7 @@ class Objective:
 
 def levels_on(device: torch.device, t_B: Tensor) -> Tensor:
     """Noise levels on the device, in float64 where it has that (mps has not)."""
-    return (t_B.float() if device.type == "mps" else t_B).to(device)
+    return (t_B.float() if device.type == "mps" else t_B).to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -125,6 +125,6 @@ def validate(objective: Objective, network: nn.Module, windows_WT: Tensor, devic
         for x_BT in torch.split(windows_WT, 64):
             free_BT, t_B = torch.ones_like(x_BT, dtype=torch.bool), loss.draw_levels(len(x_BT), rng)
             device_rng = torch.Generator(device).manual_seed(int(torch.randint(1 << 62, (1,), generator=rng)))
-            parts.append(objective(network, x_BT.to(device), free_BT.to(device), device_rng, levels_on(device, t_B)).cpu())
-    values = torch.cat(parts).double().view(passes, -1).mean(0)
+            parts.append(objective(network, x_BT.to(device), free_BT.to(device), device_rng, levels_on(device, t_B)))
+    values = torch.cat(parts).cpu().double().view(passes, -1).mean(0)
     return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
