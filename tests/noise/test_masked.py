@@ -167,6 +167,32 @@ def test_monte_carlo_estimators_agree_with_the_entropy(estimator: str) -> None:
     assert error < 0.05
 
 
+def test_equal_weights_are_the_mean_over_bell_shaped_counts() -> None:
+    """sum over k of P(k) n 2/(n + 1) E[nats of all masks | k], with P(k) = F(k/n) - F((k - 1)/n), F(t) = 3 t^2 - 2 t^3."""
+    tiny = Tiny(3, 3, seed=6)
+    noise, n = noise_of(tiny, "linear"), tiny.length
+    exact = 0.0
+    for bits in range(1, 2**n):
+        masked_T = torch.tensor([bits >> i & 1 for i in range(n)], dtype=torch.bool)
+        k = int(masked_T.sum())
+        low, high = (k - 1) / n, k / n
+        share = (3 * high**2 - 2 * high**3) - (3 * low**2 - 2 * low**3)
+        z_ST = torch.where(masked_T, tiny.mask_id, tiny.x_ST)
+        nll_ST = noise.nll(BayesDenoiser(tiny)(z_ST, None), tiny.x_ST, z_ST)
+        exact += share / math.comb(n, k) * 2 * n / (n + 1) * float((tiny.p_S * nll_ST.sum(-1)).sum())
+    rng, passes = torch.Generator().manual_seed(0), 20_000
+    x_BT = tiny.x_ST[torch.multinomial(tiny.p_S, passes, replacement=True, generator=rng)]
+    nats = loss.any_order(noise, BayesDenoiser(tiny), x_BT, torch.ones_like(x_BT).bool(), rng, equal=True)
+    assert float(nats.mean()) == pytest.approx(exact, abs=4 * float(nats.std() / passes**0.5))
+    assert abs(exact - tiny.entropy()) > 0.05  # no bound: another weighting
+
+
+def test_bell_shaped_levels_follow_beta_2_2() -> None:
+    u = torch.linspace(0, 1, 101, dtype=torch.float64)
+    t = loss.bell(u)
+    torch.testing.assert_close(3 * t**2 - 2 * t**3, u, atol=1e-12, rtol=0)
+
+
 def test_integrating_the_time_out_lowers_the_variance() -> None:
     tiny = Tiny(3, 3, seed=6)
     assert _estimates(tiny, "any_order", 20_000).std() < 0.8 * _estimates(tiny, "continuous", 20_000).std()

@@ -154,7 +154,7 @@ def test_a_process_needs_no_more_than_the_protocol(text: Path, ids: int, tmp_pat
         ({"noise": UniformNoise(9, 8, Geometric()), "estimator": "counted"}, "the geometric:1e-05,20.0 schedule does not run from 1 to 0"),
         ({"noise": "unifrom"}, r"unknown noise 'unifrom'; did you mean uniform\? known: masked"),
         ({"noise_schedule": "cosin"}, r"did you mean cosine\?"),
-        ({"optimizer": "adam"}, r"unknown optimizer 'adam'; did you mean adamw\? known: adamw"),
+        ({"optimizer": "adam"}, r"unknown optimizer 'adam'; did you mean adamw\? known: adamw, muon"),
     ],
 )
 def test_objects_and_words_that_cannot_be(changes: dict[str, Any], message: str) -> None:

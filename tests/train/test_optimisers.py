@@ -10,7 +10,7 @@ from torch import nn
 
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
-from dlm.train.optimisers import EMA, Settings, adamw, learning_rate
+from dlm.train.optimisers import EMA, Settings, adamw, learning_rate, make, orthogonal, set_learning_rate
 
 
 def rates(steps: int, warmup: int = 10, decay_share: float = 0.25) -> list[float]:
@@ -78,3 +78,49 @@ def test_a_tied_head_is_trained_once() -> None:
     network = Transformer(TransformerConfig(vocab_size=7, layers=1, heads=2, width=8, window=8, tied=True))
     optimizer = adamw(network, Settings(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1))
     assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == network.parameters_count()
+
+
+def test_muon_steps_by_semi_orthogonal_matrices() -> None:
+    for shape in ((3, 8, 20), (3, 20, 8), (1, 6, 6)):
+        matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+        sizes = torch.linalg.svdvals(orthogonal(matrices))
+        assert 0.6 < sizes.min() <= sizes.max() < 1.3
+        exact_u, _, exact_v = torch.linalg.svd(matrices, full_matrices=False)
+        near = torch.nn.functional.cosine_similarity(orthogonal(matrices).flatten(1), (exact_u @ exact_v).flatten(1))
+        assert near.min() > 0.97
+
+
+def test_muon_takes_the_matrices_of_the_blocks_alone() -> None:
+    network = Transformer(TransformerConfig(vocab_size=5, window=8, layers=1, heads=2, width=16, conv=3, mlp="swiglu"))
+    named = {id(p): name for name, p in network.named_parameters()}
+    groups = make("muon", network, Settings(lr=1e-3, weight_decay=0.1)).param_groups
+    taken = {named[id(p)] for group in groups if group["muon"] for p in group["params"]}
+    matrices = ["attention.q", "attention.k", "attention.v", "attention.out", "mlp.gate", "mlp.up", "mlp.down"]
+    assert taken == {f"blocks.0.{name}.weight" for name in matrices}
+    assert sum(len(group["params"]) for group in groups) == len(named)
+
+
+def test_muon_follows_its_formula_and_adamw_beside_it() -> None:
+    torch.manual_seed(0)
+    network = Transformer(TransformerConfig(vocab_size=5, window=8, layers=1, heads=2, width=8))
+    twin = Transformer(network.config)
+    twin.load_state_dict(network.state_dict())
+    settings = Settings(lr=1e-2, weight_decay=0.1)
+    optimisers = {name: make(name, one, settings) for name, one in (("muon", network), ("adamw", twin))}
+    set_learning_rate(optimisers["muon"], 1e-2)
+    matrix, momentum = next(iter(network.blocks)).mlp.up.weight, torch.zeros(32, 8)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for p, q in zip(network.parameters(), twin.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        assert matrix.grad is not None
+        gradient = matrix.grad.clone()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        update = orthogonal((0.05 * gradient + 0.95 * momentum)[None])[0]
+        expected = matrix.detach() * (1 - 0.1 * 0.1 * 0.1) - 0.1 * 2 * update
+        for optimiser in optimisers.values():
+            optimiser.step()
+        torch.testing.assert_close(matrix.detach(), expected, atol=1e-6, rtol=1e-5)
+    for name in ("embed.weight", "head.weight", "norm.weight"):
+        assert torch.equal(network.get_parameter(name), twin.get_parameter(name))

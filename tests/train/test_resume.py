@@ -37,6 +37,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("objective=autoregressive",),
         ("estimator=continuous", "noise_schedule=log-linear", "time_conditioning=true"),
         ("tied=true", "bf16=true"),
+        ("optimizer=muon", "conv=3", "weights=equal"),
     ],
     ids=" ".join,
 )

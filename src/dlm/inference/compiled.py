@@ -84,7 +84,7 @@ class CompiledBlocks(Blocks):
 
     def over(self, x: Tensor, forward_pass: ForwardPass, memory: Memory, span: tuple[int, int]) -> Tensor:
         """x (B, Q, D) after the blocks, new positions in this span of the memory."""
-        cos, sin, mask, _, _, mask_tokens = forward_pass
+        cos, sin, mask, _, _, mask_tokens, _ = forward_pass
         assert mask is None or isinstance(mask, Tensor)
         run = self.plain if mask_tokens is None else self._adapted(mask_tokens, x.dtype)
         kept, slot_Q, mask_B1QT = memory.whole(*span, mask)

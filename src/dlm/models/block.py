@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dlm.models import attention
 from dlm.models.cache import KVCache, RaggedCache, TextCache, WindowCache
 from dlm.models.config import TransformerConfig
+from dlm.models.convolution import Neighbours, ShortConvolution
 from dlm.models.rope import frequencies
 
 AnyCache = KVCache | RaggedCache | TextCache | WindowCache
@@ -42,6 +43,7 @@ class ForwardPass(NamedTuple):
     is_causal: bool = False
     cache: AnyCache | None = None
     mask_tokens: MaskTokens | None = None
+    neighbours: Neighbours | None = None  # which a short convolution reads; None: those of plain whole rows
 
 
 class LowRank(NamedTuple):
@@ -153,7 +155,7 @@ class Attention(nn.Module):
         self.attend = Attend(config)
 
     def forward(self, x_BQD: Tensor, forward_pass: ForwardPass) -> Tensor:
-        cos, sin, mask, is_causal, cache, mask_tokens = forward_pass
+        cos, sin, mask, is_causal, cache, mask_tokens, _ = forward_pass
         q, k, v = self.heads(x_BQD, cos, sin, mask_tokens)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)
@@ -206,18 +208,22 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(conv(norm(x))), then x + mlp(norm(x)); conv, where there is one, reads a few neighbours."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.conv = ShortConvolution(config) if config.conv else None
         self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.mlp: nn.Module = MLP(config)  # or `dlm.models.experts.Experts`
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, forward_pass: ForwardPass) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), forward_pass))
+        read = self.attention_norm(x)
+        if self.conv is not None:
+            read = self.conv(read, forward_pass.neighbours)
+        x = x + self.dropout(self.attention(read, forward_pass))
         y: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x), forward_pass.mask_tokens))
         return y
 

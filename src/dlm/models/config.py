@@ -64,6 +64,7 @@ class TransformerConfig:
     qkv_bias: bool = False
     tied: bool = False
     experts: ExpertsConfig | None = None  # in place of the MLP
+    conv: int = 0  # taps of the short convolution before attention, 0: none
     time_conditioning: bool = False
     time_steps: int = 0  # of time_conditioning by a learned vector for each of so many noise levels; 0: by sinusoids
     embed_norm: bool = False  # RMSNorm of the embeddings, without a gain
@@ -95,6 +96,11 @@ class TransformerConfig:
             raise ValueError(f"unknown attention {self.attention!r}; known: {', '.join(attention.PATTERNS)}")
         if self.attention in attention.BLOCKWISE and (self.block_length < 1 or self.window % self.block_length):
             raise ValueError(f"block_length {self.block_length} must divide the window {self.window}")
+        self._check_switches()
+
+    def _check_switches(self) -> None:
+        if self.conv < 0 or (self.attention != "causal" and self.conv and self.conv % 2 == 0):
+            raise ValueError(f"a centred convolution has an odd number of taps, or 0 for none, got conv={self.conv}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in 0 .. 1, got {self.dropout}")
         if self.backend not in ("auto", "sdpa", "flex"):
@@ -117,7 +123,8 @@ class TransformerConfig:
     def forward_flops(self, *, keys: int | None = None) -> tuple[int, int]:
         """FLOPs of a token in (the blocks, the output head) when it attends to `keys` positions, by default a window.
 
-        Two for each multiply and add; embedding, norms, rotations and softmax are free, as `torch.utils.flop_counter` counts.
+        Two for each multiply and add; embedding, norms, rotations, short convolutions and softmax are free, as
+        `torch.utils.flop_counter` counts.
         """
         inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
         weights = self.layers * 2 * self.width * (inner + kv_inner) + self.width * self._mlp_features()

@@ -15,6 +15,7 @@ from dlm.models.attention import FlexMask, Mask
 from dlm.models.block import AnyCache, Blocks, Embedding, ForwardPass, Head, RMSNorm, Rotary, TimeEmbedding, TimeTable
 from dlm.models.cache import KVCache, RaggedCache, TextCache, WindowCache
 from dlm.models.config import TransformerConfig
+from dlm.models.convolution import Neighbours, neighbours, offsets
 from dlm.models.experts import make_block
 
 Attends = tuple[Tensor, Mask, bool]
@@ -33,6 +34,7 @@ class Transformer(nn.Module):
             self.time = TimeTable(config.time_steps, config.width) if config.time_steps else TimeEmbedding(config.width)
         self.rotary = Rotary(config)
         self.blocks = Blocks(make_block(config, i) for i in range(config.layers))
+        self.taps = offsets(config.attention, config.conv)  # of the weights: a view with another attention keeps them
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = Head(config.width, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -141,7 +143,8 @@ class Transformer(nn.Module):
         if self.config.embed_norm:
             x_BQD = F.rms_norm(x_BQD, x_BQD.shape[-1:], eps=self.config.norm_eps)
         cos, sin = self.rotary(pos_BQ)
-        x_BQD = self.blocks(self.dropout(x_BQD), ForwardPass(cos, sin, mask, is_causal, cache, mask_tokens))
+        near = self._neighbours(attends, cache) if self.taps else None
+        x_BQD = self.blocks(self.dropout(x_BQD), ForwardPass(cos, sin, mask, is_causal, cache, mask_tokens, near))
         if isinstance(cache, KVCache | RaggedCache):
             cache.advance(z_BQ.shape[1])
         if pattern == "clean":
@@ -158,6 +161,20 @@ class Transformer(nn.Module):
             return self.read_out(self.norm(x_BQD))
         logits_MV = self.read_out(self.norm(x_BQD[at_BQ]))
         return logits_MV.new_zeros(*at_BQ.shape, logits_MV.shape[-1]).index_put_((at_BQ,), logits_MV)
+
+    def _neighbours(self, attends: Attends, cache: AnyCache | None) -> Neighbours | None:
+        """The neighbours that the short convolutions read: those that attention reads. None: of whole rows that nothing masks."""
+        pos_BQ, mask, is_causal = attends
+        if cache is not None:
+            raise ValueError("a network with short convolutions has no cache")
+        if mask is None and (self.taps[-1] <= 0 if is_causal else True):
+            return None
+        if isinstance(mask, Tensor):
+            allowed_BQT = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+        else:
+            pattern, block_length = (mask.pattern, mask.block_length) if mask else ("causal", 0)
+            allowed_BQT = attention.allowed(pattern, pos_BQ[:, :, None], pos_BQ[:, None, :], block_length)
+        return neighbours(self.taps, pos_BQ, pos_BQ, allowed_BQT)
 
     def _continues(self, pos_BQ: Tensor | None, own_BQQ: Tensor, cache: AnyCache | None) -> Attends:
         """New positions that read those of a cache, and one another by own_BQQ."""

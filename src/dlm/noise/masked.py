@@ -88,6 +88,9 @@ class MaskedNoise:
 
     def nll(self, logits_BTV: Tensor, x_BT: Tensor, z_BT: Tensor) -> Tensor:
         """`cross_entropy` of `log_probs` (B, T), normalised at masks alone: with a large vocabulary that is most of a training step."""
+        if logits_BTV.is_cuda:  # to find the masks there would wait for the device
+            logits_BVT = logits_BTV.masked_fill(self._never(logits_BTV), -torch.inf).transpose(1, 2)
+            return F.cross_entropy(logits_BVT, x_BT.masked_fill(z_BT != self.mask_id, -100), reduction="none")
         at_M = self._masks(z_BT)
         nll_M = F.cross_entropy(self._logits_at(logits_BTV, at_M), x_BT.flatten()[at_M], reduction="none")
         return self._placed(nll_M, at_M, z_BT)

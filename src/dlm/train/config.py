@@ -17,6 +17,7 @@ from dlm.protocols import NoiseProcess, NoiseSchedule
 from dlm.train.optimisers import OPTIMISERS
 
 OBJECTIVES = ("diffusion", "autoregressive")
+WEIGHTS = ("auto", "bound", "equal")
 ESTIMATORS = ("auto", "any_order", "counted", "continuous")
 
 
@@ -40,13 +41,14 @@ class TrainConfig:
     estimator: str = "auto"  # any_order (masks, no time input) | counted (replacement) | continuous | auto: the first that applies
     init: str = ""  # a checkpoint to begin with, instead of fresh weights: of the same shape, or deeper
     teacher: str = ""  # distillation: a masked model whose predictions take the place of the text
+    weights: str = "bound"  # of masked tokens: bound | equal (mask ratios from Beta(2, 2), each alike) | auto: equal where it applies
     levels: tuple[float, float] = (0.0, 1.0)  # share of masks that the network is trained on, from .. to
     block_lengths: tuple[int, ...] = ()  # of block diffusion (attention=block_causal), one drawn each step; none: block_length
     context: int = 64
     context_share: float = 0.5  # share of training windows whose first `context` tokens are given
     steps: int = 5000
     batch: int = 16  # windows per step over all processes
-    optimizer: str = "adamw"
+    optimizer: str = "adamw"  # adamw | muon (AdamW beside it, at a tenth of its rate: lr)
     lr: float = 2e-3
     warmup: int = 100
     decay_share: float = 0.3
@@ -110,6 +112,11 @@ class TrainConfig:
         if not issubclass(kind, MaskedNoise | ReplacementNoise):
             return "continuous"  # which needs no more of a process than its protocol
         return loss.best(self.alpha, masked=issubclass(kind, MaskedNoise), reads_time=self.network.time_conditioning)
+
+    @property
+    def equal_weights(self) -> bool:
+        """Whether training weights every masked token alike."""
+        return self.weights == "equal" or (self.weights == "auto" and _weighable(self) and self.levels == (0, 1) and not self.teacher)
 
     def with_settings(self, settings: list[str]) -> TrainConfig:
         """Apply `key=value` words together, in any order; InputError for an unknown key or a value that cannot be."""
@@ -185,6 +192,18 @@ def _noise(c: TrainConfig) -> Iterator[str]:
         yield f"the {c.schedule_word} schedule does not run from 1 to 0: --set estimator=continuous"
 
 
+def _weighable(c: TrainConfig) -> bool:
+    """Whether tokens can be weighted alike: each mask ratio is drawn by count."""
+    return c.objective == "diffusion" and c.process == "masked" and (c.blocks or c.estimate == "any_order")
+
+
+def _weights(c: TrainConfig) -> Iterator[str]:
+    if c.weights not in WEIGHTS:
+        yield str(unknown("weights", c.weights, WEIGHTS))
+    if c.weights == "equal" and not _weighable(c):
+        yield "weights=equal is for masked diffusion that does not read the time: --set weights=bound"
+
+
 def _numbers(c: TrainConfig) -> Iterator[str]:
     if not 0 <= c.context < c.network.window:
         yield f"context {c.context} must lie in 0 .. {c.network.window - 1}, below the window"
@@ -202,7 +221,7 @@ def _distillation(c: TrainConfig) -> Iterator[str]:
         yield f"levels run from a share of masks to a higher one, as in 0.5,1; got {c.levels}"
 
 
-CHECKS: tuple[Callable[[TrainConfig], Iterator[str]], ...] = (_objective, _block_diffusion, _noise, _numbers, _distillation)
+CHECKS: tuple[Callable[[TrainConfig], Iterator[str]], ...] = (_objective, _block_diffusion, _noise, _weights, _numbers, _distillation)
 """Each yields an error in a line; the user reads the first one."""
 
 ABOVE_0, BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)

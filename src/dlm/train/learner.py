@@ -90,7 +90,7 @@ class Learner:
         self.own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
         teacher = teacher_of(config, network, noise.mask_id, self.device) if config.teacher else None
         rows = cast(Process, RowsOf(noise, batch=config.batch, own=self.own))
-        self.objective = Objective.of(config, rows, teacher)
+        self.objective = Objective.of(config, rows, teacher, equal=config.equal_weights)
         self.network.train()
 
     def update(self, step: int) -> Update:

@@ -52,19 +52,24 @@ Estimator = Callable[[nn.Module, Tensor, Tensor, torch.Generator, Tensor, int], 
 """(network, x_BT, free_BT, rng, t_B, block_length) -> (B,) nats summed over the free positions."""
 
 
-def estimator(config: TrainConfig, noise: Process, teacher: loss.Predict | None = None) -> Estimator:
-    """The bound of the noise process, the distance from a teacher, or the exact autoregressive loss, as the config has it."""
+def estimator(config: TrainConfig, noise: Process, teacher: loss.Predict | None = None, *, equal: bool = False) -> Estimator:
+    """The bound of the noise process, the distance from a teacher, or the exact autoregressive loss, as the config has it.
+
+    equal: in training, every masked token weighted alike.
+    """
 
     def predict(network: nn.Module) -> loss.Predict:
         return lambda z_BT, t_B: network(z_BT, t_B).float()
 
     if config.blocks:
         return lambda network, x_BT, free_BT, rng, t_B, block_length: loss.blockwise(
-            cast(MaskedNoise, noise), partial(predict_beside, network), x_BT, free_BT, rng, block_length, t_B
+            cast(MaskedNoise, noise), partial(predict_beside, network), x_BT, free_BT, rng, block_length, t_B, equal
         )
     if config.objective == "autoregressive":
         return lambda network, x_BT, free_BT, _rng, _t_B, _length: loss.autoregressive(noise, predict(network), x_BT, free_BT)
-    bound = partial(loss.any_order, teacher=teacher) if teacher is not None else ESTIMATORS[config.estimate]
+    bound = ESTIMATORS[config.estimate]
+    if equal or teacher is not None:
+        bound = partial(loss.any_order, teacher=teacher, equal=equal)
     return lambda network, x_BT, free_BT, rng, t_B, _length: bound(noise, predict(network), x_BT, free_BT, rng, t_B)
 
 
@@ -83,12 +88,12 @@ class Objective:
     block_lengths: tuple[int, ...]  # of training, one drawn each step
 
     @classmethod
-    def of(cls, config: TrainConfig, noise: Process, teacher: loss.Predict | None = None) -> Objective:
-        """noise: a process, or `RowsOf` one."""
+    def of(cls, config: TrainConfig, noise: Process, teacher: loss.Predict | None = None, *, equal: bool = False) -> Objective:
+        """noise: a process, or `RowsOf` one. equal: every masked token weighted alike."""
         context = config.context if config.objective == "diffusion" else 0
         length = config.network.block_length
         lengths = config.block_lengths or (length,)
-        return cls(estimator(config, noise, teacher), config.network.window, context, config.context_share, length, lengths)
+        return cls(estimator(config, noise, teacher, equal=equal), config.network.window, context, config.context_share, length, lengths)
 
     def __call__(
         self, network: nn.Module, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, t_B: Tensor, block_length: int = 0

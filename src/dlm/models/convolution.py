@@ -1,0 +1,75 @@
+"""The short convolution before attention: every position reads a few neighbours by weights of its own for each feature.
+
+Masked training is slow at learning to look one position to the left; a depthwise convolution of the normed input begins as the identity
+and gives that for almost nothing (Canon layers, Allen-Zhu 2512.17351; Hyena and Mamba have it too).
+Shapes: B batch, T source positions, Q positions, J taps, D width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dlm.models.config import TransformerConfig
+
+
+class Neighbours(NamedTuple):
+    """Where the taps of each position lie among the source positions. Rows may be one for the whole batch."""
+
+    index_BQJ: Tensor  # int64
+    there_BQJ: Tensor  # bool: False reads nothing
+
+
+def offsets(attention: str, taps: int) -> range:
+    """The relative positions of the taps: on both sides, or from the left alone under causal attention."""
+    first = 1 - taps if attention == "causal" else -(taps // 2)
+    return range(first, first + taps)
+
+
+def neighbours(steps: range, pos_BQ: Tensor, pos_BT: Tensor, allowed_BQT: Tensor | None) -> Neighbours:
+    """The taps of positions pos_BQ among source positions pos_BT: a tap reads the neighbour that attention reads.
+
+    allowed_BQT: bool, the positions that attention reads; None for all. It leaves one source position at most for a tap, where
+    several stand at the same position.
+    """
+    found = []
+    for step in steps:
+        match_BQT = pos_BT[:, None, :] == pos_BQ[:, :, None] + step
+        if allowed_BQT is not None:
+            match_BQT = match_BQT & allowed_BQT
+        found.append(match_BQT.to(torch.uint8).max(-1))
+    return Neighbours(torch.stack([f.indices for f in found], -1), torch.stack([f.values.bool() for f in found], -1))
+
+
+class ShortConvolution(nn.Module):
+    """x + sum over taps of weight * neighbour; the weights begin at 0."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.steps = offsets(config.attention, config.conv)
+        self.weight = nn.Parameter(torch.zeros(config.conv, config.width))  # (J, D)
+
+    def forward(self, x_BQD: Tensor, neighbours: Neighbours | None = None, source_BTD: Tensor | None = None) -> Tensor:
+        """(B, Q, D). source_BTD: where neighbours lie, by default x itself. neighbours None: rows are whole, without padding."""
+        weight_JD = self.weight.to(x_BQD.dtype)
+        if neighbours is None:
+            return self._shifted(x_BQD, weight_JD)
+        source_BTD = x_BQD if source_BTD is None else source_BTD
+        (batch, queries, width), length = x_BQD.shape, source_BTD.shape[1]
+        row_B1 = torch.arange(batch, device=x_BQD.device)[:, None] * length
+        source_ND, y_BQD = source_BTD.reshape(-1, width), x_BQD
+        for index_BQ, there_BQ, weight_D in zip(*(part.unbind(-1) for part in neighbours), weight_JD, strict=True):
+            read_BQD = source_ND.index_select(0, (index_BQ + row_B1).flatten()).view(batch, queries, width)
+            y_BQD = y_BQD + read_BQD * there_BQ[..., None].to(x_BQD.dtype) * weight_D
+        return y_BQD
+
+    def _shifted(self, x_BTD: Tensor, weight_JD: Tensor) -> Tensor:
+        length, steps = x_BTD.shape[1], self.steps
+        padded_BTD = F.pad(x_BTD, (0, 0, -steps[0], max(0, steps[-1])))
+        y_BTD = x_BTD
+        for tap, weight_D in enumerate(weight_JD):
+            y_BTD = torch.addcmul(y_BTD, padded_BTD[:, tap : tap + length], weight_D)
+        return y_BTD
