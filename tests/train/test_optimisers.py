@@ -108,7 +108,7 @@ def test_muon_follows_its_formula_and_adamw_beside_it() -> None:
     settings = Settings(lr=1e-2, weight_decay=0.1)
     optimisers = {name: make(name, one, settings) for name, one in (("muon", network), ("adamw", twin))}
     set_learning_rate(optimisers["muon"], 1e-2)
-    matrix, momentum = next(iter(network.blocks)).mlp.up.weight, torch.zeros(32, 8)
+    matrix, momentum = network.get_parameter("blocks.0.mlp.up.weight"), torch.zeros(32, 8)
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         for p, q in zip(network.parameters(), twin.parameters(), strict=True):
