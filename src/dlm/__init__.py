@@ -8,6 +8,7 @@ print(model.generate("ROMEO:", length=512, seed=0))
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time each name is imported when it is first used
@@ -51,6 +52,19 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time each name is imp
     from dlm.workflows.settle import settle as settle
 
 __version__ = "0.1.0"
+
+
+def _wait_passively() -> None:
+    """Threads of OpenMP sleep while they wait for one another, unless the environment says otherwise.
+
+    By default they spin, and where another program keeps a core busy every small operation waits for a thread that is not run: a forward
+    pass takes ten times as long. OpenMP reads this once, when torch is imported.
+    """
+    for name, value in (("OMP_WAIT_POLICY", "PASSIVE"), ("KMP_BLOCKTIME", "0")):  # of GNU's and of LLVM's OpenMP
+        os.environ.setdefault(name, value)
+
+
+_wait_passively()
 
 _WHERE = {  # public name: its module, and its name there where that is another; nothing after the colon: the module
     "load": "dlm.language_model",

@@ -25,6 +25,7 @@ QUICK = {
     "samplers": ["--quick"],
     "scaling": ["--quick"],
     "seams": ["--quick"],
+    "threads": ["--quick"],
 }
 ELSEWHERE = {"training", "serving"}  # tests/train/test_benchmark.py; servers of its own and minutes
 

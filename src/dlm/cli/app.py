@@ -28,6 +28,7 @@ from dlm.errors import InputError
 
 if TYPE_CHECKING:
     from dlm.language_model import LanguageModel
+    from dlm.language_model.protocols import Model
     from dlm.sampling.autoregressive.draft import Draft
 
 app = typer.Typer(
@@ -68,6 +69,19 @@ Deterministic = Annotated[
 Compile = Annotated[
     bool,
     typer.Option("--compile", help="torch.compile for forward passes of few positions; the first take seconds.", rich_help_panel="Machine"),
+]
+EVERY_CORE = "OMP_NUM_THREADS, or one for each core"
+AllThreads = Annotated[
+    int, typer.Option(callback=between(0), show_default=EVERY_CORE, help="Threads of the CPU.", rich_help_panel="Machine")
+]
+Threads = Annotated[
+    int,
+    typer.Option(
+        callback=between(0),
+        show_default=f"one for forward passes under 10 ms, else {EVERY_CORE}",
+        help="Threads of the CPU.",
+        rich_help_panel="Machine",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object.")]
 SAMPLING, DRAFTING = "Sampling", "Speculative decoding (autoregressive models)"  # panels of the help
@@ -232,6 +246,13 @@ def load(
 
     check_device(device)
     return load(name, device=device, dtype=dtype, adapter=adapter, deterministic=deterministic, compile=compile)
+
+
+def set_threads(asked: int, models: Iterable[Model], rows: int = 1) -> None:
+    """As many as asked for; where that is 0, as a forward pass of `rows` texts of the largest of these models is worth."""
+    from dlm.inference.threads import use_threads
+
+    use_threads(asked, [(lm.network, rows * (lm.window if lm.is_diffusion else 1)) for lm in models])
 
 
 def check_names(models: Iterable[str], dtype: str = "float32") -> None:

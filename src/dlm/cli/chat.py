@@ -17,6 +17,7 @@ from dlm.cli.app import (
     Dtype,
     Lossless,
     Seed,
+    Threads,
     TopK,
     TopP,
     app,
@@ -25,6 +26,7 @@ from dlm.cli.app import (
     err,
     load,
     renamed,
+    set_threads,
 )
 from dlm.errors import InputError
 
@@ -53,6 +55,7 @@ def chat(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     compile: Compile = False,
+    threads: Threads = 0,
 ) -> None:
     """Talk to a model, line by line.
 
@@ -64,6 +67,7 @@ def chat(
     from dlm.language_model.options import DecodingOptions
 
     lm = load(model, device, dtype, adapter, compile=compile)
+    set_threads(threads, [lm])
     if lossless:
         lm.prepare_lossless()
     sampler = "lossless" if lossless else None

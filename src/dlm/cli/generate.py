@@ -28,6 +28,7 @@ from dlm.cli.app import (
     Json,
     Lossless,
     Seed,
+    Threads,
     TopK,
     TopP,
     app,
@@ -40,6 +41,7 @@ from dlm.cli.app import (
     named_models,
     renamed,
     sampler_word,
+    set_threads,
 )
 from dlm.errors import InputError
 from dlm.files import check_directory
@@ -174,6 +176,7 @@ def generate(
     dtype: Dtype = "float32",
     deterministic: Deterministic = False,
     compile: Compile = False,
+    threads: Threads = 0,
 ) -> None:
     """Write text: continue a prompt, fill holes, or lead to a suffix.
 
@@ -213,6 +216,7 @@ def generate(
 
     runs = _runs(entries, opened, [prompt] * samples if samples > 1 else prompt, layout, options, seed)
     paths = _paths(save, list(runs))
+    set_threads(threads, [run.model for run in runs.values()], rows=samples)
     console = Console(stderr=as_json)
     watching = watch and console.is_terminal
     _write(runs, paths, _watch(runs, console) if watching else _quiet(runs))

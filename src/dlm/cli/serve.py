@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dlm import bundled
-from dlm.cli.app import Compile, Deterministic, Device, Dtype, app, check_names, load
+from dlm.cli.app import AllThreads, Compile, Deterministic, Device, Dtype, app, check_names, load
 from dlm.errors import InputError
 
 
@@ -28,7 +28,7 @@ def serve(
     max_steps: Annotated[int, typer.Option(help="Denoising steps of a window at most.", rich_help_panel="Limits")] = 1024,
     max_body: Annotated[int, typer.Option(help="Bytes of a request at most.", rich_help_panel="Limits")] = 2**20,
     deadline: Annotated[float, typer.Option(help="Seconds for a request, waiting included.", rich_help_panel="Limits")] = 300.0,
-    threads: Annotated[int, typer.Option(help="Threads of torch; 0: its own choice.", rich_help_panel="Machine")] = 0,
+    threads: AllThreads = 0,
     adapter: Annotated[Path | None, typer.Option(help="Directory of `dlm convert`, for the one model that is named.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",

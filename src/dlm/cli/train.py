@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dlm.cli.app import Json, app, err, fail
+from dlm.cli.app import AllThreads, Json, app, err, fail, set_threads
 from dlm.errors import InputError
 
 
@@ -22,6 +22,7 @@ def train(
     noise_schedule: Annotated[str | None, typer.Option(help="linear | cosine | polynomial:2 ...; same as --set noise_schedule=.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, any number of times.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last save in --out.")] = False,
+    threads: AllThreads = 0,
     as_json: Json = False,
 ) -> None:
     """Train a recipe, or the default model on your own text.
@@ -39,6 +40,7 @@ def train(
     from dlm.train.display import Display
     from dlm.workflows.fit import fit, sample
 
+    set_threads(threads, [])
     config = found or TrainConfig()
     if data is not None:
         config = replace(config, data=data)
