@@ -6,9 +6,9 @@ Time: t = 0 is data, t = 1 is noise; alpha_t is the probability that a token is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,11 +24,21 @@ class OwnDraws:
     length: int
 
     @classmethod
-    def of(cls, g: torch.Generator | OwnDraws, length: int) -> OwnDraws:
-        return g if isinstance(g, OwnDraws) else cls(g, length)
+    def of(cls, g: Draws, length: int) -> Draws:
+        return cls(g, length) if isinstance(g, torch.Generator) else g
 
 
-RNG = Sequence[torch.Generator | OwnDraws]
+@dataclass(frozen=True)
+class SomeDraws:
+    """The generator of a row of which some positions are asked: it draws for all `width` of them, (T,), and `pick` takes some, (C,)."""
+
+    own: Draws
+    width: int
+    pick: Callable[[Tensor], Tensor]
+
+
+Draws = torch.Generator | OwnDraws | SomeDraws
+RNG = Sequence[Draws]
 """One generator a row, so that the draws of a row do not depend on its neighbours."""
 
 
@@ -111,6 +121,20 @@ class Denoiser(Protocol):
 
         pattern `shadow`: z is [text | masks], and a mask predicts its position without reading the text there.
         """
+
+
+@runtime_checkable
+class PickingDenoiser(Protocol):
+    """A denoiser that computes the logits of some positions of each row alone: `index_BC`, int64 (B, C), gives logits (B, C, V)."""
+
+    @property
+    def picks(self) -> bool:
+        """Whether it does."""
+
+    def __call__(
+        self, z_BQ: Tensor, t_B: Tensor | None = None, /, *, index_BC: Tensor | None = None, cache: Any = None, **how: Any
+    ) -> Tensor:
+        """Logits (B, C, V)."""
 
 
 class Sampler(Protocol):

@@ -236,7 +236,8 @@ def test_our_samplers_on_models_of_others(family: str, word: str) -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("llada", {"cache": "dual"}, "caches hold whole windows"),
+    ("sdar", {"cache": "dual"}, "has an exact cache already"),
+    ("a2d_qwen3", {"sampler": "bd3lm", "cache": "dual"}, "bd3lm has an exact cache already"),
     ("llada", {"sampler": "speculative"}, "speculative decoding is for"),
     ("llada", {"schedule": "L0.5 H0.5", "light": "shakespeare-mask-2"}, "a schedule of models is for those that dlm trains"),
     ("llada", {"sampler": "llada:high"}, "low_confidence or random"),

@@ -128,7 +128,7 @@ BAD: list[tuple[str, str, str]] = [
     ("masked", "--cache fridge", "known"),
     ("masked", "--cache dual:3", "setting"),
     ("masked", "--cache dual --sampler revoke", "combined"),
-    ("masked", "--cache dual --guidance 2", "combined"),
+    ("masked", "--guidance 2 --sampler revoke", "combined"),
     ("masked", "--sampler speculative --cache dual", "speculative"),
     ("masked", "--sampler speculative:0", "draft tokens"),
     ("masked", "--sampler speculative:x", "speculative:TOKENS:TOLERANCE"),

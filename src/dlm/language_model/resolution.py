@@ -136,11 +136,10 @@ def needs_calibration(options: DecodingOptions, facts: Facts) -> bool:
 def _calibrated(options: DecodingOptions, facts: Facts) -> DecodingOptions:
     if facts.calibration is None:
         raise InputError(f"{facts.name} is not on disk: save it, then run dlm calibrate")
-    guided = options.guidance != 1
-    plain = not guided and options.allow is None and options.pattern is None
+    plain = options.guidance == 1 and options.allow is None and options.pattern is None
 
     def usable(found: Options) -> bool:
-        return (plain or registry.get(found["sampler"], "masked").rule) and not (guided and "cache" in found)
+        return plain or registry.get(found["sampler"], "masked").rule
 
     return replace(options, budget=None, **facts.calibration.choose(options.budget or BUDGET, usable).options)
 
@@ -207,10 +206,11 @@ def _denoising(options: DecodingOptions, facts: Facts, draw: Draw, context: int)
     info = registry.get(word, facts.noise)
     if not info.rule and (_revises(options) or _is_special(options) or not facts.bidirectional or not facts.fills_window):
         raise InputError("speculative decoding is for bidirectional masked models, with no blocks, cache, guidance or constraint")
-    if options.guidance != 1 and not (masked and facts.bidirectional):
+    if options.guidance != 1 and not (masked and (facts.bidirectional or not facts.fills_window)):
         raise InputError(f"{facts.name} never saw a text without its beginning: guidance needs a bidirectional masked model")
-    if isinstance(options.cache, str) and not facts.bidirectional:
-        raise InputError(f"{facts.name} has an exact cache already: --cache is for bidirectional models")
+    if isinstance(options.cache, str) and (info.blockwise or not facts.bidirectional):
+        named = f"the sampler {info.name}" if facts.bidirectional else facts.name
+        raise InputError(f"{named} has an exact cache already: --cache is for bidirectional models")
     steps = facts.default_steps if options.steps is None else options.steps
     usual = facts.default_block_length if word == facts.default_sampler else 0
     block_length = usual if options.block_length is None else options.block_length

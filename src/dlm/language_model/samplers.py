@@ -18,6 +18,7 @@ from dlm.language_model.protocols import Model
 from dlm.language_model.resolution import DecodingPlan
 from dlm.model_scheduling import routing
 from dlm.models.pattern import reading
+from dlm.models.shifted import Shifted
 from dlm.models.transformer import Transformer
 from dlm.noise.masked import MaskedNoise
 from dlm.protocols import Denoiser, Sampler
@@ -53,15 +54,11 @@ def build(plan: DecodingPlan, model: Model) -> Sampler:
     blockwise = info.blockwise and not model.is_causal
     if blockwise and model.config.shift:
         raise InputError(f"{info.name} needs a model that predicts each token itself: {model.name} cannot be read so")
-    policy: CachePolicy | None = None
-    if isinstance(plan.cache, str):
-        policy = cache_policies.make(plan.cache)
-    elif model.is_causal and plan.cache and model.config.fills_window:
-        policy = cache_policies.Exact(plan.block_length)
-    if blockwise:
-        denoiser = reading(model.network, "block_causal", plan.block_length)
+    if blockwise or model.is_causal:
+        view = reading(model.network, "block_causal", plan.block_length)
+        denoiser = Shifted(view) if model.config.shift else view
     return DiffusionSampler(
-        partial(model.network, block_length=plan.block_length) if model.is_causal else denoiser,
+        denoiser,
         model.noise,
         model.window,
         registry.make(plan.word, plan.draw, model.noise, plan.greedy_tail),
@@ -70,7 +67,7 @@ def build(plan: DecodingPlan, model: Model) -> Sampler:
         model.name,
         plan.until_settled,
         plan.block_length,
-        policy,
+        _policy(plan, model, by_blocks=blockwise or model.is_causal),
         model.network.window_cache,
         ClassifierFree(plan.guidance, model.tokenizer.mask_id) if plan.guidance != 1 else None,
         _constraint(plan, model),
@@ -79,6 +76,17 @@ def build(plan: DecodingPlan, model: Model) -> Sampler:
         block_phase=model.config.block_phase,
         stops=model.stops if blockwise or (model.is_causal and not model.config.fills_window) else frozenset(),
     )
+
+
+def _policy(plan: DecodingPlan, model: Model, *, by_blocks: bool) -> CachePolicy | None:
+    """by_blocks: whether no position reads a later block."""
+    if isinstance(plan.cache, str):
+        policy = cache_policies.make(plan.cache)
+    elif plan.cache and by_blocks:
+        policy = cache_policies.Exact(plan.block_length)
+    else:
+        return None
+    return cache_policies.BeforeToo(policy) if model.config.shift else policy
 
 
 def _plain(plan: DecodingPlan, model: Model) -> AutoregressiveSampler:

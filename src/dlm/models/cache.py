@@ -200,16 +200,27 @@ class WindowCache:
         self.drift_BT = torch.zeros(batch, window, device=device)
         self.layers, self.window = layers, window
         self.rows_A1 = torch.arange(batch, device=device)[:, None]
+        self.begin_A1: Tensor | None = None
 
-    def of(self, rows_A: Tensor) -> WindowCache:
-        """The part of these rows, sharing memory."""
+    def of(self, rows_A: Tensor, begin_A: Tensor | None = None) -> WindowCache:
+        """The part of these rows, sharing memory. begin_A: the position of each one's first slot, by default 0."""
         part = copy.copy(self)
-        part.rows_A1 = rows_A[:, None]
+        part.rows_A1, part.begin_A1 = rows_A[:, None], None if begin_A is None else begin_A[:, None]
         return part
 
     def join(self, other: WindowCache) -> None:
-        """Take in the rows of another cache of the same network."""
+        """Take in the rows of another cache of the same network, whose window may be wider or narrower."""
+        window = max(self.window, other.window)
+        for one in (self, other):
+            one._widen(window)
         self._take(torch.cat([self.kv, other.kv], 2), *(torch.cat(x) for x in zip(self._marks(), other._marks(), strict=True)))
+
+    def _widen(self, window: int) -> None:
+        """Slots for more positions, nothing in them, nor in that of the padding, which moves to the end."""
+        if more := window - self.window:
+            self.filled_BT[:, self.window] = False
+            self.filled_BT, self.drift_BT = (F.pad(x, (0, more)) for x in self._marks())
+            self.kv, self.window = F.pad(self.kv, (0, 0, 0, 0, 0, more)), window
 
     def keep(self, rows_K: Tensor) -> None:
         """Go on with these rows alone."""
@@ -227,13 +238,19 @@ class WindowCache:
         self.filled_BT[rows_A] = False
         self.drift_BT[rows_A] = 0
 
+    def hide(self, rows_A: Tensor, hidden_AT: Tensor) -> None:
+        """Forget these positions, bool (A, T)."""
+        self.filled_BT[rows_A, : self.window] &= ~hidden_AT
+
     def begin(self, pos_AQ: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Set the positions of the next writes: (positions of all slots (1, T), whether each is filled (A, T) or None for all)."""
-        self.pos_AQ = pos_AQ
-        self.was_AQ = self.filled_BT[self.rows_A1, pos_AQ]
-        self.filled_BT[self.rows_A1, pos_AQ] = True
+        """Set the positions of the next writes: (positions of all slots (A or 1, T), whether each is filled (A, T) or None for all)."""
+        self.pos_AQ = pos_AQ if self.begin_A1 is None else pos_AQ - self.begin_A1
+        self.was_AQ = self.filled_BT[self.rows_A1, self.pos_AQ]
+        self.filled_BT[self.rows_A1, self.pos_AQ] = True
         filled_AT = self.filled_BT[self.rows_A1.squeeze(1), : self.window]
-        return torch.arange(self.window, device=pos_AQ.device)[None], None if bool(filled_AT.all()) else filled_AT
+        slot_1T = torch.arange(self.window, device=pos_AQ.device)[None]
+        all_AT = slot_1T if self.begin_A1 is None else slot_1T + self.begin_A1
+        return all_AT, None if bool(filled_AT.all()) else filled_AT
 
     def write(self, layer: int, k_AGQK: Tensor, v_AGQK: Tensor) -> tuple[Tensor, Tensor]:
         """Store at the positions of `begin`, return keys and values (A, G, T, K) of the whole window."""

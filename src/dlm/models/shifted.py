@@ -26,12 +26,30 @@ class Shifted:
 
     network: Callable[..., Tensor]
 
-    def __call__(self, z_BQ: Tensor, t_B: Tensor | None = None, *, at_BQ: Tensor | None = None, cache: Any = None, **how: Any) -> Tensor:
-        """Logits (B, Q, V) of whole texts; at_BQ as of `Transformer.forward`."""
-        if cache is not None:
-            raise ValueError("the row of a token is that of the one before it, which a cache would leave out")
+    @property
+    def picks(self) -> bool:
+        return bool(getattr(self.network, "picks", False))
+
+    def __call__(
+        self,
+        z_BQ: Tensor,
+        t_B: Tensor | None = None,
+        *,
+        at_BQ: Tensor | None = None,
+        index_BC: Tensor | None = None,
+        cache: Any = None,
+        **how: Any,
+    ) -> Tensor:
+        """Logits (B, Q, V); at_BQ and index_BC as of `Transformer.forward`.
+
+        Of the positions read over a cache, in rising order, those with the position before them among the positions read have logits
+        (`dlm.sampling.diffusion.cache_policies.BeforeToo` sees to it).
+        """
         if how.get("pattern"):
             raise InputError("this model predicts the next token: it cannot use a sampler that checks what it wrote")
+        how |= {"cache": cache} if cache is not None else {}
+        if index_BC is not None:
+            return self.network(z_BQ, t_B, index_BC=(index_BC - 1).clamp(min=0), **how)
         if at_BQ is not None:  # ask for the rows before
             before_BQ = torch.cat([at_BQ[:, 1:], torch.zeros_like(at_BQ[:, :1])], 1)
             before_BQ[:, 0] |= at_BQ[:, 0]

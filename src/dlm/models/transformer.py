@@ -25,6 +25,8 @@ Attends = tuple[Tensor, Mask, bool]
 class Transformer(nn.Module):
     """A `Denoiser`: token ids in, logits out; bidirectional, block-causal or causal by its config."""
 
+    picks = True  # `index_BC`
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
@@ -85,10 +87,11 @@ class Transformer(nn.Module):
         c = self.config
         return RaggedCache(c.layers, batch, c.kv_heads, capacity, c.head_dim, dtype=self.embed.weight.dtype, device=self.device)
 
-    def window_cache(self, batch: int) -> WindowCache:
-        """An empty cache of a whole window for `batch` rows."""
+    def window_cache(self, batch: int, window: int = 0) -> WindowCache:
+        """An empty cache of so many positions, by default a whole window, for `batch` rows."""
         c = self.config
-        return WindowCache(c.layers, batch, c.kv_heads, c.window, c.head_dim, dtype=self.embed.weight.dtype, device=self.device)
+        shape = (c.layers, batch, c.kv_heads, window or c.window, c.head_dim)
+        return WindowCache(*shape, dtype=self.embed.weight.dtype, device=self.device)
 
     def forward(
         self,
@@ -104,6 +107,7 @@ class Transformer(nn.Module):
         begin_B1: Tensor | None = None,
         own_BQQ: Tensor | None = None,
         at_BQ: Tensor | None = None,
+        index_BC: Tensor | None = None,
         logits: bool = True,
         states: list[Tensor] | None = None,
     ) -> Tensor:
@@ -111,8 +115,8 @@ class Transformer(nn.Module):
 
         z_BQ: int64 ids; t_B: noise level, read only with time_conditioning; pos_BQ: positions, by default counted over
         the valid tokens so that padding on either side leaves no gap; valid_BT: False at padding, never attended to.
-        With a KVCache, z continues its text, and valid_BT covers cached and new positions; with a WindowCache, pos_BQ are the
-        slots of its window that z overwrites; with a RaggedCache, z at pos_BQ continues every row where it ends.
+        With a KVCache, z continues its text, and valid_BT covers cached and new positions; with a WindowCache, z overwrites what stands
+        at pos_BQ of its window; with a RaggedCache, z at pos_BQ continues every row where it ends.
         own_BQQ: bool, for a RaggedCache: the new positions that each new one reads, besides all that its row holds.
         pattern `clean`: z is [noisy | clean] (B, 2T) and every noisy block reads the clean blocks before it; logits of the noisy half.
         pattern `shadow`: z is [text | masks] (B, 2T) and a mask predicts its position without reading the text there (deeper
@@ -122,7 +126,8 @@ class Transformer(nn.Module):
         block_length: of block-causal attention, in place of the network's own. begin_B1: with attention `causal_text`, the position of
         each row at which the only block begins that reads itself fully; without it the whole text does.
         A TextCache keeps the text of its first forward pass; later ones read it, and their own positions by own_BQQ, bool (B, Q, T + Q).
-        at_BQ: bool, the only positions that get logits; those of the others are 0.
+        at_BQ: bool, the only positions that get logits; those of the others are 0. index_BC: int64, places among the Q of each row that
+        alone get logits, which are then (B, C, V): with a large vocabulary, zeros of all the others take time and memory.
         logits: False returns the hidden states that the head reads instead, (B, Q, D); states: a list that they are appended to.
         """
         if own_BQQ is not None:
@@ -154,6 +159,8 @@ class Transformer(nn.Module):
             return hidden_BQD
         if states is not None:
             states.append(self.norm(x_BQD))
+        if index_BC is not None:
+            x_BQD, at_BQ = x_BQD.gather(1, index_BC[..., None].expand(-1, -1, x_BQD.shape[-1])), None
         return self._logits(x_BQD, at_BQ)
 
     def _logits(self, x_BQD: Tensor, at_BQ: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlm.errors import in_range
-from dlm.protocols import RNG, OwnDraws
+from dlm.protocols import RNG, Draws, SomeDraws
 
 CHUNK_NUMBERS = 2**18
 """Probabilities that are worked on at once: intermediate results then stay in a cache of the processor."""
@@ -33,8 +33,10 @@ def uniform(rng: RNG, count: int) -> Tensor:
     return torch.stack([_own(g, count) for g in rng])
 
 
-def _own(g: torch.Generator | OwnDraws, count: int) -> Tensor:
+def _own(g: Draws, count: int) -> Tensor:
     """What lies past the end of a row that is shorter than its batch gets zeros, for nothing is drawn there."""
+    if isinstance(g, SomeDraws):
+        return g.pick(_own(g.own, g.width))
     if isinstance(g, torch.Generator):
         return torch.rand(count, generator=g, dtype=torch.float64)
     return F.pad(torch.rand(min(count, g.length), generator=g.generator, dtype=torch.float64), (0, max(0, count - g.length)))

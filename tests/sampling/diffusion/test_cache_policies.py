@@ -17,7 +17,7 @@ from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 from dlm.noise.masked import MaskedNoise
 from dlm.sampling.diffusion import cache_policies
-from dlm.sampling.diffusion.cache_policies import Delayed, Drift, Dual, Exact, Prefix
+from dlm.sampling.diffusion.cache_policies import BeforeToo, Delayed, Drift, Dual, Exact, Prefix
 from dlm.sampling.diffusion.loop import DiffusionSampler
 from dlm.sampling.diffusion.protocols import CachePolicy, View
 from dlm.sampling.diffusion.remasking import Revoke
@@ -121,6 +121,7 @@ def view(**changes: Any) -> View:
     block_BT[0, 6:8] = True
     whole: dict[str, Any] = {"z_BT": z_BT, "hole_BT": z_BT == VOCAB - 1, "block_BT": block_BT, "seen_BT": z_BT.clone()}
     whole |= {"entered_B": torch.tensor([False]), "age_B": torch.tensor([1]), "drift_BT": torch.zeros(1, 16)}
+    whole |= {"phase_B": torch.tensor([0])}
     return View(**(whole | changes))
 
 
@@ -137,6 +138,10 @@ READS: list[tuple[CachePolicy, dict[str, Any], list[int]]] = [
     (Delayed(2), {}, list(range(16))),
     (Drift(0.1, probes=4), {}, [4, 5, 6, 7, 8, 9]),
     (Exact(4), {}, [4, 5, 6, 7]),
+    (Exact(4), {"phase_B": torch.tensor([6])}, [6, 7, 8, 9]),
+    (Exact(4), {"phase_B": torch.tensor([5])}, [5, 6, 7, 8]),
+    (BeforeToo(Dual()), {}, [5, 6, 7]),
+    (BeforeToo(Prefix()), {}, list(range(5, 16))),
 ]
 
 

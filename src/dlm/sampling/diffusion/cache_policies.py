@@ -38,11 +38,11 @@ class Exact:
 
     def __call__(self, view: View) -> Tensor:
         pos_T = torch.arange(view.z_BT.shape[1], device=view.z_BT.device)
-        first_B1 = _begin(view) // self.block_length * self.block_length
-        stale_BNL = (view.seen_BT != view.z_BT).view(len(view.z_BT), -1, self.block_length)
-        stale_BT: Tensor = stale_BNL.any(-1).repeat_interleave(self.block_length, -1)
-        read_BT: Tensor = (stale_BT & (pos_T < first_B1)) | ((pos_T >= first_B1) & (pos_T < first_B1 + self.block_length))
-        return read_BT
+        number_BT = (pos_T - view.phase_B[:, None]).div(self.block_length, rounding_mode="floor")
+        number_BT = number_BT - number_BT[:, :1]  # the first block is 0, whole or not
+        here_B1, stale_BT = number_BT.gather(1, _begin(view)), view.seen_BT != view.z_BT
+        stale_BN = torch.zeros_like(number_BT).scatter_add(1, number_BT, stale_BT.long()) > 0
+        return (number_BT == here_B1) | (number_BT < here_B1) & stale_BN.gather(1, number_BT)
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,17 @@ class Drift:
         settled_BT = near_BT & ~view.block_BT & (view.seen_BT == view.z_BT)
         moved_B1 = view.drift_BT.masked_fill(~settled_BT, 0.0).amax(-1, keepdim=True) > self.threshold
         return _unread(view) | moved_B1 & (view.age_B > 0)[:, None] | near_BT | view.block_BT | (view.seen_BT != view.z_BT)
+
+
+@dataclass(frozen=True)
+class BeforeToo:
+    """Another policy for a network whose row i predicts token i + 1: the positions before those of the block are read anew as well."""
+
+    inner: CachePolicy
+
+    def __call__(self, view: View) -> Tensor:
+        before_BT = torch.cat([view.block_BT[:, 1:], torch.zeros_like(view.block_BT[:, :1])], 1)
+        return self.inner(view) | view.block_BT | before_BT
 
 
 POLICIES: dict[str, Callable[..., CachePolicy]] = {"prefix": Prefix, "dual": Dual, "delayed": Delayed, "drift": Drift}

@@ -17,6 +17,7 @@ from torch import Tensor
 from dlm.errors import InputError
 from dlm.sampling import windows
 from dlm.sampling.diffusion.automaton import Automaton, Walk
+from dlm.sampling.diffusion.columns import Columns
 from dlm.sampling.diffusion.noisy_text import Active, NoisyText
 from dlm.sampling.diffusion.protocols import Constraint
 
@@ -151,12 +152,16 @@ class WindowedConstraint:
     def __init__(self, constraint: Constraint, text: NoisyText) -> None:
         self.constraint, self.text = constraint, text
 
-    def narrow(self, logp_ATV: Tensor, active: Active) -> Tensor:
-        """The log-probabilities without the tokens that nothing could follow, normalised. InputError where none is left."""
+    def narrow(self, logp_ATV: Tensor, active: Active, columns: Columns | None = None) -> Tensor:
+        """The log-probabilities without the tokens that nothing could follow, normalised; those of the columns alone (A, C, V).
+
+        InputError where no token is left.
+        """
         text, rows_A, self.start_A = self.text, active.rows_A, active.start_A
         self.canvas = text.z_BL[rows_A, : text.length], text.open_BL[rows_A, : text.length], text.valid_BL[rows_A]
         allowed_ALV = self.constraint.allowed(*self.canvas) | ~self.canvas[2][..., None]  # padding is as free as the window past the end
-        logp_ATV = logp_ATV.masked_fill(~self._window(allowed_ALV), -torch.inf)
+        allowed_ATV = self._window(allowed_ALV)
+        logp_ATV = logp_ATV.masked_fill(~(allowed_ATV if columns is None else columns.take(allowed_ATV)), -torch.inf)
         if bool((logp_ATV.amax(-1) == -torch.inf).any()):
             raise InputError("the model, its guidance and the constraint have no token in common: allow more")
         return logp_ATV.log_softmax(-1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class ClassifierFree:
     batch. InputError for a scale out of range.
     """
 
+    pointwise: ClassVar[bool] = True
     scale: float
     mask_id: int
 
@@ -70,6 +72,7 @@ class Classifier:
     which takes a classifier input for each; else one gradient, first order in the one-hot.
     """
 
+    pointwise: ClassVar[bool] = False
     log_prob: Callable[[Tensor], Tensor]
     scale: float
     mask_id: int

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,10 +23,11 @@ from dlm.protocols import RNG, Denoiser, NoiseProcess, OwnDraws
 from dlm.sampling import windows
 from dlm.sampling.batching import WrittenDistribution
 from dlm.sampling.diffusion.clock import Clock, Move
+from dlm.sampling.diffusion.columns import Columns
 from dlm.sampling.diffusion.constraints import WindowedConstraint
 from dlm.sampling.diffusion.network_call import NetworkCall
 from dlm.sampling.diffusion.noisy_text import Active, NoisyText
-from dlm.sampling.diffusion.protocols import CachePolicy, CheckingRule, Constraint, Guidance, PlannedRule, Rule, Step
+from dlm.sampling.diffusion.protocols import Cache, CachePolicy, CheckingRule, Constraint, Guidance, PlannedRule, Rule, Step
 from dlm.sampling.diffusion.rule_memory import RuleMemory
 from dlm.sampling.diffusion.stopping import Stopping
 from dlm.sampling.diffusion.unmasking import Ancestral
@@ -59,7 +60,7 @@ class DiffusionSampler:
     until_settled: int = 0
     block_length: int = 0
     cache: CachePolicy | None = None
-    make_cache: Callable[[int], Any] | None = None
+    make_cache: Callable[[int, int], Cache] | None = None
     guidance: Guidance | None = None
     constraint: Constraint | None = None
     sees_ahead: bool = True  # False for block-causal networks, which no suffix reaches
@@ -77,8 +78,6 @@ class DiffusionSampler:
             raise InputError(f"blocks of {self.block_length} do not divide the window of {self.window}")
         if not isinstance(self.noise, MaskedNoise) and (self.block_length or self.cache is not None):
             raise InputError("blocks and caches need masked noise: under replacement noise every token may change in every step")
-        if self.cache is not None and not self.fills_window:
-            raise InputError("caches hold whole windows: a model that reads the text alone has none yet")
         if self.constraint is not None and self.constraint.joint and self.revises:
             raise InputError("a pattern needs a sampler that writes each token once, such as ancestral or topk")
         windows.check(self.window, self.context)
@@ -146,6 +145,8 @@ class DiffusionRun:
         self.network = NetworkCall(
             sampler.denoiser, noise.mask_id, self.text.z_BL[:, length:], sampler.rule, sampler.cache, sampler.make_cache, sampler.guidance
         )
+        pointwise = (getattr(part, "pointwise", False) for part in (sampler.rule, sampler.guidance) if part is not None)
+        self.picks = isinstance(noise, MaskedNoise) and all(pointwise)
         self.stopping = Stopping(sampler.until_settled, rows, device)
         self.constraint = WindowedConstraint(sampler.constraint, self.text) if sampler.constraint is not None else None
         self.forwards = 0
@@ -169,21 +170,36 @@ class DiffusionRun:
         sampler, text = self.sampler, self.text
         active = text.active(sampler.context, sampler.block_length, fills_window=sampler.fills_window)
         entered_A, rng = self._enter(active), [self.rng[b] for b in active.rows_A.tolist()]
-        step = self._read(active, entered_A, self._next_move(active, entered_A, rng))
-        next_AT = sampler.rule(step, rng)
-        self.memory.store(active.rows_A, step.memory)
+        move = self._next_move(active, entered_A, rng)
+        step = self._read(active, entered_A, move)
+        next_AT = self._ruled(active, step, rng)
         if self.constraint is not None and not sampler.revises:
-            next_AT = self.constraint.keep(next_AT, step.z_BT, step.open_BT)
-        written_AT, done_AT = self._written(active, step, next_AT)
+            next_AT = self.constraint.keep(next_AT, active.z_AT, move.at_AT)
+        written_AT, done_AT = self._written(active, step, move.at_AT, next_AT)
         text.write(active, next_AT, written_AT, done_AT)
         if sampler.stops:
             text.end(active, sampler.block_length, sampler.stops)
         self.clock.tick(active.rows_A)
         self.t_B = torch.zeros(len(self.rng), dtype=torch.float64, device=next_AT.device)
         self.t_B[active.rows_A] = step.s_B * text.open_BL[active.rows_A].any(-1)
-        row_N, at_N = written_AT.nonzero(as_tuple=True)
-        self.distribution = WrittenDistribution(active.rows_A[row_N], active.start_A[row_N] + at_N, step.logp_BTV[row_N, at_N])
+        self.distribution = self._distribution(active, step, written_AT)
         return self.frame()
+
+    def _ruled(self, active: Active, step: Step, rng: RNG) -> Tensor:
+        """The next z of the windows, int64 (A, T)."""
+        rule, columns = self.sampler.rule, step.columns
+        next_AT = rule(step, rng if columns is None else columns.draws(rng))
+        self.memory.store(active.rows_A, step.memory, columns)
+        return next_AT if columns is None else columns.put(active.z_AT, next_AT)
+
+    def _distribution(self, active: Active, step: Step, written_AT: Tensor) -> WrittenDistribution:
+        columns = step.columns
+        row_N, at_N = written_AT.nonzero(as_tuple=True)
+        column_N = at_N
+        if columns is not None:
+            written_N = written_AT[columns.places[:2]]
+            row_N, at_N, column_N = (index_N[written_N] for index_N in columns.places)
+        return WrittenDistribution(active.rows_A[row_N], active.start_A[row_N] + at_N, step.logp_BTV[row_N, column_N])
 
     def _enter(self, active: Active) -> Tensor:
         """Which rows begin a window or a block, bool (A,): their clock and the memories of the last one begin anew."""
@@ -209,16 +225,16 @@ class DiffusionRun:
         seen_A = move.t_A
         if sampler.block_length:  # the network knows the noise of a window, not of a block
             seen_A = time_when(noise.schedule, (z_AT != noise.mask_id).double().mean(-1))
-        skips = isinstance(sampler.rule, PlannedRule) and not sampler.revises and self.constraint is None
-        due_AT = move.at_AT if skips else None
-        logits_ATV, shadow_ATV = self.network(active, entered_A, seen_A, due_AT, self._described(active))
+        columns = Columns.of(move.at_AT) if self.picks else None
+        logits, shadow_ATV = self.network(active, entered_A, seen_A, columns, self._described(active))
         self.forwards += 1
-        logp_ATV = noise.log_probs(logits_ATV, z_AT, move.t_A)
+        z, open_ = (z_AT, move.at_AT) if columns is None else (columns.take(z_AT), columns.real_BC)
+        logp = noise.log_probs(logits, z, move.t_A)
         if self.constraint is not None:
-            logp_ATV = self.constraint.narrow(logp_ATV, active)
-        kept, valid_AT = self.memory.of(active.rows_A), ~active.beyond_AT
+            logp = self.constraint.narrow(logp, active, columns)
+        kept, valid_AT = self.memory.of(active.rows_A, columns), ~active.beyond_AT
         levels = move.t_A, move.s_A, move.left_A, move.steps_A
-        return Step(z_AT, move.at_AT, logp_ATV, *levels, noise, kept, shadow_ATV, valid_AT)
+        return Step(z, open_, logp, *levels, noise, kept, shadow_ATV, valid_AT, columns)
 
     def _described(self, active: Active) -> dict[str, Tensor]:
         """Arguments of the network for windows that it does not fill: where text stands, and positions that begin a block at a multiple."""
@@ -227,17 +243,17 @@ class DiffusionRun:
             return {}
         described = {"valid_BT": ~beyond_AT} if bool(beyond_AT.any()) else {}
         if not sampler.sees_ahead and sampler.block_phase == "prompt":
-            begin_A1 = (-self.text.phase_B[active.rows_A] % sampler.block_length)[:, None]
+            begin_A1 = (-active.phase_A % sampler.block_length)[:, None]
             described["pos_BQ"] = begin_A1 + torch.arange(beyond_AT.shape[1], device=beyond_AT.device)
         return described
 
-    def _written(self, active: Active, step: Step, next_AT: Tensor) -> tuple[Tensor, Tensor]:
+    def _written(self, active: Active, step: Step, at_AT: Tensor, next_AT: Tensor) -> tuple[Tensor, Tensor]:
         """(positions that are written, positions that are settled), bool (A, T). InputError where a token is due and none was drawn."""
         rule = self.sampler.rule
         if rule.revises:
             done_A = self.stopping(active.rows_A, step, next_AT, active.block_AT)
-            return step.open_BT, active.block_AT & done_A[:, None]
-        written_AT = step.open_BT & (next_AT != step.noise.mask_id)
+            return at_AT, active.block_AT & done_A[:, None]
+        written_AT = at_AT & (next_AT != step.noise.mask_id)
         waits = getattr(rule, "waits", False) and not bool(step.logp_BTV.isnan().any())
         if not waits and not bool(written_AT.any(-1).all()):
             raise InputError("the model gives no probabilities (nan) where a token is due: its weights or its guidance are broken")

@@ -23,7 +23,7 @@ class Active:
     """The windows of the rows with open positions.
 
     start_A: where each begins; place_A: where the block begins that is worked on, both in the canvas; hole_AT: open positions, block_AT
-    those of that block; given_AT: prompt and suffix; beyond_AT: no part of the text.
+    those of that block; given_AT: prompt and suffix; beyond_AT: no part of the text. phase_A: a position at which some block begins.
     """
 
     rows_A: Tensor
@@ -34,6 +34,7 @@ class Active:
     block_AT: Tensor
     given_AT: Tensor
     beyond_AT: Tensor
+    phase_A: Tensor
 
 
 class NoisyText:
@@ -66,8 +67,9 @@ class NoisyText:
         start_A = windows.start(self.open_BL[rows_A], self.window, context)
         canvases = (self.z_BL, self.open_BL, self.given_BL, self.beyond_BL)
         z_AT, hole_AT, given_AT, beyond_AT = (windows.take(x_BL[rows_A], start_A, self.window) for x_BL in canvases)
-        block_AT, begin_A = windows.block(hole_AT, block_length, 0 if fills_window else self.phase_B[rows_A] - start_A)
-        return Active(rows_A, start_A, start_A + begin_A, z_AT, hole_AT, block_AT, given_AT, beyond_AT)
+        phase_A = torch.zeros_like(start_A) if fills_window else self.phase_B[rows_A] - start_A
+        block_AT, begin_A = windows.block(hole_AT, block_length, phase_A)
+        return Active(rows_A, start_A, start_A + begin_A, z_AT, hole_AT, block_AT, given_AT, beyond_AT, phase_A)
 
     def write(self, active: Active, next_AT: Tensor, written_AT: Tensor, done_AT: Tensor) -> None:
         """Put tokens where `written` says and settle positions where `done` says."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from dlm.protocols import RNG, NoiseProcess
+from dlm.sampling.diffusion.columns import Columns
 
 
 class Cache(Protocol):
@@ -20,11 +21,20 @@ class Cache(Protocol):
     drift_BT: Tensor
     """How far the values at each position moved when they were read last, relative to their length."""
 
-    def of(self, rows_A: Tensor) -> Any:
-        """The part of these rows, to be given to a denoiser."""
+    def of(self, rows_A: Tensor, begin_A: Tensor | None = None) -> Any:
+        """The part of these rows, to be given to a denoiser. begin_A: the position at which each one's window stands, by default 0."""
 
     def clear(self, rows_A: Tensor) -> None:
         """Forget all positions of these rows."""
+
+    def hide(self, rows_A: Tensor, hidden_AT: Tensor) -> None:
+        """Forget these positions."""
+
+    def join(self, other: Any) -> None:
+        """Take in the rows of another cache of the same network."""
+
+    def keep(self, rows_K: Tensor) -> None:
+        """Go on with these rows alone."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Step:
     left_B: steps left, this one included, of `steps` for a window or block. memory: tensors that the rule keeps for its next step, by
     name, float (B, T, ...), nan where a block begins. shadow_BTV: logits with each position's own token hidden (CheckingRule).
     valid_BT: False past the end of a row's text; None where every position is text.
+    columns: of a pointwise rule, which gets the positions to write alone: B rows of C columns in place of T positions, `valid_BT` apart.
     """
 
     z_BT: Tensor
@@ -48,12 +59,14 @@ class Step:
     memory: dict[str, Tensor] = field(default_factory=dict)
     shadow_BTV: Tensor | None = None
     valid_BT: Tensor | None = None
+    columns: Columns | None = None
 
 
 class Rule(Protocol):
     """One reverse move inside the active window; a frozen dataclass, so that it prints and goes into the run record.
 
-    revises: whether it may change a token again; else a written token is settled.
+    revises: whether it may change a token again; else a written token is settled. `pointwise`, where it has it and it is true: it looks at
+    nothing but the open positions, their logits and order, and so is given those alone (`Step.columns`).
     """
 
     revises: ClassVar[bool]
@@ -86,6 +99,7 @@ class View:
 
     z_BT: the window; hole_BT: all its open positions; block_BT: the block that is worked on; seen_BT: the token last read at each
     position, -1 for none; entered_B: rows that begin a block; age_B: passes since the whole window was read; drift_BT: of the cache.
+    phase_B: a position at which some block begins.
     """
 
     z_BT: Tensor
@@ -95,6 +109,7 @@ class View:
     entered_B: Tensor
     age_B: Tensor
     drift_BT: Tensor
+    phase_B: Tensor
 
 
 class CachePolicy(Protocol):
@@ -105,7 +120,12 @@ class CachePolicy(Protocol):
 
 
 class Guidance(Protocol):
-    """Changes logits towards a condition, by a guidance scale."""
+    """Changes logits towards a condition, by a guidance scale.
+
+    pointwise: whether it looks at the logits of each position alone, so that it may be given those of some, (B, C, V).
+    """
+
+    pointwise: ClassVar[bool]
 
     def __call__(self, read: Callable[[Tensor, Tensor], Tensor], z_BT: Tensor, t_B: Tensor, given_BT: Tensor) -> Tensor:
         """Logits (B, T, V). read: the network, (z_BT, t_B) -> logits; given_BT: prompt and suffix."""

@@ -1,6 +1,6 @@
 """The tensors that rules keep from one step to the next.
 
-Shapes: B rows, A rows that move now, K rows that stay, T positions of the window.
+Shapes: B rows, A rows that move now, K rows that stay, T positions of the window, C columns.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dlm.sampling.batching import stacked
+from dlm.sampling.diffusion.columns import Columns
 
 
 class RuleMemory:
@@ -22,14 +23,20 @@ class RuleMemory:
         for kept in self.tensors.values():
             kept[rows_A] = torch.nan
 
-    def of(self, rows_A: Tensor) -> dict[str, Tensor]:
-        """The part of these rows."""
-        return {name: value[rows_A] for name, value in self.tensors.items()}
+    def of(self, rows_A: Tensor, columns: Columns | None = None) -> dict[str, Tensor]:
+        """The part of these rows, or of their columns (A, C, ...)."""
+        at = (rows_A,) if columns is None else (rows_A[:, None], columns.index_BC)
+        return {name: value[at] for name, value in self.tensors.items()}
 
-    def store(self, rows_A: Tensor, values: dict[str, Tensor]) -> None:
+    def store(self, rows_A: Tensor, values: dict[str, Tensor], columns: Columns | None = None) -> None:
         """The part of these rows after a step."""
         for name, value in values.items():
-            self.tensors.setdefault(name, value.new_full((self.rows, *value.shape[1:]), torch.nan))[rows_A] = value
+            kept = self.tensors.setdefault(name, value.new_full((self.rows, self.window, *value.shape[2:]), torch.nan))
+            if columns is None:
+                kept[rows_A] = value
+            else:
+                row_N, at_N, column_N = columns.places
+                kept[rows_A[row_N], at_N] = value[row_N, column_N]
 
     def join(self, other: RuleMemory) -> None:
         """Take in the rows of another memory."""

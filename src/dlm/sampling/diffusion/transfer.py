@@ -67,6 +67,7 @@ class Transfer:
     """
 
     revises: ClassVar[bool] = False
+    pointwise: ClassVar[bool] = True
     waits: ClassVar[bool] = True  # a quota may be 0
     quota: str = "even"
     score: str = "confidence"
@@ -117,6 +118,7 @@ class Origin:
     """Dream's `origin`: every mask is written with chance 1 - s / t, whatever the network predicts; all that are left in the last step."""
 
     revises: ClassVar[bool] = False
+    pointwise: ClassVar[bool] = True
     waits: ClassVar[bool] = True
     draw: Draw = field(default_factory=Draw)
 
@@ -147,12 +149,14 @@ def dream(alg: str, draw: Draw, alg_temp: float = 0.0) -> Origin | Transfer:
 def best(score_BT: Tensor, step: Step, count_B: Tensor) -> Tensor:
     """bool (B, T): the count_B open positions of highest score. Equals in the order of `torch.topk` over the text of a row, as in the
     references: where EOS is last, most scores are 0."""
-    best_BT = torch.zeros_like(step.open_BT)
-    score_BT = score_BT.masked_fill(~step.open_BT, -torch.inf)
+    columns, score_BT = step.columns, score_BT.masked_fill(~step.open_BT, -torch.inf)
+    if columns is not None:  # where they stand decides among equals
+        score_BT = columns.put(score_BT.new_full((len(score_BT), columns.width), -torch.inf), score_BT)
+    best_BT = torch.zeros_like(score_BT, dtype=torch.bool)
     for row, count in enumerate(count_B.tolist()):
         length = score_BT.shape[1] if step.valid_BT is None else int(step.valid_BT[row].sum())
         best_BT[row, score_BT[row, :length].topk(count).indices] = True
-    return best_BT & step.open_BT
+    return (best_BT if columns is None else columns.take(best_BT)) & step.open_BT
 
 
 def without(logp_BTV: Tensor, tokens: tuple[int, ...]) -> Tensor:

@@ -43,6 +43,7 @@ class Ancestral:
     """
 
     revises: ClassVar[bool] = False
+    pointwise: ClassVar[bool] = True
     draw: Draw = field(default_factory=Draw)
 
     def plan(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> tuple[Tensor, Tensor]:
@@ -63,6 +64,7 @@ class FirstHitting:
     """
 
     revises: ClassVar[bool] = False
+    pointwise: ClassVar[bool] = True
     draw: Draw = field(default_factory=Draw)
 
     def plan(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> tuple[Tensor, Tensor]:
@@ -99,6 +101,7 @@ class TopScore:
     """
 
     revises: ClassVar[bool] = False
+    pointwise: ClassVar[bool] = True
     draw: Draw = field(default_factory=Draw)
     score: str = "confidence"
 
@@ -126,6 +129,7 @@ class Threshold:
     """
 
     revises: ClassVar[bool] = False
+    pointwise: ClassVar[bool] = True
     threshold: float = 0.9
     draw: Draw = field(default_factory=Draw)
 
@@ -145,6 +149,7 @@ class Factor:
     """
 
     revises: ClassVar[bool] = False
+    pointwise: ClassVar[bool] = True
     factor: float = 1.0
     draw: Draw = field(default_factory=Draw)
 
@@ -165,6 +170,7 @@ class EntropyBudget:
     """The masks of least entropy while sum H - max H <= bound nats, which bounds their mutual information (EB-sampler, 2505.24857)."""
 
     revises: ClassVar[bool] = False
+    pointwise: ClassVar[bool] = True
     bound: float = 0.1
     draw: Draw = field(default_factory=Draw)
 
@@ -182,6 +188,7 @@ class KLStable:
     (KLASS, 2511.05664)."""
 
     revises: ClassVar[bool] = False
+    pointwise: ClassVar[bool] = True
     threshold: float = 0.6
     kl: float = 0.01
     draw: Draw = field(default_factory=Draw)
