@@ -31,8 +31,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "uniform": {"process": "uniform"},
     "semantic": {"process": "semantic", "clusters": [0, 1, 0, 2, 1]},
     "hybrid": {"process": "hybrid", "share": 0.4},
+    "gidd": {"process": "gidd", "p_uniform": 0.3},
 }
-REPLACING = ["uniform", "semantic", "hybrid"]
+REPLACING = ["uniform", "semantic", "hybrid", "gidd"]
 Given = tuple[int | None, ...]
 HOLE: Given = (None,) * TINY.length
 

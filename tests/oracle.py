@@ -74,10 +74,13 @@ def dense(noise: Any, t: float | Tensor) -> Tensor:
     uniform[:, :vocab], mask[:, vocab] = 1 / vocab, 1
     alpha = noise.schedule.alpha(torch.as_tensor(t, dtype=torch.float64))[..., None, None]
     law: Tensor
-    if name == "MaskedNoise":
+    if name in ("MaskedNoise", "ScoreNoise"):
         law = alpha * one + (1 - alpha) * mask
     elif name == "UniformNoise":
         law = alpha * one + (1 - alpha) * uniform
+    elif name == "GiddNoise":
+        bump = 2**noise.gamma * noise.p_uniform / (1 - noise.p_uniform) * (alpha * (1 - alpha)) ** (noise.gamma / 2)
+        law = (alpha * one + (1 - alpha) * mask + bump * uniform) / (1 + bump)
     elif name == "HybridNoise":
         part = ((alpha / (1 - alpha)).log() + math.log(noise.share / (1 - noise.share))).sigmoid()
         law = alpha * one + (1 - alpha) * (part * uniform + (1 - part) * mask)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.formats import gguf as reader
-from dlm.formats.families import dream, llada
+from dlm.formats import huggingface
+from dlm.formats.families import llada
 from dlm.formats.names import Names
 from dlm.language_model import load, official
 from dlm.sampling.draw import generators
@@ -29,7 +30,7 @@ from formats.test_gguf import interleave
 GOLDEN = Path(__file__).parents[1] / "golden"
 NEAR = 3e-5  # of logits from those of the reference
 MASKS = {"llada": 277, "dream": 276}
-OF_FAMILY: dict[str, Names] = {"llada": llada.NAMES, "dream": dream.DREAM.names}
+OF_FAMILY: dict[str, Names] = {"llada": llada.NAMES, "dream": huggingface.NAMES}
 SIZES = {  # of Dream's config.json and of LLaDA's
     "embedding_length": ("hidden_size", "d_model"),
     "block_count": ("num_hidden_layers", "n_layers"),

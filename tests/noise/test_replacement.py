@@ -22,6 +22,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "uniform": {"process": "uniform"},
     "hybrid": {"process": "hybrid", "share": 0.5},
     "hybrid-low": {"process": "hybrid", "share": 0.1},
+    "gidd": {"process": "gidd", "p_uniform": 0.2},
+    "gidd-round": {"process": "gidd", "p_uniform": 0.3, "gamma": 2.0},
     "semantic": {"process": "semantic", "clusters": [0, 1, 0, 1, 2]},
     "semantic-3": {"process": "semantic", "clusters": [0, 1, 1, 1, 2], "lead": 3.0},
     "semantic-mask": {"process": "semantic", "clusters": [0, 1, 0, 1, 2], "to": "mask"},
@@ -137,10 +139,11 @@ def expected(noise: Any, tiny: Tiny, t_N: Tensor, s_N: Tensor | None = None, *, 
 
 
 def integrated(noise: Any, tiny: Tiny, points: int = 32, network: str = "leave-one-out") -> float:
-    """Gauss-Legendre in u with t = u^2."""
+    """Gauss-Legendre in u with t = sin^4, for roots of t, times its logarithm, and of 1 - t."""
     nodes, weights = (torch.tensor(part) for part in np.polynomial.legendre.leggauss(points))
-    u_N = (nodes + 1) / 2
-    return float((weights * u_N * expected(noise, tiny, u_N.square(), network=network)).sum())
+    u_N = math.pi / 4 * (nodes + 1)
+    slope_N = math.pi * u_N.sin() ** 3 * u_N.cos()
+    return float((weights * slope_N * expected(noise, tiny, u_N.sin() ** 4, network=network)).sum())
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -205,6 +208,23 @@ def test_posteriors_are_bayes_rule_and_compose_for_a_known_token(name: str) -> N
         at_r = noise.posterior(known, torch.tensor([[z]]), at(t), at(r))[0, 0]
         moves = torch.stack([noise.posterior(known, torch.tensor([[y]]), at(s), at(r))[0, 0] for y in range(VOCAB + 1)])
         assert torch.allclose(at_s @ moves.nan_to_num(), at_r, atol=1e-10)
+
+
+def test_gidd_without_uniform_noise_is_masked() -> None:
+    rng = torch.Generator().manual_seed(0)
+    logits, t, z_BT = torch.randn(1, 3, VOCAB + 1, dtype=torch.float64, generator=rng), at(0.3), torch.tensor([[0, MASK, MASK]])
+    x_BT = torch.tensor([[0, 1, 2]])
+    mine, masks = (
+        n.nelbo(n.log_probs(logits, z_BT, t), x_BT, z_BT, t) for n in (make("gidd", p_uniform=0.0), MaskedNoise(VOCAB + 1, MASK))
+    )
+    assert torch.allclose(mine, masks, atol=1e-12)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.5])
+def test_half_way_gidd_has_its_share_of_uniform_noise(p: float) -> None:
+    """The paper's definition of p_u: of all tokens at t = 1/2, the share that uniform noise has replaced."""
+    uniform_BV = make("gidd", p_uniform=p).kernel(at(0.5)).prior_BV[:, :MASK]
+    assert float(uniform_BV.sum()) == pytest.approx(p)
 
 
 def test_hybrid_ends_are_masked_and_uniform_noise() -> None:
@@ -301,8 +321,10 @@ def test_a_count_is_of_free_positions_and_its_level_is_the_likely_one(name: str)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"process": "gaussian"}, "unknown noise 'gaussian'; known: masked, uniform, semantic, hybrid"),
+        ({"process": "gaussian"}, "unknown noise 'gaussian'; known: masked, uniform, semantic, hybrid, gidd, score"),
         ({"process": "hybrid", "share": 2}, "must lie in 0 .. 1"),
+        ({"process": "gidd", "p_uniform": 1}, "must lie in 0 .. 1"),
+        ({"process": "gidd", "gamma": 3}, "above 0 and at most 2"),
         ({"process": "uniform", "share": 0.5}, "unexpected keyword"),
         ({"process": "uniform", "head": "odd"}, "unknown head 'odd'; known: leave-one-out, posterior"),
         ({"process": "semantic"}, "0 tokens have a cluster, the vocabulary has 5 with the mask"),

@@ -31,7 +31,10 @@ def evaluate(
     val_fraction: Annotated[float, typer.Option(help="Last part of the text that is `val`.")] = 0.1,
     against: Annotated[str | None, typer.Option(help="A second model, measured on the same text.")] = None,
     estimator: Annotated[
-        str, typer.Option(help="any-order (masks) | counted (replacement noise) | continuous | discrete; auto: the first that applies.")
+        str,
+        typer.Option(
+            help="any-order (masks) | counted (replacement noise) | continuous | score-entropy (SEDD) | discrete; auto: first that fits."
+        ),
     ] = "auto",
     block_lengths: Annotated[str, typer.Option(help="Of block diffusion, with commas, a bound for each; default: the model's own.")] = "",
     window: Annotated[

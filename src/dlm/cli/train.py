@@ -18,7 +18,9 @@ def train(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name (dlm list), or none with --data.")] = None,
     data: Annotated[str | None, typer.Option(help="shakespeare (bundled), a text file, a folder of .txt files, or hf:DATASET.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/RECIPE.")] = None,
-    noise: Annotated[str | None, typer.Option(help="masked | uniform | semantic[:lead] | hybrid[:share]; same as --set noise=.")] = None,
+    noise: Annotated[
+        str | None, typer.Option(help="masked | uniform | semantic[:lead] | hybrid[:share] | gidd[:share]; same as --set noise=.")
+    ] = None,
     noise_schedule: Annotated[str | None, typer.Option(help="linear | cosine | polynomial:2 ...; same as --set noise_schedule=.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, any number of times.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last save in --out.")] = False,

@@ -14,18 +14,22 @@ from dlm.cli.app import Device, app
 @app.command()
 def verify(
     model: Annotated[str, typer.Argument(help="A checkpoint: a directory, a hub id or a bundled name.")],
-    cases: Annotated[Path, typer.Option(help="JSON: `cases` with name, settings, prompt_ids and output_ids of the reference.")],
+    cases: Annotated[
+        Path,
+        typer.Option(
+            help="JSON: `cases` with name, settings, prompt_ids and output_ids of the reference; or safetensors: its logits and losses."
+        ),
+    ],
     device: Device = "cpu",
 ) -> None:
-    """Compare the ids of the reference sampler with ids that the reference gave. Exit code 1 where some differ."""
+    """Compare the ids of the reference sampler, or logits and losses, with those that the reference gave. Exit code 1 where some differ."""
     from dlm.cli.progress import showing
     from dlm.workflows.verify import verify as run
 
     with showing("verifying cases") as progress:
         found = run(model, cases, device=device, progress=progress)
     for case in found.cases:
-        told = "equal  " if case.equal else f"differs from new token {case.at} on"
-        print(f"{told}  {case.name}  ({case.forwards} forward passes)")
+        print(case.line)
     print(json.dumps(found.record()))
     if found.differ:
         raise typer.Exit(1)

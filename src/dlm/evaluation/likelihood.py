@@ -18,9 +18,15 @@ from dlm.evaluation.statistics import standard_error
 from dlm.noise import loss
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.replacement import ReplacementNoise
+from dlm.noise.score import ScoreNoise
 from dlm.protocols import NoiseProcess
 
-LEVELS: dict[str, Callable[..., Tensor]] = {"any-order": loss.any_order, "counted": loss.counted, "continuous": loss.continuous}
+LEVELS: dict[str, Callable[..., Tensor]] = {
+    "any-order": loss.any_order,
+    "counted": loss.counted,
+    "continuous": loss.continuous,
+    "score-entropy": loss.score_entropy,
+}
 ESTIMATORS = ("auto", *LEVELS, "discrete")
 BLOCKWISE, AUTOREGRESSIVE = "block-wise", "autoregressive"
 
@@ -55,6 +61,8 @@ def resolve(estimator: str, noise: NoiseProcess, *, blocks: bool, reads_time: bo
         raise InputError("only masked noise has an any-order form: use --estimator counted")
     if estimator == "counted" and not isinstance(noise, ReplacementNoise):
         raise InputError("only replacement noise has a counted form: use --estimator any-order")
+    if estimator == "score-entropy" and not isinstance(noise, ScoreNoise):
+        raise InputError("score entropy is the bound of networks of scores, such as SEDD: use --estimator continuous")
     if estimator == "auto":
         estimator = loss.best(noise.schedule, masked=masked, reads_time=reads_time).replace("_", "-")
     if estimator == "any-order" and reads_time:

@@ -171,7 +171,7 @@ def with_mask(stored: dict[str, Stored]) -> dict[str, Stored]:
     def longer(rows: Tensor) -> Tensor:
         return torch.cat([rows, rows.float().mean(0, keepdim=True).to(rows.dtype)])
 
-    return stored | {name: stored[name].with_row(longer) for name in {"embed.weight", "head.weight"} & stored.keys()}
+    return stored | {name: stored[name].with_row(longer) for name in {"embed.weight", "head.weight", "head.bias"} & stored.keys()}
 
 
 def assemble(

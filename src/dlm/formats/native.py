@@ -24,6 +24,7 @@ from dlm.errors import InputError
 from dlm.files import check_stamp, read_json, replacing_files, stamp
 from dlm.formats.find import find as find
 from dlm.formats.stored import Stored
+from dlm.models import networks
 from dlm.models.config import TransformerConfig
 from dlm.models.meta import without_weights
 from dlm.models.transformer import Transformer
@@ -31,6 +32,7 @@ from dlm.models.transformer import Transformer
 INDEX = "model.safetensors.index.json"
 KINDS = "Llama, Qwen2 or Qwen3"
 CONVERTIBLE = ("llama", "qwen2", "qwen3")  # model types that `dlm.formats.huggingface` turns into our backbone
+MASKLESS = (*CONVERTIBLE, "duo")  # families whose checkpoints have no mask, so that the last row of logits is ours
 FORMAT = 1  # of config.json
 # keys of config.json that say nothing about the network: Hugging Face's, and those that are read elsewhere
 IGNORED_KEYS = (
@@ -68,7 +70,9 @@ class ModelConfig:
             object.__setattr__(self, "start_token_id", self.mask_token_id)
 
     def to_json(self) -> dict[str, Any]:
-        head = {"model_type": "dlm", "architectures": ["Transformer"], "vocab_size": self.network.vocab_size} | stamp(FORMAT)
+        head = {"model_type": "dlm", "architectures": [networks.name_of(self.network)], "vocab_size": self.network.vocab_size} | stamp(
+            FORMAT
+        )
         body = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "network"}
         return head | body | {"network": self.network.to_dict()}
 
@@ -84,12 +88,14 @@ class ModelConfig:
                 f"{where} is a checkpoint of kind {kind!r}, not one of dlm's, nor one that it converts: {', '.join(CONVERTIBLE)}"
             )
         check_stamp(data, FORMAT, f"{where}/config.json")
-        network = data.get("network")
-        for part, kind, harmless in ((data, cls, IGNORED_KEYS), (network if isinstance(network, dict) else {}, TransformerConfig, ())):
+        network, shape = data.get("network"), networks.CONFIGS.get(str((data.get("architectures") or ["Transformer"])[0]))
+        if shape is None:
+            raise InputError(f"{where}/config.json names an unknown network; known: {', '.join(networks.CONFIGS)}")
+        for part, kind, harmless in ((data, cls, IGNORED_KEYS), (network if isinstance(network, dict) else {}, shape, ())):
             _refuse_unknown(part, [*(f.name for f in fields(kind)), *harmless], where)
         try:
             own = {key: value for key, value in data.items() if key not in ("network", *IGNORED_KEYS)}
-            return cls(network=TransformerConfig(**data["network"]), **own)
+            return cls(network=shape(**data["network"]), **own)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{where}/config.json does not describe a model ({error})") from None
 
@@ -259,9 +265,11 @@ def assemble(
     ready: Ready | None = None,
 ) -> Transformer:
     """The network around these tensors, read and cast one by one. Takes them out of `stored`."""
+    if ready is not None and (kind := networks.name_of(config.network)) != "Transformer":
+        raise InputError(f"{path}: a network of kind {kind} is not quantized: leave int8 and int4 away")
     try:
         with without_weights():
-            network = Transformer(config.network)
+            network = networks.make(config.network)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise InputError(f"{path}: its config describes no network ({str(error).splitlines()[0]})") from None
     if config.network.tied:

@@ -40,6 +40,7 @@ from dlm.sampling.autoregressive.draft_length import AdaptiveDraftLength
 from dlm.sampling.draw import generators
 from dlm.text.chat import ChatTemplate, Messages
 from dlm.text.tokenizer import Tokenizer
+from dlm.text.tokenizer import read as read_tokenizer
 from dlm.trajectory import Canvas, Frame, Trajectory
 
 Callback = Callable[[Trajectory, Frame], None]
@@ -89,7 +90,7 @@ class LanguageModel:
             return model
         network, config = native.load(path, device=device, dtype=dtype, ready=ready)
         ids = config.network.vocab_size
-        tokenizer = Tokenizer.load(path) if config.family == "dlm" else Tokenizer.of_network(path, ids, config.mask_token_id)
+        tokenizer = Tokenizer.load(path) if config.family == "dlm" else Tokenizer.with_mask(read_tokenizer(path), ids, config.mask_token_id)
         model = cls(network, config, tokenizer, name=Path(name).name)
         model.path, model.chat = path, ChatTemplate.load(path)
         model.defaults = native.read_defaults(path)
@@ -390,6 +391,8 @@ class LanguageModel:
 
         ids_BT: int64; attention_mask: 0 at padding, whose rows mean nothing; t: noise level of each row, for networks that read one.
         """
+        if t is None and self.config.network.time_conditioning:
+            raise InputError(f"{self.name} reads the noise level: give t, 0 for text and 1 for noise")
         device = self.network.device
         pos_BT = torch.arange(ids_BT.shape[1], device=device).expand(ids_BT.shape)
         valid_BT = None if attention_mask is None else attention_mask.to(device).bool()
@@ -397,8 +400,7 @@ class LanguageModel:
         logits_BTV: Tensor = self.network(
             ids_BT.to(device), t_B, pos_BQ=pos_BT if valid_BT is not None else None, valid_BT=valid_BT
         ).float()
-        appended = self.config.family in native.CONVERTIBLE  # a row for a mask that the base does not have
-        return logits_BTV[..., :-1] if appended else logits_BTV
+        return logits_BTV[..., :-1] if self.config.family in native.MASKLESS else logits_BTV
 
     @property
     def denoiser(self) -> Denoiser:

@@ -34,7 +34,10 @@ def plan(model: Model, settings: Settings, name: str = "") -> Plan:
     """
     name = name or ("sdar" if model.config.family == "sdar" else str(model.defaults.get("sampler", "")).partition(":")[0])
     if name not in REFERENCES:
-        raise InputError(f"{model.name} has no reference sampler here; known: {', '.join(REFERENCES)}")
+        raise InputError(
+            f"{model.name} has no reference sampler here that draws nothing at random (known: {', '.join(REFERENCES)}): "
+            "compare the logits and losses of the reference, as a .safetensors file"
+        )
     make, defaults = REFERENCES[name]
     if strange := [key for key in settings if key not in defaults]:
         raise InputError(f"{name} has no setting {strange[0]!r}; it has: {', '.join(defaults)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from dlm.models import attention, rope
 
@@ -45,6 +45,7 @@ class ExpertsConfig:
 class TransformerConfig:
     """Sizes and switches: all that is needed to rebuild the network."""
 
+    MLPS: ClassVar[tuple[str, ...]] = ("relu2", "swiglu")
     vocab_size: int
     window: int = 256
     layers: int = 6
@@ -78,7 +79,7 @@ class TransformerConfig:
         derived = {
             "kv_heads": self.kv_heads or self.heads,
             "head_dim": self.head_dim or self.width // self.heads,
-            "mlp_width": self.mlp_width or (4 * self.width if self.mlp == "relu2" else -(-8 * self.width // 3 // 8) * 8),
+            "mlp_width": self.mlp_width or (4 * self.width if self.mlp != "swiglu" else -(-8 * self.width // 3 // 8) * 8),
         }
         for name, value in derived.items():
             if value < 1:
@@ -90,8 +91,8 @@ class TransformerConfig:
         if isinstance(self.experts, dict):  # and no dataclasses
             object.__setattr__(self, "experts", ExpertsConfig(**self.experts))
         self._check_positions()
-        if self.mlp not in ("relu2", "swiglu"):
-            raise ValueError(f"unknown mlp {self.mlp!r}; known: relu2, swiglu")
+        if self.mlp not in self.MLPS:
+            raise ValueError(f"unknown mlp {self.mlp!r}; known: {', '.join(self.MLPS)}")
         if self.attention not in attention.PATTERNS:
             raise ValueError(f"unknown attention {self.attention!r}; known: {', '.join(attention.PATTERNS)}")
         if self.attention in attention.BLOCKWISE and (self.block_length < 1 or self.window % self.block_length):

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlm.noise.replacement import Kernel, ReplacementNoise
+from dlm.noise.mixture import MixtureNoise
+from dlm.noise.replacement import Kernel
 
 
 @dataclass(frozen=True)
-class HybridNoise(ReplacementNoise):
+class HybridNoise(MixtureNoise):
     """q(z_t | x) = alpha x + U uniform + M MASK with U + M = 1 - alpha.
 
     share: sigmoid(b), the uniform part of the noise where alpha is 1/2. 0 is masked noise, 1 uniform noise.
@@ -35,20 +36,6 @@ class HybridNoise(ReplacementNoise):
         keep_B, lost_B = alpha_B * self.share, (1 - alpha_B) * (1 - self.share)
         uniform_B = torch.where(keep_B + lost_B > 0, keep_B / (keep_B + lost_B).clamp(min=1e-300), self.share)
         return alpha_B, (1 - alpha_B) * uniform_B, (1 - alpha_B) * (1 - uniform_B)
-
-    def _prior(self, uniform_B: Tensor, mask_B: Tensor) -> Tensor:
-        return uniform_B[:, None] * self._on(uniform_B, "_data_V") + mask_B[:, None] * self._on(mask_B, "_mask_V")
-
-    def kernel(self, t_B: Tensor) -> Kernel:
-        alpha_B, uniform_B, mask_B = self._parts(t_B)
-        return Kernel(alpha_B, torch.zeros_like(alpha_B), self._prior(uniform_B, mask_B))
-
-    def between(self, s_B: Tensor, t_B: Tensor) -> Kernel:
-        """q(z_t | z_s): the part of q(z_t | x) beyond the remainder of q(z_s | x)."""
-        (alpha_t, uniform_t, mask_t), (alpha_s, uniform_s, mask_s) = self._parts(t_B), self._parts(s_B)
-        left_B = alpha_t / alpha_s
-        new = ((now - left_B * before).clamp(min=0) for now, before in ((uniform_t, uniform_s), (mask_t, mask_s)))
-        return Kernel(left_B, torch.zeros_like(left_B), self._prior(*new))
 
     def rate(self, t_B: Tensor) -> Kernel:
         """alpha d/dt (U / alpha) and alpha d/dt (M / alpha), the rates into the vocabulary and into MASK."""

@@ -9,15 +9,24 @@ from typing import Any, cast
 from dlm import plugins
 from dlm.errors import InputError, nearest
 from dlm.noise import schedule
+from dlm.noise.gidd import GiddNoise
 from dlm.noise.hybrid import HybridNoise
 from dlm.noise.masked import MaskedNoise
+from dlm.noise.score import ScoreNoise
 from dlm.noise.semantic import SemanticNoise
 from dlm.noise.uniform import UniformNoise
 from dlm.protocols import NoiseProcess
 
-Process = MaskedNoise | UniformNoise | SemanticNoise | HybridNoise
-PROCESSES: dict[str, type[Process]] = {"masked": MaskedNoise, "uniform": UniformNoise, "semantic": SemanticNoise, "hybrid": HybridNoise}
-SETTING = {"semantic": "lead", "hybrid": "share"}  # the field that the number after the colon sets
+Process = MaskedNoise | UniformNoise | SemanticNoise | HybridNoise | GiddNoise
+PROCESSES: dict[str, type[Process]] = {
+    "masked": MaskedNoise,
+    "uniform": UniformNoise,
+    "semantic": SemanticNoise,
+    "hybrid": HybridNoise,
+    "gidd": GiddNoise,
+    "score": ScoreNoise,
+}
+SETTING = {"semantic": "lead", "hybrid": "share", "gidd": "p_uniform"}  # the field that the number after the colon sets
 
 
 def register_noise(name: str, factory: type[Any], setting: str = "") -> None:

@@ -31,6 +31,14 @@ def read(path: str | Path) -> tokenizers.Tokenizer:
         raise InputError(f"{path} is not a tokenizer.json ({error})") from None
 
 
+def numbers(count: int) -> tokenizers.Tokenizer:
+    """Ids spelled as numbers with spaces between them, for a checkpoint without tokenizer: `17 3 99`."""
+    inner = tokenizers.Tokenizer(models.WordLevel({str(i): i for i in range(count)}))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.decoder = decoders.Replace(Regex("$"), " ")
+    return inner
+
+
 class Tokenizer:
     """A `tokenizers.Tokenizer` that never reads special tokens out of ordinary text.
 
@@ -52,7 +60,9 @@ class Tokenizer:
         self.mask_id: int = self.vocab_size if mask_id is None else mask_id
         self.ids: int = max(self.vocab_size, self.mask_id + 1)
         self.control = {token.content: i for i, token in inner.get_added_tokens_decoder().items() if token.special}
-        self._closed = isinstance(inner.model, models.WordLevel) and inner.model.unk_token not in inner.get_vocab()
+        whole = isinstance(inner.model, models.WordLevel) and inner.model.unk_token not in inner.get_vocab()
+        self._numbers = whole and "WhitespaceSplit" in str(inner.pre_tokenizer)
+        self._closed = whole and not self._numbers
         single_bytes = set(inner.get_vocab()) == set(pre_tokenizers.ByteLevel.alphabet())
         # a byte-level vocabulary learned from a text knows only the bytes in it, and silently drops others
         partial = isinstance(inner.model, models.BPE) and inner.model.unk_token is None and not inner.model.byte_fallback
@@ -101,9 +111,8 @@ class Tokenizer:
         return cls(read(path), vocab_size)
 
     @classmethod
-    def of_network(cls, path: str | Path, ids: int, mask_id: int) -> Tokenizer:
-        """Read a `tokenizer.json` for a network of so many ids, whose mask is a token of it or one id more."""
-        inner = read(path)
+    def with_mask(cls, inner: tokenizers.Tokenizer, ids: int, mask_id: int) -> Tokenizer:
+        """For a network of so many ids, whose mask is a token of `inner` or one id more."""
         return cls(inner, ids, mask_id) if inner.id_to_token(mask_id) is not None else cls(inner, mask_id)
 
     @classmethod
@@ -178,6 +187,8 @@ class Tokenizer:
         return hashlib.sha256(self.inner.to_str().encode()).hexdigest()[:16]
 
     def _check(self, text: str) -> None:
+        if self._numbers and (strange := [word for word in text.split() if word not in self._known]):
+            raise InputError(f"this model has no tokenizer, so its text is token ids such as 17 3 99, and {strange[0]!r} is none of them")
         if not self._closed and not self._bytes:
             return
         if self._bytes:

@@ -13,6 +13,7 @@ from dlm.language_model import LanguageModel, official
 from dlm.sampling.draw import generators
 from dlm.trajectory import Canvas
 from dlm.workflows.inputs import Counter, Model, Progress, language_model, silent
+from dlm.workflows.numbers import Compared, compare
 
 Rows = list[list[int]]
 
@@ -27,12 +28,18 @@ class Verified:
     forwards: int
     at: int
 
+    @property
+    def line(self) -> str:
+        """As `dlm verify` prints it."""
+        told = "equal  " if self.equal else f"differs from new token {self.at} on"
+        return f"{told}  {self.name}  ({self.forwards} forward passes)"
+
 
 @dataclass(frozen=True)
 class Verification:
     """All cases of a file."""
 
-    cases: tuple[Verified, ...]
+    cases: tuple[Verified | Compared, ...]
 
     @property
     def differ(self) -> list[str]:
@@ -47,9 +54,12 @@ def verify(model: Model, cases: str | Path, *, device: str = "cpu", progress: Pr
     """Run every case of a file with the reference sampler and compare the ids.
 
     cases: a JSON object with `cases`, each with `name`, `settings` by the reference's names, `prompt_ids` and `output_ids`, a row each, and
-    where they matter `attention_mask` and `sampler`; `pad_id` and `eos_id` beside `cases` name the padding of a reference's batch.
+    where they matter `attention_mask` and `sampler`; `pad_id` and `eos_id` beside `cases` name the padding of a reference's batch. Or a
+    safetensors file with the reference's logits and losses, as of `dlm.workflows.numbers`.
     InputError for a file or a setting that cannot be.
     """
+    if Path(cases).suffix == ".safetensors":
+        return Verification(tuple(compare(language_model(model, device), Path(cases))))
     data = read_cases(Path(cases))
     lm = language_model(model, device)
     count, found = Counter(progress, len(data["cases"])), []

@@ -9,10 +9,22 @@ from typing import Any
 from dlm.errors import InputError
 from dlm.files import read_json
 from dlm.formats import gguf, native
-from dlm.formats.families import a2d, dream, llada, sdar
+from dlm.formats.families import a2d, bd3lm, dream, duo, gidd, llada, mdlm, sdar, sedd
 from dlm.formats.families.record import Family
 
-FAMILIES: tuple[Family, ...] = (llada.LLADA, dream.DREAM, a2d.QWEN2, a2d.QWEN3, a2d.LLAMA, sdar.SDAR)
+FAMILIES: tuple[Family, ...] = (
+    llada.LLADA,
+    dream.DREAM,
+    a2d.QWEN2,
+    a2d.QWEN3,
+    a2d.LLAMA,
+    sdar.SDAR,
+    mdlm.MDLM,
+    bd3lm.BD3LM,
+    duo.DUO,
+    gidd.GIDD,
+    sedd.SEDD,
+)
 
 
 def of(path: Path) -> Family | None:
@@ -39,6 +51,6 @@ def unknown(config: Mapping[str, Any], path: Path) -> str:
     architectures = config.get("architectures")
     named = ", ".join(map(str, architectures)) if isinstance(architectures, list) and architectures else "no architecture"
     code = "; it demands code of its own (auto_map), which dlm never runs" if config.get("auto_map") else ""
-    known = [name for family in FAMILIES for name in family.architectures]
+    known = [name for family in FAMILIES for name in family.architectures or (family.name.upper(),)]
     kinds = ", ".join([*known, *native.CONVERTIBLE])
     return f"{path} is a checkpoint of kind {config.get('model_type')!r} ({named}), which dlm does not read{code}. Known: {kinds}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import tokenizers
 import torch
+from huggingface_hub import hf_hub_download
 
 from dlm.errors import InputError
 from dlm.files import read_json
@@ -20,7 +21,9 @@ from dlm.formats.stored import Stored
 from dlm.models.config import TransformerConfig
 from dlm.text import byte_level
 from dlm.text.chat import ChatTemplate
-from dlm.text.tokenizer import Tokenizer
+from dlm.text.tokenizer import Tokenizer, numbers
+
+GPT2_TOKENS = 50_257
 
 
 def load(
@@ -30,18 +33,22 @@ def load(
     contents = _gguf(path, family) if path.is_file() else _directory(path, family, copied=ready is not None)
     data, shape, inner, chat, stored = contents.config, contents.shape, contents.inner, contents.chat, contents.stored
     vocabulary = inner.get_vocab(with_added_tokens=True)
-    mask_id = find_mask(data, family, chat, vocabulary, path)
-    tokenizer = Tokenizer(inner, shape.vocab_size, mask_id)
+    mask_id = find_mask(data, family, chat, vocabulary, path, shape.vocab_size - 1)
+    tokenizer = Tokenizer.with_mask(inner, shape.vocab_size, mask_id)
+    noise = {**family.noise, **{key: data[key] for key in family.noise_keys}}
+    if noise["process"] in ("masked", "score"):
+        noise["tokens"] = max(vocabulary.values()) + 1
     layers = {name.split(".")[1] for name in stored if name.startswith("blocks.")}
     if len(layers) != shape.layers:
         raise InputError(f"{path} says that it has {shape.layers} layers, its weights do not fit: they have {len(layers)}")
     config = ModelConfig(
         shape.with_(tied=is_tied(stored, shape.tied)),
         mask_id,
-        noise={"process": "masked", "schedule": "linear", "tokens": max(vocabulary.values()) + 1},
+        noise=noise,
+        context=carried(shape) if family.packed else 0,
         family=family.name,
         shift=contents.shift,
-        fills_window=False,
+        fills_window=family.packed,
         block_phase=family.phase,
     )
     defaults = dict(family.preset)
@@ -66,8 +73,9 @@ class Contents:
 def _directory(path: Path, family: Family, *, copied: bool) -> Contents:
     data = read_json(path / "config.json")
     shape = read_shape(data, family, path)
-    inner, chat, generation = byte_level.read(path), ChatTemplate.load(path), native.read_defaults(path)
+    inner, chat, generation = read_tokenizer(path, family, shape), ChatTemplate.load(path), native.read_defaults(path)
     stored = family.names.renamed(native.weights(path, copied=copied), path, family.name)
+    stored = huggingface.with_mask(stored) if family.appends_mask else stored
     return Contents(data, shape, inner, chat, generation, family.shift, stored)
 
 
@@ -95,8 +103,32 @@ def read_shape(data: Config, family: Family, path: Path) -> Any:
         raise InputError(f"{path}: its config.json of family {family.name} {what}") from None
 
 
-def find_mask(data: Config, family: Family, chat: ChatTemplate, vocabulary: dict[str, int], path: Path) -> int:
-    """The id of the mask: of config.json, else of the text that the tokenizer files or the family give it. InputError where no token is."""
+def read_tokenizer(path: Path, family: Family, shape: TransformerConfig) -> tokenizers.Tokenizer:
+    """The tokenizer of the directory, else the one that the family was trained with, from the hub.
+
+    A vocabulary too small for that one spells its ids as numbers. InputError where there is none.
+    """
+    if not family.tokenizer or (path / "tokenizer.json").is_file() or (path / "vocab.json").is_file():
+        return byte_level.read(path)
+    if shape.vocab_size < GPT2_TOKENS:
+        return numbers(shape.vocab_size - 1)
+    try:
+        return tokenizers.Tokenizer.from_file(hf_hub_download(family.tokenizer, "tokenizer.json"))
+    except Exception as error:  # of the hub, of the disk and of the Rust side
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} has no tokenizer: put the tokenizer.json of {family.tokenizer} into it (the hub: {reason})") from None
+
+
+def carried(shape: TransformerConfig) -> int:
+    """Tokens of a window that a long text carries into the next: half of them, in whole blocks."""
+    block = shape.block_length or 1
+    return shape.window // 2 // block * block
+
+
+def find_mask(data: Config, family: Family, chat: ChatTemplate, vocabulary: dict[str, int], path: Path, last: int) -> int:
+    """The id of the mask: of config.json, else of the text that the tokenizer files or the family give it, else of a packed family the
+    last one. InputError where no token is.
+    """
     if (stated := data.get("mask_token_id")) is not None:
         if stated not in vocabulary.values():
             raise InputError(f"{path}: config.json puts the mask at {stated}, where the tokenizer has no token")
@@ -105,6 +137,8 @@ def find_mask(data: Config, family: Family, chat: ChatTemplate, vocabulary: dict
     for text in texts:
         if text in vocabulary:
             return vocabulary[text]
+    if family.packed:
+        return last
     raise InputError(f"{path}: its tokenizer lacks the mask token {' or '.join(dict.fromkeys(texts))}")
 
 
