@@ -251,7 +251,9 @@ def test_logits_of_asked_positions(name: str) -> None:
     lm = load(name)
     z_BT, t_B = torch.randint(127, (2, 12), generator=torch.Generator().manual_seed(0)), torch.tensor([0.2, 0.9])
     at_BT = torch.rand(2, 12, generator=torch.Generator().manual_seed(1)) < 0.4
-    assert apart(lm.network(z_BT, t_B, at_BQ=at_BT)[at_BT], lm.network(z_BT, t_B)[at_BT]) < NEAR
+    whole_BTV, index_BC = lm.network(z_BT, t_B), torch.tensor([[3, 1, 0], [11, 5, 6]])
+    assert apart(lm.network(z_BT, t_B, at_BQ=at_BT)[at_BT], whole_BTV[at_BT]) < NEAR
+    assert apart(lm.network(z_BT, t_B, index_BC=index_BC), whole_BTV[torch.arange(2)[:, None], index_BC]) < NEAR
 
 
 def test_blocks_against_a_cache_are_those_without() -> None:

@@ -143,6 +143,7 @@ class AdaLN(Transformer):
         begin_B1: Tensor | None = None,
         own_BQQ: Tensor | None = None,
         at_BQ: Tensor | None = None,
+        index_BC: Tensor | None = None,
         logits: bool = True,
         states: list[Tensor] | None = None,
     ) -> Tensor:
@@ -171,6 +172,9 @@ class AdaLN(Transformer):
             return hidden_BQD
         if states is not None:
             states.append(hidden_BQD)
+        if index_BC is not None:
+            hidden_BQD, at_BQ = hidden_BQD.gather(1, index_BC[..., None].expand(-1, -1, hidden_BQD.shape[-1])), None
+            z_BQ = z_BQ.gather(1, index_BC)
         logits_BQV = self._read_at(hidden_BQD, at_BQ)
         return self._scores(logits_BQV, z_BQ, level_B) if self.config.scores else logits_BQV
 
