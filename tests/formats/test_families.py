@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel, load
+from dlm.models.causal_text import AfterText
 from dlm.models.pattern import reading
 from dlm.models.shifted import Shifted
 from dlm.text.tokenizer import Tokenizer
@@ -71,6 +72,36 @@ def test_sdar_is_read_block_by_block_and_its_twin_causally() -> None:
     assert apart(reading(lm.network, "causal")(numbers["input_ids"]), numbers["causal_logits"]) < NEAR
     assert apart(reading(lm.network, "full")(numbers["input_ids"]), numbers["block_causal_4_logits"]) > 1
     assert apart(reading(lm.network, "block_causal", 8)(numbers["input_ids"]), numbers["block_causal_4_logits"]) > 1
+
+
+def test_nemotron_reads_text_causally_and_a_block_fully() -> None:
+    numbers, lm = golden("nemotron_labs_diffusion"), load(str(GOLDEN / "nemotron_labs_diffusion"))
+    z_BT, begin_B1 = numbers["input_ids"], torch.full((2, 1), 8)
+    assert apart(lm.logits(z_BT), numbers["full_logits"]) < NEAR
+    assert apart(reading(lm.network, "causal")(z_BT), numbers["causal_logits"]) < NEAR
+    mixed_BTV = lm.network(z_BT, begin_B1=begin_B1, block_length=4)
+    assert apart(mixed_BTV, numbers["causal_8_then_a_block_of_4_logits"]) < NEAR
+    assert apart(lm.network(z_BT, begin_B1=begin_B1 - 1, block_length=5), numbers["causal_8_then_a_block_of_4_logits"]) > 1
+    first_BTV = AfterText(lm.network)(z_BT, begin_B1=begin_B1)
+    assert isinstance(lm.denoiser, AfterText)
+    assert apart(first_BTV[:, 8], numbers["causal_logits"][:, 7]) < NEAR
+    assert apart(first_BTV[:, 9:], numbers["causal_8_then_a_block_of_4_logits"][:, 9:]) < NEAR
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "original_max_position_embeddings": 16384}
+WRONG_NEMOTRON: dict[str, dict[str, Any]] = {
+    "norm eps": {"rms_norm_eps": 1e-6},
+    "plain rotary positions": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "another factor": {"rope_parameters": YARN | {"factor": 16.0, "mscale": 1.0, "mscale_all_dim": 1.0}},
+    "scaled cosines": {"rope_parameters": YARN | {"factor": 0.25, "attention_factor": 1.1}},
+}
+
+
+@pytest.mark.parametrize("case", WRONG_NEMOTRON)
+def test_a_wrong_reading_of_nemotron_is_told_from_the_right_one(case: str, tmp_path: Path) -> None:
+    numbers = golden("nemotron_labs_diffusion")
+    lm = load(str(edited(tmp_path, "nemotron_labs_diffusion", **WRONG_NEMOTRON[case])))
+    assert apart(lm.logits(numbers["input_ids"]), numbers["full_logits"]) > NEAR
 
 
 WRONG: dict[str, tuple[str, dict[str, Any]]] = {
@@ -226,6 +257,9 @@ def _no_mask(directory: Path) -> None:
 
 Spoil = Callable[[Path], None]
 BAD: dict[str, tuple[str, dict[str, Any], Spoil | None, str]] = {
+    "another paradigm": ("nemotron_labs_diffusion", {"dlm_paradigm": "autoregressive"}, None, "dlm_paradigm = 'autoregressive'"),
+    "queries scaled by position": ("nemotron_labs_diffusion", {"max_position_embeddings": 32768}, None, "beyond the original window"),
+    "rotary positions of another kind": ("nemotron_labs_diffusion", {"rope_parameters": {"rope_type": "longrope"}}, None, "'longrope'"),
     "another class of the same model_type": ("dream", {"architectures": ["DreamForCausalLM"]}, None, "Known: LLaDAModelLM, DreamModel"),
     "code demanded": ("llada", {"architectures": ["Novel"]}, None, "demands code of its own (auto_map), which dlm never runs"),
     "unknown, without code": ("a2d_qwen3", {"architectures": ["Novel"]}, None, "kind 'a2d-qwen3' (Novel), which dlm does not read. Known"),

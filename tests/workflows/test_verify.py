@@ -25,7 +25,10 @@ def written(tmp_path: Path, data: object) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(("family", "count"), [("llada", 6), ("dream", 7), ("a2d_qwen3", 8), ("a2d_qwen2", 6), ("sdar", 4)])
+COUNTS = {"llada": 6, "dream": 7, "a2d_qwen3": 8, "a2d_qwen2": 6, "sdar": 4, "nemotron_labs_diffusion": 3}
+
+
+@pytest.mark.parametrize(("family", "count"), COUNTS.items())
 def test_golden_cases_are_equal(dlm: Dlm, family: str, count: int) -> None:
     code, out, _ = dlm("verify", str(GOLDEN / family), "--cases", str(GOLDEN / family / "generations.json"))
     *rows, last = out.splitlines()

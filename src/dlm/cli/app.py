@@ -83,6 +83,15 @@ Threads = Annotated[
         rich_help_panel="Machine",
     ),
 ]
+FamilyOption = Annotated[
+    str,
+    typer.Option(
+        "--family",
+        show_default="by its config",
+        help="Read another project's checkpoint as of this family, where its config does not say: open-dcoder, diffullama, i-dlm ...",
+        rich_help_panel="Machine",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object.")]
 SAMPLING, DRAFTING = "Sampling", "Speculative decoding (autoregressive models)"  # panels of the help
 TopP = Annotated[
@@ -238,6 +247,7 @@ def load(
     adapter: Path | list[Path] | None = None,
     deterministic: bool = False,
     compile: bool = False,
+    family: str = "",
 ) -> LanguageModel:
     """InputError for a model, device or dtype that is not there, or an adapter of another base."""
     check_names([name], dtype)
@@ -245,7 +255,8 @@ def load(
     from dlm.workflows.inputs import check_device
 
     check_device(device)
-    return load(name, device=device, dtype=dtype, adapter=adapter, deterministic=deterministic, compile=compile)
+    how = {"deterministic": deterministic, "compile": compile}
+    return load(name, device=device, dtype=dtype, adapter=adapter, family=family, **how)
 
 
 def set_threads(asked: int, models: Iterable[Model], rows: int = 1) -> None:

@@ -15,6 +15,7 @@ from dlm.cli.app import (
     DraftTokens,
     DraftTree,
     Dtype,
+    FamilyOption,
     Lossless,
     Seed,
     Threads,
@@ -55,6 +56,7 @@ def chat(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     compile: Compile = False,
+    family: FamilyOption = "",
     threads: Threads = 0,
 ) -> None:
     """Talk to a model, line by line.
@@ -66,7 +68,7 @@ def chat(
         raise InputError("--lossless chooses the drafter: leave --draft away")
     from dlm.language_model.options import DecodingOptions
 
-    lm = load(model, device, dtype, adapter, compile=compile)
+    lm = load(model, device, dtype, adapter, compile=compile, family=family)
     set_threads(threads, [lm])
     if lossless:
         lm.prepare_lossless()

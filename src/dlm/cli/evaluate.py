@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dlm.cli.app import Device, Json, Seed, app, between, load
+from dlm.cli.app import Device, FamilyOption, Json, Seed, app, between, load
 from dlm.cli.tables import console, table
 from dlm.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from dlm.language_model import LanguageModel
     from dlm.workflows.evaluate import Evaluation
 
 TASKS = "Tasks of lm-evaluation-harness"  # panel of the help
@@ -69,6 +70,7 @@ def evaluate(
     ] = None,
     as_json: Json = False,
     device: Device = "cpu",
+    family: FamilyOption = "",
 ) -> None:
     """Measure nats per token and bits per character of a text, or run tasks of lm-evaluation-harness.
 
@@ -82,16 +84,19 @@ def evaluate(
     if bool(tasks) == (data is not None):
         raise InputError("give --data, a text to measure, or --tasks, names of lm-evaluation-harness" + (", not both" if tasks else ""))
     if data is None:
+        from dlm.workflows.harness import require
+
+        require()  # before the model is loaded
         settings = {"include_path": include_path, "shots": shots, "limit": limit, "batch_size": batch_size, "resume": resume}
         more = {"mc_samples": mc_samples, "chat": chat_template, "seed": seed} | _model_args(model_args)
-        _run_tasks(model, tasks, card, as_json, device, settings | more)
+        _run_tasks(load(model, device, family=family), tasks, card, as_json, settings | more)
         return
     lengths = _lengths(block_lengths)
     if card is not None and len(lengths) > 1:
         raise InputError("--card names one file, and each of --block-lengths gets a card: leave --card away")
 
     def one(name: str, length: int | None, own: bool) -> Evaluation:
-        lm = load(name, device)
+        lm = load(name, device, family=family if own else "")
         suffix = f"-blocks{length}" if length else ""
         with showing(f"measuring {lm.name}") as progress:
             return measure(
@@ -131,12 +136,10 @@ def _model_args(words: str) -> dict[str, object]:
     return found
 
 
-def _run_tasks(name: str, tasks: str, card: Path | None, as_json: bool, device: str, settings: Mapping[str, Any]) -> None:
+def _run_tasks(lm: LanguageModel, tasks: str, card: Path | None, as_json: bool, settings: Mapping[str, Any]) -> None:
     from dlm.evaluation.card import dumps
-    from dlm.workflows.harness import evaluate_tasks, require
+    from dlm.workflows.harness import evaluate_tasks
 
-    require()  # before the model is loaded
-    lm = load(name, device)
     card = card or Path("runs/eval") / f"{lm.name}-tasks.json"
     found = evaluate_tasks(lm, [task.strip() for task in tasks.split(",") if task.strip()], card=card, **settings)
     made = table("task", "documents", "metric", "value", "stderr")

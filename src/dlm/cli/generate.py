@@ -25,6 +25,7 @@ from dlm.cli.app import (
     DraftTokens,
     DraftTree,
     Dtype,
+    FamilyOption,
     Json,
     Lossless,
     Seed,
@@ -176,6 +177,7 @@ def generate(
     dtype: Dtype = "float32",
     deterministic: Deterministic = False,
     compile: Compile = False,
+    family: FamilyOption = "",
     threads: Threads = 0,
 ) -> None:
     """Write text: continue a prompt, fill holes, or lead to a suffix.
@@ -212,7 +214,7 @@ def generate(
     _hint(prompt, name or model)
 
     def opened(wanted: str) -> LanguageModel:
-        return load(wanted, device, dtype, adapter, deterministic, compile)
+        return load(wanted, device, dtype, adapter, deterministic, compile, family)
 
     runs = _runs(entries, opened, [prompt] * samples if samples > 1 else prompt, layout, options, seed)
     paths = _paths(save, list(runs))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dlm.cli.app import Device, app
+from dlm.cli.app import Device, FamilyOption, app, load
 
 
 @app.command()
@@ -21,13 +21,14 @@ def verify(
         ),
     ],
     device: Device = "cpu",
+    family: FamilyOption = "",
 ) -> None:
     """Compare the ids of the reference sampler, or logits and losses, with those that the reference gave. Exit code 1 where some differ."""
     from dlm.cli.progress import showing
     from dlm.workflows.verify import verify as run
 
     with showing("verifying cases") as progress:
-        found = run(model, cases, device=device, progress=progress)
+        found = run(load(model, device, family=family), cases, progress=progress)
     for case in found.cases:
         print(case.line)
     print(json.dumps(found.record()))

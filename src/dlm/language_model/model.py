@@ -30,7 +30,10 @@ from dlm.language_model.prompting import NEW_TOKENS, Prompting
 from dlm.language_model.resolution import DecodingPlan, Facts, needs_calibration, resolve
 from dlm.language_model.samplers import build
 from dlm.model_scheduling.saved import SavedSchedule
-from dlm.models.shifted import Shifted
+from dlm.models.attention import BLOCKWISE
+from dlm.models.causal_text import AfterText
+from dlm.models.pattern import reading
+from dlm.models.shifted import Shifted, shift
 from dlm.models.transformer import Transformer, predict_beside, predict_next
 from dlm.noise import process
 from dlm.protocols import Denoiser, Sampler
@@ -74,16 +77,17 @@ class LanguageModel:
 
     @classmethod
     def from_pretrained(
-        cls, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, ready: native.Ready | None = None
+        cls, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, ready: native.Ready | None = None, family: str = ""
     ) -> LanguageModel:
         """Load a directory, a GGUF file, a bundled or pulled checkpoint or a hub id. InputError names the missing or wrong part.
 
+        family: of `dlm.formats.families`, for a plain config that does not say it.
         ready: quantizes parts of the network while others are still on disk.
         """
         path = native.find(str(name))
-        family = known.of(path)
-        if family is not None or native.is_foreign(path):
-            read = partial(huggingface.load, path) if family is None else partial(foreign.load, path, family)
+        record = known.of(path, family)
+        if record is not None or native.is_foreign(path):
+            read = partial(huggingface.load, path) if record is None else partial(foreign.load, path, record)
             base = read(device=device, dtype=dtype, ready=ready)
             model = cls(base.network, base.config, base.tokenizer, name=path.stem if path.is_file() else Path(name).name)
             model.defaults, model.chat = base.defaults, base.chat
@@ -131,7 +135,7 @@ class LanguageModel:
     @property
     def is_causal(self) -> bool:
         """Whether it is a model of block diffusion, which no text after a block reaches."""
-        return self.is_diffusion and self.config.network.attention == "block_causal"
+        return self.is_diffusion and self.config.network.attention in BLOCKWISE
 
     @property
     def kind(self) -> registry.Noise | None:
@@ -146,7 +150,7 @@ class LanguageModel:
     @property
     def default_sampler(self) -> str:
         """The sampler used when none is asked for."""
-        return str(self.defaults.get("sampler", "ancestral")) if self.is_diffusion else "autoregressive"
+        return str(self.defaults.get("sampler", "ancestral" if self.is_diffusion else "autoregressive"))
 
     @property
     def stops(self) -> frozenset[int]:
@@ -376,8 +380,15 @@ class LanguageModel:
         return results[0] if isinstance(prompt, str) else results
 
     def predict_beside(self, z_BT: Tensor, x_BT: Tensor, block_length: int) -> Tensor:
-        """Logits (B, T, V) of block diffusion in float32: every block of z beside the clean blocks of x before it."""
-        return predict_beside(self.network, z_BT, x_BT, block_length)
+        """Logits (B, T, V) of block diffusion in float32, row i for token i: every block of z beside the clean blocks of x before it."""
+        beside_BTV = predict_beside(self.network, z_BT, x_BT, block_length)
+        causal_text = self.config.network.attention == "causal_text"
+        if not (causal_text or self.config.shift):
+            return beside_BTV
+        text = reading(self.network, "causal") if causal_text else reading(self.network, "block_causal", block_length)
+        beside_BTV = shift(beside_BTV) if self.config.shift else beside_BTV
+        beside_BTV[:, block_length::block_length] = text(x_BT)[:, block_length - 1 : -1 : block_length].float()
+        return beside_BTV
 
     def predict(self, z_BT: Tensor, t_B: Tensor) -> Tensor:
         """Logits (B, T, V) in float32, as the bounds of `dlm.noise.loss` want them; `predict_next` of an autoregressive model."""
@@ -405,6 +416,8 @@ class LanguageModel:
     @property
     def denoiser(self) -> Denoiser:
         """The network with row i of its logits for token i."""
+        if self.config.network.attention == "causal_text":
+            return AfterText(self.network)
         return Shifted(self.network) if self.config.shift else self.network
 
 
@@ -416,6 +429,7 @@ def load(
     adapter: str | Path | Sequence[str | Path] | None = None,
     deterministic: bool = False,
     compile: bool = False,
+    family: str = "",
 ) -> LanguageModel:
     """Load a checkpoint: a directory, a GGUF file, a bundled name (`shakespeare-mask`), a pulled one (`smollm2-135m`) or a hub id.
 
@@ -423,7 +437,8 @@ def load(
     `dlm convert` made for this base, a bundled name, `auto`, or several. deterministic: batch-invariant, for autoregressive models; the
     logits of a position are bitwise identical in forward passes of any shape, at a cost in speed. compile: by torch.compile, forward
     passes of few positions of an autoregressive model, those of a diffusion model without an approximate cache; the first ones take
-    seconds. InputError for the adapter of another base, and for settings that do not go together.
+    seconds. family: of another project's checkpoint whose plain config does not say it: `open-dcoder`, `diffullama`, `i-dlm`.
+    InputError for the adapter of another base, and for settings that do not go together.
     """
     if isinstance(dtype, str):
         check_dtype(dtype)
@@ -433,7 +448,7 @@ def load(
     # an adapter is loaded onto the weights that it was made for, before they are quantized
     ready = partial(quantize.quantize_part, bits=bits) if bits and adapter is None else None
     kept = (torch.bfloat16 if dtype == "bfloat16" else torch.float32) if isinstance(dtype, str) else dtype
-    model = LanguageModel.from_pretrained(name, device=device, dtype=kept, ready=ready)
+    model = LanguageModel.from_pretrained(name, device=device, dtype=kept, ready=ready, family=family)
     if adapter is not None:
         for path in [adapter] if isinstance(adapter, str | Path) else adapter:
             attach.with_adapter(model, path)

@@ -8,7 +8,9 @@ from typing import Any
 
 from dlm.errors import InputError
 from dlm.language_model.protocols import Model
+from dlm.language_model.samplers import by_blocks
 from dlm.models.pattern import reading
+from dlm.sampling.diffusion.blockwise import FirstAlone, Surest
 from dlm.sampling.diffusion.guidance import ClassifierFree
 from dlm.sampling.diffusion.loop import DiffusionSampler
 from dlm.sampling.diffusion.protocols import Rule
@@ -109,6 +111,19 @@ def _sdar(model: Model, settings: Settings) -> Plan:
     return Plan(replace(sampler, block_phase="zero", stops=frozenset(settings["stopping_criteria_idx"] or ())), new)
 
 
+def _nemotron(model: Model, settings: Settings) -> Plan:
+    """nvidia's `generate` of modeling_nemotron_labs_diffusion.py, with the text read causally; without threshold one token a step."""
+    if not settings["causal_context"]:
+        raise InputError("causal_context=False reads the text fully, which is not how Nemotron-Labs-Diffusion is decoded")
+    draw, threshold = Draw(settings["temperature"]), settings["threshold"]
+    rule = FirstAlone(Surest(1.0, above=True, draw=draw) if threshold is None else Surest(threshold, draw=draw))
+    if model.config.network.attention != "causal_text":
+        raise InputError(f"{model.name} does not read its text causally: nemotron cannot be its reference")
+    length, new = settings["block_length"], settings["max_new_tokens"]
+    sampler = replace(_whole(model, {"steps": new}, rule), denoiser=by_blocks(model, length), block_length=length, sees_ahead=False)
+    return Plan(replace(sampler, stops=model.stops), new)
+
+
 DLLM = {"steps": 128, "max_new_tokens": 128, "block_size": 32, "temperature": 0.0, "cfg_scale": 0.0, "remasking": "low_confidence"}
 REFERENCES: dict[str, tuple[Callable[[Model, Settings], Plan], dict[str, Any]]] = {
     "llada": (
@@ -149,6 +164,10 @@ REFERENCES: dict[str, tuple[Callable[[Model, Settings], Plan], dict[str, Any]]] 
             "stopping_criteria_idx": None,
             "greedy": None,
         },
+    ),
+    "nemotron": (
+        _nemotron,
+        {"max_new_tokens": 512, "block_length": 32, "threshold": None, "causal_context": True, "temperature": 0.0},
     ),
     "mdlm": (_mdlm, DLLM),
     "bd3lm": (_bd3lm, DLLM),

@@ -17,6 +17,7 @@ from dlm.errors import InputError, nearest
 from dlm.language_model.protocols import Model
 from dlm.language_model.resolution import DecodingPlan
 from dlm.model_scheduling import routing
+from dlm.models.causal_text import AfterText
 from dlm.models.pattern import reading
 from dlm.models.shifted import Shifted
 from dlm.models.transformer import Transformer
@@ -55,8 +56,7 @@ def build(plan: DecodingPlan, model: Model) -> Sampler:
     if blockwise and model.config.shift:
         raise InputError(f"{info.name} needs a model that predicts each token itself: {model.name} cannot be read so")
     if blockwise or model.is_causal:
-        view = reading(model.network, "block_causal", plan.block_length)
-        denoiser = Shifted(view) if model.config.shift else view
+        denoiser = by_blocks(model, plan.block_length)
     return DiffusionSampler(
         denoiser,
         model.noise,
@@ -78,11 +78,19 @@ def build(plan: DecodingPlan, model: Model) -> Sampler:
     )
 
 
+def by_blocks(model: Model, length: int) -> Denoiser:
+    """The network as it reads blocks of so many tokens, none of which sees what follows it. InputError where they do not fit."""
+    if model.config.network.attention == "causal_text":
+        return AfterText(reading(model.network, "causal_text", length))
+    view = reading(model.network, "block_causal", length)
+    return Shifted(view) if model.config.shift else view
+
+
 def _policy(plan: DecodingPlan, model: Model, *, by_blocks: bool) -> CachePolicy | None:
     """by_blocks: whether no position reads a later block."""
     if isinstance(plan.cache, str):
         policy = cache_policies.make(plan.cache)
-    elif plan.cache and by_blocks:
+    elif plan.cache and by_blocks and model.config.network.attention != "causal_text":  # which reads a finished block anew
         policy = cache_policies.Exact(plan.block_length)
     else:
         return None

@@ -45,15 +45,17 @@ def causal_text(pos_BQ: Tensor, pos_BT: Tensor, begin_B1: Tensor, block_length: 
     return (key <= query) | (query >= begin) & (key >= begin) & (key < begin + block_length)
 
 
-def beside_clean(pos_BT: Tensor, block_length: int) -> Tensor:
+def beside_clean(pos_BT: Tensor, block_length: int, *, causal: bool = False) -> Tensor:
     """bool (B, 2T, 2T) for the sequence [noisy | clean] of block diffusion (BD3-LM, Arriola et al. 2503.09573, section 3.1).
 
-    A noisy position reads its own noisy block and the clean blocks before it, a clean one the clean blocks up to its own.
+    A noisy position reads its own noisy block and the clean blocks before it, a clean one the clean blocks up to its own, or the clean
+    text up to itself (causal).
     """
     block_BT = pos_BT // block_length
     query, key = block_BT[:, :, None], block_BT[:, None, :]
     noisy = torch.cat([query == key, key < query], -1)
-    clean = torch.cat([torch.zeros_like(query == key), key <= query], -1)
+    before = pos_BT[:, None, :] <= pos_BT[:, :, None] if causal else key <= query
+    clean = torch.cat([torch.zeros_like(query == key), before], -1)
     return torch.cat([noisy, clean], 1)
 
 

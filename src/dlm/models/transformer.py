@@ -199,7 +199,7 @@ class Transformer(nn.Module):
         half_BT = torch.arange(half, device=device)[None] if pos_BT is None else pos_BT
         block_length = block_length or self.config.block_length
         if pattern == "clean":
-            mask_BQT = attention.beside_clean(half_BT, block_length)
+            mask_BQT = attention.beside_clean(half_BT, block_length, causal=self.config.attention == "causal_text")
         elif pattern == "introspective":
             mask_BQT = attention.introspective(half_BT, block_length, phase_B)
         else:

@@ -177,6 +177,18 @@ def _dream(draw: Draw, alg: str = "entropy", alg_temp: float = 0.0) -> Rule:
     return dream(alg, draw, alg_temp)
 
 
+def _nemotron(draw: Draw, threshold: float = 0.9) -> Rule:
+    from dlm.sampling.diffusion.blockwise import FirstAlone, Surest
+
+    return FirstAlone(Surest(threshold, draw=draw))
+
+
+def _fast_dllm(draw: Draw, threshold: float = 0.9, sub_length: int = 8) -> Rule:
+    from dlm.sampling.diffusion.blockwise import FirstAlone, Surest
+
+    return FirstAlone(Surest(threshold, above=True, narrowed=True, draw=draw), sub_length)
+
+
 def _remask(kind: str) -> Callable[..., Rule]:
     def make(draw: Draw, eta: float) -> Rule:
         from dlm.sampling.diffusion.remasking import Remask
@@ -357,6 +369,22 @@ BUILT_IN: tuple[SamplerInfo, ...] = (
         "Reference of dllm: as mdlm, in blocks that see nothing after themselves, until a stop.",
         (Parameter("remasking", "low_confidence", kind=str),),
         blockwise=True,
+        reference=True,
+    ),
+    SamplerInfo(
+        "nemotron",
+        "masked",
+        _nemotron,
+        "Reference of nemotron-labs-diffusion: a block's first token alone, then all above a threshold.",
+        (Parameter("threshold", 0.9, high=1.0),),
+        reference=True,
+    ),
+    SamplerInfo(
+        "fast-dllm",
+        "masked",
+        _fast_dllm,
+        "Reference of fast-dllm: as nemotron, in sub-blocks from left to right.",
+        (Parameter("threshold", 0.9, high=1.0), Parameter("sub_length", 8, low=1, kind=int)),
         reference=True,
     ),
     SamplerInfo("ancestral", "replacement", f"{_REVISING}Reverse", "Any token may change in any step: the plain reverse process."),

@@ -19,10 +19,17 @@ WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p
 """The word boundaries of Llama 3 and Qwen2; %s: the quantifier of digits."""
 
 
-def read(directory: Path) -> tokenizers.Tokenizer:
-    """InputError where files are missing, damaged or contradict one another."""
+def read(directory: Path, vocab_size: int = 0) -> tokenizers.Tokenizer:
+    """The tokenizer of a network of so many ids; without any file of one, a text is token ids.
+
+    InputError where files are missing, damaged or contradict one another.
+    """
     if (directory / "tokenizer.json").is_file():
         return tokenizer.read(directory)
+    if (directory / "tokenizer.model").is_file():
+        raise InputError(f"{directory} has its tokenizer in SentencePiece's form alone: put the tokenizer.json of the model beside it")
+    if vocab_size and not any((directory / name).is_file() for name in ("vocab.json", "merges.txt", "tokenizer_config.json")):
+        return tokenizer.numbers(vocab_size)
     lacking = [name for name in ("vocab.json", "merges.txt") if not (directory / name).is_file()]
     if lacking:
         raise InputError(f"{directory} has no tokenizer: neither tokenizer.json nor {' and '.join(lacking)}")

@@ -60,6 +60,7 @@ class Harness(TemplateLM):  # type: ignore[misc]
         device: str | None = None,
         dtype: str = "float32",
         adapter: str | None = None,
+        family: str = "",
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         mc_samples: int = 128,
@@ -74,7 +75,7 @@ class Harness(TemplateLM):  # type: ignore[misc]
         if isinstance(pretrained, LanguageModel):
             self.lm = pretrained
         else:
-            self.lm = load(pretrained, device=_device(device), dtype=dtype, adapter=adapter)
+            self.lm = load(pretrained, device=_device(device), dtype=dtype, adapter=adapter, family=family)
         self._device = self.lm.network.device
         self.rows = _rows(batch_size, max_batch_size, self.lm)
         self.mc_samples, self.seed, self.max_gen_toks = mc_samples, seed, max_gen_toks
@@ -212,8 +213,6 @@ class Harness(TemplateLM):  # type: ignore[misc]
                 f"{lm.name}: tasks of likelihood are for autoregressive and masked models that do not read the time; "
                 "tasks of generation (generate_until) work with every model"
             )
-        if lm.is_causal and lm.config.shift:
-            raise InputError(f"{lm.name}: block diffusion with shifted logits has no likelihood here; tasks of generation work")
         blocks = (self.likelihood_blocks or network.block_length) if lm.is_causal else 0
         if self.likelihood_blocks is not None and (not lm.is_causal or lm.window % self.likelihood_blocks):
             raise InputError(f"likelihood_blocks={self.likelihood_blocks}: for block diffusion, a divisor of the window of {lm.window}")

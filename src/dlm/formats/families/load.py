@@ -41,15 +41,17 @@ def load(
     layers = {name.split(".")[1] for name in stored if name.startswith("blocks.")}
     if len(layers) != shape.layers:
         raise InputError(f"{path} says that it has {shape.layers} layers, its weights do not fit: they have {len(layers)}")
+    how: dict[str, Any] = {"objective": "autoregressive", "start_token_id": None} if family.causal else {}
     config = ModelConfig(
         shape.with_(tied=is_tied(stored, shape.tied)),
         mask_id,
         noise=noise,
-        context=carried(shape) if family.packed else 0,
+        context=carried(shape) if family.packed or family.causal else 0,
         family=family.name,
         shift=contents.shift,
         fills_window=family.packed,
         block_phase=family.phase,
+        **how,
     )
     defaults = dict(family.preset)
     defaults["eos_token_id"] = stops(data, contents.generation, family, chat, tokenizer)
@@ -81,7 +83,7 @@ def _directory(path: Path, family: Family, *, copied: bool) -> Contents:
 
 def _gguf(path: Path, family: Family) -> Contents:
     file = gguf.read(path)
-    shape = bidirectional(file.config, file.config["model_type"])
+    shape = family.shape(file.config) if family.base else bidirectional(file.config, file.config["model_type"])
     shift = family.shift if file.shift is None else file.shift
     config = file.config | {"mask_token_id": file.mask_token_id}
     return Contents(config, shape, file.inner, file.chat, {"eos_token_id": file.stops}, shift, file.stored)
@@ -109,7 +111,7 @@ def read_tokenizer(path: Path, family: Family, shape: TransformerConfig) -> toke
     A vocabulary too small for that one spells its ids as numbers. InputError where there is none.
     """
     if not family.tokenizer or (path / "tokenizer.json").is_file() or (path / "vocab.json").is_file():
-        return byte_level.read(path)
+        return byte_level.read(path, shape.vocab_size)
     if shape.vocab_size < GPT2_TOKENS:
         return numbers(shape.vocab_size - 1)
     try:
@@ -126,12 +128,13 @@ def carried(shape: TransformerConfig) -> int:
 
 
 def find_mask(data: Config, family: Family, chat: ChatTemplate, vocabulary: dict[str, int], path: Path, last: int) -> int:
-    """The id of the mask: of config.json, else of the text that the tokenizer files or the family give it, else of a packed family the
-    last one. InputError where no token is.
+    """The id of the mask: of config.json, else of the text that the tokenizer files or the family give it, else the family's number, of a
+    packed family the last one. InputError where no token is.
     """
+    where = "tokenizer.ggml.mask_token_id" if path.suffix == ".gguf" else "config.json"
     if (stated := data.get("mask_token_id")) is not None:
         if stated not in vocabulary.values():
-            raise InputError(f"{path}: config.json puts the mask at {stated}, where the tokenizer has no token")
+            raise InputError(f"{path}: {where} puts the mask at {stated}, where the tokenizer has no token")
         return int(stated)
     texts = [text for text in (chat.tokens.get("mask_token"), *family.mask_texts) if text]
     for text in texts:
@@ -139,7 +142,10 @@ def find_mask(data: Config, family: Family, chat: ChatTemplate, vocabulary: dict
             return vocabulary[text]
     if family.packed:
         return last
-    raise InputError(f"{path}: its tokenizer lacks the mask token {' or '.join(dict.fromkeys(texts))}")
+    if family.mask_id is not None and family.mask_id in vocabulary.values():
+        return family.mask_id
+    told = [*dict.fromkeys(texts), *([] if family.mask_id is None else [f"the id {family.mask_id}"])]
+    raise InputError(f"{path}: its tokenizer lacks the mask token {' or '.join(told)}")
 
 
 def is_tied(stored: dict[str, Stored], stated: bool) -> bool:

@@ -35,6 +35,8 @@ class Family:
     packed: trained on windows that text fills to the end; the mask is then the last id unless a text names it. appends_mask: the checkpoint
     has no mask, and gets one as the id after its own.
     tokenizer: a hub id of the tokenizer, for families that ship none.
+    mask_id: of the mask where neither config.json nor the tokenizer says. base: the model_type of Hugging Face whose keys and tensors it
+    has: a GGUF file of that architecture may be read as of this family by name. causal: decoded from left to right, its masks draft.
     """
 
     name: str
@@ -52,10 +54,14 @@ class Family:
     packed: bool = False
     appends_mask: bool = False
     tokenizer: str = ""
+    mask_id: int | None = None
+    base: str = ""
+    causal: bool = False
 
     def recognises(self, config: Config) -> bool:
+        """A family without architecture goes by its keys, one without either by name alone."""
         named = not self.architectures or any(name in self.architectures for name in config.get("architectures") or ())
-        return named and all(key in config for key in self.keys)
+        return named and all(key in config for key in self.keys) and bool(self.architectures or self.keys)
 
 
 def require(config: Config, allowed: Mapping[str, tuple[Any, ...]]) -> None:

@@ -234,7 +234,7 @@ class DiffusionRun:
             logp = self.constraint.narrow(logp, active, columns)
         kept, valid_AT = self.memory.of(active.rows_A, columns), ~active.beyond_AT
         levels = move.t_A, move.s_A, move.left_A, move.steps_A
-        return Step(z, open_, logp, *levels, noise, kept, shadow_ATV, valid_AT, columns)
+        return Step(z, open_, logp, *levels, noise, kept, shadow_ATV, valid_AT, columns, active.place_A - active.start_A)
 
     def _described(self, active: Active) -> dict[str, Tensor]:
         """Arguments of the network for windows that it does not fill: where text stands, and positions that begin a block at a multiple."""
@@ -242,7 +242,9 @@ class DiffusionRun:
         if sampler.fills_window:
             return {}
         described = {"valid_BT": ~beyond_AT} if bool(beyond_AT.any()) else {}
-        if not sampler.sees_ahead and sampler.block_phase == "prompt":
+        if getattr(sampler.denoiser, "reads_begin", False):
+            described["begin_B1"] = (active.place_A - active.start_A)[:, None]
+        elif not sampler.sees_ahead and sampler.block_phase == "prompt":
             begin_A1 = (-active.phase_A % sampler.block_length)[:, None]
             described["pos_BQ"] = begin_A1 + torch.arange(beyond_AT.shape[1], device=beyond_AT.device)
         return described

@@ -44,7 +44,7 @@ class Step:
     z_BT: the state; open_BT: the positions that the rule writes; logp_BTV: log mu of `noise.log_probs`; t_B -> s_B: the move;
     left_B: steps left, this one included, of `steps` for a window or block. memory: tensors that the rule keeps for its next step, by
     name, float (B, T, ...), nan where a block begins. shadow_BTV: logits with each position's own token hidden (CheckingRule).
-    valid_BT: False past the end of a row's text; None where every position is text.
+    valid_BT: False past the end of a row's text; None where every position is text. begin_B: where the block of each row begins.
     columns: of a pointwise rule, which gets the positions to write alone: B rows of C columns in place of T positions, `valid_BT` apart.
     """
 
@@ -60,6 +60,7 @@ class Step:
     shadow_BTV: Tensor | None = None
     valid_BT: Tensor | None = None
     columns: Columns | None = None
+    begin_B: Tensor | None = None
 
 
 class Rule(Protocol):

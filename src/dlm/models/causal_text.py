@@ -1,0 +1,36 @@
+"""A network that reads the text causally and one block after it fully, as a `Denoiser` of that block (Nemotron-Labs-Diffusion).
+
+Shapes: B batch, Q queried positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from dlm.models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class AfterText:
+    """The last row of the text predicts the first token of the block, as an autoregressive model's; rows of masks predict their own."""
+
+    network: Transformer
+    reads_begin: ClassVar[bool] = True  # begin_B1
+
+    def __call__(
+        self, z_BQ: Tensor, t_B: Tensor | None = None, *, begin_B1: Tensor | None = None, at_BQ: Tensor | None = None, **how: Any
+    ) -> Tensor:
+        """Logits (B, Q, V). begin_B1: where the block of each row begins; without it the whole text is one; at_BQ as of `Transformer`."""
+        if begin_B1 is None:
+            whole_BQV: Tensor = self.network(z_BQ, t_B, at_BQ=at_BQ, **how)
+            return whole_BQV
+        before_B1 = (begin_B1 - 1).clamp(min=0)
+        if at_BQ is not None:
+            at_BQ = at_BQ.scatter(1, before_B1, at_BQ.gather(1, before_B1) | at_BQ.gather(1, begin_B1))
+        logits_BQV: Tensor = self.network(z_BQ, t_B, begin_B1=begin_B1, at_BQ=at_BQ, **how)
+        vocabulary = logits_BQV.shape[-1]
+        first_B1V = logits_BQV.gather(1, before_B1[..., None].expand(-1, -1, vocabulary))
+        return logits_BQV.scatter(1, begin_B1[..., None].expand(-1, -1, vocabulary), first_B1V)
