@@ -26,7 +26,7 @@ from inference.networks import LENGTH, in_calls, model, text
 def test_compiled_logits_are_those_before(ready: Any, close: float, ranks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows, positions, masks, adapters and the cache's room change from call to call; another network has compilations of its own."""
     monkeypatch.setattr(compiled, "BLOCKS_PER_GRAPH", 3 if ready is fused.fuse else 1)  # both blocks in a graph, or each in its own
-    one, other = model(layers=2), model(layers=2, norm_eps=1e-2)  # the same shapes
+    one, other = model(layers=2, conv=3), model(layers=2, norm_eps=1e-2)  # the same shapes
     z_BT = text(one)
     masked_BT = z_BT.clone()
     masked_BT[:, 1::2] = one.tokenizer.mask_id
@@ -88,9 +88,10 @@ def test_rows_that_end_apart_are_not_compiled() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
 @torch.no_grad()
-def test_both_caches_use_what_was_compiled_for_one() -> None:
+@pytest.mark.parametrize("conv", [0, 3])
+def test_both_caches_use_what_was_compiled_for_one(conv: int) -> None:
     """The same shape of the input, with positions of every row or of all."""
-    made = model(layers=1)
+    made = model(layers=1, conv=conv)
     z_BT = text(made)
     before = in_calls(made.network, z_BT, 4)
     compiled.compile(made.network)

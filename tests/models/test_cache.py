@@ -13,22 +13,23 @@ from torch import Tensor
 
 from dlm.models.cache import KVCache
 from dlm.models.config import TransformerConfig
+from dlm.models.pattern import reading
 from dlm.models.transformer import Transformer
 
 VOCAB, WINDOW = 11, 12
 
 
+SIZES: dict[str, Any] = {"vocab_size": VOCAB, "window": WINDOW, "layers": 2, "heads": 4, "kv_heads": 2, "width": 32}
+
+
+@pytest.fixture(params=[0, 5], ids=["plain", "convolution"], autouse=True)
+def taps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SIZES, "conv", request.param)
+
+
 def network(attention: str = "causal", **changes: Any) -> Transformer:
-    sizes: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "window": WINDOW,
-        "layers": 2,
-        "heads": 4,
-        "kv_heads": 2,
-        "width": 32,
-        "attention": attention,
-    }
-    made, rng = Transformer(TransformerConfig(**(sizes | changes))), torch.Generator().manual_seed(0)
+    config = TransformerConfig(**(SIZES | {"attention": attention} | changes))
+    made, rng = Transformer(config), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(0.0, 0.3, generator=rng)
@@ -51,6 +52,13 @@ def close(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("sizes", [[1] * 12, [12], [5, 1, 1, 5], [3, 4, 5], [1, 11], [11, 1]])
 def test_causal_chunks_equal_the_whole(sizes: list[int]) -> None:
     made, z_BT = network(), tokens()
+    assert close(in_chunks(made, z_BT, sizes), made(z_BT))
+
+
+@pytest.mark.parametrize("sizes", [[1] * 12, [5, 1, 1, 5]])
+def test_chunks_of_a_full_network_that_is_read_causally(sizes: list[int]) -> None:
+    """Whose short convolutions have taps on the right, too."""
+    made, z_BT = reading(network("full"), "causal"), tokens()
     assert close(in_chunks(made, z_BT, sizes), made(z_BT))
 
 

@@ -37,9 +37,9 @@ def test_it_is_the_convolution_of_torch(attention: str, taps: int) -> None:
     left = -offsets(attention, taps)[0]
     padded = torch.nn.functional.pad(x_BTD.mT, (left, taps - 1 - left))
     expected = x_BTD + torch.nn.functional.conv1d(padded, conv.weight.T[:, None], groups=4).mT
-    torch.testing.assert_close(conv(x_BTD), expected)
+    torch.testing.assert_close(conv(x_BTD, None, x_BTD), expected)
     pos_BT = torch.arange(9)[None].expand(2, -1)
-    torch.testing.assert_close(conv(x_BTD, neighbours(offsets(attention, taps), pos_BT, pos_BT, None)), expected)
+    torch.testing.assert_close(conv(x_BTD, neighbours(offsets(attention, taps), pos_BT, pos_BT, None), x_BTD), expected)
 
 
 def test_a_fresh_network_is_one_without() -> None:

@@ -20,6 +20,7 @@ from dlm.errors import InputError
 from dlm.inference.fused import fuse, fused_layers
 from dlm.models.block import Block, Blocks, ForwardPass, MaskTokens
 from dlm.models.cache import Memory
+from dlm.models.convolution import Neighbours
 from dlm.models.transformer import Transformer
 
 BLOCKS_PER_GRAPH = 5  # at most: starting a graph takes time, compiling a large one far more
@@ -63,44 +64,48 @@ class CompiledBlocks(Blocks):
         mask = forward_pass.mask
         alone = cache is None and forward_pass.mask_tokens is None and not forward_pass.is_causal and not torch.is_grad_enabled()
         if self.reads_texts and alone and (mask is None or isinstance(mask, Tensor)):
-            return self.text(x, forward_pass.cos, forward_pass.sin, mask)
+            return self.text(x, forward_pass, mask)
         return super().forward(x, forward_pass)
 
-    def text(self, x: Tensor, cos: Tensor, sin: Tensor, mask_B1QT: Tensor | None) -> Tensor:
+    def text(self, x: Tensor, forward_pass: ForwardPass, mask_B1QT: Tensor | None) -> Tensor:
         """x (B, Q, D) of whole texts after the blocks. mask: which positions each reads, bool; None for all."""
         if (mask_B1QT is None) not in self.texts:
             self.texts[mask_B1QT is None] = _compile(_text)
         run = self.texts[mask_B1QT is None]
-        cos, sin = (turn.expand(len(x), -1, -1, -1).contiguous() for turn in (cos, sin))
+        cos, sin = (turn.expand(len(x), -1, -1, -1).contiguous() for turn in forward_pass[:2])
+        near = _of_each_row(forward_pass.neighbours, len(x))
         if mask_B1QT is not None:
             mask_B1QT = mask_B1QT.expand(len(x), -1, -1, -1).contiguous()
         masks = [] if mask_B1QT is None else [(mask_B1QT, 0), (mask_B1QT, 2), (mask_B1QT, 3)]
-        for tensor, axis in [(x, 0), (x, 1), (cos, 0), (cos, 2), (sin, 0), (sin, 2), *masks]:
+        taps = [(tensor, axis) for tensor in near or () for axis in (0, 1)]
+        for tensor, axis in [(x, 0), (x, 1), (cos, 0), (cos, 2), (sin, 0), (sin, 2), *masks, *taps]:
             torch._dynamo.maybe_mark_dynamic(tensor, axis)
         blocks = list(self)
         for first in range(0, len(blocks), self.together):
-            x = run(blocks[first : first + self.together], x, cos, sin, mask_B1QT)
+            x = run(blocks[first : first + self.together], x, cos, sin, mask_B1QT, near)
         return x
 
     def over(self, x: Tensor, forward_pass: ForwardPass, memory: Memory, span: tuple[int, int]) -> Tensor:
         """x (B, Q, D) after the blocks, new positions in this span of the memory."""
-        cos, sin, mask, _, _, mask_tokens, _ = forward_pass
+        cos, sin, mask, _, _, mask_tokens, near = forward_pass
         assert mask is None or isinstance(mask, Tensor)
         run = self.plain if mask_tokens is None else self._adapted(mask_tokens, x.dtype)
         kept, slot_Q, mask_B1QT = memory.whole(*span, mask)
         cos, sin = (turn.expand(len(x), -1, -1, -1).contiguous() for turn in (cos, sin))  # of one layout, which is not checked either
+        near = _of_each_row(near, len(x))
         torch._dynamo.mark_dynamic(mask_B1QT, 3)  # one compilation for memories of any length
         if x.shape[1] > 1:  # and for any number of positions, which guards of x hold together
             gates = [] if mask_tokens is None else [(mask_tokens.gate_BQ1, 1)]
-            for tensor, axis in [(x, 1), (cos, 2), (sin, 2), (slot_Q, 0), (mask_B1QT, 2), *gates]:
+            taps = [(tensor, 1) for tensor in near or ()]
+            for tensor, axis in [(x, 1), (cos, 2), (sin, 2), (slot_Q, 0), (mask_B1QT, 2), *gates, *taps]:
                 torch._dynamo.maybe_mark_dynamic(tensor, axis)
         for tensor in itertools.chain.from_iterable(kept):
             if not hasattr(tensor, "_dynamo_dynamic_indices"):
-                torch._dynamo.mark_dynamic(tensor, 2)
+                torch._dynamo.mark_dynamic(tensor, tensor.dim() - 2)
         blocks, gate = list(self), None if mask_tokens is None else mask_tokens.gate_BQ1
         for first in range(0, len(blocks), self.together):
             some = slice(first, first + self.together)
-            x = run(blocks[some], x, cos, sin, kept[some], slot_Q, mask_B1QT, gate)
+            x = run(blocks[some], x, cos, sin, kept[some], slot_Q, mask_B1QT, gate, near)
         return x
 
     def _adapted(self, mask_tokens: MaskTokens, dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -118,36 +123,48 @@ def _over(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
-    kept: Sequence[tuple[Tensor, Tensor]],
+    kept: Sequence[tuple[Tensor, Tensor, Tensor]],
     slot_Q: Tensor,
     mask_B1QT: Tensor,
     gate_BQ1: Tensor | None,
+    near: Neighbours | None,
 ) -> Tensor:
-    """`Blocks` over the whole memory of a cache, keys and values (B, G, T, K), of which the new ones take these slots.
+    """`Blocks` over the whole memory of a cache, keys, values (B, G, T, K) and conv (B, T, D), of which new ones take these slots.
 
     mask: added to the scores.
     """
     mask_tokens = None if gate_BQ1 is None else MaskTokens(gate_BQ1, gate_BQ1, False, blocks[0])  # the gate is all that is read
-    for block, own in zip(blocks, kept, strict=True):
+    for block, (k_BGTK, v_BGTK, conv_BTD) in zip(blocks, kept, strict=True):
         attention: Any = block.attention
-        q, *new = attention.heads(block.attention_norm(x), cos, sin, mask_tokens)
-        for kept_BGTK, new_BGQK in zip(own, new, strict=True):
+        read = block.attention_norm(x)
+        if block.conv is not None:
+            read = block.conv(read, near, conv_BTD.index_copy_(1, slot_Q, read))
+        q, *new = attention.heads(read, cos, sin, mask_tokens)
+        for kept_BGTK, new_BGQK in zip((k_BGTK, v_BGTK), new, strict=True):
             kept_BGTK.index_copy_(2, slot_Q, new_BGQK)
         one = x.shape[1] == 1 and x.device.type == "cpu"
-        read = attend_alone(q, *own, mask_B1QT) if one else attention.attend(q, *own, mask_B1QT, False)
+        read = attend_alone(q, k_BGTK, v_BGTK, mask_B1QT) if one else attention.attend(q, k_BGTK, v_BGTK, mask_B1QT, False)
         x = x + block.dropout(attention.project_out(read, mask_tokens))
         x = x + block.dropout(block.mlp(block.mlp_norm(x), mask_tokens))
     return x
 
 
-def _text(blocks: Sequence[Block], x: Tensor, cos: Tensor, sin: Tensor, mask_B1QT: Tensor | None) -> Tensor:
+def _text(blocks: Sequence[Block], x: Tensor, cos: Tensor, sin: Tensor, mask_B1QT: Tensor | None, near: Neighbours | None) -> Tensor:
     """`Blocks` over whole texts."""
     for block in blocks:
         attention: Any = block.attention
-        read = attention.attend(*attention.heads(block.attention_norm(x), cos, sin, None), mask_B1QT, False)
+        read = block.attention_norm(x)
+        if block.conv is not None:
+            read = block.conv(read, near, read)
+        read = attention.attend(*attention.heads(read, cos, sin, None), mask_B1QT, False)
         x = x + block.dropout(attention.project_out(read, None))
         x = x + block.dropout(block.mlp(block.mlp_norm(x), None))
     return x
+
+
+def _of_each_row(near: Neighbours | None, rows: int) -> Neighbours | None:
+    """Of one layout, which is not checked."""
+    return near and Neighbours(*(part.expand(rows, -1, -1).contiguous() for part in near))
 
 
 def attend_alone(q_BH1K: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_B11T: Tensor) -> Tensor:

@@ -149,13 +149,13 @@ class AdaLN(Transformer):
     ) -> Tensor:
         """As of `Transformer.forward`; t_B is turned into the level that the network is told."""
         if own_BQQ is not None:
-            pos_BQ, mask, is_causal = self._continues(pos_BQ, own_BQQ, cache)
+            pos_BQ, mask, is_causal, _ = self._continues(pos_BQ, own_BQQ, cache)
         elif pattern:
-            pos_BQ, mask, is_causal = self._halves(z_BQ, pos_BQ, pattern, block_length, phase_B)
+            pos_BQ, mask, is_causal, _ = self._halves(z_BQ, pos_BQ, pattern, block_length, phase_B)
         elif isinstance(cache, WindowCache):
-            pos_BQ, mask, is_causal = self._window(pos_BQ, cache, block_length)
+            pos_BQ, mask, is_causal, _ = self._window(pos_BQ, cache, block_length)
         else:
-            pos_BQ, mask, is_causal = self._text(z_BQ, pos_BQ, valid_BT, cache, block_length, begin_B1)
+            pos_BQ, mask, is_causal, _ = self._text(z_BQ, pos_BQ, valid_BT, cache, block_length, begin_B1)
         level_B = self.told(t_B, len(z_BQ))
         level_BC, x_BQD = self.level(level_B), self.embed(z_BQ)
         cos, sin = self.rotary(pos_BQ)

@@ -222,7 +222,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, forward_pass: ForwardPass) -> Tensor:
         read = self.attention_norm(x)
         if self.conv is not None:
-            read = self.conv(read, forward_pass.neighbours)
+            cache = forward_pass.cache
+            source = read if cache is None else cache.write_conv(self.attention.layer, read)
+            read = self.conv(read, forward_pass.neighbours, source)
         x = x + self.dropout(self.attention(read, forward_pass))
         y: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x), forward_pass.mask_tokens))
         return y

@@ -1,6 +1,7 @@
-"""KV caches: keys and values of positions already read.
+"""KV caches: keys and values of positions already read, and beside them the inputs of short convolutions, where a network has some.
 
-Shapes: B batch, A rows of one forward pass, G key-value heads, T capacity or the part of it in use, Q new positions, K head dimension.
+Shapes: B batch, A rows of one forward pass, G key-value heads, T capacity or the part of it in use, Q new positions, K head dimension,
+D width of the network, 0 in a network without short convolutions.
 """
 
 from __future__ import annotations
@@ -16,20 +17,21 @@ class Memory:
     """Keys and values as compiled blocks read them: the whole capacity, so that shapes stay the same from token to token."""
 
     kv: Tensor  # (layers, 2, B, G, T, K)
-    _kept: tuple[Tensor, list[tuple[Tensor, ...]]] | None = None  # parts of a kv
+    conv: Tensor  # (layers, B, T, D)
+    _kept: tuple[Tensor, list[tuple[Tensor, ...]]] | None = None  # parts of a kv and its conv
 
     def span(self, queries: int) -> tuple[int, int] | None:
         """The first slot and the end of so many new positions; None where rows have slots of their own, or no room."""
         raise NotImplementedError
 
     def whole(self, first: int, end: int, mask: Tensor | None) -> tuple[list[tuple[Tensor, ...]], Tensor, Tensor]:
-        """(keys and values (B, G, T, K) of each layer, the slots of new positions, the bias of the scores (B, 1, Q, T)).
+        """(keys, values (B, G, T, K) and conv (B, T, D) of each layer, slots of new positions, the bias of the scores (B, 1, Q, T)).
 
         mask: of the positions up to `end`, bool or a bias of the scores; None where every position is read.
         """
         kv, device = self.kv, self.kv.device
         if self._kept is None or self._kept[0] is not kv:
-            self._kept = kv, [torch.unbind(layer) for layer in torch.unbind(kv)]
+            self._kept = kv, [(*layer, conv_BTD) for layer, conv_BTD in zip(kv, self.conv, strict=True)]
         scores = torch.full((kv.shape[2], 1, end - first, kv.shape[4]), -torch.inf, dtype=kv.dtype, device=device)
         if mask is not None and mask.dtype == torch.bool:
             scores[..., :end].masked_fill_(mask, 0.0)
@@ -42,10 +44,19 @@ class KVCache(Memory):
     """Preallocated; new positions go after the `length` already held. `trim` forgets, `clone` copies."""
 
     def __init__(
-        self, layers: int, batch: int, kv_heads: int, capacity: int, head_dim: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        width: int = 0,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        shape = (layers, 2, batch, kv_heads, capacity, head_dim)
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.kv = torch.zeros(layers, 2, batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        self.conv = torch.zeros(layers, batch, capacity, width, dtype=dtype, device=device)
         self.length = 0
 
     @property
@@ -54,12 +65,21 @@ class KVCache(Memory):
 
     def write(self, layer: int, k_BGQK: Tensor, v_BGQK: Tensor) -> tuple[Tensor, Tensor]:
         """Store after `length`, return all keys and values held so far. `advance` moves `length` once all layers have written."""
-        end = self.length + k_BGQK.shape[2]
-        if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} positions, {end} were asked for")
+        end = self._end(k_BGQK.shape[2])
         self.kv[layer, 0, :, :, self.length : end] = k_BGQK
         self.kv[layer, 1, :, :, self.length : end] = v_BGQK
         return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+
+    def write_conv(self, layer: int, x_BQD: Tensor) -> Tensor:
+        """Store inputs of a short convolution as `write` does, return those of all slots (B, T, D)."""
+        self.conv[layer, :, self.length : self._end(x_BQD.shape[1])] = x_BQD
+        return self.conv[layer]
+
+    def _end(self, queries: int) -> int:
+        end = self.length + queries
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} positions, {end} were asked for")
+        return end
 
     def span(self, queries: int) -> tuple[int, int] | None:
         end = self.length + queries
@@ -76,7 +96,7 @@ class KVCache(Memory):
 
     def clone(self) -> KVCache:
         copy = object.__new__(KVCache)
-        copy.kv, copy.length = self.kv.clone(), self.length
+        copy.kv, copy.conv, copy.length = self.kv.clone(), self.conv.clone(), self.length
         return copy
 
 
@@ -87,9 +107,19 @@ class RaggedCache(Memory):
     """
 
     def __init__(
-        self, layers: int, batch: int, kv_heads: int, capacity: int, head_dim: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        width: int = 0,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.kv = torch.zeros(layers, 2, batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        self.conv = torch.zeros(layers, batch, capacity, width, dtype=dtype, device=device)
         self.length_B = torch.zeros(batch, dtype=torch.long, device=device)
         self.rows_B1 = torch.arange(batch, device=device)[:, None]
 
@@ -117,6 +147,13 @@ class RaggedCache(Memory):
         own_BQT = own_BQQ.gather(2, since_BT.clamp(0, queries - 1)[:, None].expand(-1, queries, -1))
         return held_BT[:, None] | own_BQT & new_BT[:, None]
 
+    def positions(self, pos_BQ: Tensor) -> Tensor:
+        """Those of the slots (B, T), new ones at pos_BQ: what a row holds is the beginning of its text."""
+        held_BT = torch.arange(self.end, device=pos_BQ.device).expand(len(pos_BQ), -1)
+        if self.even:
+            return torch.cat([held_BT[:, : self.end - pos_BQ.shape[1]], pos_BQ], 1)
+        return held_BT.scatter(1, self.slot_BQ, pos_BQ)
+
     def write(self, layer: int, k_BGQK: Tensor, v_BGQK: Tensor) -> tuple[Tensor, Tensor]:
         """Store after each row's length, return keys and values up to the longest row's."""
         for kv_BGTK, new_BGQK in zip(self.kv[layer], (k_BGQK, v_BGQK), strict=True):
@@ -125,6 +162,14 @@ class RaggedCache(Memory):
                 continue
             kv_BGTK.transpose(1, 2)[self.rows_B1, self.slot_BQ] = new_BGQK.transpose(1, 2)
         return self.kv[layer, 0, :, :, : self.end], self.kv[layer, 1, :, :, : self.end]
+
+    def write_conv(self, layer: int, x_BQD: Tensor) -> Tensor:
+        """Store inputs of a short convolution as `write` does, return those of all slots (B, T, D)."""
+        if self.even:
+            self.conv[layer, :, self.end - x_BQD.shape[1] : self.end] = x_BQD
+        else:
+            self.conv[layer][self.rows_B1, self.slot_BQ] = x_BQD
+        return self.conv[layer]
 
     def span(self, queries: int) -> tuple[int, int] | None:
         return (self.end - queries, self.end) if self.even else None
@@ -140,19 +185,21 @@ class RaggedCache(Memory):
 
     def close_up(self, first_B: Tensor, index_BK: Tensor) -> None:
         """Move the positions first + index of each row, in rising order, to first + 0, 1 .."""
-        to_BK = first_B[:, None] + torch.arange(index_BK.shape[1], device=first_B.device)
-        kv_TBLGK = self.kv.permute(4, 2, 0, 1, 3, 5)  # L: keys and values of all layers
-        kv_TBLGK[to_BK, self.rows_B1] = kv_TBLGK[first_B[:, None] + index_BK, self.rows_B1]
+        to_BK, from_BK = first_B[:, None] + torch.arange(index_BK.shape[1], device=first_B.device), first_B[:, None] + index_BK
+        kv_TBLGK, conv_TBLD = self.kv.permute(4, 2, 0, 1, 3, 5), self.conv.permute(2, 1, 0, 3)  # L: layers, twice for keys and values
+        for stored_TB in (kv_TBLGK, conv_TBLD) if self.conv.numel() else (kv_TBLGK,):
+            stored_TB[to_BK, self.rows_B1] = stored_TB[from_BK, self.rows_B1]
 
     def join(self, other: RaggedCache) -> None:
         """Take in the rows of another cache of the same network."""
         capacity = max(self.capacity, other.capacity)
         self.kv = torch.cat([F.pad(one.kv, (0, 0, 0, capacity - one.capacity)) for one in (self, other)], 2)
+        self.conv = torch.cat([F.pad(one.conv, (0, 0, 0, capacity - one.capacity)) for one in (self, other)], 1)
         self._number(torch.cat([self.length_B, other.length_B]))
 
     def keep(self, rows_K: Tensor) -> None:
         """Go on with these rows alone."""
-        self.kv = self.kv[:, :, rows_K]
+        self.kv, self.conv = self.kv[:, :, rows_K], self.conv[:, rows_K]
         self._number(self.length_B[rows_K])
 
     def _number(self, length_B: Tensor) -> None:
@@ -170,19 +217,38 @@ class TextCache:
 
     def __init__(self) -> None:
         self.kv: list[tuple[Tensor, Tensor]] = []
+        self.conv: list[Tensor] = []
         self.beside = False
+
+    pos_BT: Tensor  # of the text
 
     def begin(self, own_BQT: Tensor) -> Tensor:
         """Of later forward passes: the positions that they read, bool (B C, Q, T + Q)."""
         self.beside = True
         return own_BQT
 
+    def positions(self, pos_BQ: Tensor) -> Tensor:
+        """Those of the text, then new ones at pos_BQ: (B C, T + Q)."""
+        return torch.cat([_for_each(self.pos_BT, pos_BQ), pos_BQ], 1)
+
     def write(self, layer: int, k_BGQK: Tensor, v_BGQK: Tensor) -> tuple[Tensor, Tensor]:
         if not self.beside:
             self.kv.append((k_BGQK, v_BGQK))
             return k_BGQK, v_BGQK
-        k_BGTK, v_BGTK = (held.repeat_interleave(len(k_BGQK) // len(held), 0) for held in self.kv[layer])
+        k_BGTK, v_BGTK = (_for_each(held, k_BGQK) for held in self.kv[layer])
         return torch.cat([k_BGTK, k_BGQK], 2), torch.cat([v_BGTK, v_BGQK], 2)
+
+    def write_conv(self, layer: int, x_BQD: Tensor) -> Tensor:
+        """Inputs of a short convolution, as `write` has keys: (B, T + Q, D)."""
+        if not self.beside:
+            self.conv.append(x_BQD)
+            return x_BQD
+        return torch.cat([_for_each(self.conv[layer], x_BQD), x_BQD], 1)
+
+
+def _for_each(held_B: Tensor, new_C: Tensor) -> Tensor:
+    """Each row held as often as there are new ones for it."""
+    return held_B.repeat_interleave(len(new_C) // len(held_B), 0)
 
 
 class WindowCache:
@@ -193,9 +259,19 @@ class WindowCache:
     """
 
     def __init__(
-        self, layers: int, batch: int, kv_heads: int, window: int, head_dim: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        batch: int,
+        kv_heads: int,
+        window: int,
+        head_dim: int,
+        width: int = 0,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.kv = torch.zeros(layers, 2, batch, window + 1, kv_heads, head_dim, dtype=dtype, device=device)
+        self.conv = torch.zeros(layers, batch, window + 1, width, dtype=dtype, device=device)
         self.filled_BT = torch.zeros(batch, window + 1, dtype=torch.bool, device=device)
         self.drift_BT = torch.zeros(batch, window, device=device)
         self.layers, self.window = layers, window
@@ -213,25 +289,28 @@ class WindowCache:
         window = max(self.window, other.window)
         for one in (self, other):
             one._widen(window)
-        self._take(torch.cat([self.kv, other.kv], 2), *(torch.cat(x) for x in zip(self._marks(), other._marks(), strict=True)))
+        self.kv, self.conv = torch.cat([self.kv, other.kv], 2), torch.cat([self.conv, other.conv], 1)
+        self._mark(*(torch.cat(x) for x in zip(self._marks(), other._marks(), strict=True)))
 
     def _widen(self, window: int) -> None:
         """Slots for more positions, nothing in them, nor in that of the padding, which moves to the end."""
         if more := window - self.window:
             self.filled_BT[:, self.window] = False
             self.filled_BT, self.drift_BT = (F.pad(x, (0, more)) for x in self._marks())
-            self.kv, self.window = F.pad(self.kv, (0, 0, 0, 0, 0, more)), window
+            self.kv, self.conv = F.pad(self.kv, (0, 0, 0, 0, 0, more)), F.pad(self.conv, (0, 0, 0, more))
+            self.window = window
 
     def keep(self, rows_K: Tensor) -> None:
         """Go on with these rows alone."""
-        self._take(self.kv[:, :, rows_K], *(x[rows_K] for x in self._marks()))
+        self.kv, self.conv = self.kv[:, :, rows_K], self.conv[:, rows_K]
+        self._mark(*(x[rows_K] for x in self._marks()))
 
     def _marks(self) -> tuple[Tensor, Tensor]:
         return self.filled_BT, self.drift_BT
 
-    def _take(self, kv: Tensor, filled_BT: Tensor, drift_BT: Tensor) -> None:
-        self.kv, self.filled_BT, self.drift_BT = kv, filled_BT, drift_BT
-        self.rows_A1 = torch.arange(len(filled_BT), device=kv.device)[:, None]
+    def _mark(self, filled_BT: Tensor, drift_BT: Tensor) -> None:
+        self.filled_BT, self.drift_BT = filled_BT, drift_BT
+        self.rows_A1 = torch.arange(len(filled_BT), device=filled_BT.device)[:, None]
 
     def clear(self, rows_A: Tensor) -> None:
         """Forget all positions of these rows."""
@@ -264,6 +343,11 @@ class WindowCache:
         else:
             k_ATGK, v_ATGK = self.kv[layer, 0][self.rows_A1.squeeze(1)], self.kv[layer, 1][self.rows_A1.squeeze(1)]
         return k_ATGK[:, : self.window].transpose(1, 2), v_ATGK[:, : self.window].transpose(1, 2)
+
+    def write_conv(self, layer: int, x_AQD: Tensor) -> Tensor:
+        """Store inputs of a short convolution as `write` does, return those of all slots (A, T + 1, D)."""
+        self.conv[layer][self.rows_A1, self.pos_AQ] = x_AQD
+        return self.conv[layer] if len(self.rows_A1) == self.conv.shape[1] else self.conv[layer][self.rows_A1.squeeze(1)]
 
     def _measure(self, v_AQGK: Tensor) -> None:
         old_AQGK = self.kv[self.layers - 1, 1][self.rows_A1, self.pos_AQ]

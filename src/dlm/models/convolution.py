@@ -52,18 +52,17 @@ class ShortConvolution(nn.Module):
         self.steps = offsets(config.attention, config.conv)
         self.weight = nn.Parameter(torch.zeros(config.conv, config.width))  # (J, D)
 
-    def forward(self, x_BQD: Tensor, neighbours: Neighbours | None = None, source_BTD: Tensor | None = None) -> Tensor:
-        """(B, Q, D). source_BTD: where neighbours lie, by default x itself. neighbours None: rows are whole, without padding."""
+    def forward(self, x_BQD: Tensor, neighbours: Neighbours | None, source_BTD: Tensor) -> Tensor:
+        """(B, Q, D). source_BTD: where neighbours lie, x itself or all that a cache holds. neighbours None: x is whole rows."""
         weight_JD = self.weight.to(x_BQD.dtype)
         if neighbours is None:
             return self._shifted(x_BQD, weight_JD)
-        source_BTD = x_BQD if source_BTD is None else source_BTD
-        (batch, queries, width), length = x_BQD.shape, source_BTD.shape[1]
-        row_B1 = torch.arange(batch, device=x_BQD.device)[:, None] * length
-        source_ND, y_BQD = source_BTD.reshape(-1, width), x_BQD
-        for index_BQ, there_BQ, weight_D in zip(*(part.unbind(-1) for part in neighbours), weight_JD, strict=True):
-            read_BQD = source_ND.index_select(0, (index_BQ + row_B1).flatten()).view(batch, queries, width)
-            y_BQD = y_BQD + read_BQD * there_BQ[..., None].to(x_BQD.dtype) * weight_D
+        batch, length, width = source_BTD.shape
+        index_BQJ = neighbours.index_BQJ + torch.arange(0, batch * length, length, device=x_BQD.device)[:, None, None]
+        read_BQJD = source_BTD.reshape(-1, width).index_select(0, index_BQJ.flatten()).view(*index_BQJ.shape, width)
+        read_BQJD, y_BQD = read_BQJD.masked_fill(~neighbours.there_BQJ[..., None], 0), x_BQD
+        for read_BQD, weight_D in zip(read_BQJD.unbind(2), weight_JD, strict=True):
+            y_BQD = torch.addcmul(y_BQD, read_BQD, weight_D)
         return y_BQD
 
     def _shifted(self, x_BTD: Tensor, weight_JD: Tensor) -> Tensor:

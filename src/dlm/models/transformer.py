@@ -6,6 +6,8 @@ Shapes: B batch, T positions of the window, Q queried positions, V vocabulary, D
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,8 +20,14 @@ from dlm.models.config import TransformerConfig
 from dlm.models.convolution import Neighbours, neighbours, offsets
 from dlm.models.experts import make_block
 
-Attends = tuple[Tensor, Mask, bool]
-"""Positions of the queries (B, Q), their attention mask, and whether it is causal."""
+
+class Attends(NamedTuple):
+    """What the positions of a forward pass attend to."""
+
+    pos_BQ: Tensor
+    mask: Mask
+    is_causal: bool
+    pos_BT: Tensor | None = None  # of keys; None: those of the queries
 
 
 class Transformer(nn.Module):
@@ -79,18 +87,19 @@ class Transformer(nn.Module):
     def cache(self, batch: int, capacity: int | None = None) -> KVCache:
         """An empty cache for `batch` rows."""
         c = self.config
-        shape = (c.layers, batch, c.kv_heads, capacity or c.window, c.head_dim)
+        shape = (c.layers, batch, c.kv_heads, capacity or c.window, c.head_dim, c.width if c.conv else 0)
         return KVCache(*shape, dtype=self.embed.weight.dtype, device=self.device)
 
     def ragged_cache(self, batch: int, capacity: int) -> RaggedCache:
         """An empty cache for `batch` rows that grow at their own pace."""
         c = self.config
-        return RaggedCache(c.layers, batch, c.kv_heads, capacity, c.head_dim, dtype=self.embed.weight.dtype, device=self.device)
+        shape = (c.layers, batch, c.kv_heads, capacity, c.head_dim, c.width if c.conv else 0)
+        return RaggedCache(*shape, dtype=self.embed.weight.dtype, device=self.device)
 
     def window_cache(self, batch: int, window: int = 0) -> WindowCache:
         """An empty cache of so many positions, by default a whole window, for `batch` rows."""
         c = self.config
-        shape = (c.layers, batch, c.kv_heads, window or c.window, c.head_dim)
+        shape = (c.layers, batch, c.kv_heads, window or c.window, c.head_dim, c.width if c.conv else 0)
         return WindowCache(*shape, dtype=self.embed.weight.dtype, device=self.device)
 
     def forward(
@@ -138,7 +147,7 @@ class Transformer(nn.Module):
             attends = self._window(pos_BQ, cache, block_length)
         else:
             attends = self._text(z_BQ, pos_BQ, valid_BT, cache, block_length, begin_B1)
-        pos_BQ, mask, is_causal = attends
+        pos_BQ, mask, is_causal, _ = attends
         mask_tokens = self.embed.mask_tokens(z_BQ, pos_BQ)
         x_BQD = self.embed(z_BQ, mask_tokens)
         if self.time is not None:
@@ -171,17 +180,19 @@ class Transformer(nn.Module):
 
     def _neighbours(self, attends: Attends, cache: AnyCache | None) -> Neighbours | None:
         """The neighbours that the short convolutions read: those that attention reads. None: of whole rows that nothing masks."""
-        pos_BQ, mask, is_causal = attends
-        if cache is not None:
-            raise ValueError("a network with short convolutions has no cache")
-        if mask is None and (self.taps[-1] <= 0 if is_causal else True):
+        pos_BQ, mask, is_causal, pos_BT = attends
+        if isinstance(cache, RaggedCache) or (isinstance(cache, TextCache) and cache.beside):
+            pos_BT = cache.positions(pos_BQ)
+        if pos_BT is None and mask is None and (self.taps[-1] <= 0 if is_causal else True):
             return None
+        pos_BT = pos_BQ if pos_BT is None else pos_BT
+        allowed_BQT = None
         if isinstance(mask, Tensor):
             allowed_BQT = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
-        else:
+        elif mask is not None or is_causal:
             pattern, block_length = (mask.pattern, mask.block_length) if mask else ("causal", 0)
-            allowed_BQT = attention.allowed(pattern, pos_BQ[:, :, None], pos_BQ[:, None, :], block_length)
-        return neighbours(self.taps, pos_BQ, pos_BQ, allowed_BQT)
+            allowed_BQT = attention.allowed(pattern, pos_BQ[:, :, None], pos_BT[:, None, :], block_length)
+        return neighbours(self.taps, pos_BQ, pos_BT, allowed_BQT)
 
     def _continues(self, pos_BQ: Tensor | None, own_BQQ: Tensor, cache: AnyCache | None) -> Attends:
         """New positions that read those of a cache, and one another by own_BQQ."""
@@ -189,9 +200,9 @@ class Transformer(nn.Module):
         assert isinstance(cache, RaggedCache | TextCache)
         mask = cache.begin(own_BQQ)
         if mask is None:
-            return pos_BQ, None, False
+            return Attends(pos_BQ, None, False)
         scores_BQT = torch.zeros(mask.shape, dtype=self.embed.weight.dtype, device=mask.device)  # made once, not in every layer
-        return pos_BQ, scores_BQT.masked_fill_(~mask, -torch.inf)[:, None], False
+        return Attends(pos_BQ, scores_BQT.masked_fill_(~mask, -torch.inf)[:, None], False)
 
     def _halves(self, z_BQ: Tensor, pos_BT: Tensor | None, pattern: str, block_length: int, phase_B: Tensor | None) -> Attends:
         """Two halves that stand at the same positions."""
@@ -204,17 +215,17 @@ class Transformer(nn.Module):
             mask_BQT = attention.introspective(half_BT, block_length, phase_B)
         else:
             mask_BQT = attention.beside_shadow(half, device)
-        return torch.cat([half_BT, half_BT], 1), mask_BQT[:, None], False
+        return Attends(torch.cat([half_BT, half_BT], 1), mask_BQT[:, None], False)
 
     def _window(self, pos_BQ: Tensor | None, cache: WindowCache, block_length: int) -> Attends:
         """Some positions of a window, computed anew."""
         assert pos_BQ is not None
         slots_BT, filled_BT = cache.begin(pos_BQ)
         if filled_BT is None and self.config.attention == "full":
-            return pos_BQ, None, False
+            return Attends(pos_BQ, None, False, slots_BT)
         block_length = block_length or self.config.block_length
         mask_BQT = attention.allowed(self.config.attention, pos_BQ[:, :, None], slots_BT[:, None, :], block_length)
-        return pos_BQ, (mask_BQT if filled_BT is None else mask_BQT & filled_BT[:, None])[:, None], False
+        return Attends(pos_BQ, (mask_BQT if filled_BT is None else mask_BQT & filled_BT[:, None])[:, None], False, slots_BT)
 
     def _text(
         self,
@@ -235,15 +246,18 @@ class Transformer(nn.Module):
             pos_BQ = pos_BT[:, held:]
         else:
             pos_BT = torch.cat([torch.arange(held, device=device).expand(batch, held), pos_BQ], 1) if held else pos_BQ
+        if isinstance(cache, TextCache):
+            cache.pos_BT = pos_BQ.expand(batch, -1)
         block_length, square = block_length or self.config.block_length, plain and held == 0
         if begin_B1 is not None:
             mask_BQT = attention.causal_text(pos_BQ, pos_BT, begin_B1, block_length)
-            return pos_BQ, attention.text_only(mask_BQT, valid_BT)[:, None], False
+            return Attends(pos_BQ, attention.text_only(mask_BQT, valid_BT)[:, None], False, pos_BT)
         if self._use_flex(z_BQ, square):
-            return pos_BQ, FlexMask(pattern, block_length), False
+            return Attends(pos_BQ, FlexMask(pattern, block_length), False)
         if held and queries == 1 and valid_BT is None and pattern == "causal":
-            return pos_BQ, None, False  # one new token reads everything before it
-        return pos_BQ, *attention.mask(pattern, block_length, pos_BQ, pos_BT, valid_BT, plain=square)
+            return Attends(pos_BQ, None, False, pos_BT)  # one new token reads everything before it
+        mask = attention.mask(pattern, block_length, pos_BQ, pos_BT, valid_BT, plain=square)
+        return Attends(pos_BQ, *mask, None if square else pos_BT)
 
     def _use_flex(self, z_BQ: Tensor, square: bool) -> bool:
         backend = self.config.backend

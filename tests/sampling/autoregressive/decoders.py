@@ -64,7 +64,7 @@ def chained(made: Transformer, slots: int = 4) -> Callable[[int, Tensor, Tensor]
     return lambda slot, state_BD, before_BS: made.read_out(found(slot, state_BD, F.embedding(before_BS, made.embed.weight)))
 
 
-BASE, SMALL = network(), network(1, layers=1)
+BASE, SMALL, CONVOLVED = network(), network(1, layers=1, conv=2), network(conv=4)
 DRAFTERS: dict[str, Any] = {
     "tree": MaskDrafter("tree"),
     "restart": MaskDrafter("restart"),
@@ -94,8 +94,8 @@ def decoder(drafter: Any, stride: int = 4, made: Any = BASE, **options: Any) -> 
 
 
 @lru_cache(maxsize=64)
-def plain(prompt: tuple[int, ...], new: int, seed: int, draw: Draw, stop: frozenset[int] = frozenset(), start: int | None = -1) -> Frame:
-    sampler = AutoregressiveSampler(BASE, MASK, WINDOW, BASE.cache, draw, CONTEXT, start=start, stop=stop)
+def plain(prompt: tuple[int, ...], new: int, seed: int, draw: Draw, made: Transformer = BASE, **options: Any) -> Frame:
+    sampler = AutoregressiveSampler(made, MASK, WINDOW, made.cache, draw, CONTEXT, **options)
     *_, frame = sampler.steps(canvas_of([prompt], new), rng=generators(seed, 1))
     return frame
 

@@ -22,6 +22,7 @@ from dlm.sampling.autoregressive.drafters import (
 from dlm.sampling.draw import generators
 from sampling.autoregressive.decoders import (
     BASE,
+    CONVOLVED,
     DRAFTERS,
     MASK,
     canvas_of,
@@ -75,25 +76,27 @@ def test_a_mask_reads_its_prefix_and_the_masks_before_it_in_its_group(layout: st
 
 
 @pytest.mark.parametrize("name", ["tree", "restart", "chain", "lookup", "draft", "rounded", "heads", "tree, 9 nodes", "chain, 14 nodes"])
-def test_keys_and_values_are_those_of_the_plain_run(name: str) -> None:
+@pytest.mark.parametrize("made", [BASE, CONVOLVED], ids=["plain", "convolution"])
+def test_keys_and_values_are_those_of_the_plain_run(made: Transformer, name: str) -> None:
     """Rows at their own lengths; what was rejected, and every mask, has gone."""
     caches: list[RaggedCache] = []
     prompts = [[1, 2, 3], [4], [], [5, 6], [7]]
 
     def make(rows: int, positions: int) -> RaggedCache:
-        caches.append(BASE.ragged_cache(rows, positions))
+        caches.append(made.ragged_cache(rows, positions))
         return caches[0]
 
-    sampler = replace(decoder(DRAFTERS[name], 4, context=0), make_cache=make)
+    sampler = replace(decoder(DRAFTERS[name], 4, made, context=0), make_cache=make)
     checked = 0
     for frame in sampler.steps(canvas_of(prompts, 8), rng=generators(5, len(prompts))):
         for row in range(len(prompts)):
             held = int(caches[0].length_B[row])
             if not held:
                 continue
-            cache = BASE.cache(1)
-            BASE(torch.cat([torch.full((1, 1), MASK), frame.tokens_BT[row : row + 1]], 1)[:, :held], cache=cache)
+            cache = made.cache(1)
+            made(torch.cat([torch.full((1, 1), MASK), frame.tokens_BT[row : row + 1]], 1)[:, :held], cache=cache)
             torch.testing.assert_close(caches[0].kv[:, :, row, :, :held], cache.kv[:, :, 0, :, :held], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(caches[0].conv[:, row, :held], cache.conv[:, 0, :held], atol=1e-5, rtol=1e-4)
             checked += held
     assert checked > 60
     assert len(caches) == 1
@@ -115,10 +118,11 @@ def test_an_adapter_at_masks_leaves_the_text_alone(layout: str, start: int) -> N
     assert [t.accepted_B.tolist() for _, t in before] != [t.accepted_B.tolist() for _, t in after]
 
 
-def test_rows_of_a_cache_grow_at_their_own_pace() -> None:
+@pytest.mark.parametrize("made", [BASE, CONVOLVED], ids=["plain", "convolution"])
+def test_rows_of_a_cache_grow_at_their_own_pace(made: Transformer) -> None:
     """Read in ragged pieces, with padding behind and a trim between, as the whole at once."""
     tokens_BT = torch.randint(MASK, (3, 10), generator=torch.Generator().manual_seed(0))
-    whole_BTV, cache, done = BASE(tokens_BT), BASE.ragged_cache(3, 16), torch.zeros(3, dtype=torch.long)
+    whole_BTV, cache, done = made(tokens_BT), made.ragged_cache(3, 16), torch.zeros(3, dtype=torch.long)
     for counts in ([1, 4, 2], [3, 0, 5], [2, 2, 2], [4, 4, 1]):
         count_B = torch.tensor(counts)
         wide = int(count_B.max()) + 1  # one position of rubbish at least
@@ -126,7 +130,7 @@ def test_rows_of_a_cache_grow_at_their_own_pace() -> None:
         real_BQ = torch.arange(wide) < count_B[:, None]
         z_BQ = torch.where(real_BQ, tokens_BT.gather(1, index_BQ.clamp(max=9)), MASK)
         own_BQQ = torch.ones(wide, wide, dtype=torch.bool).tril().expand(3, -1, -1)
-        logits_BQV = BASE(z_BQ, pos_BQ=index_BQ, own_BQQ=own_BQQ, cache=cache)
+        logits_BQV = made(z_BQ, pos_BQ=index_BQ, own_BQQ=own_BQQ, cache=cache)
         row, q = real_BQ.nonzero(as_tuple=True)
         torch.testing.assert_close(logits_BQV[row, q], whole_BTV[row, index_BQ[row, q]], atol=2e-5, rtol=1e-4)
         done = done + count_B

@@ -23,6 +23,7 @@ from dlm.sampling.draw import Draw, generators
 from dlm.trajectory import Canvas, Frame
 from sampling.autoregressive.decoders import (
     BASE,
+    CONVOLVED,
     DRAFTERS,
     DRAWS,
     MASK,
@@ -54,6 +55,16 @@ def test_many_seeds(name: str) -> None:
     *_, frame = decoder(DRAFTERS[name], 3).steps(canvas_of(prompts, 9), rng=generators(100, 40))
     assert_plain(frame, prompts, 9, 100, Draw())
     assert len(frame.tokens_BT.unique(dim=0)) > 30
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_a_base_with_short_convolutions(name: str) -> None:
+    own = {"itself": DraftModel(CONVOLVED, CONVOLVED.ragged_cache, MASK), "rounded": SelfDraft(quantize.quantized_copy(CONVOLVED, 8), MASK)}
+    sampler = decoder(own.get(name, DRAFTERS[name]), 5, CONVOLVED)
+    *_, frame = sampler.steps(canvas_of(PROMPTS, 25), rng=generators(3, len(PROMPTS)))
+    assert_plain(frame, PROMPTS, 25, 3, Draw(), made=CONVOLVED)
+    if name in own:
+        assert frame.forwards < 15  # nearly everything holds
 
 
 @pytest.mark.parametrize("draw", DRAWS[:2], ids=str)

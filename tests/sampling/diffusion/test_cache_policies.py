@@ -31,9 +31,17 @@ ROWS: list[list[int | None]] = [[None] * 70, [1, 2, 3] + [None] * 50, [4] * 37 +
 PLAIN: list[list[int | None]] = [*ROWS, [1, None, 2, None, None, 3] * 9]
 
 
+SIZES: dict[str, Any] = {"layers": 3, "heads": 2, "width": 16}
+
+
+@pytest.fixture(params=[0, 5], ids=["plain", "convolution"])
+def taps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SIZES, "conv", request.param)
+
+
 def network(attention: str = "full", block_length: int = 0, seed: int = 0) -> Transformer:
     torch.manual_seed(seed)
-    config = TransformerConfig(VOCAB, WINDOW, layers=3, heads=2, width=16, attention=attention, block_length=block_length)
+    config = TransformerConfig(VOCAB, WINDOW, attention=attention, block_length=block_length, **SIZES)
     made = Transformer(config).eval().requires_grad_(False).double()
     for weight in made.parameters():  # fresh blocks are the identity: make every position matter
         weight.copy_(0.4 * torch.randn_like(weight))
@@ -67,6 +75,7 @@ def same(first: list[Frame], second: list[Frame]) -> bool:
     return len(first) == len(second) and all(torch.equal(a.tokens_BT, b.tokens_BT) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.usefixtures("taps")
 @pytest.mark.parametrize("block_length", [1, 4, 8])
 @pytest.mark.parametrize("rule", [TopScore(), Ancestral(), Threshold(0.3)], ids=str)
 def test_the_cache_of_block_diffusion_is_exact(rule: Any, block_length: int) -> None:
@@ -78,6 +87,7 @@ def test_the_cache_of_block_diffusion_is_exact(rule: Any, block_length: int) -> 
     assert model.read < whole / 2
 
 
+@pytest.mark.usefixtures("taps")
 def test_blocks_as_large_as_the_window_are_plain_diffusion() -> None:
     block, full = network("block_causal", WINDOW), network("full")
     options: dict[str, Any] = {"block_length": WINDOW, "context": 0}
@@ -86,12 +96,14 @@ def test_blocks_as_large_as_the_window_are_plain_diffusion() -> None:
     assert same(plain, run(block, ROWS, sees_ahead=False, cache=Exact(WINDOW), **options))
 
 
+@pytest.mark.usefixtures("taps")
 @pytest.mark.parametrize("policy", [Delayed(1), Drift(0.0, probes=2 * WINDOW)], ids=str)
 @pytest.mark.parametrize("block_length", [0, 8])
 def test_a_cache_refreshed_in_every_call_changes_nothing(policy: CachePolicy, block_length: int) -> None:
     assert same(run(network(), block_length=block_length), run(network(), block_length=block_length, cache=policy))
 
 
+@pytest.mark.usefixtures("taps")
 @pytest.mark.parametrize("policy", [Prefix(), Dual(), Delayed(4), Drift(0.3)], ids=str)
 def test_an_approximate_cache_reads_less_and_moves_little(policy: CachePolicy) -> None:
     model = Counting(network())
@@ -103,6 +115,7 @@ def test_an_approximate_cache_reads_less_and_moves_little(policy: CachePolicy) -
     assert (cached[-1].tokens_BT == plain[-1].tokens_BT).double().mean() > 0.3  # chance: 0.1
 
 
+@pytest.mark.usefixtures("taps")
 @pytest.mark.parametrize("policy", [Prefix(), Dual(), Delayed(4), Drift(0.3), Exact(8)], ids=str)
 def test_a_row_alone_and_in_a_batch_with_a_cache(policy: CachePolicy) -> None:
     exact = isinstance(policy, Exact)
