@@ -93,7 +93,7 @@ def test_a_range_is_the_one_that_is_checked(info: SamplerInfo) -> None:
     one, *_ = info.parameters
     inside = [one.low + 0.01 if one.open_low else one.low, min(one.high, 1.0)]
     for value in inside:
-        made(info, f"{info.name}:{value}")
+        made(info, f"{info.name}:{one.kind(value)}")
     for value in outside(one):
         with pytest.raises(InputError):
             made(info, f"{info.name}:{value}")

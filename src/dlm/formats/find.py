@@ -18,7 +18,7 @@ def find(name: str) -> Path:
 def here(name: str) -> Path | None:
     """As `find`, None for what may be a hub id. InputError for a name that is neither."""
     path = Path(name)
-    if (path / "config.json").is_file() or (path.suffix == ".gguf" and path.is_file()):
+    if (path / "config.json").is_file() or (path.suffix in (".gguf", ".pt") and path.is_file()):
         return path
     if (found := bundled.models().get(name)) is not None:
         return found
@@ -29,7 +29,7 @@ def here(name: str) -> Path | None:
         if not path.is_file():
             raise InputError(f"{name} is not here yet: run dlm pull {name}")
         return path
-    if name.count("/") == 1 and not name.endswith(".gguf") and not name.startswith(("/", ".", "~")):
+    if name.count("/") == 1 and not name.endswith((".gguf", ".pt")) and not name.startswith(("/", ".", "~")):
         return None
     close = difflib.get_close_matches(name, [*bundled.models(), *bundled.BASES], n=2, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else f"bundled: {', '.join(bundled.models()) or 'none'}."

@@ -10,7 +10,8 @@ from dlm.errors import InputError
 from dlm.language_model.protocols import Model
 from dlm.language_model.samplers import by_blocks
 from dlm.models.pattern import reading
-from dlm.sampling.diffusion.blockwise import FirstAlone, Surest
+from dlm.models.step_number import StepNumber
+from dlm.sampling.diffusion.blockwise import FirstAlone, Surest, Tempered
 from dlm.sampling.diffusion.guidance import ClassifierFree
 from dlm.sampling.diffusion.loop import DiffusionSampler
 from dlm.sampling.diffusion.protocols import Rule
@@ -19,6 +20,7 @@ from dlm.sampling.diffusion.unmasking import Threshold
 from dlm.sampling.draw import Draw
 
 Settings = Mapping[str, Any]
+OF_FAMILY = {"sdar": "sdar", "tiny-diffusion": "tiny"}  # references of families whose default sampler has another name
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ def plan(model: Model, settings: Settings, name: str = "") -> Plan:
 
     InputError for a model without reference sampler and for settings that the reference does not have.
     """
-    name = name or ("sdar" if model.config.family == "sdar" else str(model.defaults.get("sampler", "")).partition(":")[0])
+    usual = str(model.defaults.get("sampler", "")).partition(":")[0]
+    name = name or OF_FAMILY.get(model.config.family, usual)
     if name not in REFERENCES:
         raise InputError(
             f"{model.name} has no reference sampler here that draws nothing at random (known: {', '.join(REFERENCES)}): "
@@ -124,6 +127,25 @@ def _nemotron(model: Model, settings: Settings) -> Plan:
     return Plan(replace(sampler, stops=model.stops), new)
 
 
+def _tiny(model: Model, settings: Settings) -> Plan:
+    """nathan-barry/tiny-diffusion `model.py`, `sample`: the likeliest tokens, whose confidence is that at a temperature."""
+    length = settings["seq_len"]
+    steps = settings["num_steps"] or length
+    rules: dict[str, Rule] = {
+        "topk": Transfer(settings["k"] or max(1, length // 10), draw=Draw(0.0)),
+        "confidence": Surest(settings["confidence_threshold"], draw=Draw(0.0)),
+    }
+    if settings["method"] not in rules:
+        raise InputError(f"tiny-diffusion's method is {' or '.join(rules)}, got {settings['method']!r}")
+    rule = rules[settings["method"]]
+    if settings["temperature"] != 1:
+        rule = Tempered(rule, settings["temperature"])
+    if not model.config.network.time_steps:
+        raise InputError(f"{model.name} does not read the number of a step: tiny cannot be its reference")
+    sampler = _whole(model, {"steps": steps}, rule)
+    return Plan(replace(sampler, denoiser=StepNumber(model.denoiser, steps)), length - settings["context_len"])
+
+
 DLLM = {"steps": 128, "max_new_tokens": 128, "block_size": 32, "temperature": 0.0, "cfg_scale": 0.0, "remasking": "low_confidence"}
 REFERENCES: dict[str, tuple[Callable[[Model, Settings], Plan], dict[str, Any]]] = {
     "llada": (
@@ -168,6 +190,11 @@ REFERENCES: dict[str, tuple[Callable[[Model, Settings], Plan], dict[str, Any]]] 
     "nemotron": (
         _nemotron,
         {"max_new_tokens": 512, "block_length": 32, "threshold": None, "causal_context": True, "temperature": 0.0},
+    ),
+    "tiny": (
+        _tiny,
+        {"method": "confidence", "k": None, "confidence_threshold": 0.95, "num_steps": None, "temperature": 1.0, "seq_len": 256}
+        | {"context_len": 0},
     ),
     "mdlm": (_mdlm, DLLM),
     "bd3lm": (_bd3lm, DLLM),

@@ -20,6 +20,7 @@ from dlm.model_scheduling import routing
 from dlm.models.causal_text import AfterText
 from dlm.models.pattern import reading
 from dlm.models.shifted import Shifted
+from dlm.models.step_number import StepNumber
 from dlm.models.transformer import Transformer
 from dlm.noise.masked import MaskedNoise
 from dlm.protocols import Denoiser, Sampler
@@ -57,6 +58,8 @@ def build(plan: DecodingPlan, model: Model) -> Sampler:
         raise InputError(f"{info.name} needs a model that predicts each token itself: {model.name} cannot be read so")
     if blockwise or model.is_causal:
         denoiser = by_blocks(model, plan.block_length)
+    if info.counts_steps and model.config.network.time_steps:
+        denoiser = StepNumber(denoiser, plan.steps)
     return DiffusionSampler(
         denoiser,
         model.noise,

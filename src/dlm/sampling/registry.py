@@ -82,6 +82,7 @@ class SamplerInfo:
     `ancestral` is not, however fine, since tokens that share a step are drawn independently.
     blockwise: whether it reads a bidirectional network block by block, and no block what follows it.
     reference: whether it is another project's, kept to compare with; a calibration leaves it out.
+    counts_steps: whether it tells the network the number of its step in place of the noise level.
     trials: settings that a calibration measures: (text after the colon, steps as divisors of the window; none: steps do not matter).
     """
 
@@ -95,6 +96,7 @@ class SamplerInfo:
     settles: bool = False
     blockwise: bool = False
     reference: bool = False
+    counts_steps: bool = False
     exact: Callable[[Use], bool] = _one_token
     trials: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
@@ -187,6 +189,18 @@ def _fast_dllm(draw: Draw, threshold: float = 0.9, sub_length: int = 8) -> Rule:
     from dlm.sampling.diffusion.blockwise import FirstAlone, Surest
 
     return FirstAlone(Surest(threshold, above=True, narrowed=True, draw=draw), sub_length)
+
+
+def _tiny_topk(draw: Draw, count: int = 25) -> Rule:
+    from dlm.sampling.diffusion.transfer import Transfer
+
+    return Transfer(count, draw=draw)
+
+
+def _tiny_confidence(draw: Draw, threshold: float = 0.9) -> Rule:
+    from dlm.sampling.diffusion.blockwise import Surest
+
+    return Surest(threshold, draw=draw)
 
 
 def _remask(kind: str) -> Callable[..., Rule]:
@@ -386,6 +400,24 @@ BUILT_IN: tuple[SamplerInfo, ...] = (
         "Reference of fast-dllm: as nemotron, in sub-blocks from left to right.",
         (Parameter("threshold", 0.9, high=1.0), Parameter("sub_length", 8, low=1, kind=int)),
         reference=True,
+    ),
+    SamplerInfo(
+        "tiny-topk",
+        "masked",
+        _tiny_topk,
+        "Reference of tiny-diffusion: so many of the most confident tokens in each step.",
+        (Parameter("count", 25, low=1, kind=int),),
+        reference=True,
+        counts_steps=True,
+    ),
+    SamplerInfo(
+        "tiny-confidence",
+        "masked",
+        _tiny_confidence,
+        "Reference of tiny-diffusion: all tokens above a confidence threshold, the surest always.",
+        (Parameter("threshold", 0.9, high=1.0),),
+        reference=True,
+        counts_steps=True,
     ),
     SamplerInfo("ancestral", "replacement", f"{_REVISING}Reverse", "Any token may change in any step: the plain reverse process."),
     SamplerInfo(

@@ -39,6 +39,14 @@ def numbers(count: int) -> tokenizers.Tokenizer:
     return inner
 
 
+def ascii_codes(count: int) -> tokenizers.Tokenizer:
+    """A token for each character, its code."""
+    inner = tokenizers.Tokenizer(models.WordLevel({chr(i): i for i in range(count)}))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    return inner
+
+
 class Tokenizer:
     """A `tokenizers.Tokenizer` that never reads special tokens out of ordinary text.
 

@@ -86,6 +86,9 @@ def read_cases(path: Path) -> dict[str, Any]:
 
 
 def _run(lm: LanguageModel, case: Mapping[str, Any], data: Mapping[str, Any], name: str) -> Verified:
+    if "context_ids" in case:  # tiny-diffusion's word for the prompt; `length` is that of the whole text
+        whole = {"seq_len": case["length"], "context_len": len(case["context_ids"][0])}
+        case = {**case, "prompt_ids": case["context_ids"], "settings": case["settings"] | whole}
     rows, padding = _prompts(case)
     padding |= {int(data[key]) for key in ("pad_id", "eos_id") if data.get(key) is not None}
     plan = official.plan(lm, case["settings"], case.get("sampler", ""))

@@ -24,6 +24,7 @@ from dlm.formats.families import (
     open_dcoder,
     sdar,
     sedd,
+    tiny_diffusion,
 )
 from dlm.formats.families.record import Family
 
@@ -44,6 +45,7 @@ FAMILIES: tuple[Family, ...] = (
     idlm.IDLM,
     open_dcoder.OPEN_DCODER,
     diffullama.DIFFULLAMA,
+    tiny_diffusion.TINY_DIFFUSION,
 )
 
 
@@ -57,6 +59,8 @@ def of(path: Path, name: str = "") -> Family | None:
     if path.suffix == ".gguf" and path.is_file():
         kind = gguf.architecture(path)
         return next((family for family in FAMILIES if family.name == kind and kind in gguf.DIFFUSION), None)
+    if path.suffix == ".pt" and path.is_file():
+        return tiny_diffusion.TINY_DIFFUSION
     config = read_json(path / "config.json")
     if not isinstance(config, Mapping) or config.get("model_type") == "dlm":
         return None
@@ -80,7 +84,7 @@ def forced(path: Path, name: str) -> Family:
             needed = family.base or (family.name if family.name in gguf.DIFFUSION else "")
             told = f"is one of a {needed} file" if needed else "has no GGUF form"
             raise InputError(f"{path} is a GGUF file of a {kind} model: the family {name} {told}")
-    elif read_json(path / "config.json").get("model_type") == "dlm":
+    elif path.is_dir() and read_json(path / "config.json").get("model_type") == "dlm":
         raise InputError(f"{path} is a checkpoint of dlm's own, which says what it is: leave --family away")
     return family
 

@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 
 from dlm.errors import InputError
 from dlm.files import read_json
-from dlm.formats import gguf, huggingface, native
+from dlm.formats import gguf, huggingface, native, pickled
 from dlm.formats.families.a2d import bidirectional
 from dlm.formats.families.record import Config, Family
 from dlm.formats.huggingface import Base
@@ -21,7 +21,7 @@ from dlm.formats.stored import Stored
 from dlm.models.config import TransformerConfig
 from dlm.text import byte_level
 from dlm.text.chat import ChatTemplate
-from dlm.text.tokenizer import Tokenizer, numbers
+from dlm.text.tokenizer import Tokenizer, ascii_codes, numbers
 
 GPT2_TOKENS = 50_257
 
@@ -29,8 +29,8 @@ GPT2_TOKENS = 50_257
 def load(
     path: Path, family: Family, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, ready: Ready | None = None
 ) -> Base:
-    """Read a directory with config.json, safetensors and a tokenizer, or a GGUF file. InputError for an unsupported one."""
-    contents = _gguf(path, family) if path.is_file() else _directory(path, family, copied=ready is not None)
+    """Read a directory with config.json, safetensors and a tokenizer, a GGUF file, or a .pt file. InputError for an unsupported one."""
+    contents = _gguf(path, family) if path.suffix == ".gguf" else _directory(path, family, copied=ready is not None)
     data, shape, inner, chat, stored = contents.config, contents.shape, contents.inner, contents.chat, contents.stored
     vocabulary = inner.get_vocab(with_added_tokens=True)
     mask_id = find_mask(data, family, chat, vocabulary, path, shape.vocab_size - 1)
@@ -46,7 +46,7 @@ def load(
         shape.with_(tied=is_tied(stored, shape.tied)),
         mask_id,
         noise=noise,
-        context=carried(shape) if family.packed or family.causal else 0,
+        context=carried(shape) if family.packed or family.causal else int(data.get("context_len", 0)),
         family=family.name,
         shift=contents.shift,
         fills_window=family.packed,
@@ -73,10 +73,11 @@ class Contents:
 
 
 def _directory(path: Path, family: Family, *, copied: bool) -> Contents:
-    data = read_json(path / "config.json")
+    state = pickled.weights(path) if family.describe is not None else None
+    data = read_json(path / "config.json") if state is None or family.describe is None else family.describe(path, state)
     shape = read_shape(data, family, path)
     inner, chat, generation = read_tokenizer(path, family, shape), ChatTemplate.load(path), native.read_defaults(path)
-    stored = family.names.renamed(native.weights(path, copied=copied), path, family.name)
+    stored = family.names.renamed(native.weights(path, copied=copied) if state is None else state, path, family.name)
     stored = huggingface.with_mask(stored) if family.appends_mask else stored
     return Contents(data, shape, inner, chat, generation, family.shift, stored)
 
@@ -110,6 +111,8 @@ def read_tokenizer(path: Path, family: Family, shape: TransformerConfig) -> toke
 
     A vocabulary too small for that one spells its ids as numbers. InputError where there is none.
     """
+    if family.tokenizer == "ascii":
+        return ascii_codes(shape.vocab_size)
     if not family.tokenizer or (path / "tokenizer.json").is_file() or (path / "vocab.json").is_file():
         return byte_level.read(path, shape.vocab_size)
     if shape.vocab_size < GPT2_TOKENS:

@@ -34,7 +34,8 @@ class Family:
     noise: the entry of our config.json, with `noise_keys` of the checkpoint's.
     packed: trained on windows that text fills to the end; the mask is then the last id unless a text names it. appends_mask: the checkpoint
     has no mask, and gets one as the id after its own.
-    tokenizer: a hub id of the tokenizer, for families that ship none.
+    tokenizer: a hub id of the tokenizer, for families that ship none; `ascii`: a token is the code of its character.
+    describe: the config of weights that may have been pickled and may come without one.
     mask_id: of the mask where neither config.json nor the tokenizer says. base: the model_type of Hugging Face whose keys and tensors it
     has: a GGUF file of that architecture may be read as of this family by name. causal: decoded from left to right, its masks draft.
     """
@@ -57,6 +58,7 @@ class Family:
     mask_id: int | None = None
     base: str = ""
     causal: bool = False
+    describe: Callable[[Path, dict[str, Stored]], Config] | None = None
 
     def recognises(self, config: Config) -> bool:
         """A family without architecture goes by its keys, one without either by name alone."""

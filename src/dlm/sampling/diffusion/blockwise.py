@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dlm.errors import in_range
 from dlm.protocols import RNG
-from dlm.sampling.diffusion.protocols import Step
+from dlm.sampling.diffusion.protocols import Rule, Step
 from dlm.sampling.diffusion.transfer import narrow
-from dlm.sampling.draw import Draw, categorical, pick, ranked, uniform
+from dlm.sampling.draw import MAX_SETTING, Draw, categorical, pick, ranked, uniform
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,21 @@ class Surest:
 
 
 @dataclass(frozen=True)
+class Tempered:
+    """A rule that sees the distribution at this temperature, which moves its confidences and not the likeliest token."""
+
+    revises: ClassVar[bool] = False
+    rule: Rule
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        in_range(self.temperature, 0, MAX_SETTING, "the temperature", above=True)
+
+    def __call__(self, step: Step, rng: RNG) -> Tensor:
+        return self.rule(replace(step, logp_BTV=(step.logp_BTV / self.temperature).log_softmax(-1)), rng)
+
+
+@dataclass(frozen=True)
 class FirstAlone:
     """The first token of a block alone, which the text before it predicts; then what `rule` writes, in sub-blocks from left to right.
 
@@ -56,7 +71,7 @@ class FirstAlone:
     """
 
     revises: ClassVar[bool] = False
-    rule: Surest = field(default_factory=Surest)
+    rule: Rule = field(default_factory=Surest)
     sub_length: int = 0
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:

@@ -58,7 +58,7 @@ SCORES = ("confidence", "random", "margin", "entropy", "order")
 class Transfer:
     """A token for every mask; the best of them, as many as the quota of the step allows, are written.
 
-    quota: `even` (LLaDA, Nie et al. 2502.09992), `rounded` (dllm), `by-time` (Dream, Ye et al. 2508.15487).
+    quota: `even` (LLaDA, Nie et al. 2502.09992), `rounded` (dllm), `by-time` (Dream, Ye et al. 2508.15487), or a number (tiny-diffusion).
     score: `confidence`, of the chosen token (`low_confidence`, `maskgit_plus`); `random`; `margin` over the second choice (`topk_margin`);
     `entropy`, the least; `order`, from left to right.
     narrowed: the score reads the distribution after temperature, top-p and top-k (Dream), else the model's own.
@@ -69,7 +69,7 @@ class Transfer:
     revises: ClassVar[bool] = False
     pointwise: ClassVar[bool] = True
     waits: ClassVar[bool] = True  # a quota may be 0
-    quota: str = "even"
+    quota: str | int = "even"
     score: str = "confidence"
     narrowed: bool = False
     score_temperature: float = 0.0
@@ -78,10 +78,12 @@ class Transfer:
     draw: Draw = field(default_factory=Draw)
 
     def __post_init__(self) -> None:
-        if self.quota not in QUOTAS or self.score not in SCORES:
+        if (isinstance(self.quota, str) and self.quota not in QUOTAS) or self.score not in SCORES:
             raise InputError(
                 f"a quota is one of {', '.join(QUOTAS)} and a score one of {', '.join(SCORES)}, got {self.quota}, {self.score}"
             )
+        if isinstance(self.quota, int):
+            in_range(self.quota, 1, MAX_SETTING, "the tokens of a step")
         in_range(self.score_temperature, 0, MAX_SETTING, "the temperature of scores")
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
@@ -95,8 +97,12 @@ class Transfer:
         if self.score_temperature:  # the greatest of scores with Gumbel noise: a draw without replacement
             u_BT = uniform(rng, step.z_BT.shape[1]).to(step.z_BT.device)
             score_BT = score_BT.double() / self.score_temperature - (-u_BT.log()).log()
-        best_BT = best(score_BT, step, QUOTAS[self.quota](step))
+        best_BT = best(score_BT, step, self._count(step))
         return torch.where(best_BT, token_BT, step.z_BT)
+
+    def _count(self, step: Step) -> Tensor:
+        """Tokens that each row writes (B,)."""
+        return step.open_BT.sum(-1).clamp(max=self.quota) if isinstance(self.quota, int) else QUOTAS[self.quota](step)
 
     def _score(self, logp_BTV: Tensor, token_BT: Tensor, rng: RNG) -> Tensor:
         """Finite, so that a token of confidence 0 comes before no token at all (B, T)."""
