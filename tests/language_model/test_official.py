@@ -15,6 +15,7 @@ from dlm.errors import InputError
 from dlm.language_model import LanguageModel, load, official
 from dlm.language_model.options import TextKeywords
 from dlm.noise.masked import MaskedNoise
+from dlm.sampling.diffusion.loop import DiffusionSampler
 from dlm.sampling.draw import generators
 from dlm.trajectory import Canvas, Frame
 
@@ -178,15 +179,18 @@ def test_settings_that_cannot_be(case: str) -> None:
 
 
 def test_generate_uses_the_reference_sampler() -> None:
-    """A chat of LLaDA: the same ids as the settings by the reference's names, cut at the first stop."""
+    """A chat of LLaDA: the same ids as the settings by the reference's names, up to the first stop, after which no block is computed."""
     lm, case = model("llada"), cases("llada")[2]
     canvas, frames = run(lm, case, prompts(case))
     settings: TextKeywords = {"steps": 16, "block_length": 8, "max_new_tokens": 32}
     generation = lm.generate(prompts(case), **settings)[0]
-    assert generation.trajectory.current_BT[0].tolist() == text(canvas, frames[-1], 0)
+    expected, first = text(canvas, frames[-1], 0), text(canvas, frames[-1], 0)[11:].index(273)
+    found = generation.trajectory.current_BT[0].tolist()
+    assert found[: 11 + first + 1] == expected[: 11 + first + 1]
+    assert found[11 + first // 8 * 8 + 8 :] == [lm.tokenizer.mask_id] * (24 - first // 8 * 8)
+    assert generation.forwards < frames[-1].forwards
     assert generation.sampler == "llada"
-    first = text(canvas, frames[-1], 0)[11:].index(273)
-    assert generation.text == lm.tokenizer.decode(text(canvas, frames[-1], 0)[: 11 + first])
+    assert generation.text == lm.tokenizer.decode(expected[: 11 + first])
 
 
 WORDS: list[tuple[str, str, dict[str, Any], str, dict[str, Any]]] = [
@@ -214,7 +218,10 @@ def test_words_mean_the_settings_of_the_reference(
     plan = official.plan(lm, settings | {length: 16}, reference)
     canvas = Canvas.from_rows([[*own, *[None] * 16]], fill=lm.tokenizer.mask_id)
     *_, expected = plan.sampler.steps(canvas, rng=generators(3, 1))
-    *_, found = lm.sampler(sampler=word, **options).steps(canvas, rng=generators(3, 1))
+    made = lm.sampler(sampler=word, **options)
+    assert isinstance(made, DiffusionSampler)
+    made = replace(made, stops=plan.sampler.stops, ends=plan.sampler.ends)  # the reference may go on after a stop
+    *_, found = made.steps(canvas, rng=generators(3, 1))
     assert torch.equal(found.tokens_BT, expected.tokens_BT)
     assert found.forwards == expected.forwards
 
@@ -235,8 +242,9 @@ def test_our_samplers_on_models_of_others(family: str, word: str) -> None:
         assert isinstance(lm.noise, MaskedNoise)
         ids = alone.trajectory.current_BT[0].tolist()
         assert together[row].trajectory.current_BT[row][: len(ids)].tolist() == ids
+        end = next((i for i, token in enumerate(ids) if i >= len(prompt) and token in lm.stops), len(ids))
         assert max(ids) < lm.noise.tokens
-        assert lm.tokenizer.mask_id not in ids
+        assert lm.tokenizer.mask_id not in ids[:end]
     assert together[0].forwards <= 12
 
 

@@ -102,12 +102,13 @@ def _ask() -> str | None:
 
 
 def _answer(lm: LanguageModel, canvas: Canvas, options: DecodingOptions, seed: int) -> str:
-    """Print the answer as it comes, return it."""
-    shown, row = "", canvas.free_BT[0]
+    """Print the answer as it comes, from left to right and up to its end, and return it."""
+    shown, first = "", int(canvas.free_BT[0].int().argmax())
     run = lm.run(canvas, options, seed=seed)
     while (frame := run.step()) is not None:
-        ids = frame.tokens_BT[0].cpu()[row & frame.settled_BT[0].cpu()].tolist()
-        text = lm.tokenizer.decode([i for i in ids if i not in lm.stops])
+        settled_T = frame.settled_BT[0, first:].cpu()
+        ids = frame.tokens_BT[0, first:].cpu()[settled_T.cummin(0).values].tolist()
+        text = lm.tokenizer.decode(ids[: next((n for n, i in enumerate(ids) if i in lm.stops), len(ids))])
         if not text.endswith("\ufffd"):  # half a character: its other bytes are still to come
             print(text[len(shown) :], end="", flush=True)
             shown = text

@@ -142,6 +142,14 @@ def generate(
         int,
         typer.Option(callback=between(0), help="Stop once no token has changed for this many steps; 0: never.", rich_help_panel=SAMPLING),
     ] = 0,
+    early_stop: Annotated[
+        bool,
+        typer.Option(
+            "--early-stop",
+            help="Read and write nothing after an end-of-text token, from when it is written (checkpoints of other projects).",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = False,
     budget: Annotated[
         str | None,
         typer.Option(help="Of --sampler auto: calls:32, seconds:2 or bits:0.1 (bits per token lost).", rich_help_panel=SAMPLING),
@@ -199,6 +207,7 @@ def generate(
         top_k=top_k,
         greedy_tail=greedy_tail,
         until_settled=until_settled,
+        early_stop=early_stop,
         block_length=block_length,
         cache=True if cache is None else cache if cache != "none" else False,
         context=context,

@@ -208,7 +208,8 @@ class LanguageModel:
         (`calls:32`, `seconds:2`, `bits:0.1`) by `dlm calibrate`; of an autoregressive model also `strided:4`, `strided:4x16`, `lookup:4`,
         `heads:4`, `draft:NAME:4`, or `lossless`, its fastest drafter. draft: a drafter by a `Draft` or a text (`self:int4`, `ngram`).
         steps: of each window. temperature, top_p, top_k: of every draw. greedy_tail: last steps that take the likeliest token everywhere.
-        until_settled: steps without a change that end a window. block_length, cache, context: how a window is filled and carried over.
+        until_settled: steps without a change that end a window. early_stop: nothing is computed after an end-of-text token.
+        block_length, cache, context: how a window is filled and carried over.
         guidance: the classifier-free guidance scale. allow, pattern: characters, and a regular expression that the text must match.
         schedule, light: which model takes which step, and the names of the others. `DecodingOptions` says more of each.
         InputError for an unknown option, and for options that do not go with the model or with one another.

@@ -93,7 +93,7 @@ def _bd3lm(model: Model, settings: Settings) -> Plan:
     if model.config.shift:
         raise InputError(f"{model.name} predicts the next token: blocks would not see the row before them")
     network = reading(model.network, "block_causal", length)
-    return replace(made, sampler=replace(made.sampler, denoiser=network, sees_ahead=False, stops=model.stops))
+    return replace(made, sampler=replace(made.sampler, denoiser=network, sees_ahead=False, stops=model.stops, ends="block"))
 
 
 def _sdar(model: Model, settings: Settings) -> Plan:
@@ -111,7 +111,7 @@ def _sdar(model: Model, settings: Settings) -> Plan:
     steps = settings["denoising_steps"] * -(-new // length)
     whole = _whole(model, {"steps": steps}, rules[settings["remasking_strategy"]])
     sampler = replace(whole, denoiser=reading(model.network, "block_causal", length), block_length=length, sees_ahead=False)
-    return Plan(replace(sampler, block_phase="zero", stops=frozenset(settings["stopping_criteria_idx"] or ())), new)
+    return Plan(replace(sampler, block_phase="zero", stops=frozenset(settings["stopping_criteria_idx"] or ()), ends="block"), new)
 
 
 def _nemotron(model: Model, settings: Settings) -> Plan:

@@ -33,6 +33,7 @@ class DecodingKeywords(TypedDict, total=False):
     top_k: int
     greedy_tail: int
     until_settled: int
+    early_stop: bool
     block_length: int | None
     cache: bool | str
     context: int | None
@@ -69,6 +70,8 @@ class DecodingOptions:
     steps: denoising steps of each window. temperature, top_p, top_k: of every draw; temperature 0 takes the likeliest token.
     greedy_tail: so many last steps take the likeliest token everywhere (replacement noise). until_settled: a window ends once no token
     has changed for so many steps; 0: never.
+    early_stop: what stands after a written end-of-text token is neither read nor written from then on, also where the text before it has
+    masks yet; an approximation where that text reads it.
     block_length: tokens of the blocks in which a window is filled from left to right; a model of block diffusion has its own.
     cache: a policy of `dlm.sampling.diffusion.cache_policies` for a bidirectional model; True: the exact KV cache of an autoregressive
     model or of block diffusion; False: none.
@@ -88,6 +91,7 @@ class DecodingOptions:
     top_k: int = 0
     greedy_tail: int = 0
     until_settled: int = 0
+    early_stop: bool = False
     block_length: int | None = None
     cache: bool | str = True
     context: int | None = None

@@ -67,6 +67,7 @@ class DecodingPlan:
     cache: bool | str = True
     greedy_tail: int = 0
     until_settled: int = 0
+    early_stop: bool = False
     guidance: float = 1.0
     allow: str | None = None
     pattern: str | None = None
@@ -171,9 +172,9 @@ def _left_to_right(options: DecodingOptions, facts: Facts, draw: Draw, context: 
     if draft is None:
         registry.get(word, None)
         draft = Draft.from_word(word)
-    if _revises(options) or _is_special(options):
+    if _revises(options) or _is_special(options) or options.early_stop:
         named = f"the sampler {options.sampler!r}" if options.sampler else None
-        named = named or "revising, guided or constrained text, blocks or an approximate cache"
+        named = named or "revising, guided or constrained text, an early stop, blocks or an approximate cache"
         raise InputError(f"{facts.name} is autoregressive: {named} needs a diffusion model")
     plan = DecodingPlan(word, draw, 0, context, cache=bool(options.cache), exact=True, options=options)
     if draft is None:
@@ -220,6 +221,8 @@ def _denoising(options: DecodingOptions, facts: Facts, draw: Draw, context: int)
         context = context // block_length * block_length if block_length else context
     elif isinstance(options.cache, str):
         block_length = block_length or windows.longest_block(facts.window, CACHED_BLOCK)
+    if options.early_stop and facts.fills_window:
+        raise InputError(f"{facts.name} fills its windows: an early stop is for checkpoints of other projects, which read the text alone")
     light = options.light if options.light is None or isinstance(options.light, str) else tuple(options.light.items())
     return DecodingPlan(
         word,
@@ -230,6 +233,7 @@ def _denoising(options: DecodingOptions, facts: Facts, draw: Draw, context: int)
         options.cache,
         options.greedy_tail,
         options.until_settled or int(info.settles),
+        options.early_stop,
         options.guidance,
         options.allow,
         options.pattern,

@@ -77,7 +77,8 @@ def build(plan: DecodingPlan, model: Model) -> Sampler:
         sees_ahead=not (model.is_causal or blockwise),
         fills_window=model.config.fills_window,
         block_phase=model.config.block_phase,
-        stops=model.stops if blockwise or (model.is_causal and not model.config.fills_window) else frozenset(),
+        stops=model.stops if blockwise or not model.config.fills_window else frozenset(),
+        ends="cut" if plan.early_stop else "text",
     )
 
 

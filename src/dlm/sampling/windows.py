@@ -47,6 +47,11 @@ def block(open_BT: Tensor, block_length: int, phase_B: Tensor | int = 0) -> tupl
     return open_BT & (pos_T < begin_B[:, None] + block_length), begin_B
 
 
+def block_end(pos_B: Tensor, block_length: int, phase_B: Tensor) -> Tensor:
+    """The position after the block in which each of these lies."""
+    return ((pos_B - phase_B).div(block_length, rounding_mode="floor") + 1) * block_length + phase_B
+
+
 def take(x_BL: Tensor, start_B: Tensor, window: int) -> Tensor:
     """The window of every row (B, T, ...)."""
     index_BT = start_B[:, None] + torch.arange(window, device=x_BL.device)

@@ -26,7 +26,7 @@ from dlm.sampling.diffusion.clock import Clock, Move
 from dlm.sampling.diffusion.columns import Columns
 from dlm.sampling.diffusion.constraints import WindowedConstraint
 from dlm.sampling.diffusion.network_call import NetworkCall
-from dlm.sampling.diffusion.noisy_text import Active, NoisyText
+from dlm.sampling.diffusion.noisy_text import Active, Ends, NoisyText
 from dlm.sampling.diffusion.protocols import Cache, CachePolicy, CheckingRule, Constraint, Guidance, PlannedRule, Rule, Step
 from dlm.sampling.diffusion.rule_memory import RuleMemory
 from dlm.sampling.diffusion.stopping import Stopping
@@ -46,7 +46,7 @@ class DiffusionSampler:
     fills_window: whether the network reads noise up to the end of the window, as in training; else it reads the text alone, `budget` are
     the steps of all that a row writes, and `window` is only a limit.
     block_phase: where blocks begin, at multiples of their length from `zero`, or at the first position that a row writes (`prompt`).
-    stops: tokens that end a text once their block is done, so that later blocks are not computed.
+    stops, ends: tokens that end a text, and when (`noisy_text.Ends`); what follows is not computed.
     cache, make_cache: which positions a forward pass reads anew (`cache_policies.py`), and what holds the keys and values of the others.
     """
 
@@ -67,6 +67,7 @@ class DiffusionSampler:
     fills_window: bool = True
     block_phase: str = "zero"
     stops: frozenset[int] = frozenset()
+    ends: Ends = "text"
 
     def __post_init__(self) -> None:
         in_range(self.budget, 1, MAX_STEPS, "steps")
@@ -178,7 +179,7 @@ class DiffusionRun:
         written_AT, done_AT = self._written(active, step, move.at_AT, next_AT)
         text.write(active, next_AT, written_AT, done_AT)
         if sampler.stops:
-            text.end(active, sampler.block_length, sampler.stops)
+            text.end(active.rows_A, sampler.stops, sampler.ends, sampler.block_length)
         self.clock.tick(active.rows_A)
         self.t_B = torch.zeros(len(self.rng), dtype=torch.float64, device=next_AT.device)
         self.t_B[active.rows_A] = step.s_B * text.open_BL[active.rows_A].any(-1)

@@ -113,6 +113,11 @@ class NetworkCall:
 
     def _whole(self, columns: Columns | None, described: Mapping[str, Tensor], z_MT: Tensor, t_M: Tensor) -> Tensor:
         """Logits of a batch in which the rows A stand one or more times, one after another."""
+        if columns is not None and "valid_BT" in described:  # nothing is read that stands after every text
+            width = int(described["valid_BT"].any(0).nonzero()[-1]) + 1
+            z_MT, described = z_MT[:, :width], {name: x_A[:, :width] for name, x_A in described.items()}
+            if bool(described["valid_BT"].all()):
+                described.pop("valid_BT")
         if described or columns is not None:
             rows = len(next(iter(described.values()))) if columns is None else len(columns.index_BC)
             times = len(z_MT) // rows

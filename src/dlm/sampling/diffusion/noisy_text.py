@@ -6,6 +6,7 @@ Shapes: B rows, A rows with open positions, K rows that stay, L positions of the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ from dlm.sampling import windows
 from dlm.sampling.batching import stacked
 from dlm.sampling.draw import uniform
 from dlm.trajectory import Canvas
+
+Ends = Literal["block", "text", "cut"]
+"""When a stop token ends a text: with its block, as the reference samplers of block diffusion; once all before it is settled, which is the
+same text in fewer forward passes; at once for what stands after it, which is then neither read nor written."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +81,21 @@ class NoisyText:
         windows.put(self.z_BL, active.rows_A, active.start_A, next_AT, written_AT)
         windows.put(self.open_BL, active.rows_A, active.start_A, torch.zeros_like(done_AT), done_AT)
 
-    def end(self, active: Active, block_length: int, stops: frozenset[int]) -> None:
-        """Settle the rest of a row once a block that is done holds a stop token that was written."""
-        rows_A, pos_L = active.rows_A, torch.arange(self.z_BL.shape[1], device=self.z_BL.device)
-        block_AL = (pos_L >= active.place_A[:, None]) & (pos_L < active.place_A[:, None] + (block_length or self.window))
+    def end(self, rows_A: Tensor, stops: frozenset[int], ends: Ends, block_length: int) -> None:
+        """Settle the rest of the rows whose text has ended: all before a stop token that was written is settled."""
+        pos_L = torch.arange(self.z_BL.shape[1], device=self.z_BL.device)
+        open_AL, given_AL = self.open_BL[rows_A], self.given_BL[rows_A]
         stop_AL = torch.isin(self.z_BL[rows_A], torch.tensor(sorted(stops), device=pos_L.device))
-        stop_AL &= block_AL & ~self.given_BL[rows_A] & ~self.beyond_BL[rows_A]
-        ended_A = stop_AL.any(-1) & ~(self.open_BL[rows_A] & block_AL).any(-1)
+        stop_AL &= ~(open_AL | given_AL | self.beyond_BL[rows_A])
+        has_A1, first_A1 = stop_AL.any(-1, keepdim=True), stop_AL.int().argmax(-1, keepdim=True)
+        if ends == "cut":
+            last_A1 = (pos_L * given_AL).amax(-1, keepdim=True)  # what stands after the text is still read
+            self.open_BL[rows_A] &= ~(has_A1 & (pos_L > first_A1))
+            self.beyond_BL[rows_A] |= has_A1 & (pos_L > torch.maximum(first_A1, last_A1))
+            return
+        whole = ends == "block" and block_length > 0
+        until_A1 = windows.block_end(first_A1, block_length, self.phase_B[rows_A][:, None]) if whole else first_A1
+        ended_A = has_A1.squeeze(-1) & ~(open_AL & (pos_L < until_A1)).any(-1)
         self.open_BL[rows_A[ended_A]] = False
 
     def join(self, other: NoisyText) -> None:
