@@ -32,6 +32,8 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "full": {"attention": "full"},
     "causal": {"attention": "causal"},
     "block_causal": {"attention": "block_causal", "block_length": 4},
+    "full convolution": {"attention": "full", "conv": 5},
+    "causal convolution": {"attention": "causal", "conv": 4},
 }
 
 

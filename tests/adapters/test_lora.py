@@ -45,7 +45,11 @@ def test_a_layer_is_its_formula() -> None:
     assert layer.to_base().weight is base.weight
 
 
-@pytest.mark.parametrize("network", [{}, {"mlp": "swiglu", "kv_heads": 1, "tied": True, "qkv_bias": True}], ids=["own", "llama-like"])
+@pytest.mark.parametrize(
+    "network",
+    [{}, {"mlp": "swiglu", "kv_heads": 1, "tied": True, "qkv_bias": True}, {"conv": 3}],
+    ids=["own", "llama-like", "convolution"],
+)
 def test_text_reads_as_in_the_base(network: dict[str, Any]) -> None:
     base, lm = make_model("autoregressive", **network), adapted(**network)
     mask_id = lm.tokenizer.mask_id
@@ -63,8 +67,9 @@ def test_text_reads_as_in_the_base(network: dict[str, Any]) -> None:
     assert torch.equal(lm.network(both, **options)[:, 13:], base.network(both, **options)[:, 13:])
 
 
-def test_masks_after_a_cache() -> None:
-    lm = adapted()
+@pytest.mark.parametrize("conv", [0, 3])
+def test_masks_after_a_cache(conv: int) -> None:
+    lm = adapted(conv=conv)
     x_BT, _ = batch(lm)
     z_BT = x_BT.clone()
     z_BT[:, 9:] = lm.tokenizer.mask_id

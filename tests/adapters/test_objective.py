@@ -85,8 +85,9 @@ def phases(stride: int) -> Tensor:
 
 @pytest.mark.parametrize("stride", [2, 3, 4, 8])
 @pytest.mark.parametrize(("clean", "chain"), [(None, 0), (None, 6), (0.2, 0)], ids=["beside", "chained", "together"])
-def test_the_loss_is_what_blocks_give_alone(stride: int, clean: float | None, chain: int) -> None:
-    lm = adapted(kv_heads=1, mlp="swiglu", chain=chain)
+@pytest.mark.parametrize("conv", [0, 4])
+def test_the_loss_is_what_blocks_give_alone(stride: int, clean: float | None, chain: int, conv: int) -> None:
+    lm = adapted(kv_heads=1, mlp="swiglu", chain=chain, conv=conv)
     x_BT, free_BT = batch(lm)
     options: dict[str, Any] = {"stride": stride, "mask_id": lm.tokenizer.mask_id, "clean": clean}
     with torch.no_grad():
@@ -115,11 +116,11 @@ def test_the_loss_is_what_blocks_give_alone(stride: int, clean: float | None, ch
         assert outcome.agreed_S.tolist() == agreed
 
 
-@pytest.mark.parametrize("chain", [0, 6])
+@pytest.mark.parametrize(("chain", "conv"), [(0, 0), (6, 0), (0, 4)])
 @pytest.mark.parametrize("how", ["kl", "ce"])
-def test_the_gradient_is_that_of_blocks_alone(how: str, chain: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_is_that_of_blocks_alone(how: str, chain: int, conv: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(divergence, "CHUNK_MASKS", 5)
-    lm = adapted(kv_heads=1, mlp="swiglu", chain=chain)
+    lm = adapted(kv_heads=1, mlp="swiglu", chain=chain, conv=conv)
     x_BT, free_BT = batch(lm)
     found = consistency(lm.network, x_BT, free_BT, phases(4), stride=4, mask_id=lm.tokenizer.mask_id, how=how)
     (found.nats_B * torch.tensor([1.0, -2.0, 0.5])).sum().backward()

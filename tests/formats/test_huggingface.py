@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bases import LLAMA3, SPECIAL, publish, tokenizer, transformer
+from conftest import make_model
 from dlm.errors import InputError
 from dlm.formats import huggingface
 from dlm.language_model import LanguageModel, load
@@ -239,5 +240,7 @@ def test_our_own_training_does_not_begin_with_a_foreign_directory(llama: Path) -
 
 def test_only_what_has_a_form_is_exported(masked_dir: Path) -> None:
     lm = load(str(masked_dir))
-    with pytest.raises(InputError, match="Hugging Face form"):
-        huggingface.to_hugging_face(lm.network, lm.config, masked_dir / "out")
+    convolved = make_model("autoregressive", mlp="swiglu", qk_norm=False, conv=3)
+    for one in (lm, convolved):
+        with pytest.raises(InputError, match="Hugging Face form"):
+            huggingface.to_hugging_face(one.network, one.config, masked_dir / "out")

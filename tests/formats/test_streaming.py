@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from conftest import make_model
 from dlm.formats import native
 from dlm.formats.families import llada
 from dlm.formats.stored import Stored
@@ -69,6 +70,16 @@ def test_the_network_is_the_one_quantized_later(name: str, dtype: str) -> None:
     later = load(str(GOLDEN / name))
     prepare(later.network, bits=BITS[dtype])
     assert torch.equal(load(str(GOLDEN / name), dtype=dtype).logits(z_BT), later.logits(z_BT))
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_a_network_with_short_convolutions_is_the_one_quantized_later(dtype: str, tmp_path: Path) -> None:
+    later = make_model(conv=5)
+    later.save_pretrained(tmp_path)
+    prepare(later.network, bits=BITS[dtype])
+    z_BT, read = torch.arange(24)[None] % 20, load(str(tmp_path), dtype=dtype)
+    assert read.network.quantized
+    assert torch.equal(read.logits(z_BT), later.logits(z_BT))
 
 
 def test_matrices_of_one_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

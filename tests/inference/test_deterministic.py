@@ -16,10 +16,10 @@ from dlm.language_model import load
 from inference.networks import LENGTH, in_calls, model, text
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
-def test_logits_are_batch_invariant(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dtype", "conv"), [("float32", 0), ("bfloat16", 0), ("int8", 0), ("int4", 0), ("float32", 3), ("bfloat16", 3)])
+def test_logits_are_batch_invariant(dtype: str, conv: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized_linear, "LARGE_HEAD_WEIGHTS", 1000)  # in few bits a shortlist, too
-    model().save_pretrained(tmp_path)
+    model(conv=conv).save_pretrained(tmp_path)
     made = load(str(tmp_path), dtype=dtype, deterministic=True)
     z_BT = text(made)
     whole = in_calls(made.network, z_BT, LENGTH)

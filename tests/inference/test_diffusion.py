@@ -93,9 +93,10 @@ def test_every_cache_policy(policy: str, dtype: str) -> None:
     assert plausible(near[::-1]) < plausible(exact) - 1
 
 
+@pytest.mark.parametrize("conv", [0, 5])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_every_pattern(bits: int) -> None:
-    base, lm = (make_model(attention="block_causal", block_length=8) for _ in range(2))
+def test_every_pattern(bits: int, conv: int) -> None:
+    base, lm = (make_model(attention="block_causal", block_length=8, conv=conv) for _ in range(2))
     prepare(lm.network, bits=bits)
     z_BT = half_masked(base, length=32) % base.config.network.vocab_size
     pairs = [
@@ -109,10 +110,10 @@ def test_every_pattern(bits: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
-@pytest.mark.parametrize("attention", ["full", "block_causal"])
-def test_compiled_texts(attention: str) -> None:
+@pytest.mark.parametrize(("attention", "conv"), [("full", 0), ("full", 5), ("block_causal", 3)])
+def test_compiled_texts(attention: str, conv: int) -> None:
     """Rows, lengths and masks change from forward pass to forward pass; another network has compilations of its own."""
-    blocks: dict[str, Any] = {"attention": attention, "block_length": 8 * (attention == "block_causal")}
+    blocks: dict[str, Any] = {"attention": attention, "block_length": 8 * (attention == "block_causal"), "conv": conv}
     plain, made = ([make_model(norm_eps=eps, **blocks) for eps in (1e-6, 1e-2)] for _ in range(2))
 
     def compare(index: int, rows: int, length: int, *, padded: bool = False) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlm.models.cache import KVCache
+from dlm.models.cache import KVCache, RaggedCache
 from dlm.models.config import TransformerConfig
 from dlm.models.pattern import reading
 from dlm.models.transformer import Transformer
@@ -139,6 +139,42 @@ def test_padding_with_a_cache(side: str, sizes: list[int]) -> None:
     for row in range(3):
         alone = made(z_BT[row, valid_BT[row]][None])[0]
         assert close(logits_BTV[row, valid_BT[row]], alone), row
+
+
+@torch.no_grad()
+def test_rows_of_ragged_caches_join_and_leave() -> None:
+    made, z_BT = network(), tokens(4)
+
+    def read(cache: RaggedCache, rows: list[int], begin: list[int], count: int) -> None:
+        at_BQ = torch.tensor(begin)[:, None] + torch.arange(count)
+        own_BQQ = torch.ones(len(rows), count, count, dtype=torch.bool).tril()
+        found = made(z_BT[torch.tensor(rows)[:, None], at_BQ], pos_BQ=at_BQ, own_BQQ=own_BQQ, cache=cache)
+        for row, places, logits_QV in zip(rows, at_BQ, found, strict=True):
+            assert close(logits_QV, made(z_BT[row : row + 1])[0, places])
+
+    cache, other = made.ragged_cache(2, 8), made.ragged_cache(2, 12)
+    read(cache, [0, 1], [0, 0], 5)
+    read(other, [2, 3], [0, 0], 3)
+    cache.join(other)
+    read(cache, [0, 1, 2, 3], [5, 5, 3, 3], 2)
+    cache.keep(torch.tensor([3, 0]))
+    read(cache, [3, 0], [5, 7], 4)
+
+
+@torch.no_grad()
+def test_window_caches_join_and_leave() -> None:
+    """One wider than the other; a position that is read again meets what the others left, which is what they would leave now."""
+    made, z_BT = network("full"), tokens(3)
+    cache, other, pos_BT = made.window_cache(1, 8), made.window_cache(2), torch.arange(WINDOW).expand(3, -1)
+    made(z_BT[:1, :8], pos_BQ=pos_BT[:1, :8], cache=cache)
+    made(z_BT[1:], pos_BQ=pos_BT[1:], cache=other)
+    cache.join(other)
+    cache.keep(torch.tensor([2, 0]))
+    again_BQ = torch.tensor([[3, 4, 9, WINDOW], [0, 7, WINDOW, WINDOW]])
+    z_BQ = z_BT[torch.tensor([[2], [0]]), again_BQ.clamp(max=WINDOW - 1)]
+    found = made(z_BQ, pos_BQ=again_BQ, cache=cache.of(torch.tensor([0, 1])))
+    assert close(found[0, :3], made(z_BT[2:])[0, [3, 4, 9]])
+    assert close(found[1, :2], made(z_BT[:1, :8])[0, [0, 7]])
 
 
 def test_positions_can_be_given_for_what_continues_a_cache() -> None:

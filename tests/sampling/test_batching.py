@@ -24,6 +24,9 @@ MODELS: dict[str, LanguageModel] = {
     "uniform": make_model(noise={"process": "uniform", "schedule": "linear"}, window=16, context=4),
     "hybrid": make_model(noise={"process": "hybrid", "schedule": "linear", "share": 0.2}, window=16, context=4),
     "ar": make_model("autoregressive", window=16, context=4),
+    "mask, convolution": make_model(window=16, context=4, conv=3),
+    "block, convolution": make_model(window=16, context=4, attention="block_causal", block_length=4, conv=3),
+    "ar, convolution": make_model("autoregressive", window=16, context=4, conv=3),
 }
 SMALL = make_model("autoregressive", window=16, context=4, layers=1)
 SMALL.name = "small"
@@ -39,15 +42,19 @@ DIFFUSION: list[tuple[str, dict[str, Any]]] = [
     ("uniform", {"sampler": "ancestral"}),
     ("uniform", {"sampler": "worst:2", "until_settled": 2}),
     ("hybrid", {"sampler": "ancestral"}),
+    ("block, convolution", {"sampler": "ancestral"}),
+    *[("mask, convolution", {"sampler": "ancestral", "cache": word}) for word in ("dual", "prefix", "delayed:3", "drift:0.1")],
 ]
 STRIDED: list[tuple[str, dict[str, Any]]] = [
-    ("ar", {"sampler": w}) for w in ("strided:3", "lookup:1", "lookup:3", "draft:small,3,0.1", "draft:int4,4")
+    *[("ar", {"sampler": w}) for w in ("strided:3", "lookup:1", "lookup:3", "draft:small,3,0.1", "draft:int4,4")],
+    *[("ar, convolution", {"sampler": w}) for w in ("strided:3", "draft:int4,4")],
 ]
 ROWS: dict[str, list[list[int | None]]] = {
     "mask": [[1, 2, None, None, 3, None], [4] * 3 + [None] * 30, [None] * 9 + [5], [6] * 20 + [None] * 4],
     "block": [[1, 2, None, None, None], [4] * 3 + [None] * 30, [None] * 9, [6] * 20 + [None] * 4],
 }
 ROWS |= {"uniform": ROWS["mask"], "hybrid": ROWS["mask"], "ar": ROWS["block"]}
+ROWS |= {f"{name}, convolution": ROWS[name] for name in ("mask", "block", "ar")}
 
 
 def canvas_of(rows: list[list[int | None]], model: LanguageModel) -> Canvas:
@@ -100,7 +107,7 @@ def play(sampler: Any, rows: list[list[int | None]], model: LanguageModel) -> di
 @pytest.mark.parametrize(("name", "options"), DIFFUSION + STRIDED, ids=str)
 def test_a_row_is_as_alone_at_each_of_its_steps(name: str, options: DecodingKeywords) -> None:
     model, rows = MODELS[name], ROWS[name]
-    steps: DecodingKeywords = {} if name == "ar" else {"steps": 8}
+    steps: DecodingKeywords = {} if name.startswith("ar") else {"steps": 8}
     sampler: Any = model.sampler(**({"temperature": 0.9} | steps | options))
     seen = play(sampler, rows, model)
     for row, tokens in enumerate(rows):

@@ -193,8 +193,11 @@ class RaggedCache(Memory):
     def join(self, other: RaggedCache) -> None:
         """Take in the rows of another cache of the same network."""
         capacity = max(self.capacity, other.capacity)
-        self.kv = torch.cat([F.pad(one.kv, (0, 0, 0, capacity - one.capacity)) for one in (self, other)], 2)
-        self.conv = torch.cat([F.pad(one.conv, (0, 0, 0, capacity - one.capacity)) for one in (self, other)], 1)
+        kv, conv = (
+            [F.pad(part, (0, 0, 0, capacity - part.shape[-2])) for part in parts]
+            for parts in ((self.kv, other.kv), (self.conv, other.conv))
+        )
+        self.kv, self.conv = torch.cat(kv, 2), torch.cat(conv, 1)
         self._number(torch.cat([self.length_B, other.length_B]))
 
     def keep(self, rows_K: Tensor) -> None:

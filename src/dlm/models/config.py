@@ -121,6 +121,11 @@ class TransformerConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def conv_width(self) -> int:
+        """Features of a position that a cache keeps in each layer for the short convolution."""
+        return self.width if self.conv else 0
+
     def forward_flops(self, *, keys: int | None = None) -> tuple[int, int]:
         """FLOPs of a token in (the blocks, the output head) when it attends to `keys` positions, by default a window.
 

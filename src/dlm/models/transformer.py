@@ -87,19 +87,19 @@ class Transformer(nn.Module):
     def cache(self, batch: int, capacity: int | None = None) -> KVCache:
         """An empty cache for `batch` rows."""
         c = self.config
-        shape = (c.layers, batch, c.kv_heads, capacity or c.window, c.head_dim, c.width if c.conv else 0)
+        shape = (c.layers, batch, c.kv_heads, capacity or c.window, c.head_dim, c.conv_width)
         return KVCache(*shape, dtype=self.embed.weight.dtype, device=self.device)
 
     def ragged_cache(self, batch: int, capacity: int) -> RaggedCache:
         """An empty cache for `batch` rows that grow at their own pace."""
         c = self.config
-        shape = (c.layers, batch, c.kv_heads, capacity, c.head_dim, c.width if c.conv else 0)
+        shape = (c.layers, batch, c.kv_heads, capacity, c.head_dim, c.conv_width)
         return RaggedCache(*shape, dtype=self.embed.weight.dtype, device=self.device)
 
     def window_cache(self, batch: int, window: int = 0) -> WindowCache:
         """An empty cache of so many positions, by default a whole window, for `batch` rows."""
         c = self.config
-        shape = (c.layers, batch, c.kv_heads, window or c.window, c.head_dim, c.width if c.conv else 0)
+        shape = (c.layers, batch, c.kv_heads, window or c.window, c.head_dim, c.conv_width)
         return WindowCache(*shape, dtype=self.embed.weight.dtype, device=self.device)
 
     def forward(
@@ -129,7 +129,7 @@ class Transformer(nn.Module):
         own_BQQ: bool, for a RaggedCache: the new positions that each new one reads, besides all that its row holds.
         pattern `clean`: z is [noisy | clean] (B, 2T) and every noisy block reads the clean blocks before it; logits of the noisy half.
         pattern `shadow`: z is [text | masks] (B, 2T) and a mask predicts its position without reading the text there (deeper
-        layers read other positions, which have read it); logits of both.
+        layers read other positions, which have read it, as those beside it have by a short convolution); logits of both.
         pattern `introspective`: z is [masks | text] (B, 2T), causal; a mask reads its block of masks and the text before the block;
         logits of both. phase_B: the offset in its block at which each row begins.
         block_length: of block-causal attention, in place of the network's own. begin_B1: with attention `causal_text`, the position of

@@ -65,7 +65,8 @@ class Contender:
         weights = held_bytes(*self.networks) if isinstance(self.sampler, OWN) else self.sampler.weights()
         config = lm.config.network
         size = 2 if isinstance(self.sampler, peers.LlamaCpp) else lm.network.embed.weight.element_size()  # llama.cpp caches in 16 bits
-        return weights + 2 * config.layers * rows * config.kv_heads * min(length, config.window) * config.head_dim * size
+        features = 2 * config.kv_heads * config.head_dim + config.conv_width
+        return weights + config.layers * rows * min(length, config.window) * features * size
 
 
 OWN = (AutoregressiveSampler, SpeculativeDecoder)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from chains import any_order_law, copies
 from dlm.errors import InputError
+from dlm.models.config import TransformerConfig
+from dlm.models.transformer import Transformer
 from dlm.noise.masked import MaskedNoise
 from dlm.sampling.diffusion.any_order_speculative import AnyOrderSpeculativeSampler
 from dlm.sampling.diffusion.loop import DiffusionSampler
@@ -50,6 +52,16 @@ def test_a_network_that_contradicts_itself_keeps_its_own_law(given: Given, draw:
     law_S = any_order_law(TINY, Noted(TINY.vocab, TINY.length), given, draw)
     samples = run(Noted(TINY.vocab, TINY.length), 4, given, draw=draw)[-1].tokens_BT
     assert chi_square_p(samples, law_S, TINY) > 1e-3
+
+
+def test_a_network_with_short_convolutions_keeps_its_own_law() -> None:
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(TINY.vocab + 1, TINY.length, layers=2, heads=2, width=16, conv=3)).double().requires_grad_(False)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    samples = run(model, 3)[-1].tokens_BT
+    assert chi_square_p(samples, any_order_law(TINY, model), TINY) > 1e-3
+    assert chi_square_p(samples, any_order_law(TINY, Noted(TINY.vocab, TINY.length)), TINY) < 1e-6
 
 
 def test_drawing_proposals_without_verifying_them_would_be_seen() -> None:

@@ -270,9 +270,9 @@ def test_conf_takes_back_what_was_written_with_doubt() -> None:
     assert torch.equal(noted_BT[:, [1, 2, 4, 5]], before_BT[:, [1, 2, 4, 5]])
 
 
-def network(layers: int) -> Transformer:
+def network(layers: int, conv: int = 0) -> Transformer:
     torch.manual_seed(0)
-    made = Transformer(TransformerConfig(7, 10, layers=layers, heads=2, width=16)).eval().requires_grad_(False).double()
+    made = Transformer(TransformerConfig(7, 10, layers=layers, heads=2, width=16, conv=conv)).eval().requires_grad_(False).double()
     for weight in made.parameters():  # fresh blocks are the identity: make every position matter
         weight.copy_(0.4 * torch.randn_like(weight))
     return made
@@ -283,9 +283,10 @@ def shadows(model: Any, z_BT: Tensor) -> tuple[Tensor, Tensor]:
     return logits_BQV[:, : z_BT.shape[1]], logits_BQV[:, z_BT.shape[1] :]
 
 
+@pytest.mark.parametrize("conv", [0, 3])
 @pytest.mark.parametrize("layers", [1, 3])
-def test_a_shadow_changes_nothing_and_is_the_guess_at_a_mask(layers: int) -> None:
-    model, z_BT = network(layers), torch.randint(7, (8, 10), generator=torch.Generator().manual_seed(1))
+def test_a_shadow_changes_nothing_and_is_the_guess_at_a_mask(layers: int, conv: int) -> None:
+    model, z_BT = network(layers, conv), torch.randint(7, (8, 10), generator=torch.Generator().manual_seed(1))
     text_BTV, shadow_BTV = shadows(model, z_BT)
     plain_BTV, masked_BT = model(z_BT), z_BT == 6
     assert torch.allclose(text_BTV, plain_BTV, atol=1e-9)
@@ -295,10 +296,12 @@ def test_a_shadow_changes_nothing_and_is_the_guess_at_a_mask(layers: int) -> Non
 
 
 def test_a_shadow_does_not_read_its_own_token_but_all_others() -> None:
-    """Not in its own layer, that is: from the second on the others have read the token, and hand on a little of it."""
+    """Not in its own layer, that is: from the second on the others have read the token, and hand on a little of it.
+
+    A short convolution before attention hands it on in the first."""
     z_BT = torch.randint(6, (8, 10), generator=torch.Generator().manual_seed(1))
-    for layers, own in ((1, False), (3, True)):
-        model = network(layers)
+    for layers, conv, own in ((1, 0, False), (3, 0, True), (1, 3, True)):
+        model = network(layers, conv)
         shadow_BTV = shadows(model, z_BT)[1]
         for i in range(10):
             other_BT = z_BT.clone()
