@@ -112,10 +112,13 @@ class ReplacementNoise(ABC):
 
     def _likelihood(self, kernel: Kernel, z_BT: Tensor, dtype: torch.dtype) -> Tensor:
         """q(z | x), over x."""
-        hot_BTV = torch.nn.functional.one_hot(z_BT, self.vocab_size).to(dtype)
         prior_BT1 = kernel.prior_BV.to(dtype).expand(len(z_BT), -1).gather(1, z_BT)[..., None]
-        fits_BTV = kernel.keep_B[:, None, None].to(dtype) * hot_BTV + prior_BT1
-        return fits_BTV + kernel.local_B[:, None, None].to(dtype) * self._smooth(hot_BTV) if self.clusters else fits_BTV
+        stays_BT1 = kernel.keep_B[:, None, None].to(dtype) + prior_BT1
+        fits_BTV = prior_BT1.expand(*z_BT.shape, self.vocab_size).scatter(-1, z_BT[..., None], stays_BT1)
+        if not self.clusters:
+            return fits_BTV
+        hot_BTV = torch.nn.functional.one_hot(z_BT, self.vocab_size).to(dtype)
+        return fits_BTV + kernel.local_B[:, None, None].to(dtype) * self._smooth(hot_BTV)
 
     def _draw(self, kernel: Kernel, x_BT: Tensor, u_BT: Tensor) -> Tensor:
         """One token a position from q(. | x), from one uniform a position."""

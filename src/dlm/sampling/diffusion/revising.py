@@ -19,15 +19,26 @@ from dlm.sampling.diffusion.protocols import Rule, Step
 from dlm.sampling.diffusion.unmasking import entropy, within
 from dlm.sampling.draw import MAX_SETTING, Draw, categorical, pick, ranked, uniform
 
+PART_NUMBERS = 2**20
+"""Probabilities that are worked on at once: those of a window of a large vocabulary take gigabytes, several times over."""
+
 
 def _reverse(step: Step, draw: Draw, to_B: Tensor, rng: RNG) -> Tensor:
     """z at `to_B` from the plug-in posterior; the final token where that is 0."""
+    u_BT = uniform(rng, step.z_BT.shape[1])
+    width = len(step.z_BT) * step.logp_BTV.shape[-1]
+    parts = (x.split(max(1, PART_NUMBERS // width), 1) for x in (step.z_BT, step.logp_BTV, u_BT))
+    return torch.cat([_reverse_part(step, draw, to_B, *part) for part in zip(*parts, strict=True)], 1)
+
+
+def _reverse_part(step: Step, draw: Draw, to_B: Tensor, z_BT: Tensor, logp_BTV: Tensor, u_BT: Tensor) -> Tensor:
+    """`_reverse` of some of the positions."""
     # a shape that leaves only tokens which cannot have become z_i would leave nothing
-    possible_BTV = step.noise.denoised(step.logp_BTV, step.z_BT, step.t_B) > -torch.inf
-    logp_BTV = draw.shape(step.logp_BTV.masked_fill(~possible_BTV, -torch.inf))
-    move_BTV = step.noise.posterior(logp_BTV, step.z_BT, step.t_B, to_B).log()
-    final_BTV = step.noise.denoised(logp_BTV, step.z_BT, step.t_B)
-    return categorical(torch.where((to_B > 0)[:, None, None], move_BTV, final_BTV), uniform(rng, step.z_BT.shape[1]))
+    possible_BTV = step.noise.denoised(logp_BTV, z_BT, step.t_B) > -torch.inf
+    logp_BTV = draw.shape(logp_BTV.masked_fill(~possible_BTV, -torch.inf))
+    move_BTV = step.noise.posterior(logp_BTV, z_BT, step.t_B, to_B).log()
+    final_BTV = step.noise.denoised(logp_BTV, z_BT, step.t_B)
+    return categorical(torch.where((to_B > 0)[:, None, None], move_BTV, final_BTV), u_BT)
 
 
 @dataclass(frozen=True)
