@@ -256,6 +256,35 @@ def test_logits_of_asked_positions(name: str) -> None:
     assert apart(lm.network(z_BT, t_B, index_BC=index_BC), whole_BTV[torch.arange(2)[:, None], index_BC]) < NEAR
 
 
+@pytest.mark.parametrize("name", FULL)
+def test_a_window_against_its_cache(name: str) -> None:
+    """Read whole, then some positions anew: as without a cache, until a token changes."""
+    lm = load(name)
+    z_BT, t_B = torch.randint(127, (2, lm.window), generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.8])
+    whole_BTV, cache = lm.network(z_BT, t_B), lm.network.window_cache(2)
+    all_BT, some_BQ = torch.arange(lm.window).expand(2, -1), torch.tensor([[1, 4, 9], [2, 3, 15]])
+    assert apart(lm.network(z_BT, t_B, pos_BQ=all_BT, cache=cache), whole_BTV) < NEAR
+    anew_BQV = lm.network(z_BT.gather(1, some_BQ), t_B, pos_BQ=some_BQ, cache=cache)
+    assert apart(anew_BQV, whole_BTV[torch.arange(2)[:, None], some_BQ]) < NEAR
+    other_BQV = lm.network((z_BT.gather(1, some_BQ) + 1) % 127, t_B, pos_BQ=some_BQ, cache=cache)
+    assert apart(other_BQV, anew_BQV) > 0.1
+
+
+def test_approximate_caches_and_the_samplers_of_masks(dlm: Dlm) -> None:
+    for options in (
+        ("--cache", "dual"),
+        ("--cache", "drift:0.2"),
+        ("--sampler", "speculative"),
+        ("--sampler", "revoke"),
+        ("--guidance", "1.5"),
+    ):
+        for name in ("mdlm", "sedd"):
+            words = ("17 3 99", str(GOLDEN / name), "--max-new-tokens", "9", "--steps", "4", *options, "--json")
+            code, out, _ = dlm("generate", *words)
+            assert code == 0
+            assert len(json.loads(out.splitlines()[-1])["text"].split()) == 12
+
+
 def test_blocks_against_a_cache_are_those_without() -> None:
     lm = load("bd3lm")
     cached, plain = (lm.generate("17 3", max_new_tokens=30, seed=1, cache=cache) for cache in (True, False))

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dlm.noise import loss, schedule
 from dlm.noise.masked import MaskedNoise
+from dlm.noise.schedule import LogLinear
+from dlm.noise.score import ScoreNoise
 from oracle import BayesDenoiser, Tiny
 
 EXACT = ["linear", "polynomial:2", "polynomial:0.7", "cosine"]
@@ -196,6 +198,21 @@ def test_bell_shaped_levels_follow_beta_2_2() -> None:
 def test_integrating_the_time_out_lowers_the_variance() -> None:
     tiny = Tiny(3, 3, seed=6)
     assert _estimates(tiny, "any_order", 20_000).std() < 0.8 * _estimates(tiny, "continuous", 20_000).std()
+
+
+def test_scores_that_are_ratios_have_the_bound_of_masks_and_others_cost_more() -> None:
+    """Scores c times the true ratios cost c - 1 - log c at every mask, times the weight of t."""
+    noise, rng = ScoreNoise(5, 4, LogLinear()), torch.Generator().manual_seed(0)
+    z_BT, x_BT, t_B = torch.tensor([[4, 1, 4]]), torch.tensor([[0, 1, 3]]), torch.tensor([0.3], dtype=torch.float64)
+    logp_BTV = noise.log_probs(torch.randn(1, 3, 5, generator=rng, dtype=torch.float64), z_BT)
+    alpha, weight = float(noise.schedule.alpha(t_B)), float(-noise.schedule.dalpha(t_B) / (1 - noise.schedule.alpha(t_B)))
+    plain_BT = noise.nelbo(logp_BTV, x_BT, z_BT, t_B)
+    for c in (0.5, 1.0, 3.0):
+        scores_BTV = logp_BTV + math.log(c * alpha / (1 - alpha))
+        extra = weight * (c - 1 - math.log(c))
+        found_BT = noise.score_entropy(scores_BTV, x_BT, z_BT, t_B)
+        assert torch.allclose(found_BT, plain_BT + torch.tensor([[extra, 0, extra]]), atol=1e-12)
+        assert torch.allclose(noise.log_probs(scores_BTV, z_BT), logp_BTV, atol=1e-12)
 
 
 def test_autoregressive_loss_is_the_exact_likelihood() -> None:

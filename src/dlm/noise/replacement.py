@@ -1,4 +1,4 @@
-"""Replacement noise: a token becomes another one; the base of uniform, semantic and hybrid noise.
+"""Replacement noise: a token becomes another one; the base of uniform, semantic and mixed noise.
 
 Each is a family of kernels q(y | x) = keep [y = x] + local [y in the cluster of x] / size + prior(y), closed under
 composition: the marginal at t, the move from s to t and the rate of change at t are all of this form, and a process is
