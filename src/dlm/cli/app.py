@@ -92,6 +92,15 @@ FamilyOption = Annotated[
         rich_help_panel="Machine",
     ),
 ]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        show_default="official for another project's checkpoint",
+        help="official: the reference sampler of such a checkpoint, with the settings of its model card.",
+        rich_help_panel="Sampling",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object.")]
 SAMPLING, DRAFTING = "Sampling", "Speculative decoding (autoregressive models)"  # panels of the help
 TopP = Annotated[

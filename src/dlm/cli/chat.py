@@ -17,6 +17,7 @@ from dlm.cli.app import (
     Dtype,
     FamilyOption,
     Lossless,
+    Preset,
     Seed,
     Threads,
     TopK,
@@ -44,7 +45,11 @@ def chat(
     ] = "smollm2-135m",
     system: Annotated[str | None, typer.Option(show_default="that of its template", help="The system prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(callback=between(1), help="Tokens of an answer at most.")] = 512,
-    temperature: Annotated[float, typer.Option(callback=between(0), help="0 takes the likeliest token.")] = 0.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(callback=between(0), show_default="that of the preset, else 0", help="0 takes the likeliest token."),
+    ] = None,
+    preset: Preset = None,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     draft: DraftOption = None,
@@ -73,7 +78,9 @@ def chat(
     if lossless:
         lm.prepare_lossless()
     sampler = "lossless" if lossless else None
-    options = DecodingOptions(temperature=temperature, top_p=top_p, top_k=top_k, sampler=sampler, draft=drafter)
+    if temperature is None and (not lm.is_diffusion or lm.config.family == "dlm"):
+        temperature = 0.0
+    options = DecodingOptions(temperature=temperature, top_p=top_p, top_k=top_k, sampler=sampler, preset=preset, draft=drafter)
     lm.build(lm.resolve(options))  # an error of the options is told before the first question
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     lm.chat_prompt([*messages, {"role": "user", "content": ""}])  # so is a missing template

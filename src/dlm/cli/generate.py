@@ -28,6 +28,7 @@ from dlm.cli.app import (
     FamilyOption,
     Json,
     Lossless,
+    Preset,
     Seed,
     Threads,
     TopK,
@@ -106,6 +107,7 @@ def generate(
         str | None,
         typer.Option(show_default="the model's own, else ancestral", help=registry.help_text(), rich_help_panel=SAMPLING),
     ] = None,
+    preset: Preset = None,
     temperature: Annotated[
         float | None,
         typer.Option(
@@ -200,6 +202,7 @@ def generate(
         raise InputError("--samples counts texts, and a template makes one: leave one of them away")
     word = "lossless" if lossless else sampler_word(sampler)
     options = DecodingOptions(
+        preset=preset,
         draft=drafter,
         steps=steps,
         temperature=temperature,

@@ -43,6 +43,7 @@ class DecodingKeywords(TypedDict, total=False):
     budget: str | None
     schedule: str | None
     light: str | Mapping[str, str] | None
+    preset: str | None
 
 
 class LayoutKeywords(TypedDict, total=False):
@@ -60,7 +61,10 @@ class TextKeywords(DecodingKeywords, LayoutKeywords, total=False):
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How a model decodes. Options that are None come from generation_config.json or from the model.
+    """How a model decodes. Options that are None come from `preset`, from generation_config.json or from the model.
+
+    preset: `official`, the reference sampler of another project's checkpoint with the settings of its model card, which such a checkpoint
+    takes anyhow; other options replace its settings.
 
     sampler: a name of `dlm.sampling.registry`, its parameters after a colon, as in `confidence:0.7`. `auto`: the sampler that `dlm
     calibrate` found best within `budget` (`calls:32`, `seconds:2`, `bits:0.1`). For an autoregressive model, one of the short forms of
@@ -101,6 +105,7 @@ class DecodingOptions:
     budget: str | None = None
     schedule: str | None = None
     light: str | Mapping[str, str] | None = None
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.draft, str):

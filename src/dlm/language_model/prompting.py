@@ -54,14 +54,23 @@ class Prompting:
     def _row(self, prompt: str | Sequence[int], tail: list[int], length: int | None, max_new_tokens: int | None) -> list[int | None]:
         head = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.known(prompt)
         given = len(head) + len(tail)
-        usual = max(self.window, given + MIN_NEW_TOKENS) if self.fills_windows else given + NEW_TOKENS
+        usual = max(self.window, given + MIN_NEW_TOKENS) if self.fills_windows else self._usual(given)
         whole = usual if length is None else length
         new = whole - given if max_new_tokens is None else max_new_tokens
         if new < 1:
             raise InputError(f"nothing to generate: the prompt and suffix have {given} tokens, the text is to have {given + new}")
         if len(head) >= self.window and not self.context:
             raise InputError(f"the prompt has {len(head)} tokens, the window {self.window} and no context: use at most {self.window - 1}")
+        if not self.fills_windows and not self.context and given + new > self.window:
+            raise InputError(
+                f"the text is to have {given + new} tokens, the window of {self.name} holds {self.window}: "
+                f"with {given} given, ask for at most {self.window - given} new ones"
+            )
         return [*head, *[None] * new, *tail]
+
+    def _usual(self, given: int) -> int:
+        """Tokens of a text of which so many are given: as many new ones as usual, or as the window holds."""
+        return given + NEW_TOKENS if self.context else max(given + 1, min(given + NEW_TOKENS, self.window))
 
     def known(self, tokens: Sequence[int]) -> list[int]:
         """These tokens. InputError for one outside the vocabulary; the mask is outside."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from dlm.calibration.table import Calibration, Options
-from dlm.errors import InputError
+from dlm.errors import InputError, unknown
 from dlm.language_model.options import DecodingOptions
 from dlm.model_scheduling.saved import SavedSchedule
 from dlm.sampling import registry, windows
@@ -16,6 +18,7 @@ AUTO_TOKENS = {"ngram": 7, "self": 23}  # draft tokens of `auto` at most: a repe
 USUAL_AUTO_TOKENS = 3
 CACHED_BLOCK = 32  # tokens of a block at most, of a bidirectional model with a cache (Fast-dLLM, Wu et al. 2505.22618)
 BUDGET = "bits:0.1"  # of `sampler="auto"`
+OFFICIAL = "official"  # the one preset
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Facts:
 
     noise: that its samplers suit, None for an autoregressive model. bidirectional: whether each position reads all others.
     fills_window: whether noise fills its windows to the end, as of all models that dlm trains. block_length: of block diffusion.
-    default_*: what generation_config.json says.
+    default_*: what generation_config.json says. official: the settings of the model card of another project's checkpoint; None for ours.
     adapter_tokens: draft tokens that the attached adapter was taught; heads: how many there are; None without. draft_dtype: that of a
     quantized copy that drafts and pays, empty where none does. calibration, saved_schedule: what `auto` chooses from, where asked for.
     """
@@ -40,12 +43,14 @@ class Facts:
     default_steps: int = 1
     default_temperature: float = 1.0
     default_top_p: float = 1.0
+    default_top_k: int = 0
     default_block_length: int = 0
     adapter_tokens: int | None = None
     heads: int | None = None
     draft_dtype: str = ""
     calibration: Calibration | None = None
     saved_schedule: SavedSchedule | None = None
+    official: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,15 +92,30 @@ class DecodingPlan:
 
 def resolve(options: DecodingOptions, facts: Facts) -> DecodingPlan:
     """The plan that these options mean for a model. InputError for options that do not go with it or with one another."""
+    if options.preset is not None:
+        facts = preset(options, facts)
     options = choose(options, facts)
     if options.budget is not None:
         raise InputError("a budget is for --sampler auto")
     temperature = facts.default_temperature if options.temperature is None else options.temperature
-    draw = Draw(temperature, options.top_k, facts.default_top_p if options.top_p == 1 else options.top_p)
+    draw = Draw(temperature, options.top_k or facts.default_top_k, facts.default_top_p if options.top_p == 1 else options.top_p)
     context = facts.context if options.context is None else options.context
     windows.check(facts.window, context)
     _check_schedule(options, facts)
     return (_left_to_right if facts.noise is None else _denoising)(options, facts, draw, context)
+
+
+def preset(options: DecodingOptions, facts: Facts) -> Facts:
+    """The facts with the settings of a preset as defaults. InputError for an unknown one, a model without, and another sampler."""
+    if options.preset != OFFICIAL:
+        raise unknown("preset", str(options.preset), [OFFICIAL])
+    if not facts.official:
+        raise InputError(f"{facts.name} has no official preset: that is the reference sampler of another project's checkpoint")
+    if options.sampler is not None or options.draft is not None:
+        raise InputError("--preset official chooses the sampler: leave --sampler and --draft away")
+    given = {f"default_{name}": value for name, value in facts.official.items()}
+    plain = {"default_temperature": 1.0, "default_top_p": 1.0, "default_top_k": 0, "default_block_length": 0}
+    return replace(facts, **(plain | given))
 
 
 def choose(options: DecodingOptions, facts: Facts) -> DecodingOptions:

@@ -89,6 +89,11 @@ def forced(path: Path, name: str) -> Family:
     return family
 
 
+def preset(name: str) -> Mapping[str, Any] | None:
+    """The official settings of a family; None for ours and for autoregressive bases."""
+    return next((family.preset for family in FAMILIES if family.name == name), None)
+
+
 def unknown(config: Mapping[str, Any], path: Path) -> str:
     """The error for a checkpoint that no family recognises."""
     architectures = config.get("architectures")
