@@ -85,20 +85,27 @@ def _is_gpu(device: Any) -> bool:
     return device is not None and (isinstance(device, int) or torch.device(device).type == "cuda")
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, list | tuple):
-        for part in value:
-            yield from _leaves(part)
-    elif isinstance(value, dict):
-        yield from _leaves(list(value.values()))
-    elif isinstance(value, slice):
-        yield from (value.start, value.stop, value.step)
-    else:
-        yield value
+PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
 
 def _tensors(*values: Any) -> list[Tensor]:
-    return [leaf for leaf in _leaves(values) if isinstance(leaf, Tensor)]
+    """The tensors in nested arguments, in their order; called for every torch function, and quick for that."""
+    found: list[Tensor] = []
+    for value in values:
+        kind = type(value)
+        if kind in PLAIN:
+            continue
+        if kind in (Tensor, torch.nn.Parameter):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(*value)
+        elif isinstance(value, dict):
+            found += _tensors(*value.values())
+        elif isinstance(value, slice):
+            found += _tensors(value.start, value.stop, value.step)
+        elif isinstance(value, Tensor):
+            found.append(value)
+    return found
 
 
 class Generator(torch.Generator):
@@ -284,7 +291,7 @@ class Accelerator(TorchFunctionMode):
         else:
             operands = _tensors(args, kwargs)
         gpu = on_gpu(operands[0]) if name in SHAPE_ALONE and operands else self._together(name, operands)
-        for part in _leaves((args, kwargs)):
+        for part in (*args, *kwargs.values()):
             if isinstance(part, torch.Generator):
                 self._suits(part, gpu, name)
         if gpu and (name in READS or self._reads(name, args, kwargs)):
@@ -302,6 +309,8 @@ class Accelerator(TorchFunctionMode):
             return len(args) + len(kwargs) == 1
         if name == "repeat_interleave":
             return len(_tensors(args, kwargs)) > 1 and kwargs.get("output_size") is None
+        if name in ("index_put", "index_put_"):
+            return args[2].numel() > 1 and any(index.dtype == torch.bool for index in _tensors(args[1]))
         return name == "one_hot" and len(args) + len(kwargs) == 1
 
     @staticmethod

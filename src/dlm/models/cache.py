@@ -355,9 +355,9 @@ class WindowCache:
     def _measure(self, v_AQGK: Tensor) -> None:
         old_AQGK = self.kv[self.layers - 1, 1][self.rows_A1, self.pos_AQ]
         moved_AQ = (v_AQGK - old_AQGK).flatten(2).float().norm(dim=-1) / old_AQGK.flatten(2).float().norm(dim=-1).clamp(min=1e-6)
-        real_AQ = self.pos_AQ < self.window
-        rows_AQ = self.rows_A1.expand_as(self.pos_AQ)
-        self.drift_BT[rows_AQ[real_AQ], self.pos_AQ[real_AQ]] = torch.where(self.was_AQ, moved_AQ, 0.0)[real_AQ]
+        row_N, query_N = (self.pos_AQ < self.window).nonzero(as_tuple=True)
+        at_N = self.rows_A1[row_N, 0], self.pos_AQ[row_N, query_N]
+        self.drift_BT[at_N] = torch.where(self.was_AQ, moved_AQ, 0.0)[row_N, query_N]
 
     def advance(self, count: int) -> None:
         """Nothing to do: `begin` gives the slots."""

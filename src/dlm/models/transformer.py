@@ -175,8 +175,9 @@ class Transformer(nn.Module):
     def _logits(self, x_BQD: Tensor, at_BQ: Tensor | None) -> Tensor:
         if at_BQ is None or (x_BQD.device.type == "cpu" and bool(at_BQ.all())):
             return self.read_out(self.norm(x_BQD))
-        logits_MV = self.read_out(self.norm(x_BQD[at_BQ]))
-        return logits_MV.new_zeros(*at_BQ.shape, logits_MV.shape[-1]).index_put_((at_BQ,), logits_MV)
+        at_M = at_BQ.flatten().nonzero().squeeze(-1)  # the host waits for a GPU here, and not again below
+        logits_MV = self.read_out(self.norm(x_BQD.flatten(0, 1)[at_M]))
+        return logits_MV.new_zeros(at_BQ.numel(), logits_MV.shape[-1]).index_copy_(0, at_M, logits_MV).view(*at_BQ.shape, -1)
 
     def _neighbours(self, attends: Attends, cache: AnyCache | None) -> Neighbours | None:
         """The neighbours that the short convolutions read: those that attention reads. None: of whole rows that nothing masks."""

@@ -42,10 +42,15 @@ def _own(g: Draws, count: int) -> Tensor:
     return F.pad(torch.rand(min(count, g.length), generator=g.generator, dtype=torch.float64), (0, max(0, count - g.length)))
 
 
+def beside(u: Tensor, other: Tensor) -> Tensor:
+    """Numbers drawn on the host, on the device of another tensor; a CUDA device does not make the host wait."""
+    return u.to(other.device, non_blocking=other.is_cuda)
+
+
 def categorical(logp_BTV: Tensor, u_BT: Tensor) -> Tensor:
     """Tokens by inverse CDF in float64, int64 (B, T). logp need not be normalised; -inf is never drawn."""
     cdf_BTV = logp_BTV.double().softmax(-1).cumsum(-1)
-    index_BT = torch.searchsorted(cdf_BTV, (u_BT.to(cdf_BTV.device) * cdf_BTV[..., -1])[..., None], right=True).squeeze(-1)
+    index_BT = torch.searchsorted(cdf_BTV, (beside(u_BT, cdf_BTV) * cdf_BTV[..., -1])[..., None], right=True).squeeze(-1)
     # u times the last sum can round up to it; the last token of positive probability is meant then
     last_BT = logp_BTV.shape[-1] - 1 - (logp_BTV > -torch.inf).flip(-1).int().argmax(-1)
     return torch.minimum(index_BT, last_BT)
@@ -66,10 +71,13 @@ def scores(logp_BTV: Tensor, u_BT: Tensor) -> Tensor:
     A distribution whose log-probabilities all differ from these by less than half the winner's lead draws the same token. Without the
     winner the next greatest wins. u_BT: (B, 1) for the same clocks at all positions of a row.
     """
-    open_BT = logp_BTV.amax(-1) < 0
+    open_BT, u_BT = logp_BTV.amax(-1) < 0, beside(u_BT, logp_BTV)
+    if logp_BTV.device.type != "cpu":  # all the clocks take less time than to ask which are needed
+        score_BTV = logp_BTV.double()
+        clocks_BTV = _clocks(u_BT.flatten(), logp_BTV.shape[-1]).log_().view(*u_BT.shape, -1)
+        return torch.where(open_BT[..., None], score_BTV - clocks_BTV, score_BTV)
     if not bool(open_BT.any()):
         return logp_BTV
-    u_BT = u_BT.to(logp_BTV.device)
     if bool(open_BT.all()):
         return logp_BTV.double() - _clocks(u_BT.flatten(), logp_BTV.shape[-1]).log_().view(*u_BT.shape, -1)
     score_BTV = logp_BTV.to(torch.float64, copy=True)

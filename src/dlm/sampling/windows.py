@@ -60,5 +60,5 @@ def take(x_BL: Tensor, start_B: Tensor, window: int) -> Tensor:
 
 def put(x_BL: Tensor, rows_A: Tensor, start_A: Tensor, values_AT: Tensor, where_AT: Tensor) -> None:
     """Write the chosen window positions of the rows A back into the canvas."""
-    row, column = where_AT.nonzero(as_tuple=True)
-    x_BL[rows_A[row], start_A[row] + column] = values_AT[row, column]
+    at_AT = rows_A[:, None], start_A[:, None] + torch.arange(where_AT.shape[1], device=x_BL.device)
+    x_BL[at_AT] = torch.where(where_AT, values_AT, x_BL[at_AT])

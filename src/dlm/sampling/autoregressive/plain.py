@@ -86,12 +86,13 @@ class AutoregressiveSampler:
             logits_BV = self.denoiser(tokens, cache=cache, at_BQ=last_BQ)[:, -1].float().clone()
             read = column - begin + 1 if cache is not None else 0
             logits_BV[:, self.mask_id] = -torch.inf
-            rows_A = (free_BL[:, column] & ~done_B).nonzero().squeeze(-1)
-            if not len(rows_A):  # all that are open here have ended; others begin later
+            due = [b for b, one in enumerate((free_BL[:, column] & ~done_B).tolist()) if one]
+            if not due:  # all that are open here have ended; others begin later
                 continue
-            logits_AV = logits_BV if len(rows_A) == rows else logits_BV[rows_A]
+            rows_A = torch.arange(rows, device=text_BL.device) if len(due) == rows else torch.tensor(due, device=text_BL.device)
+            logits_AV = logits_BV if len(due) == rows else logits_BV[rows_A]
             logp_AV = logits_AV if self.draw.temperature == 0 else logits_AV.log_softmax(-1)
-            drawn_A = self.draw(logp_AV[:, None], [rng[b] for b in rows_A.tolist()], race).squeeze(1)
+            drawn_A = self.draw(logp_AV[:, None], [rng[b] for b in due], race).squeeze(1)
             text_BL[rows_A, column] = input_BL[rows_A, column + 1] = drawn_A
             open_BL[rows_A, column] = False
             done_B[rows_A] = torch.isin(drawn_A, stop_S)

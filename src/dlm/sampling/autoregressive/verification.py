@@ -17,7 +17,7 @@ from dlm.sampling.autoregressive.draft_tokens import DraftTokens
 from dlm.sampling.autoregressive.draft_tree import Tree
 from dlm.sampling.autoregressive.token_draw import TokenDraw
 from dlm.sampling.batching import stacked
-from dlm.sampling.draw import uniform
+from dlm.sampling.draw import beside, uniform
 
 COUPLINGS = ("stream", "ratio")
 
@@ -67,7 +67,7 @@ class CommonNumbers:
     """Common random numbers: the n-th new token of a row is drawn with the n-th number of its generator, in whatever forward pass."""
 
     def __init__(self, rng: RNG, first_B: Tensor, count: int, draw: TokenDraw) -> None:
-        self.draw, self.first_B, self.u_BN = draw, first_B, uniform(rng, count).to(first_B.device)
+        self.draw, self.first_B, self.u_BN = draw, first_B, beside(uniform(rng, count), first_B)
 
     def draft_numbers(self, known_B: Tensor, count: int) -> Tensor:
         return self.u_BN.gather(1, (known_B - self.first_B)[:, None] + torch.arange(count, device=known_B.device))
@@ -91,7 +91,7 @@ class FreshNumbers:
         self.rng, self.stride, self.draw = list(rng), stride, draw
 
     def draft_numbers(self, known_B: Tensor, count: int) -> Tensor:
-        return uniform(self.rng, count).to(known_B.device)
+        return beside(uniform(self.rng, count), known_B)
 
     def verify(self, logits_BPV: Tensor, drafts: DraftTokens, known_B: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
         u_BK = self.draft_numbers(known_B, self.stride)

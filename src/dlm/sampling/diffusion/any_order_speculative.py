@@ -17,7 +17,7 @@ from dlm.noise.masked import MaskedNoise
 from dlm.noise.schedule import time_when
 from dlm.protocols import RNG, Denoiser
 from dlm.sampling import rejection, windows
-from dlm.sampling.draw import MAX_SETTING, Draw, categorical, uniform
+from dlm.sampling.draw import MAX_SETTING, Draw, beside, categorical, uniform
 from dlm.trajectory import Canvas, Frame
 
 MAX_DRAFT_TOKENS = 256
@@ -100,8 +100,8 @@ class AnyOrderRun:
         """
         sampler, active = self.sampler, self._enter()
         count_A = active.open_AT.sum(-1).clamp(max=sampler.draft_tokens).masked_fill(active.entered_A, 1)
-        numbers = (uniform(active.rng, sampler.draft_tokens) for _ in range(3))
-        draw_AK, test_AK, again_AK = (u_AK.to(count_A.device)[:, : int(count_A.max())] for u_AK in numbers)
+        numbers_3AK = torch.stack([uniform(active.rng, sampler.draft_tokens) for _ in range(3)])
+        draw_AK, test_AK, again_AK = beside(numbers_3AK, count_A)[..., : int(count_A.max())]
         token_AK, q_AKV = self._draft(active, draw_AK)
         logits_PTV, row_P, k_P = self._read(active, token_AK, count_A)
         pair_P = torch.arange(len(row_P), device=row_P.device)
@@ -124,17 +124,19 @@ class AnyOrderRun:
 
     def _enter(self) -> Active:
         """The window of every row with masks left, and a new random order for rows that enter theirs."""
-        window, rows_A = self.sampler.window, self.open_BL.any(-1).nonzero().squeeze(-1)
+        window, live = self.sampler.window, self.open_BL.any(-1).tolist()
+        rows, device = [b for b, one in enumerate(live) if one], self.open_BL.device
+        rows_A = torch.arange(len(live), device=device) if all(live) else torch.tensor(rows, device=device)
         start_A = windows.start(self.open_BL[rows_A], window, self.sampler.context)
         z_AT, open_AT = (windows.take(x_BL[rows_A], start_A, window) for x_BL in (self.z_BL, self.open_BL))
         entered_A = start_A != self.start_B[rows_A]
         self.start_B[rows_A] = start_A
         if bool(entered_A.any()):
             entered_B = rows_A[entered_A]
-            self.order_BT[entered_B] = uniform([self.rng[b] for b in entered_B.tolist()], window).to(z_AT.device).argsort(-1)
+            self.order_BT[entered_B] = beside(uniform([self.rng[b] for b in entered_B.tolist()], window), z_AT).argsort(-1)
         order_AT = self.order_BT[rows_A]
         ahead_AT = order_AT.gather(1, (~open_AT.gather(1, order_AT)).int().argsort(dim=-1, stable=True))
-        return Active(rows_A, [self.rng[b] for b in rows_A.tolist()], start_A, entered_A, z_AT, open_AT, ahead_AT)
+        return Active(rows_A, [self.rng[b] for b in rows], start_A, entered_A, z_AT, open_AT, ahead_AT)
 
     def _draft(self, active: Active, draw_AK: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens for the next K masks of every row, each drawn by itself, and q."""
@@ -173,10 +175,9 @@ class AnyOrderRun:
 
     def _write(self, active: Active, token_AK: Tensor, count_A: Tensor) -> None:
         """Write the first tokens of every row."""
-        row, k = (_slots(token_AK) < count_A[:, None]).nonzero(as_tuple=True)
-        z_AT, written_AT = active.z_AT.clone(), torch.zeros_like(active.open_AT)
-        z_AT[row, active.ahead_AT[row, k]] = token_AK[row, k]
-        written_AT[row, active.ahead_AT[row, k]] = True
+        pos_AK = active.ahead_AT[:, : token_AK.shape[1]]
+        z_AT = active.z_AT.scatter(1, pos_AK, token_AK)
+        written_AT = torch.zeros_like(active.open_AT).scatter(1, pos_AK, _slots(token_AK) < count_A[:, None])
         windows.put(self.z_BL, active.rows_A, active.start_A, z_AT, written_AT)
         windows.put(self.open_BL, active.rows_A, active.start_A, torch.zeros_like(written_AT), written_AT)
 

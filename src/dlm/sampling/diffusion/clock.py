@@ -41,16 +41,19 @@ class Clock:
         self.due_BT = steps_B.new_zeros(len(steps_B), window)
         self.alpha_BT = torch.full_like(self.due_BT, torch.nan, dtype=torch.float64)
         self._grids: dict[int, tuple[Tensor, Tensor]] = {}
+        self._counts = set(steps_B.tolist())  # on the host, which need not wait for them in every step
 
     def join(self, other: Clock) -> None:
         """Take in the rows of another clock."""
         for name in ("steps_B", "clock_B", "due_BT", "alpha_BT"):
             setattr(self, name, stacked(getattr(self, name), getattr(other, name)))
+        self._counts |= other._counts
 
     def keep(self, rows_K: Tensor) -> None:
         """Go on with these rows alone."""
         for name in ("steps_B", "clock_B", "due_BT", "alpha_BT"):
             setattr(self, name, getattr(self, name)[rows_K])
+        self._counts = set(self.steps_B.tolist())
 
     def restart(self, rows_A: Tensor) -> None:
         """These rows begin a block."""
@@ -84,11 +87,12 @@ class Clock:
     def levels(self, rows_A: Tensor) -> tuple[Tensor, Tensor]:
         """t_A and s_A of the next step of these rows."""
         steps_A, clock_A = self.steps_B[rows_A], self.clock_B[rows_A]
-        ends_A2 = torch.empty(len(rows_A), 2, dtype=torch.float64, device=steps_A.device)
-        for steps in set(steps_A.tolist()):
+        t_A, s_A = (torch.zeros(len(rows_A), dtype=torch.float64, device=steps_A.device) for _ in range(2))
+        for steps in self._counts:
             grid_N, at_A = self._grid(steps)[0], steps_A == steps
-            ends_A2[at_A] = torch.stack([grid_N[clock_A[at_A].clamp(max=steps - 1)], grid_N[(clock_A[at_A] + 1).clamp(max=steps)]], -1)
-        return ends_A2[:, 0], ends_A2[:, 1]
+            t_A = torch.where(at_A, grid_N[clock_A.clamp(max=steps - 1)], t_A)
+            s_A = torch.where(at_A, grid_N[(clock_A + 1).clamp(max=steps)], s_A)
+        return t_A, s_A
 
     def alphas(self, steps: int) -> Tensor:
         """The probability that a position masked at t = 1 is revealed by the end of each step, float64 (N,)."""

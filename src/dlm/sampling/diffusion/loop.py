@@ -170,8 +170,9 @@ class DiffusionRun:
         self.distribution = None  # its memory is free for this pass
         sampler, text = self.sampler, self.text
         active = text.active(sampler.context, sampler.block_length, fills_window=sampler.fills_window)
-        entered_A, rng = self._enter(active), [self.rng[b] for b in active.rows_A.tolist()]
-        move = self._next_move(active, entered_A, rng)
+        rng = [self.rng[b] for b in active.rows]
+        entered_A, entered = self._enter(active)
+        move = self._next_move(active, entered_A, entered, rng)
         step = self._read(active, entered_A, move)
         next_AT = self._ruled(active, step, rng)
         if self.constraint is not None and not sampler.revises:
@@ -195,27 +196,29 @@ class DiffusionRun:
 
     def _distribution(self, active: Active, step: Step, written_AT: Tensor) -> WrittenDistribution:
         columns = step.columns
-        row_N, at_N = written_AT.nonzero(as_tuple=True)
-        column_N = at_N
-        if columns is not None:
-            written_N = written_AT[columns.places[:2]]
-            row_N, at_N, column_N = (index_N[written_N] for index_N in columns.places)
+        written = written_AT if columns is None else columns.take(written_AT) & columns.real_BC
+        row_N, column_N = written.nonzero(as_tuple=True)
+        at_N = column_N if columns is None else columns.index_BC[row_N, column_N]
         return WrittenDistribution(active.rows_A[row_N], active.start_A[row_N] + at_N, step.logp_BTV[row_N, column_N])
 
-    def _enter(self, active: Active) -> Tensor:
-        """Which rows begin a window or a block, bool (A,): their clock and the memories of the last one begin anew."""
+    def _enter(self, active: Active) -> tuple[Tensor, list[bool]]:
+        """Which rows begin a window or a block, bool (A,), also on the host: their clock and the memories of the last one begin anew."""
         entered_A = active.place_A != self.place_B[active.rows_A]
         self.place_B[active.rows_A] = active.place_A
-        for part in (self.clock.restart, self.stopping.begin, self.memory.forget):
-            part(active.rows_A[entered_A])
-        return entered_A
+        entered = entered_A.tolist()
+        if any(entered):
+            rows_N = active.rows_A if all(entered) else active.rows_A[entered_A]
+            for part in (self.clock.restart, self.stopping.begin, self.memory.forget):
+                part(rows_N)
+        return entered_A, entered
 
-    def _next_move(self, active: Active, entered_A: Tensor, rng: RNG) -> Move:
+    def _next_move(self, active: Active, entered_A: Tensor, entered: list[bool], rng: RNG) -> Move:
         """The next step of every row: a planned rule is asked for its plan when a block begins, and skips steps without a move."""
         rule, sampler, rows_A = self.sampler.rule, self.sampler, active.rows_A
         if isinstance(rule, PlannedRule):
-            entered = [g for g, entered in zip(rng, entered_A.tolist(), strict=True) if entered]
-            self.clock.plan(rule, rows_A[entered_A], active.block_AT[entered_A], entered)
+            if any(entered):
+                chosen = [g for g, one in zip(rng, entered, strict=True) if one]
+                self.clock.plan(rule, rows_A[entered_A], active.block_AT[entered_A], chosen)
             return self.clock.next_planned(rows_A, active.block_AT)
         denoises_all = sampler.revises and not isinstance(sampler.noise, MaskedNoise)
         return self.clock.next(rows_A, active.block_AT | active.beyond_AT if denoises_all else active.block_AT)

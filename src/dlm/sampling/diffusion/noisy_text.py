@@ -15,7 +15,7 @@ from dlm.noise.masked import MaskedNoise
 from dlm.protocols import RNG, NoiseProcess
 from dlm.sampling import windows
 from dlm.sampling.batching import stacked
-from dlm.sampling.draw import uniform
+from dlm.sampling.draw import beside, uniform
 from dlm.trajectory import Canvas
 
 Ends = Literal["block", "text", "cut"]
@@ -27,10 +27,12 @@ same text in fewer forward passes; at once for what stands after it, which is th
 class Active:
     """The windows of the rows with open positions.
 
-    start_A: where each begins; place_A: where the block begins that is worked on, both in the canvas; hole_AT: open positions, block_AT
-    those of that block; given_AT: prompt and suffix; beyond_AT: no part of the text. phase_A: a position at which some block begins.
+    rows: those rows, on the host; start_A: where each begins; place_A: where the block begins that is worked on, both in the canvas;
+    hole_AT: open positions, block_AT those of that block; given_AT: prompt and suffix; beyond_AT: no part of the text.
+    phase_A: a position at which some block begins.
     """
 
+    rows: list[int]
     rows_A: Tensor
     start_A: Tensor
     place_A: Tensor
@@ -68,13 +70,15 @@ class NoisyText:
 
     def active(self, context: int, block_length: int, *, fills_window: bool) -> Active:
         """The windows of the rows with open positions, which carry `context` tokens over."""
-        rows_A = self.open_BL.any(-1).nonzero().squeeze(-1)
+        live = self.open_BL.any(-1).tolist()
+        rows, device = [b for b, one in enumerate(live) if one], self.open_BL.device
+        rows_A = torch.arange(len(live), device=device) if all(live) else torch.tensor(rows, device=device)
         start_A = windows.start(self.open_BL[rows_A], self.window, context)
         canvases = (self.z_BL, self.open_BL, self.given_BL, self.beyond_BL)
         z_AT, hole_AT, given_AT, beyond_AT = (windows.take(x_BL[rows_A], start_A, self.window) for x_BL in canvases)
         phase_A = torch.zeros_like(start_A) if fills_window else self.phase_B[rows_A] - start_A
         block_AT, begin_A = windows.block(hole_AT, block_length, phase_A)
-        return Active(rows_A, start_A, start_A + begin_A, z_AT, hole_AT, block_AT, given_AT, beyond_AT, phase_A)
+        return Active(rows, rows_A, start_A, start_A + begin_A, z_AT, hole_AT, block_AT, given_AT, beyond_AT, phase_A)
 
     def write(self, active: Active, next_AT: Tensor, written_AT: Tensor, done_AT: Tensor) -> None:
         """Put tokens where `written` says and settle positions where `done` says."""
@@ -117,6 +121,6 @@ def prior(canvas: Canvas, noise: NoiseProcess, window: int, rng: RNG) -> Tensor:
     z_BL = torch.full((rows, length + window), noise.mask_id, device=canvas.tokens_BT.device)
     for b in range(rows) if not isinstance(noise, MaskedNoise) else ():  # as many draws as the row is long, whatever its neighbours are
         count = int(canvas.valid_BT[b].sum()) + window
-        z_BL[b, :count] = noise.prior(uniform(rng[b : b + 1], count).to(z_BL.device))[0]
+        z_BL[b, :count] = noise.prior(beside(uniform(rng[b : b + 1], count), z_BL))[0]
     z_BL[:, :length] = torch.where(canvas.given_BT, canvas.tokens_BT, z_BL[:, :length])
     return z_BL

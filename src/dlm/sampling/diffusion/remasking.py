@@ -14,7 +14,7 @@ from torch import Tensor
 from dlm.errors import InputError, in_range
 from dlm.protocols import RNG
 from dlm.sampling.diffusion.protocols import Step
-from dlm.sampling.draw import MAX_SETTING, Draw, pick, ranked, uniform
+from dlm.sampling.draw import MAX_SETTING, Draw, beside, pick, ranked, uniform
 
 KINDS = ("cap", "rescale", "conf", "loop")
 
@@ -54,7 +54,7 @@ class Remask:
         if self.kind == "loop":  # before and after the loop nothing is remasked
             sigma_B = torch.where(alpha_t == alpha_s, sigma_B, 0.0)
         sigma_BT = sigma_B[:, None].expand_as(masked_BT) if self.kind != "conf" else self._least_sure(step, masked_BT) * sigma_B[:, None]
-        token_BT, u_BT = self.draw(step.logp_BTV, rng), uniform(rng, masked_BT.shape[1]).to(step.t_B)
+        token_BT, u_BT = self.draw(step.logp_BTV, rng), beside(uniform(rng, masked_BT.shape[1]), step.t_B)
         masks_B = sigma_B * (self.kind != "conf")  # whose softmax gives masks a sigma of 0
         reveal_B = (alpha_s - (1 - masks_B) * alpha_t) / (1 - alpha_t).clamp(min=1e-12)
         reveal_BT = masked_BT & ((u_BT < reveal_B[:, None]) | (step.s_B == 0)[:, None])

@@ -17,7 +17,7 @@ from dlm.errors import in_range
 from dlm.protocols import RNG
 from dlm.sampling.diffusion.protocols import Rule, Step
 from dlm.sampling.diffusion.unmasking import entropy, within
-from dlm.sampling.draw import MAX_SETTING, Draw, categorical, pick, ranked, uniform
+from dlm.sampling.draw import MAX_SETTING, Draw, beside, categorical, pick, ranked, uniform
 
 PART_NUMBERS = 2**20
 """Probabilities that are worked on at once: those of a window of a large vocabulary take gigabytes, several times over."""
@@ -70,7 +70,7 @@ class PredictorCorrector:
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         below_B = (step.s_B - self.corrector * (step.t_B - step.s_B)).clamp(min=0)
         z_BT = _reverse(step, self.draw, below_B, rng)
-        noised_BT = step.noise.renoise(z_BT, below_B, step.s_B, uniform(rng, z_BT.shape[1]).to(z_BT.device))
+        noised_BT = step.noise.renoise(z_BT, below_B, step.s_B, beside(uniform(rng, z_BT.shape[1]), z_BT))
         return torch.where(step.open_BT, torch.where((step.s_B > 0)[:, None], noised_BT, z_BT), step.z_BT)
 
 
@@ -108,7 +108,7 @@ class EntropyBound:
         entropy_BT = entropy(logp_BTV).masked_fill(~step.open_BT, torch.inf)
         count_B = torch.where(step.left_B == 1, step.open_BT.sum(-1), within(entropy_BT, self.bound))
         keep_BT = ranked(-entropy_BT, step.open_BT, count_B)
-        noise_BT = step.noise.prior(uniform(rng, drawn_BT.shape[1]).to(drawn_BT.device))
+        noise_BT = step.noise.prior(beside(uniform(rng, drawn_BT.shape[1]), drawn_BT))
         return torch.where(step.open_BT, torch.where(keep_BT, drawn_BT, noise_BT), step.z_BT)
 
     def _denoised(self, step: Step, rounds: int = 8) -> Tensor:

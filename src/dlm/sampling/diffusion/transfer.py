@@ -17,7 +17,7 @@ from dlm.errors import InputError, in_range
 from dlm.protocols import RNG
 from dlm.sampling.diffusion.protocols import Step
 from dlm.sampling.diffusion.unmasking import share
-from dlm.sampling.draw import MAX_SETTING, Draw, categorical, pick, uniform
+from dlm.sampling.draw import MAX_SETTING, Draw, beside, categorical, pick, uniform
 
 FIRST_TIME, LAST_TIME = 1.0, 1e-3  # Dream's clock runs from t = 1 to its eps
 
@@ -44,10 +44,10 @@ def _kept(step: Step) -> Tensor:
     """s / t of Dream's clock, float32 (B,)."""
     steps_B = torch.as_tensor(step.steps, device=step.left_B.device).expand_as(step.left_B)
     kept = []
-    for steps, left in zip(steps_B.tolist(), step.left_B.tolist(), strict=True):
+    for steps, left in torch.stack([steps_B, step.left_B], -1).tolist():
         t_N = torch.linspace(FIRST_TIME, LAST_TIME, steps + 1)
         kept.append(t_N[steps - left + 1] / t_N[steps - left])
-    return torch.stack(kept).to(step.left_B.device)
+    return beside(torch.stack(kept), step.left_B)
 
 
 QUOTAS: dict[str, Callable[[Step], Tensor]] = {"even": even, "rounded": rounded, "by-time": by_time}
@@ -95,7 +95,7 @@ class Transfer:
             token_BT = self.draw(logp_BTV, rng)
         score_BT = self._score(logp_BTV, token_BT, rng)
         if self.score_temperature:  # the greatest of scores with Gumbel noise: a draw without replacement
-            u_BT = uniform(rng, step.z_BT.shape[1]).to(step.z_BT.device)
+            u_BT = beside(uniform(rng, step.z_BT.shape[1]), step.z_BT)
             score_BT = score_BT.double() / self.score_temperature - (-u_BT.log()).log()
         best_BT = best(score_BT, step, self._count(step))
         return torch.where(best_BT, token_BT, step.z_BT)
@@ -107,7 +107,7 @@ class Transfer:
     def _score(self, logp_BTV: Tensor, token_BT: Tensor, rng: RNG) -> Tensor:
         """Finite, so that a token of confidence 0 comes before no token at all (B, T)."""
         if self.score == "random":
-            return uniform(rng, token_BT.shape[1]).to(token_BT.device)
+            return beside(uniform(rng, token_BT.shape[1]), token_BT)
         if self.score == "order":
             return -torch.arange(token_BT.shape[1], device=token_BT.device).double().expand(token_BT.shape)
         if self.score == "margin":
@@ -130,7 +130,7 @@ class Origin:
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         chance_B = torch.where(step.left_B == 1, 1.0, 1 - _kept(step))
-        u_BT = uniform(rng, step.z_BT.shape[1]).to(step.z_BT.device)
+        u_BT = beside(uniform(rng, step.z_BT.shape[1]), step.z_BT)
         return torch.where(step.open_BT & (u_BT < chance_B[:, None]), self.draw(step.logp_BTV, rng), step.z_BT)
 
 
@@ -159,8 +159,8 @@ def best(score_BT: Tensor, step: Step, count_B: Tensor) -> Tensor:
     if columns is not None:  # where they stand decides among equals
         score_BT = columns.put(score_BT.new_full((len(score_BT), columns.width), -torch.inf), score_BT)
     best_BT = torch.zeros_like(score_BT, dtype=torch.bool)
-    for row, count in enumerate(count_B.tolist()):
-        length = score_BT.shape[1] if step.valid_BT is None else int(step.valid_BT[row].sum())
+    length_B = torch.full_like(count_B, score_BT.shape[1]) if step.valid_BT is None else step.valid_BT.sum(-1)
+    for row, (count, length) in enumerate(torch.stack([count_B, length_B], -1).tolist()):
         best_BT[row, score_BT[row, :length].topk(count).indices] = True
     return (best_BT if columns is None else columns.take(best_BT)) & step.open_BT
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dlm.errors import InputError, in_range
 from dlm.protocols import RNG
 from dlm.sampling.diffusion.protocols import Step
-from dlm.sampling.draw import MAX_SETTING, Draw, pick, ranked, uniform
+from dlm.sampling.draw import MAX_SETTING, Draw, beside, pick, ranked, uniform
 
 
 def entropy(logp_BTV: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Ancestral:
 
     def plan(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> tuple[Tensor, Tensor]:
         """First step whose alpha exceeds a uniform draw; all that is left goes in the last step."""
-        u_BT = uniform(rng, open_BT.shape[1]).to(alphas_N)
+        u_BT = beside(uniform(rng, open_BT.shape[1]), alphas_N)
         return torch.searchsorted(alphas_N, u_BT, right=True).clamp(max=len(alphas_N) - 1), torch.full_like(u_BT, torch.nan)
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
@@ -69,7 +69,7 @@ class FirstHitting:
 
     def plan(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> tuple[Tensor, Tensor]:
         """The order of uniform draws, and the draws themselves."""
-        u_BT = uniform(rng, open_BT.shape[1]).to(alphas_N)
+        u_BT = beside(uniform(rng, open_BT.shape[1]), alphas_N)
         return u_BT.masked_fill(~open_BT, 2.0).argsort(-1).argsort(-1), u_BT
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
