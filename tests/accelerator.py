@@ -390,6 +390,7 @@ def install(mode: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.amp.autocast_mode.autocast, "__init__", on_cpu)
     monkeypatch.setattr(torch.Tensor, "_make_subclass", staticmethod(make_subclass))
     monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "CPU tensors")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: mode._wait("read", "synchronize"))
     monkeypatch.setattr(threading.Thread, "run", in_thread)
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda")
