@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from torch import Tensor
 
 from bases import publish, transformer
 from dlm.errors import InputError
-from dlm.language_model import load
+from dlm.language_model import load, official
+from dlm.language_model.options import DecodingOptions
 from dlm.models.pattern import reading
+from dlm.sampling.draw import generators
+from dlm.trajectory import Canvas
+from dlm.workflows.verify import Verified, verify
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NEAR = 3e-5
@@ -199,3 +204,114 @@ def test_sentencepiece_alone_is_not_read(tmp_path: Path) -> None:
     (directory / "tokenizer.model").write_bytes(b"")
     with pytest.raises(InputError, match=r"put the tokenizer\.json of the model beside it"):
         load(str(directory))
+
+
+def plain_fast_dllm(prompt: list[int], blocks: int, size: int, small: int, threshold: float, stop: int = -1) -> tuple[list[int], int]:
+    """Fast-dLLM v2's `generate` over transformers' network, without caches: the ids that it returns, and its forward passes that write."""
+    mask_id, passes = 277, 0
+
+    def rows(ids: list[int]) -> Tensor:
+        nonlocal passes
+        passes += 1
+        logits_TV = logits_of(oracle(), torch.tensor([ids]), by_blocks(len(ids), size))[0]
+        logits_TV[:, mask_id:] = -torch.inf
+        return logits_TV
+
+    def ended(ids: list[int]) -> bool:
+        new = ids[len(prompt) :]
+        return stop in new and mask_id not in new[: new.index(stop)]
+
+    ids = [*prompt, int(rows(prompt)[-1].argmax())] if len(prompt) % size == 0 else [*prompt]
+    for _ in range(blocks):
+        ids += [mask_id] * (size - len(ids) % size)
+        begin = len(ids) - size
+        for start in range(begin, begin + size, small):
+            while mask_id in ids[start : start + small] and not ended(ids):
+                logits_TV = rows(ids)
+                shifted_TV = torch.cat([logits_TV[:1], logits_TV[:-1]])
+                sure_N, token_N = shifted_TV[start : start + small].softmax(-1).max(-1)
+                due_N = torch.tensor([token == mask_id for token in ids[start : start + small]])
+                sure_N = sure_N.masked_fill(~due_N, -1.0)
+                for place in {int(sure_N.argmax()), *(sure_N > threshold).nonzero().flatten().tolist()}:
+                    ids[start + place] = int(token_N[place])
+        if ended(ids):
+            break
+        ids.append(int(rows(ids)[-1].argmax()))
+    new = ids[len(prompt) :]
+    return [*prompt, *(new[: new.index(stop) + 1] if stop in new else new)], passes
+
+
+@pytest.mark.parametrize("prompt", [[5, 9, 100, 27, 3], [5, 9, 100, 27], [7]], ids=["in a block", "whole blocks", "one token"])
+@pytest.mark.parametrize(("size", "small", "threshold"), [(4, 4, 1.0), (8, 4, 0.3), (8, 2, 0.9)])
+def test_fast_dllm_against_a_plain_loop(tmp_path: Path, prompt: list[int], size: int, small: int, threshold: float) -> None:
+    lm = load(str(fast_dllm(tmp_path, size)))
+    settings = {"max_new_tokens": 3 * size, "block_size": size, "small_block_size": small, "threshold": threshold, "stop_token": 287}
+    expected, passes = plain_fast_dllm(prompt, 3, size, small, threshold)
+    plan = official.plan(lm, settings)
+    canvas = Canvas.from_rows([[*prompt, *[None] * plan.room(len(prompt))]], fill=lm.tokenizer.mask_id)
+    *_, last = plan.sampler.steps(canvas, rng=generators(0, 1))
+    assert last.tokens_BT[0].tolist() == expected
+    assert last.forwards == passes
+    stop = expected[len(prompt) + size + 1]  # in the second block
+    cases = {"cases": [{"name": "stops", "settings": settings | {"stop_token": stop}, "prompt_ids": [prompt]}]}
+    cases["cases"][0]["output_ids"] = [plain_fast_dllm(prompt, 3, size, small, threshold, stop)[0]]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    (found,) = verify(lm, tmp_path / "cases.json").cases
+    assert found.equal
+    assert isinstance(found, Verified)
+    assert found.forwards == plain_fast_dllm(prompt, 3, size, small, threshold, stop)[1]
+
+
+def test_fast_dllm_writes_what_a_plain_loop_writes(tmp_path: Path) -> None:
+    test_fast_dllm_against_a_plain_loop(tmp_path, [5, 9, 100, 27, 3], 8, 4, 0.3)
+    lm = load(str(tmp_path / "model"))
+    settings: dict[str, Any] = {"sampler": "fast-dllm:0.3:4", "max_new_tokens": 12, "temperature": 0.0}
+    (generation,) = lm.generate([[5, 9, 100, 27, 3]], **settings)
+    expected, _ = plain_fast_dllm([5, 9, 100, 27, 3], 2, 8, 4, 0.3)
+    ids = [token for token in generation.trajectory.current_BT[0].tolist() if token != lm.tokenizer.mask_id]
+    assert expected[: len(ids)] == ids
+
+
+def plain_p2(prompt: list[int], new: int, steps: int) -> tuple[list[int], int]:
+    """Open-dLLM's `p2` at temperature 0 over transformers' network read fully: ids and forward passes."""
+    mask_id, passes, ids = 277, 0, torch.tensor([*prompt, *[277] * new])
+    fixed_T = ids != mask_id
+    for i in range(steps):
+        masked_T = ids == mask_id
+        if not bool(masked_T.any()):
+            break
+        logits_TV = logits_of(oracle(), ids[None], torch.ones(len(ids), len(ids), dtype=torch.bool))[0]
+        logits_TV[:, mask_id:] = -torch.inf
+        sure_T, token_T = torch.cat([logits_TV[:1], logits_TV[:-1]]).softmax(-1).max(-1)
+        passes += 1
+        least = sure_T.masked_fill(fixed_T, torch.inf).argsort()[: int(torch.tensor(float(new)) * (1 - (i + 1) / steps))]
+        again_T = torch.zeros_like(masked_T).index_fill(0, least, True)
+        ids = torch.where(again_T, mask_id, torch.where(masked_T, token_T, ids))
+    return ids.tolist(), passes
+
+
+@pytest.mark.parametrize("steps", [3, 7, 16, 24])
+def test_p2_against_a_plain_loop(tmp_path: Path, steps: int) -> None:
+    lm, prompt = load(str(qwen2(tmp_path)), family="open-dcoder"), [5, 9, 100, 27, 3]
+    expected, passes = plain_p2(prompt, 16, steps)
+    case = {"name": "p2", "settings": {"alg": "p2", "steps": steps, "max_new_tokens": 16}, "prompt_ids": [prompt], "output_ids": [expected]}
+    (tmp_path / "cases.json").write_text(json.dumps({"cases": [case], "eos_id": 287}))
+    lm.defaults["eos_token_id"] = []
+    (found,) = verify(lm, tmp_path / "cases.json").cases
+    assert found.equal
+    assert isinstance(found, Verified)
+    assert found.forwards == passes
+
+
+def test_p2_writes_what_a_plain_loop_writes(tmp_path: Path) -> None:
+    """A token that was written is masked again in some step; the reference's settings are those of the preset."""
+    test_p2_against_a_plain_loop(tmp_path, 7)
+    lm, prompt = load(str(tmp_path / "model"), family="open-dcoder"), [5, 9, 100, 27, 3]
+    lm.defaults["eos_token_id"] = []
+    (generation,) = lm.generate([prompt], steps=16, temperature=0.0, max_new_tokens=16, preset="official")
+    assert generation.trajectory.current_BT[0].tolist() == plain_p2(prompt, 16, 16)[0]
+    seen = [frame.tokens_BT[0].tolist() for frame in lm.stream([prompt], steps=16, temperature=0.0, max_new_tokens=16)]
+    again = [place for one, other in pairwise(seen) for place in range(21) if one[place] != 277 == other[place]]
+    assert again
+    plan = lm.resolve(DecodingOptions())
+    assert (plan.word, plan.steps, plan.draw.temperature, plan.draw.top_k) == ("p2", 128, 0.5, 200)

@@ -29,8 +29,8 @@ from formats.test_gguf import interleave
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NEAR = 3e-5  # of logits from those of the reference
-MASKS = {"llada": 277, "dream": 276}
-OF_FAMILY: dict[str, Names] = {"llada": llada.NAMES, "dream": huggingface.NAMES}
+MASKS = {"llada": 277, "dream": 276, "a2d_qwen2": 277, "sdar": 277}
+OF_FAMILY: dict[str, Names] = {"llada": llada.NAMES, **dict.fromkeys(("dream", "a2d_qwen2", "sdar"), huggingface.NAMES)}
 SIZES = {  # of Dream's config.json and of LLaDA's
     "embedding_length": ("hidden_size", "d_model"),
     "block_count": ("num_hidden_layers", "n_layers"),
@@ -47,10 +47,17 @@ def write(name: str, path: Path, quantization: str = "F32", **changes: Any) -> P
 
     config = json.loads((GOLDEN / name / "config.json").read_text())
     sizes = {key: config.get(keys[0], config.get(keys[1])) for key, keys in SIZES.items()}
-    settings = {"shift": False if name == "llada" else None, "mask": MASKS[name], "causal": False, "permute": name == "llada"} | changes
+    settings: dict[str, Any] = {
+        "shift": False if name == "llada" else None,
+        "mask": MASKS[name],
+        "causal": False,
+        "permute": name == "llada",
+    } | changes
     writer = gguf.GGUFWriter(path, settings.get("arch", name))
     for key, value in sizes.items():
         getattr(writer, f"add_{key}")(value)
+    if "head_dim" in config:
+        writer.add_key_length(config["head_dim"])
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_causal_attention(settings["causal"])
@@ -114,6 +121,18 @@ def test_a_file_is_the_checkpoint_that_it_was_made_of(name: str, tmp_path: Path)
     assert lm.tokenizer.pieces() == base.tokenizer.pieces()
     assert lm.prompt_ids("the") == base.prompt_ids("the")
     assert lm.name == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "family", "key"), [("a2d_qwen2", "qwen2", "open-dcoder", "logits"), ("sdar", "qwen3", "i-dlm", "causal_logits")]
+)
+def test_a_plain_file_is_read_as_of_a_family_by_name(name: str, arch: str, family: str, key: str, tmp_path: Path) -> None:
+    numbers, file = golden(name), write(name, tmp_path / "tiny.gguf", arch=arch)
+    assert apart(load(str(file), family=family).logits(numbers["input_ids"]), numbers[key]) < NEAR
+    with pytest.raises(InputError, match=f"is a GGUF file of a {arch} model: the family diffullama is one of a llama file"):
+        load(str(file), family="diffullama")
+    with pytest.raises(InputError, match="the family sdar has no GGUF form"):
+        load(str(file), family="sdar")
 
 
 def test_it_writes_what_the_reference_writes(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def outside(one: Parameter) -> Iterator[float]:
     yield float("nan")
 
 
-@pytest.mark.parametrize("info", [one for one in RULES if one.reference and one.parameters[0].kind is str], ids=identity)
+@pytest.mark.parametrize("info", [one for one in RULES if one.reference and one.parameters and one.parameters[0].kind is str], ids=identity)
 def test_words_of_a_reference(info: SamplerInfo) -> None:
     words = ("origin", "maskgit_plus", "topk_margin", "entropy") if info.name == "dream" else ("low_confidence", "random")
     assert len({repr(made(info, f"{info.name}:{word}")) for word in words}) == len(words)

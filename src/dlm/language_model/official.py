@@ -14,21 +14,42 @@ from dlm.models.step_number import StepNumber
 from dlm.sampling.diffusion.blockwise import FirstAlone, Surest, Tempered
 from dlm.sampling.diffusion.guidance import ClassifierFree
 from dlm.sampling.diffusion.loop import DiffusionSampler
+from dlm.sampling.diffusion.p2 import PathPlanning
 from dlm.sampling.diffusion.protocols import Rule
 from dlm.sampling.diffusion.transfer import Transfer, dream, reference
 from dlm.sampling.diffusion.unmasking import Threshold
 from dlm.sampling.draw import Draw
 
 Settings = Mapping[str, Any]
-OF_FAMILY = {"sdar": "sdar", "tiny-diffusion": "tiny"}  # references of families whose default sampler has another name
+OF_FAMILY = {
+    "sdar": "sdar",
+    "open-dcoder": "open-dcoder",
+    "tiny-diffusion": "tiny",
+}  # references of families whose default sampler has another name
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A sampler and how many tokens it is to write."""
+    """A sampler and how many tokens it is to write.
+
+    whole_blocks: the reference writes up to the end of a block of this length and cuts the text afterwards; 0: it writes no more.
+    ends: tokens after the first of which it cuts the text.
+    """
 
     sampler: DiffusionSampler
     max_new_tokens: int
+    whole_blocks: int = 0
+    ends: frozenset[int] = frozenset()
+
+    def room(self, prompt: int) -> int:
+        """Positions after a prompt of so many tokens."""
+        total = prompt + self.max_new_tokens
+        return total - prompt + (-total % self.whole_blocks if self.whole_blocks else 0)
+
+    def cut(self, new: list[int]) -> list[int]:
+        """The tokens after a prompt that the reference returns."""
+        new = new[: self.max_new_tokens]
+        return next((new[: at + 1] for at, token in enumerate(new) if token in self.ends), new)
 
 
 def plan(model: Model, settings: Settings, name: str = "") -> Plan:
@@ -146,6 +167,41 @@ def _tiny(model: Model, settings: Settings) -> Plan:
     return Plan(replace(sampler, denoiser=StepNumber(model.denoiser, steps)), length - settings["context_len"])
 
 
+def _open_dcoder(model: Model, settings: Settings) -> Plan:
+    """pengzhangzhi/Open-dLLM `generation_utils.py`: p2, or one of Dream's algorithms."""
+    if settings["alg"] != "p2":
+        return _dream(model, settings)
+    draw = Draw(settings["temperature"], settings["top_k"] or 0, settings["top_p"] or 1.0)
+    return Plan(_whole(model, settings, PathPlanning(draw)), settings["max_new_tokens"])
+
+
+@dataclass(frozen=True)
+class WholeBlocks(Plan):
+    """The reference fills so many blocks, the first of which begins with the end of the prompt, and adds the token after the last one."""
+
+    length: int = 32
+
+    def room(self, prompt: int) -> int:
+        """As of `Plan`."""
+        return (prompt // self.length + self.max_new_tokens // self.length) * self.length + 1 - prompt
+
+    def cut(self, new: list[int]) -> list[int]:
+        """As of `Plan`."""
+        return next((new[: at + 1] for at, token in enumerate(new) if token in self.ends), new)
+
+
+def _fast_dllm(model: Model, settings: Settings) -> Plan:
+    """Fast-dLLM v2's `generate`, without its caches, which are exact."""
+    length, draw = settings["block_size"], Draw(settings["temperature"], 0, settings["top_p"])
+    if not (model.is_causal and model.config.shift):
+        raise InputError(f"{model.name} does not predict the next token block by block: fast-dllm cannot be its reference")
+    surest = Surest(settings["threshold"], above=True, narrowed=True, draw=draw)
+    whole = _whole(model, {"steps": 1}, FirstAlone(surest, settings["small_block_size"]))
+    sampler = replace(whole, denoiser=by_blocks(model, length), block_length=length, sees_ahead=False, block_phase="zero")
+    ends = model.stops if settings["stop_token"] is None else frozenset({settings["stop_token"]})
+    return WholeBlocks(replace(sampler, stops=ends), settings["max_new_tokens"], ends=ends, length=length)
+
+
 DLLM = {"steps": 128, "max_new_tokens": 128, "block_size": 32, "temperature": 0.0, "cfg_scale": 0.0, "remasking": "low_confidence"}
 REFERENCES: dict[str, tuple[Callable[[Model, Settings], Plan], dict[str, Any]]] = {
     "llada": (
@@ -190,6 +246,23 @@ REFERENCES: dict[str, tuple[Callable[[Model, Settings], Plan], dict[str, Any]]] 
     "nemotron": (
         _nemotron,
         {"max_new_tokens": 512, "block_length": 32, "threshold": None, "causal_context": True, "temperature": 0.0},
+    ),
+    "open-dcoder": (
+        _open_dcoder,
+        {"alg": "entropy", "steps": 512, "eps": 1e-3, "max_new_tokens": 128, "temperature": 0.0, "top_p": None, "top_k": None}
+        | {"alg_temp": None},
+    ),
+    "fast-dllm": (
+        _fast_dllm,
+        {
+            "max_new_tokens": 512,
+            "block_size": 32,
+            "small_block_size": 8,
+            "threshold": 1.0,
+            "temperature": 0.0,
+            "top_p": 0.95,
+            "stop_token": None,
+        },
     ),
     "tiny": (
         _tiny,

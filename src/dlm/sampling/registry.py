@@ -402,6 +402,13 @@ BUILT_IN: tuple[SamplerInfo, ...] = (
         reference=True,
     ),
     SamplerInfo(
+        "p2",
+        "masked",
+        "dlm.sampling.diffusion.p2:PathPlanning",
+        "Reference of open-dcoder: all positions drawn anew, the least probable masked, fewer each step.",
+        reference=True,
+    ),
+    SamplerInfo(
         "tiny-topk",
         "masked",
         _tiny_topk,

@@ -92,9 +92,10 @@ def _run(lm: LanguageModel, case: Mapping[str, Any], data: Mapping[str, Any], na
     rows, padding = _prompts(case)
     padding |= {int(data[key]) for key in ("pad_id", "eos_id") if data.get(key) is not None}
     plan = official.plan(lm, case["settings"], case.get("sampler", ""))
-    canvas = Canvas.from_rows([[*lm.known(row), *[None] * plan.max_new_tokens] for row in rows], fill=lm.tokenizer.mask_id)
+    canvas = Canvas.from_rows([[*lm.known(row), *[None] * plan.room(len(row))] for row in rows], fill=lm.tokenizer.mask_id)
     *_, last = plan.sampler.steps(canvas.to(lm.network.device), rng=generators(0, len(rows)))
-    found = [_written(last.tokens_BT[b][: len(row) + plan.max_new_tokens].tolist(), lm.tokenizer.mask_id) for b, row in enumerate(rows)]
+    written = [_written(last.tokens_BT[b][: len(row) + plan.room(len(row))].tolist(), lm.tokenizer.mask_id) for b, row in enumerate(rows)]
+    found = [[*row, *plan.cut(ids[len(row) :])] for ids, row in zip(written, rows, strict=True)]
     expected = [_unpadded(one, row, padding) for one, row in zip(case["output_ids"], rows, strict=True)]
     at = [_first_difference(one[len(row) :], other, padding) for one, other, row in zip(found, expected, rows, strict=True)]
     return Verified(name, max(at) < 0, found, last.forwards, max(at))

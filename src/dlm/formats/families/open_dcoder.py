@@ -19,5 +19,5 @@ OPEN_DCODER = Family(
     base="qwen2",
     shift=True,
     stop_texts=("<|im_end|>",),
-    preset={"sampler": "dream:maskgit_plus", "steps": 128, "temperature": 0.5},
+    preset={"sampler": "p2", "steps": 128, "temperature": 0.5, "top_k": 200},
 )

@@ -27,7 +27,17 @@ from dlm.sampling.diffusion.columns import Columns
 from dlm.sampling.diffusion.constraints import WindowedConstraint
 from dlm.sampling.diffusion.network_call import NetworkCall
 from dlm.sampling.diffusion.noisy_text import Active, Ends, NoisyText
-from dlm.sampling.diffusion.protocols import Cache, CachePolicy, CheckingRule, Constraint, Guidance, PlannedRule, Rule, Step
+from dlm.sampling.diffusion.protocols import (
+    Cache,
+    CachePolicy,
+    CheckingRule,
+    Constraint,
+    EditingRule,
+    Guidance,
+    PlannedRule,
+    Rule,
+    Step,
+)
 from dlm.sampling.diffusion.rule_memory import RuleMemory
 from dlm.sampling.diffusion.stopping import Stopping
 from dlm.sampling.diffusion.unmasking import Ancestral
@@ -43,6 +53,7 @@ class DiffusionSampler:
 
     until_settled: end a block once no token has changed for so many steps; 0 takes all of them.
     block_length: fill a window block by block from left to right, each with its share of the budget; 0 takes it whole.
+    each_block: every block has the whole budget instead.
     fills_window: whether the network reads noise up to the end of the window, as in training; else it reads the text alone, `budget` are
     the steps of all that a row writes, and `window` is only a limit.
     block_phase: where blocks begin, at multiples of their length from `zero`, or at the first position that a row writes (`prompt`).
@@ -68,6 +79,7 @@ class DiffusionSampler:
     block_phase: str = "zero"
     stops: frozenset[int] = frozenset()
     ends: Ends = "text"
+    each_block: bool = False
 
     def __post_init__(self) -> None:
         in_range(self.budget, 1, MAX_STEPS, "steps")
@@ -100,6 +112,8 @@ class DiffusionSampler:
     def steps_of(self, canvas: Canvas) -> Tensor:
         """Steps of a block of each row, int64 (B,)."""
         count_B, block_length = canvas.free_BT.sum(-1), self.block_length or self.window
+        if self.each_block:
+            return torch.full_like(count_B, self.budget)
         if self.fills_window:
             return torch.full_like(count_B, -(-self.budget * block_length // self.window))
         blocks_B = -(-count_B // block_length).clamp(max=-1)
@@ -233,7 +247,8 @@ class DiffusionRun:
         logits, shadow_ATV = self.network(active, entered_A, seen_A, columns, self._described(active))
         self.forwards += 1
         z, open_ = (z_AT, move.at_AT) if columns is None else (columns.take(z_AT), columns.real_BC)
-        logp = noise.log_probs(logits, z, move.t_A)
+        hidden = torch.where(open_, noise.mask_id, z) if isinstance(sampler.rule, EditingRule) else z
+        logp = noise.log_probs(logits, hidden, move.t_A)
         if self.constraint is not None:
             logp = self.constraint.narrow(logp, active, columns)
         kept, valid_AT = self.memory.of(active.rows_A, columns), ~active.beyond_AT
@@ -258,6 +273,8 @@ class DiffusionRun:
         rule = self.sampler.rule
         if rule.revises:
             done_A = self.stopping(active.rows_A, step, next_AT, active.block_AT)
+            if isinstance(rule, EditingRule):
+                done_A = done_A | rule.done(step, next_AT)
             return at_AT, active.block_AT & done_A[:, None]
         written_AT = at_AT & (next_AT != step.noise.mask_id)
         waits = getattr(rule, "waits", False) and not bool(step.logp_BTV.isnan().any())

@@ -94,6 +94,19 @@ class CheckingRule(Rule, Protocol):
     checks: ClassVar[bool]
 
 
+@runtime_checkable
+class EditingRule(Rule, Protocol):
+    """A rule that may replace tokens of its block by better ones, and knows when the block is done.
+
+    `Step.logp_BTV` of an open position that is written is the network's own prediction there, not the certainty of its token.
+    """
+
+    edits: ClassVar[bool]
+
+    def done(self, step: Step, next_BT: Tensor) -> Tensor:
+        """Whether the block of each row stays as it is now, bool (B,)."""
+
+
 @dataclass(frozen=True)
 class View:
     """The input of a cache policy: the rows that move now.
