@@ -214,7 +214,7 @@ NOISES: dict[str, dict[str, Any]] = {
 def model(kind: str = "masked", context: int = 5, **changes: Any) -> LanguageModel:
     """kind: a noise, or `autoregressive`."""
     attention = {"attention": "causal" if kind == "autoregressive" else "full"}
-    made = network(0.4, **(attention | changes))
+    made = network(0.4, **(attention | changes)).double()  # in float32 the shape of a product decides between probabilities near 1
     with torch.no_grad():
         made.head.weight *= 2  # a network with opinions: the text depends on what is read
     noise, objective = NOISES.get(kind, NOISES["masked"]), kind if kind == "autoregressive" else "diffusion"

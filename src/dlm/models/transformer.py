@@ -19,6 +19,7 @@ from dlm.models.cache import KVCache, RaggedCache, TextCache, WindowCache
 from dlm.models.config import TransformerConfig
 from dlm.models.convolution import Neighbours, neighbours, offsets
 from dlm.models.experts import make_block
+from dlm.models.last_block import blocks_at, pick
 
 
 class Attends(NamedTuple):
@@ -158,7 +159,9 @@ class Transformer(nn.Module):
             x_BQD = F.rms_norm(x_BQD, x_BQD.shape[-1:], eps=self.config.norm_eps)
         cos, sin = self.rotary(pos_BQ)
         near = self._neighbours(attends, cache) if self.taps else None
-        x_BQD = self.blocks(self.dropout(x_BQD), ForwardPass(cos, sin, mask, is_causal, cache, mask_tokens, near))
+        forward_pass = ForwardPass(cos, sin, mask, is_causal, cache, mask_tokens, near)
+        at_BC = index_BC if logits and states is None and pattern != "clean" else None
+        x_BQD = blocks_at(self.blocks, self.dropout(x_BQD), forward_pass, at_BC)
         if isinstance(cache, KVCache | RaggedCache):
             cache.advance(z_BQ.shape[1])
         if pattern == "clean":
@@ -169,7 +172,7 @@ class Transformer(nn.Module):
         if states is not None:
             states.append(self.norm(x_BQD))
         if index_BC is not None:
-            x_BQD, at_BQ = x_BQD.gather(1, index_BC[..., None].expand(-1, -1, x_BQD.shape[-1])), None
+            x_BQD, at_BQ = pick(x_BQD, index_BC) if at_BC is None else x_BQD, None
         return self._logits(x_BQD, at_BQ)
 
     def _logits(self, x_BQD: Tensor, at_BQ: Tensor | None) -> Tensor:
