@@ -23,6 +23,7 @@ QUICK = {
     "model_schedules": ["--quick"],
     "noise": ["steps", "--quick"],
     "samplers": ["--quick"],
+    "sampling": ["--quick"],
     "scaling": ["--quick"],
     "seams": ["--quick"],
     "threads": ["--quick"],
