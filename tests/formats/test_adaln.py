@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dlm
+from accelerator import Accelerator
 from conftest import Dlm
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel
@@ -285,6 +286,18 @@ def test_approximate_caches_and_the_samplers_of_masks(dlm: Dlm) -> None:
             assert len(json.loads(out.splitlines()[-1])["text"].split()) == 12
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_on_an_accelerator_it_writes_the_same_and_the_network_never_waits(name: str, request: pytest.FixtureRequest) -> None:
+    here = load(name).generate("17 3 99", max_new_tokens=9, steps=4).text
+    gpu: Accelerator = request.getfixturevalue("gpu")
+    lm = load(name)
+    lm.network.to("cuda")
+    gpu.syncs.clear()
+    assert lm.generate("17 3 99", max_new_tokens=9, steps=4).text == here
+    assert gpu.syncs
+    assert not [sync for sync in gpu.syncs if "models/adaln" in sync.where]
+
+
 def test_blocks_against_a_cache_are_those_without() -> None:
     lm = load("bd3lm")
     cached, plain = (lm.generate("17 3", max_new_tokens=30, seed=1, cache=cache) for cache in (True, False))
@@ -357,8 +370,10 @@ def test_other_numbers_and_other_files_are_told(dlm: Dlm, tmp_path: Path) -> Non
         assert message in dlm.told("verify", str(GOLDEN / "duo"), "--cases", str(path))
     path.write_text("{}")
     assert "is no safetensors file" in dlm.told("verify", str(GOLDEN / "duo"), "--cases", str(path))
-    cases = str(GOLDEN / "llada" / "generations.json")
-    assert "compare the logits and losses of the reference" in dlm.told("verify", str(GOLDEN / "duo"), "--cases", cases)
+    cases = json.loads((GOLDEN / "llada" / "generations.json").read_text())
+    for case, message in (({}, "compare the logits and losses of the reference"), ({"sampler": "dream"}, "has no masks for dream to fill")):
+        (tmp_path / "cases.json").write_text(json.dumps({"cases": [cases["cases"][0] | case]}))
+        assert message in dlm.told("verify", str(GOLDEN / "duo"), "--cases", str(tmp_path / "cases.json"))
 
 
 def edited(tmp_path: Path, name: str, **changes: Any) -> LanguageModel:

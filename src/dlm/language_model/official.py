@@ -11,6 +11,7 @@ from dlm.language_model.protocols import Model
 from dlm.language_model.samplers import by_blocks
 from dlm.models.pattern import reading
 from dlm.models.step_number import StepNumber
+from dlm.noise.masked import MaskedNoise
 from dlm.sampling.diffusion.blockwise import FirstAlone, Surest, Tempered
 from dlm.sampling.diffusion.guidance import ClassifierFree
 from dlm.sampling.diffusion.loop import DiffusionSampler
@@ -64,6 +65,8 @@ def plan(model: Model, settings: Settings, name: str = "") -> Plan:
             f"{model.name} has no reference sampler here that draws nothing at random (known: {', '.join(REFERENCES)}): "
             "compare the logits and losses of the reference, as a .safetensors file"
         )
+    if not isinstance(model.noise, MaskedNoise):
+        raise InputError(f"{model.name} has no masks for {name} to fill: compare the logits and losses of its own reference")
     make, defaults = REFERENCES[name]
     if strange := [key for key in settings if key not in defaults]:
         raise InputError(f"{name} has no setting {strange[0]!r}; it has: {', '.join(defaults)}")
