@@ -86,6 +86,13 @@ def test_nemotron_reads_text_causally_and_a_block_fully() -> None:
     assert isinstance(lm.denoiser, AfterText)
     assert apart(first_BTV[:, 8], numbers["causal_logits"][:, 7]) < NEAR
     assert apart(first_BTV[:, 9:], numbers["causal_8_then_a_block_of_4_logits"][:, 9:]) < NEAR
+    index_BC, at_BT = torch.tensor([[8, 10], [9, 11]]), torch.zeros(2, 12, dtype=torch.bool)
+    picked_BCV = AfterText(lm.network)(z_BT, begin_B1=begin_B1, index_BC=index_BC)
+    at_BT = at_BT.scatter(1, index_BC, value=True)
+    asked_BTV = AfterText(lm.network)(z_BT, begin_B1=begin_B1, at_BQ=at_BT)
+    for row, places in enumerate(index_BC.tolist()):
+        assert apart(picked_BCV[row], first_BTV[row, places]) < NEAR
+        assert apart(asked_BTV[row, places], first_BTV[row, places]) < NEAR
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "original_max_position_embeddings": 16384}

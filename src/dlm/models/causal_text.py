@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from dlm.models.transformer import Transformer
@@ -19,15 +20,30 @@ class AfterText:
 
     network: Transformer
     reads_begin: ClassVar[bool] = True  # begin_B1
+    picks: ClassVar[bool] = True  # index_BC
 
     def __call__(
-        self, z_BQ: Tensor, t_B: Tensor | None = None, *, begin_B1: Tensor | None = None, at_BQ: Tensor | None = None, **how: Any
+        self,
+        z_BQ: Tensor,
+        t_B: Tensor | None = None,
+        *,
+        begin_B1: Tensor | None = None,
+        at_BQ: Tensor | None = None,
+        index_BC: Tensor | None = None,
+        **how: Any,
     ) -> Tensor:
-        """Logits (B, Q, V). begin_B1: where the block of each row begins; without it the whole text is one; at_BQ as of `Transformer`."""
+        """Logits (B, Q, V), or (B, C, V) at index_BC. begin_B1: where the block of each row begins; without it the whole text is one.
+
+        at_BQ and index_BC as of `Transformer.forward`.
+        """
         if begin_B1 is None:
-            whole_BQV: Tensor = self.network(z_BQ, t_B, at_BQ=at_BQ, **how)
+            whole_BQV: Tensor = self.network(z_BQ, t_B, at_BQ=at_BQ, index_BC=index_BC, **how)
             return whole_BQV
         before_B1 = (begin_B1 - 1).clamp(min=0)
+        if index_BC is not None:
+            index_BC = torch.where(index_BC == begin_B1, before_B1, index_BC)
+            picked_BCV: Tensor = self.network(z_BQ, t_B, begin_B1=begin_B1, index_BC=index_BC, **how)
+            return picked_BCV
         if at_BQ is not None:
             at_BQ = at_BQ.scatter(1, before_B1, at_BQ.gather(1, before_B1) | at_BQ.gather(1, begin_B1))
         logits_BQV: Tensor = self.network(z_BQ, t_B, begin_B1=begin_B1, at_BQ=at_BQ, **how)

@@ -183,7 +183,8 @@ class DiffusionRun:
         """One forward pass for the rows with open positions, and the move that the rule makes of it."""
         self.distribution = None  # its memory is free for this pass
         sampler, text = self.sampler, self.text
-        active = text.active(sampler.context, sampler.block_length, fills_window=sampler.fills_window)
+        context = sampler.context if text.window == sampler.window else 0  # all of a shorter text is one window
+        active = text.active(context, sampler.block_length, fills_window=sampler.fills_window)
         rng = [self.rng[b] for b in active.rows]
         entered_A, entered = self._enter(active)
         move = self._next_move(active, entered_A, entered, rng)
