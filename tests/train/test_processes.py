@@ -30,6 +30,7 @@ from train import tiny
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")]
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["dlm.workflows.fit", "torch._dynamo"])
+MUON = ("optimizer=muon", "conv=3", "weights=equal")
 SLOW = "lr=0.001"  # Adam turns the rounding of a vanishing gradient into a step of this size
 
 
@@ -100,6 +101,13 @@ def test_resume_with_another_number_of_processes(text: Path, alone: Path, tmp_pa
     assert_close(tmp_path / "shrunk", alone)
 
 
+def test_two_processes_with_muon_go_on_alone(text: Path, tmp_path: Path) -> None:
+    tiny.run(text, tmp_path / "alone", SLOW, *MUON)
+    assert together(text, [tmp_path / "shrunk"] * 2, SLOW, *MUON, sharded=True, stop_after=7) == [0, 0]
+    tiny.run(text, tmp_path / "shrunk", SLOW, *MUON, resume=True)
+    assert_close(tmp_path / "shrunk", tmp_path / "alone")
+
+
 @pytest.mark.parametrize(
     ("sharded", "settings"),
     [
@@ -107,8 +115,10 @@ def test_resume_with_another_number_of_processes(text: Path, alone: Path, tmp_pa
         (False, ("estimator=continuous", "noise_schedule=geometric", "time_conditioning=true", "seed=1")),
         (False, ("objective=autoregressive", "tied=true")),
         (True, ("objective=autoregressive", "tied=true")),
+        (False, MUON),
+        (True, MUON),
     ],
-    ids=["DDP continuous", "DDP tied", "FSDP2 tied"],
+    ids=["DDP continuous", "DDP tied", "FSDP2 tied", "DDP Muon", "FSDP2 Muon"],
 )
 def test_other_objectives(text: Path, tmp_path: Path, sharded: bool, settings: tuple[str, ...]) -> None:
     tiny.run(text, tmp_path / "alone", SLOW, *settings)

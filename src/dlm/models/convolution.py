@@ -20,7 +20,7 @@ class Neighbours(NamedTuple):
     """Where the taps of each position lie among the source positions. Rows may be one for the whole batch."""
 
     index_BQJ: Tensor  # int64
-    there_BQJ: Tensor  # bool: False reads nothing
+    absent_BQJ: Tensor  # bool: reads nothing
 
 
 def offsets(attention: str, taps: int) -> range:
@@ -35,13 +35,12 @@ def neighbours(steps: range, pos_BQ: Tensor, pos_BT: Tensor, allowed_BQT: Tensor
     allowed_BQT: bool, the positions that attention reads; None for all. It leaves one source position at most for a tap, where
     several stand at the same position.
     """
-    found = []
-    for step in steps:
-        match_BQT = pos_BT[:, None, :] == pos_BQ[:, :, None] + step
-        if allowed_BQT is not None:
-            match_BQT = match_BQT & allowed_BQT
-        found.append(match_BQT.to(torch.uint8).max(-1))
-    return Neighbours(torch.stack([f.indices for f in found], -1), torch.stack([f.values.bool() for f in found], -1))
+    step_J = torch.arange(steps.start, steps.stop, device=pos_BQ.device)
+    match_BQJT = pos_BT[:, None, None] == (pos_BQ[..., None] + step_J)[..., None]
+    if allowed_BQT is not None:
+        match_BQJT = match_BQJT & allowed_BQT[:, :, None]
+    match_BQJ, index_BQJ = match_BQJT.to(torch.uint8).max(-1)
+    return Neighbours(index_BQJ, match_BQJ == 0)
 
 
 class ShortConvolution(nn.Module):
@@ -57,10 +56,11 @@ class ShortConvolution(nn.Module):
         weight_JD = self.weight.to(x_BQD.dtype)
         if neighbours is None:
             return self._shifted(x_BQD, weight_JD)
-        batch, length, width = source_BTD.shape
-        index_BQJ = neighbours.index_BQJ + torch.arange(0, batch * length, length, device=x_BQD.device)[:, None, None]
+        (index_BQJ, absent_BQJ), (batch, length, width) = neighbours, source_BTD.shape
+        if batch > 1:
+            index_BQJ = index_BQJ + torch.arange(0, batch * length, length, device=x_BQD.device)[:, None, None]
         read_BQJD = source_BTD.reshape(-1, width).index_select(0, index_BQJ.flatten()).view(*index_BQJ.shape, width)
-        read_BQJD, y_BQD = read_BQJD.masked_fill(~neighbours.there_BQJ[..., None], 0), x_BQD
+        read_BQJD, y_BQD = read_BQJD.masked_fill(absent_BQJ[..., None], 0), x_BQD
         for read_BQD, weight_D in zip(read_BQJD.unbind(2), weight_JD, strict=True):
             y_BQD = torch.addcmul(y_BQD, read_BQD, weight_D)
         return y_BQD
