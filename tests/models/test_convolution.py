@@ -85,6 +85,14 @@ def test_noisy_blocks_read_the_clean_blocks_before_them() -> None:
         torch.testing.assert_close(beside[:, first : first + 4], alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_flex_attention_reads_the_same_neighbours() -> None:
+    model, x_BT = network("block_causal", 4).requires_grad_(False), text()
+    expected = model(x_BT)
+    model.config = model.config.with_(backend="flex")
+    torch.testing.assert_close(model(x_BT), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_an_even_centre_is_refused() -> None:
     with pytest.raises(ValueError, match="odd number of taps"):
         TransformerConfig(vocab_size=3, conv=4)

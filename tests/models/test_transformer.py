@@ -310,8 +310,9 @@ def test_yarn_turns_as_transformers_turns(factor: float, mscale: float | None) -
     assert not torch.allclose(frequencies(128, 1e6)[0], expected_K, rtol=1e-3)
 
 
-def test_a_text_read_causally_and_its_last_block_fully() -> None:
-    made = network(attention="causal_text", block_length=4)
+@pytest.mark.parametrize("conv", [0, 5])
+def test_a_text_read_causally_and_its_last_block_fully(conv: int) -> None:
+    made = network(attention="causal_text", block_length=4, conv=conv)
     z_BT = tokens()
     whole_BTV = made(z_BT)
     mixed_BTV = made(z_BT, begin_B1=torch.tensor([[8], [4]]))
