@@ -241,6 +241,29 @@ def test_saved_in_our_own_form(name: str, tmp_path: Path) -> None:
     assert again.tokenizer.encode("17 3 99") == [17, 3, 99]
 
 
+def test_weights_that_torch_saved(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "sedd", tmp_path / "sedd")
+    torch.save(load_file(tmp_path / "sedd" / "model.safetensors"), tmp_path / "sedd" / "pytorch_model.bin")
+    (tmp_path / "sedd" / "model.safetensors").unlink()
+    assert torch.equal(logits("sedd", dlm.load(str(tmp_path / "sedd"))), logits("sedd", load("sedd")))
+    torch.save({"model": Path()}, tmp_path / "sedd" / "pytorch_model.bin")
+    with pytest.raises(InputError, match="holds more than tensors, which dlm never unpickles"):
+        dlm.load(str(tmp_path / "sedd"))
+
+
+def test_the_end_of_a_document_ends_no_window(tmp_path: Path) -> None:
+    """Windows are packed with documents, so that the first token may be the end of one."""
+    directory = tmp_path / "gidd"
+    shutil.copytree(GOLDEN / "gidd", directory)
+    inner = load("gidd").tokenizer.inner
+    inner.add_special_tokens(["126"])
+    (directory / "tokenizer.json").write_text(inner.to_str())
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "126"}))
+    lm = dlm.load(str(directory))
+    assert lm.tokenizer.control == {"126": 126}
+    assert not lm.stops
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_half_precision_is_near(name: str) -> None:
     lm = dlm.load(str(GOLDEN / name), dtype=torch.bfloat16)

@@ -45,6 +45,8 @@ def _downloaded(name: str) -> Path:
         path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
         if not (path / "config.json").is_file() or read_json(path / "config.json").get("model_type") == "dlm":
             return path
+        if not any(path.glob("*.safetensors")):  # older checkpoints, of which tensors alone are unpickled
+            snapshot_download(name, allow_patterns=["pytorch_model.bin"])
         # another project's chat template may be a file of its own, which runs in a sandbox, and so may its merges
         return Path(snapshot_download(name, allow_patterns=["*.jinja", "merges.txt"]))
     except (OSError, HFValidationError) as error:

@@ -13,12 +13,15 @@ from dlm.formats import native
 from dlm.formats.stored import Stored
 
 
-def weights(path: Path) -> dict[str, Stored]:
-    """The tensors of a .pt file, or of the only one in a directory without safetensors. InputError for a file that holds anything else."""
+def weights(path: Path, *, copied: bool = False) -> dict[str, Stored]:
+    """The tensors of a .pt file, or of the only .pt or pytorch_model.bin in a directory without safetensors; else as `native.weights`.
+
+    InputError for a file that holds anything else.
+    """
     if path.is_dir():
-        files = sorted(path.glob("*.pt"))
-        if len(files) != 1 or (path / "model.safetensors").is_file():
-            return native.weights(path)
+        files = sorted([*path.glob("*.pt"), *path.glob("pytorch_model.bin")])
+        if len(files) != 1 or (path / "model.safetensors").is_file() or (path / native.INDEX).is_file():
+            return native.weights(path, copied=copied)
         path = files[0]
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -54,7 +54,8 @@ def load(
         **how,
     )
     defaults = dict(family.preset)
-    defaults["eos_token_id"] = stops(data, contents.generation, family, chat, tokenizer)
+    # the end-of-text token of packed windows parts documents, and may come first
+    defaults["eos_token_id"] = [] if family.packed else stops(data, contents.generation, family, chat, tokenizer)
     network = native.assemble(config, stored, path, device=device, dtype=dtype, ready=ready)
     return Base(network, config, tokenizer, defaults, chat)
 
@@ -77,7 +78,7 @@ def _directory(path: Path, family: Family, *, copied: bool) -> Contents:
     data = read_json(path / "config.json") if state is None or family.describe is None else family.describe(path, state)
     shape = read_shape(data, family, path)
     inner, chat, generation = read_tokenizer(path, family, shape), ChatTemplate.load(path), native.read_defaults(path)
-    stored = family.names.renamed(native.weights(path, copied=copied) if state is None else state, path, family.name)
+    stored = family.names.renamed(pickled.weights(path, copied=copied) if state is None else state, path, family.name)
     stored = huggingface.with_mask(stored) if family.appends_mask else stored
     return Contents(data, shape, inner, chat, generation, family.shift, stored)
 
