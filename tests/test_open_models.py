@@ -20,6 +20,7 @@ from dlm.language_model import LanguageModel, load
 from dlm.workflows.evaluate import evaluate
 from dlm.workflows.verify import verify
 from formats import test_by_hand as by_hand
+from formats import test_experts as experts
 from formats import test_gguf_diffusion as files
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +65,8 @@ ROWS = {
     "Dream": Row("dream", "dream", gguf=plain("dream")),
     "a2d of dllm": Row("a2d-qwen3", "a2d_qwen3"),
     "SDAR": Row("sdar", "sdar", "block_causal_4_logits"),
+    "LLaDA-MoE": Row("llada-moe", "llada_moe"),
+    "LLaDA2": Row("llada2", "llada2_moe", "full_logits"),
     "Nemotron-Labs-Diffusion": Row("nemotron-labs-diffusion", "nemotron_labs_diffusion", "full_logits"),
     "Fast-dLLM v2": Row("fast-dllm-v2", "", make=by_hand.fast_dllm),
     "I-DLM": Row("i-dlm", "sdar", "causal_logits", forced=True, gguf=plain("sdar", "qwen3")),
@@ -111,6 +114,7 @@ TOLD: Mapping[str, Callable[[Path], None]] = {
 LOOPS: Mapping[str, Callable[[Path], None]] = {  # without golden ids: a plain loop, written as the reference's, is compared
     "fast-dllm-v2": by_hand.test_fast_dllm_writes_what_a_plain_loop_writes,
     "open-dcoder": by_hand.test_p2_writes_what_a_plain_loop_writes,
+    "llada-moe": experts.test_llada_moe_writes_what_a_plain_loop_writes,
     "i-dlm": by_hand.test_i_dlm_is_sdar_read_causally,
 }
 

@@ -25,7 +25,16 @@ def written(tmp_path: Path, data: object) -> str:
     return str(path)
 
 
-COUNTS = {"llada": 6, "dream": 7, "a2d_qwen3": 8, "a2d_qwen2": 6, "sdar": 4, "nemotron_labs_diffusion": 3, "tiny_diffusion": 2}
+COUNTS = {
+    "llada": 6,
+    "dream": 7,
+    "a2d_qwen3": 8,
+    "a2d_qwen2": 6,
+    "sdar": 4,
+    "llada2_moe": 4,
+    "nemotron_labs_diffusion": 3,
+    "tiny_diffusion": 2,
+}
 
 
 @pytest.mark.parametrize(("family", "count"), COUNTS.items())

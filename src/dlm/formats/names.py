@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,15 @@ from pathlib import Path
 from dlm.errors import InputError
 from dlm.formats.stored import Stored
 
+NUMBER = re.compile(r"\.(\d+)\.")
+
 
 @dataclass(frozen=True)
 class Names:
-    """Their tensor names and ours. outside: of what no layer holds; layers: the prefix of a layer's number; inside: of a layer's own."""
+    """Their tensor names and ours. outside: of what no layer holds; layers: the prefix of a layer's number; inside: of a layer's own.
+
+    `*` inside stands for the number of an expert. A name inside may end in the kind of tensor, in place of `weight`.
+    """
 
     outside: Mapping[str, str]
     layers: str
@@ -27,8 +33,13 @@ class Names:
         if stem in self.outside:
             return f"{self.outside[stem]}.{kind}"
         layer, _, rest = stem.removeprefix(self.layers).partition(".")
-        if not stem.startswith(self.layers) or rest not in self.inside:
+        if not stem.startswith(self.layers):
             raise KeyError(name)
+        if (whole := f"{rest}.{kind}") in self.inside:
+            return f"blocks.{layer}.{self.inside[whole]}"
+        number = NUMBER.search(rest)
+        if number is not None:
+            return f"blocks.{layer}.{self.inside[NUMBER.sub('.*.', rest)].replace('*', number[1])}.{kind}"
         return f"blocks.{layer}.{self.inside[rest]}.{kind}"
 
     def theirs(self, name: str) -> str:

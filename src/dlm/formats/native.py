@@ -46,6 +46,7 @@ IGNORED_KEYS = (
     "format",
     "dlm_version",
 )
+PRECISE = (".router.weight", ".router.correction")  # in float32 whatever the others are: few numbers, on which a choice depends
 SHARD = "14MB"  # below the size that code hosts and mail gateways reject
 
 
@@ -281,7 +282,9 @@ def assemble(
     left = Counter(map(_part, stored))
     for name in list(stored):
         tensor, part = stored.pop(name).read(), _part(name)
-        if ready is None:
+        if name.endswith(PRECISE):
+            tensor = tensor.to(device, torch.float32, copy=ready is not None)
+        elif ready is None:
             tensor = tensor.to(device, dtype)
         elif name != "head.weight":  # a copy, or it would hold its file open; what a block quantizes keeps its type until then
             quantized = name.startswith("blocks.") and tensor.ndim > 1

@@ -15,6 +15,15 @@ class Stored:
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
 
+    def rows(self, first: int, last: int) -> Stored:
+        """Some of its rows alone."""
+        read = self.read
+
+        def some() -> Tensor:
+            return read()[first:last].clone()
+
+        return Stored((last - first, *self.shape[1:]), some)
+
     def with_row(self, row: Callable[[Tensor], Tensor]) -> Stored:
         """With one more row at the end, computed from the others."""
         read = self.read

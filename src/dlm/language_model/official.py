@@ -13,6 +13,7 @@ from dlm.models.pattern import reading
 from dlm.models.step_number import StepNumber
 from dlm.noise.masked import MaskedNoise
 from dlm.sampling.diffusion.blockwise import FirstAlone, Surest, Tempered
+from dlm.sampling.diffusion.editing import AboveThreshold, Editing
 from dlm.sampling.diffusion.guidance import ClassifierFree
 from dlm.sampling.diffusion.loop import DiffusionSampler
 from dlm.sampling.diffusion.p2 import PathPlanning
@@ -95,6 +96,29 @@ def _llada(model: Model, settings: Settings) -> Plan:
         last=tuple(i for i in last if settings["confidence_eos_eot_inf"] and i is not None),
     )
     return Plan(replace(_whole(model, settings, rule), block_length=settings["block_length"]), settings["gen_length"])
+
+
+def _llada2(model: Model, settings: Settings) -> Plan:
+    """inclusionAI/LLaDA2.0 and 2.1, `generate`; 2.1 is the one with an editing_threshold.
+
+    eos_early_stop of 2.0 changes no token: it leaves out forward passes for what is cut.
+    """
+    length, new = settings["block_length"], settings["gen_length"]
+    draw = Draw(settings["temperature"], settings["top_k"] or 0, settings["top_p"] or 1.0)
+    if model.config.network.attention != "block_causal":
+        raise InputError(f"{model.name} is not read block by block: llada2 cannot be its reference")
+    steps = min(settings["steps"], max(1, new // settings["minimal_topk"]))
+    rule: Rule = AboveThreshold(settings["threshold"], length, draw)
+    if settings["editing_threshold"] is not None:
+        if settings["eos_early_stop"]:
+            raise InputError("eos_early_stop of LLaDA2.1 leaves out later edits: compare without it")
+        steps = length + settings["max_post_steps"]  # each of those before the last ones writes a mask at least
+        rule = Editing(settings["threshold"], settings["editing_threshold"], settings["max_post_steps"], draw)
+    stops = model.stops if settings["eos_id"] is None else frozenset({settings["eos_id"]})
+    whole = _whole(model, {"steps": steps}, rule)
+    sampler = replace(whole, denoiser=by_blocks(model, length), block_length=length, sees_ahead=False)
+    sampler = replace(sampler, each_block=True, block_phase="zero", stops=stops, ends="text" if settings["eos_early_stop"] else "block")
+    return Plan(sampler, new, whole_blocks=length, ends=stops)
 
 
 def _dream(model: Model, settings: Settings) -> Plan:
@@ -218,6 +242,23 @@ REFERENCES: dict[str, tuple[Callable[[Model, Settings], Plan], dict[str, Any]]] 
             "remasking": "low_confidence",
             "logits_eos_inf": False,
             "confidence_eos_eot_inf": False,
+        },
+    ),
+    "llada2": (
+        _llada2,
+        {
+            "gen_length": 2048,
+            "block_length": 32,
+            "steps": 32,
+            "temperature": 0.0,
+            "top_p": None,
+            "top_k": None,
+            "threshold": 0.95,
+            "minimal_topk": 1,
+            "editing_threshold": None,
+            "max_post_steps": 16,
+            "eos_early_stop": False,
+            "eos_id": None,
         },
     ),
     "dream": (

@@ -369,6 +369,22 @@ BUILT_IN: tuple[SamplerInfo, ...] = (
         reference=True,
     ),
     SamplerInfo(
+        "llada2",
+        "masked",
+        "dlm.sampling.diffusion.editing:AboveThreshold",
+        "Reference of the second llada: every mask above a threshold, at least a share of each block.",
+        (Parameter("threshold", 0.95, high=1.0),),
+        reference=True,
+    ),
+    SamplerInfo(
+        "llada2.1",
+        "masked",
+        "dlm.sampling.diffusion.editing:Editing",
+        "Reference of the second llada that edits: surer tokens also replace those already written.",
+        (Parameter("threshold", 0.95, high=1.0), Parameter("editing_threshold", 0.9, high=1.0)),
+        reference=True,
+    ),
+    SamplerInfo(
         "mdlm",
         "masked",
         _transfer("rounded"),

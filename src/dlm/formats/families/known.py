@@ -19,6 +19,8 @@ from dlm.formats.families import (
     gidd,
     idlm,
     llada,
+    llada2,
+    llada_moe,
     mdlm,
     nemotron,
     open_dcoder,
@@ -30,6 +32,8 @@ from dlm.formats.families.record import Family
 
 FAMILIES: tuple[Family, ...] = (
     llada.LLADA,
+    llada_moe.LLADA_MOE,
+    llada2.LLADA2,
     dream.DREAM,
     a2d.QWEN2,
     a2d.QWEN3,

@@ -1,6 +1,6 @@
 """LLaDA-8B, Base, Instruct and 1.5 (ML-GSAI/LLaDA; Nie et al. 2502.09992): OLMo's keys and names, no biases, a head of its own.
 
-LLaDA-MoE has the same model_type and another architecture, LLaDAMoEModelLM: it is another family.
+LLaDA-MoE has the same model_type and another architecture, LLaDAMoEModelLM (`llada_moe.py`).
 """
 
 from __future__ import annotations
