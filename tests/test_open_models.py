@@ -22,6 +22,7 @@ from dlm.workflows.verify import verify
 from formats import test_by_hand as by_hand
 from formats import test_experts as experts
 from formats import test_gguf_diffusion as files
+from formats import test_gguf_experts as gguf_experts
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -65,7 +66,7 @@ ROWS = {
     "Dream": Row("dream", "dream", gguf=plain("dream")),
     "a2d of dllm": Row("a2d-qwen3", "a2d_qwen3"),
     "SDAR": Row("sdar", "sdar", "block_causal_4_logits"),
-    "LLaDA-MoE": Row("llada-moe", "llada_moe"),
+    "LLaDA-MoE": Row("llada-moe", "llada_moe", gguf=lambda tmp_path: gguf_experts.write(tmp_path / "tiny.gguf")),
     "LLaDA2": Row("llada2", "llada2_moe", "full_logits"),
     "Nemotron-Labs-Diffusion": Row("nemotron-labs-diffusion", "nemotron_labs_diffusion", "full_logits"),
     "Fast-dLLM v2": Row("fast-dllm-v2", "", make=by_hand.fast_dllm),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,12 @@ NAMES = Names(
     },
     ignored=("rope_freqs.weight",),  # read with the config
 )
+EXPERTS = {"ffn_gate_exps": "gate", "ffn_up_exps": "up", "ffn_down_exps": "down"}  # the experts of a layer in one tensor
+EXPERT_NAMES = replace(NAMES, inside={**NAMES.inside, "ffn_gate_inp": "mlp.router"})
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # kinds of token
-DIFFUSION = {"llada": "llama", "dream": "qwen2"}  # architectures of diffusion models, and whose keys and tensors they have
+DIFFUSION = {"llada": "llama", "dream": "qwen2", "llada-moe": "llada-moe"}  # architectures of diffusion models, and whose keys they have
 INTERLEAVED = ("llama", "llada")  # llama.cpp rotates neighbours, not halves: its converter interleaves the rows of their q and k
 QWEN2_WORDS = ("qwen2", "bailingmoe", "bailingmoe2", "llada-moe")  # names of one way to cut a text into words
 LLAMA3 = (1.0, 4.0, 8192.0)  # low, high and window before of every Llama 3.1 and 3.2; the file has only what follows from them
@@ -189,12 +191,12 @@ def _config(header: Header, path: Path) -> dict[str, Any]:
         factor = float(_tensor(header, "rope_freqs.weight", path).max())
         rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": LLAMA3[0], "high_freq_factor": LLAMA3[1]}
         rope["original_max_position_embeddings"] = LLAMA3[2]
-    tokens = len(meta["tokenizer.ggml.tokens"])
-    return {
+    tokens, experts = len(meta["tokenizer.ggml.tokens"]), _experts(its, header, path) if kind == "llada-moe" else {}
+    return experts | {
         "model_type": DIFFUSION.get(kind, kind),
         "vocab_size": header.tensors["token_embd.weight"][0][0] if kind in DIFFUSION else tokens,
         "hidden_size": width,
-        "intermediate_size": its["feed_forward_length"],
+        "intermediate_size": its.get("feed_forward_length") if experts else its["feed_forward_length"],
         "num_hidden_layers": its["block_count"],
         "num_attention_heads": heads,
         "num_key_value_heads": its.get("attention.head_count_kv", heads),
@@ -202,9 +204,20 @@ def _config(header: Header, path: Path) -> dict[str, Any]:
         "max_position_embeddings": its["context_length"],
         # a float32 of the file is the decimal that was meant: 1e-05, not 9.999999747378752e-06
         "rms_norm_eps": float(str(np.float32(its["attention.layer_norm_rms_epsilon"]))),
+        "rope_theta": rope["rope_theta"],
         "rope_parameters": rope,
         "tie_word_embeddings": "output.weight" not in header.tensors,
     }
+
+
+def _experts(its: dict[str, Any], header: Header, path: Path) -> dict[str, Any]:
+    """The keys of a mixture of experts; InputError for a router other than that of LLaDA-MoE, which no key has to name."""
+    usual = {"expert_gating_func": 1, "expert_weights_norm": False, "expert_weights_scale": 1.0, "expert_shared_count": 0}
+    for key, value in usual.items():
+        if its.get(key, value) != value:
+            raise InputError(f"{path}: {key} = {its[key]!r}, which no llada-moe checkpoint has: it was converted wrongly")
+    width = its.get("expert_feed_forward_length", header.tensors["blk.0.ffn_gate_exps.weight"][0][1])
+    return {"num_experts": its["expert_count"], "num_experts_per_tok": its["expert_used_count"], "expert_intermediate_size": width}
 
 
 def _stored(header: Header, path: Path) -> dict[str, Stored]:
@@ -212,9 +225,16 @@ def _stored(header: Header, path: Path) -> dict[str, Stored]:
     kind = meta["general.architecture"]
     heads = meta[f"{kind}.attention.head_count"]
     groups = {"attn_q": heads, "attn_k": meta.get(f"{kind}.attention.head_count_kv", heads)} if kind in INTERLEAVED else {}
+    names = EXPERT_NAMES if kind == "llada-moe" else NAMES
     for name, (shape, _, _) in header.tensors.items():
+        layer, _, part = name.removesuffix(".weight").removeprefix("blk.").partition(".")
+        if names is EXPERT_NAMES and part in EXPERTS:
+            for number in range(shape[0]):
+                read = partial(_tensor, header, name, path, number=number)
+                stored[f"blocks.{layer}.mlp.experts.{number}.{EXPERTS[part]}.weight"] = Stored(shape[1:], read)
+            continue
         try:
-            own = NAMES.ours(name)
+            own = names.ours(name)
         except KeyError:
             raise InputError(f"{path} has a tensor {name}, which no {KINDS} model has: it is of another architecture") from None
         if own is not None:
@@ -222,20 +242,23 @@ def _stored(header: Header, path: Path) -> dict[str, Stored]:
     return stored
 
 
-def _tensor(header: Header, name: str, path: Path, interleaved: int | None = None) -> Tensor:
-    """float32. interleaved: heads whose rows are to be put back in halves.
+def _tensor(header: Header, name: str, path: Path, interleaved: int | None = None, number: int | None = None) -> Tensor:
+    """float32. interleaved: heads whose rows are to be put back in halves. number: of the part along the first axis to read alone.
 
     InputError for a quantization that the gguf package cannot read, or a file that ends before.
     """
     from gguf import quants
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    shape, number, begin = header.tensors[name]
+    shape, quantization, begin = header.tensors[name]
     try:
-        kind = GGMLQuantizationType(number)
+        kind = GGMLQuantizationType(quantization)
+        shape = shape if number is None else shape[1:]
         row = quants.quant_shape_to_byte_shape(shape, kind)
         block, size = GGML_QUANT_SIZES[kind]
-        raw = np.frombuffer(header.data, dtype=np.uint8, count=math.prod(shape) // block * size, offset=begin).reshape(row)
+        count = math.prod(shape) // block * size
+        begin += count * (number or 0)
+        raw = np.frombuffer(header.data, dtype=np.uint8, count=count, offset=begin).reshape(row)
         values = quants.dequantize(raw, kind)
     except NotImplementedError as error:
         raise InputError(f"{path}: {name} is quantized in a way that the gguf package cannot read ({error})") from None
@@ -245,7 +268,7 @@ def _tensor(header: Header, name: str, path: Path, interleaved: int | None = Non
     del raw, values
     if hasattr(header.data, "madvise"):  # what has been read need not stay in memory
         page = begin // mmap.PAGESIZE * mmap.PAGESIZE
-        header.data.madvise(mmap.MADV_DONTNEED, page, begin + math.prod(shape) // block * size - page)
+        header.data.madvise(mmap.MADV_DONTNEED, page, begin + count - page)
     if interleaved:
         try:
             return tensor.view(interleaved, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)

@@ -85,7 +85,9 @@ def _directory(path: Path, family: Family, *, copied: bool) -> Contents:
 
 def _gguf(path: Path, family: Family) -> Contents:
     file = gguf.read(path)
-    shape = family.shape(file.config) if family.base else bidirectional(file.config, file.config["model_type"])
+    shape = (
+        family.shape(file.config) if family.base or "num_experts" in file.config else bidirectional(file.config, file.config["model_type"])
+    )
     shift = family.shift if file.shift is None else file.shift
     config = file.config | {"mask_token_id": file.mask_token_id}
     return Contents(config, shape, file.inner, file.chat, {"eos_token_id": file.stops}, shift, file.stored)
