@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from dlm.errors import InputError
 from dlm.language_model import LanguageModel, load
 from dlm.models.pattern import reading
 from dlm.models.transformer import Transformer
+from dlm.workflows.verify import verify
 from formats.test_families import GOLDEN, NEAR, apart, edited, golden
 
 FAMILIES = ("llada_moe", "llada2_moe")
@@ -182,6 +184,23 @@ def test_from_the_command_line(dlm: Dlm, name: str, tmp_path: Path) -> None:
     assert code == 0
     assert {"llada_moe": "any-order", "llada2_moe": "blocks of 32"}[name] in out
     assert "with experts is not compiled" in dlm.told("generate", "the", str(GOLDEN / name), "--compile")
+
+
+def test_without_a_tokenizer_a_text_is_ids_and_the_cases_name_the_mask(tmp_path: Path) -> None:
+    for name in FAMILIES:
+        directory = edited(tmp_path, name)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (directory / file).unlink()
+        lm = load(str(directory))
+        assert apart(lm.logits(golden(name)["input_ids"]), expected(name)) < NEAR
+        assert lm.tokenizer.encode("17 3 99") == [17, 3, 99]
+    cases = GOLDEN / "llada2_moe" / "generations.json"
+    assert verify(lm, cases).record() == {"cases": 4, "equal": 4, "differ": []}
+    other = json.loads(cases.read_text()) | {"mask_id": 276}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert verify(lm, tmp_path / "other.json").differ
+    with pytest.raises(InputError, match="written with the mask 276, that of llada2_moe is 277"):
+        verify(model("llada2_moe"), tmp_path / "other.json")
 
 
 def _without(ending: str) -> Callable[[Path], None]:

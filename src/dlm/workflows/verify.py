@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from dlm.errors import InputError
 from dlm.files import read_json
 from dlm.language_model import LanguageModel, official
 from dlm.sampling.draw import generators
+from dlm.text.tokenizer import Tokenizer
 from dlm.trajectory import Canvas
 from dlm.workflows.inputs import Counter, Model, Progress, language_model, silent
 from dlm.workflows.numbers import Compared, compare
@@ -54,14 +55,15 @@ def verify(model: Model, cases: str | Path, *, device: str = "cpu", progress: Pr
     """Run every case of a file with the reference sampler and compare the ids.
 
     cases: a JSON object with `cases`, each with `name`, `settings` by the reference's names, `prompt_ids` and `output_ids`, a row each, and
-    where they matter `attention_mask` and `sampler`; `pad_id` and `eos_id` beside `cases` name the padding of a reference's batch. Or a
+    where they matter `attention_mask` and `sampler`; `pad_id` and `eos_id` beside `cases` name the padding of a reference's batch, and
+    `mask_id` the mask, which a checkpoint without tokenizer may not name. Or a
     safetensors file with the reference's logits and losses, as of `dlm.workflows.numbers`.
     InputError for a file or a setting that cannot be.
     """
     if Path(cases).suffix == ".safetensors":
         return Verification(tuple(compare(language_model(model, device), Path(cases))))
     data = read_cases(Path(cases))
-    lm = language_model(model, device)
+    lm = _masked(language_model(model, device), data.get("mask_id"))
     count, found = Counter(progress, len(data["cases"])), []
     for number, case in enumerate(data["cases"], 1):
         try:
@@ -72,6 +74,19 @@ def verify(model: Model, cases: str | Path, *, device: str = "cpu", progress: Pr
             raise InputError(f"{cases}: case {number} is damaged ({type(error).__name__}: {error})") from None
         count.add()
     return Verification(tuple(found))
+
+
+def _masked(lm: LanguageModel, mask_id: int | None) -> LanguageModel:
+    """The model with the mask of the cases. InputError where its own tokenizer names another."""
+    if mask_id is None or mask_id == lm.tokenizer.mask_id or lm.config.family == "dlm":
+        return lm
+    inner, ids = lm.tokenizer.inner, lm.config.network.vocab_size
+    if inner.token_to_id(str(mask_id)) != mask_id:
+        raise InputError(f"the cases were written with the mask {mask_id}, that of {lm.name} is {lm.tokenizer.mask_id}")
+    config = replace(lm.config, mask_token_id=mask_id)
+    made = LanguageModel(lm.network, config, Tokenizer.with_mask(inner, ids, mask_id), name=lm.name)
+    made.defaults, made.chat = lm.defaults, lm.chat
+    return made
 
 
 def read_cases(path: Path) -> dict[str, Any]:

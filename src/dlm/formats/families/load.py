@@ -135,7 +135,7 @@ def carried(shape: TransformerConfig) -> int:
 
 def find_mask(data: Config, family: Family, chat: ChatTemplate, vocabulary: dict[str, int], path: Path, last: int) -> int:
     """The id of the mask: of config.json, else of the text that the tokenizer files or the family give it, else the family's number, of a
-    packed family the last one. InputError where no token is.
+    packed family and of a small checkpoint without tokenizer the last one. InputError where no token is.
     """
     where = "tokenizer.ggml.mask_token_id" if path.suffix == ".gguf" else "config.json"
     if (stated := data.get("mask_token_id")) is not None:
@@ -150,6 +150,8 @@ def find_mask(data: Config, family: Family, chat: ChatTemplate, vocabulary: dict
         return last
     if family.mask_id is not None and family.mask_id in vocabulary.values():
         return family.mask_id
+    if family.mask_id is not None and vocabulary.get(str(last)) == last:  # ids are spelled as numbers, and are too few for the family's own
+        return last
     told = [*dict.fromkeys(texts), *([] if family.mask_id is None else [f"the id {family.mask_id}"])]
     raise InputError(f"{path}: its tokenizer lacks the mask token {' or '.join(told)}")
 
