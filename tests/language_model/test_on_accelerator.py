@@ -19,7 +19,17 @@ NOISES: dict[str, dict[str, Any]] = {
 SAMPLERS = [(noise, one.name) for noise in NOISES for one in registry.known("masked" if noise == "masked" else "replacement")]
 WAITS = 11
 """Times that a forward pass of a diffusion sampler waits, the frame that it leaves for the trajectory included."""
-MORE = {"ancestral": 12.5, "first-hitting": 12, "llada": 12, "mdlm": 12, "bd3lm": 17, "klass": 12, "dream": 13, "speculative": 14}
+MORE = {
+    "ancestral": 12.5,
+    "first-hitting": 12,
+    "llada": 12,
+    "mdlm": 12,
+    "bd3lm": 17,
+    "klass": 12,
+    "dream": 13,
+    "speculative": 14,
+    "tiny-topk": 13,
+}
 OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
     "blocks": (11, {"block_length": 8}),
     "draws": (11, {"temperature": 0.5, "top_k": 5, "top_p": 0.9}),

@@ -38,8 +38,8 @@ class PathPlanning:
     def _masked(self, step: Step) -> Tensor:
         """Positions that are masked after this step, computed in float32 (B,)."""
         steps_B = torch.as_tensor(step.steps, device=step.left_B.device).expand_as(step.left_B)
-        part_B = [1 - (steps - left + 1) / steps for steps, left in zip(steps_B.tolist(), step.left_B.tolist(), strict=True)]
-        return (step.open_BT.sum(-1).float() * torch.tensor(part_B, dtype=torch.float32, device=step.left_B.device)).long()
+        part_B = (1 - (steps_B - step.left_B + 1).double() / steps_B).float()
+        return (step.open_BT.sum(-1).float() * part_B).long()
 
     def done(self, step: Step, next_BT: Tensor) -> Tensor:
         """Nothing moves once no mask is left."""
