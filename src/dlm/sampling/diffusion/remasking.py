@@ -14,6 +14,7 @@ from torch import Tensor
 from dlm.errors import InputError, in_range
 from dlm.protocols import RNG
 from dlm.sampling.diffusion.protocols import Step
+from dlm.sampling.diffusion.unmasking import drawn_at
 from dlm.sampling.draw import MAX_SETTING, Draw, beside, pick, ranked, uniform
 
 KINDS = ("cap", "rescale", "conf", "loop")
@@ -112,7 +113,7 @@ class Revoke:
         sure_BT = pick(_shadow_logp(step), step.z_BT).exp().masked_fill(~stands_BT, 2.0)
         most_B = (count_B - 1).clamp(min=0) * (step.left_B > 1)
         drop_BT = ranked(-sure_BT, stands_BT & (sure_BT < self.keep), most_B)
-        return torch.where(write_BT, self.draw(step.logp_BTV, rng), torch.where(drop_BT, step.noise.mask_id, step.z_BT))
+        return drawn_at(write_BT, step, self.draw, rng).masked_fill(drop_BT, step.noise.mask_id)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from dlm.errors import in_range
 from dlm.protocols import RNG
 from dlm.sampling.diffusion.protocols import Rule, Step
-from dlm.sampling.diffusion.unmasking import entropy, within
+from dlm.sampling.diffusion.unmasking import drawn_at, entropy, within
 from dlm.sampling.draw import MAX_SETTING, Draw, beside, categorical, pick, ranked, uniform
 
 PART_NUMBERS = 2**20
@@ -144,7 +144,7 @@ class ChangeWorst:
         never_BT = step.open_BT & (stands_BT == 0)
         count_B = torch.where(step.left_B == 1, torch.maximum(count_B, never_BT.sum(-1)), count_B)
         worst_BT = ranked(gain_BT + never_BT, step.open_BT & ((gain_BT > 0) | never_BT), count_B)
-        return torch.where(worst_BT, self.draw(step.logp_BTV, rng), step.z_BT)
+        return drawn_at(worst_BT, step, self.draw, rng)
 
 
 @dataclass(frozen=True)

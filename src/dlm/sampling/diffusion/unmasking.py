@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dlm.errors import InputError, in_range
 from dlm.protocols import RNG
+from dlm.sampling.diffusion.columns import Columns
 from dlm.sampling.diffusion.protocols import Step
 from dlm.sampling.draw import MAX_SETTING, Draw, beside, pick, ranked, uniform
 
@@ -32,6 +33,15 @@ def within(entropy_BT: Tensor, bound: float) -> Tensor:
 def share(step: Step) -> Tensor:
     """The masks left divided by the steps left, rounded up (B,)."""
     return -(-step.open_BT.sum(-1) // step.left_B)
+
+
+def drawn_at(at_BT: Tensor, step: Step, draw: Draw, rng: RNG) -> Tensor:
+    """A token drawn at these positions, z elsewhere. On a CPU nothing is drawn elsewhere, where float64 numbers of a large vocabulary take
+    most of a step; a GPU would wait longer to count the positions than it takes to draw at all of them."""
+    if at_BT.device.type != "cpu":
+        return torch.where(at_BT, draw(step.logp_BTV, rng), step.z_BT)
+    columns = Columns.of(at_BT)
+    return columns.put(step.z_BT, draw(columns.take(step.logp_BTV), columns.draws(rng)))
 
 
 @dataclass(frozen=True)
@@ -76,20 +86,16 @@ class FirstHitting:
         return torch.where(step.open_BT, self.draw(step.logp_BTV, rng), step.z_BT)
 
 
-def _confidence(step: Step, token_BT: Tensor) -> Tensor:
-    return pick(step.logp_BTV, token_BT)
-
-
-def _margin(step: Step, _token_BT: Tensor) -> Tensor:
-    first_BT, second_BT = step.logp_BTV.exp().topk(2, -1).values.unbind(-1)
+def _margin(logp_BTV: Tensor) -> Tensor:
+    first_BT, second_BT = logp_BTV.exp().topk(2, -1).values.unbind(-1)
     return first_BT - second_BT
 
 
-def _entropy(step: Step, _token_BT: Tensor) -> Tensor:
-    return -entropy(step.logp_BTV)
+def _certainty(logp_BTV: Tensor) -> Tensor:
+    return -entropy(logp_BTV)
 
 
-SCORES = {"confidence": _confidence, "margin": _margin, "entropy": _entropy}
+SCORES = {"margin": _margin, "entropy": _certainty}  # those that need no drawn token
 
 
 @dataclass(frozen=True)
@@ -106,19 +112,20 @@ class TopScore:
     score: str = "confidence"
 
     def __post_init__(self) -> None:
-        if self.score not in SCORES:
-            raise InputError(f"unknown score {self.score!r}; known: {', '.join(SCORES)}")
+        if self.score not in ("confidence", *SCORES):
+            raise InputError(f"unknown score {self.score!r}; known: confidence, {', '.join(SCORES)}")
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
+        if self.score != "confidence":
+            return drawn_at(ranked(SCORES[self.score](step.logp_BTV), step.open_BT, share(step)), step, self.draw, rng)
         token_BT = self.draw(step.logp_BTV, rng)
-        best_BT = ranked(SCORES[self.score](step, token_BT), step.open_BT, share(step))
-        return torch.where(best_BT, token_BT, step.z_BT)
+        return torch.where(ranked(pick(step.logp_BTV, token_BT), step.open_BT, share(step)), token_BT, step.z_BT)
 
 
 def _at_least_share(step: Step, top_BT: Tensor, count_B: Tensor, draw: Draw, rng: RNG) -> Tensor:
     """Write the count_B positions of highest `top`, at least the share that keeps within the steps left."""
     best_BT = ranked(top_BT, step.open_BT, torch.maximum(count_B, share(step)))
-    return torch.where(best_BT, draw(step.logp_BTV, rng), step.z_BT)
+    return drawn_at(best_BT, step, draw, rng)
 
 
 @dataclass(frozen=True)
