@@ -60,10 +60,10 @@ def test_a_sampler(noise: str, sampler: str, gpu: Accelerator) -> None:
     writes_the_same(gpu, MORE.get(sampler, WAITS) if noise == "masked" else WAITS, model=model, sampler=sampler, length=40, steps=6)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_options(name: str, gpu: Accelerator) -> None:
+@pytest.mark.parametrize(("name", "conv"), [*((name, 0) for name in OPTIONS), ("blocks", 5), ("dual", 5), ("drift", 5)])
+def test_options(name: str, conv: int, gpu: Accelerator) -> None:
     waits, options = OPTIONS[name]
-    writes_the_same(gpu, waits, model={}, sampler="topk", length=40, steps=6, **options)
+    writes_the_same(gpu, waits, model={"conv": conv}, sampler="topk", length=40, steps=6, **options)
 
 
 def test_stopping_early(gpu: Accelerator) -> None:
@@ -74,14 +74,16 @@ def test_a_pattern(gpu: Accelerator) -> None:
     writes_the_same(gpu, 45, ["Ab", "Ab: a"], model={}, sampler="topk", length=40, steps=8, pattern="Ab: ([a-z]+ )+(yes|no)[.]")
 
 
-def test_block_diffusion(gpu: Accelerator) -> None:
-    model = {"attention": "block_causal", "block_length": 8, "backend": "sdpa"}
+@pytest.mark.parametrize("conv", [0, 5])
+def test_block_diffusion(conv: int, gpu: Accelerator) -> None:
+    model = {"attention": "block_causal", "block_length": 8, "backend": "sdpa", "conv": conv}
     writes_the_same(gpu, 20, model=model, length=40, steps=6)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 5}, {"cache": False}], ids=str)
-def test_autoregressive(options: dict[str, Any], gpu: Accelerator) -> None:
-    writes_the_same(gpu, 6.5, model={"objective": "autoregressive"}, length=40, **options)
+@pytest.mark.parametrize("conv", [0, 3])
+def test_autoregressive(options: dict[str, Any], conv: int, gpu: Accelerator) -> None:
+    writes_the_same(gpu, 6.5, model={"objective": "autoregressive", "conv": conv}, length=40, **options)
 
 
 def test_draft_tokens(gpu: Accelerator) -> None:
