@@ -22,6 +22,7 @@ QUICK = {
     "markov": ["--quick"],
     "model_schedules": ["--quick"],
     "noise": ["steps", "--quick"],
+    "open_models": ["--small", "--methods", "transformers,dlm,early-end,int4 dual"],
     "samplers": ["--quick"],
     "sampling": ["--quick"],
     "scaling": ["--quick"],

@@ -251,7 +251,7 @@ def test_our_samplers_on_models_of_others(family: str, word: str) -> None:
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("sdar", {"cache": "dual"}, "has an exact cache already"),
     ("a2d_qwen3", {"sampler": "bd3lm", "cache": "dual"}, "bd3lm has an exact cache already"),
-    ("llada", {"sampler": "speculative"}, "speculative decoding is for"),
+    ("llada", {"sampler": "speculative", "cache": "dual"}, "an approximate cache changes"),
     ("llada", {"schedule": "L0.5 H0.5", "light": "shakespeare-mask-2"}, "a schedule of models is for those that dlm trains"),
     ("llada", {"sampler": "llada:high"}, "low_confidence or random"),
     ("llada", {"sampler": "dream:best"}, "alg is origin"),

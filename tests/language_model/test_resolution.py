@@ -102,12 +102,12 @@ BAD: list[tuple[Facts, dict[str, Any], str]] = [
     (MASK, {"sampler": "lossless"}, "for autoregressive"),
     (UNIFORM, {"guidance": 2.0}, "guidance needs a bidirectional masked model"),
     (BLOCK, {"cache": "dual"}, "exact cache already"),
-    (BLOCK, {"sampler": "speculative"}, "bidirectional masked models"),
     (PLAIN, {"draft": "heads"}, "no heads"),
     (PLAIN, {"draft": "ngram", "cache": False}, "against a cache"),
     (PLAIN, {"draft": "ngram", "sampler": "lossless"}, "leave sampler 'lossless' away"),
     (PLAIN, {"greedy_tail": 1}, "needs a diffusion model"),
-    (Facts("x", "masked", 32, 8, fills_window=False), {"sampler": "speculative"}, "speculative decoding is for"),
+    (Facts("x", "masked", 32, 8), {"sampler": "speculative", "cache": "dual"}, "an approximate cache changes"),
+    (Facts("x", "masked", 32, 8), {"sampler": "speculative", "until_settled": 1}, "writes each token once"),
     (Facts("x", "masked", 32, 8, fills_window=False), {"schedule": "L0.5 H0.5", "light": "y"}, "is for those that dlm trains"),
 ]
 

@@ -152,7 +152,7 @@ BAD: list[tuple[str, str, str]] = [
     ("twin", "--sampler auto", "no masked diffusion model"),
     ("blocked", "--suffix end", "suffix"),
     ("blocked", "--template a_______________________________________________________________z", "suffix"),
-    ("blocked", "--sampler speculative", "bidirectional"),
+    ("blocked", "--sampler speculative --suffix end", "suffix"),
     ("blocked", "--block-length 5", "divide"),
     ("twin", "--cache dual", "diffusion"),
     ("twin", "--block-length 8", "diffusion"),

@@ -182,7 +182,7 @@ def test_calibration_measures_what_it_did() -> None:
     words += [f"ancestral/{n}/{cache}/16" for cache in ("prefix", "dual", "delayed:8", "drift:0.2") for n in (16, 32)]
     assert told == set(words)
     causal = {one["sampler"].partition(":")[0] for one in measure.candidates(window=64, causal=True)}
-    assert not causal & {"revoke", "planner", "speculative"}
+    assert not causal & {"revoke", "planner"}
     quick = measure.candidates(window=64, causal=False, quick=True)
     assert quick == [{"sampler": "first-hitting"}, {"sampler": "topk", "steps": 4}, {"sampler": "topk", "steps": 8}]
 

@@ -206,6 +206,13 @@ def _left_to_right(options: DecodingOptions, facts: Facts, draw: Draw, context: 
     return replace(plan, word=word, draft=resolved, adaptive=draft.tokens is None and not draft.tree)
 
 
+def _check_speculative(options: DecodingOptions) -> None:
+    if _revises(options):
+        raise InputError("speculative decoding writes each token once: leave greedy_tail and until_settled away")
+    if isinstance(options.cache, str):
+        raise InputError("speculative decoding verifies by the model's probabilities, which an approximate cache changes: leave it away")
+
+
 def _with_numbers(draft: Draft, facts: Facts) -> Draft:
     """The draft with its dtype and the most draft tokens of a forward pass."""
     if draft.source == "heads" and facts.heads is None:
@@ -225,8 +232,8 @@ def _denoising(options: DecodingOptions, facts: Facts, draw: Draw, context: int)
         raise InputError(f"{facts.name} is a diffusion model: a draft is for autoregressive ones")
     word, masked = options.sampler or facts.default_sampler, facts.noise == "masked"
     info = registry.get(word, facts.noise)
-    if not info.rule and (_revises(options) or _is_special(options) or not facts.bidirectional or not facts.fills_window):
-        raise InputError("speculative decoding is for bidirectional masked models, with no blocks, cache, guidance or constraint")
+    if not info.rule:
+        _check_speculative(options)
     if options.guidance != 1 and not (masked and (facts.bidirectional or not facts.fills_window)):
         raise InputError(f"{facts.name} never saw a text without its beginning: guidance needs a bidirectional masked model")
     if isinstance(options.cache, str) and (info.blockwise or not facts.bidirectional):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +50,7 @@ def build(plan: DecodingPlan, model: Model) -> Sampler:
     denoiser = _denoiser(plan, model)
     info = registry.get(plan.word, registry.kind(model.noise))
     if not info.rule and isinstance(model.noise, MaskedNoise):
-        values = info.parse(plan.word)
-        return AnyOrderSpeculativeSampler(
-            denoiser, model.noise, model.window, **values, draw=plan.draw, context=plan.context, model=model.name
-        )
+        return _any_order(plan, model, denoiser, info.parse(plan.word))
     blockwise = info.blockwise and not model.is_causal
     if blockwise and model.config.shift:
         raise InputError(f"{info.name} needs a model that predicts each token itself: {model.name} cannot be read so")
@@ -72,7 +70,7 @@ def build(plan: DecodingPlan, model: Model) -> Sampler:
         plan.block_length,
         _policy(plan, model, by_blocks=blockwise or model.is_causal),
         model.network.window_cache,
-        ClassifierFree(plan.guidance, model.tokenizer.mask_id) if plan.guidance != 1 else None,
+        _guidance(plan, model),
         _constraint(plan, model),
         sees_ahead=not (model.is_causal or blockwise),
         fills_window=model.config.fills_window,
@@ -80,6 +78,31 @@ def build(plan: DecodingPlan, model: Model) -> Sampler:
         stops=model.stops if blockwise or not model.config.fills_window else frozenset(),
         ends="cut" if plan.early_stop else "text",
     )
+
+
+def _any_order(plan: DecodingPlan, model: Model, denoiser: Denoiser, settings: dict[str, Any]) -> AnyOrderSpeculativeSampler:
+    assert isinstance(model.noise, MaskedNoise)
+    return AnyOrderSpeculativeSampler(
+        by_blocks(model, plan.block_length) if model.is_causal else denoiser,
+        model.noise,
+        model.window,
+        **settings,
+        draw=plan.draw,
+        context=plan.context,
+        model=model.name,
+        block_length=plan.block_length,
+        guidance=_guidance(plan, model),
+        constraint=_constraint(plan, model),
+        sees_ahead=not model.is_causal,
+        fills_window=model.config.fills_window,
+        block_phase=model.config.block_phase,
+        stops=frozenset() if model.config.fills_window else model.stops,
+        ends="cut" if plan.early_stop else "text",
+    )
+
+
+def _guidance(plan: DecodingPlan, model: Model) -> ClassifierFree | None:
+    return ClassifierFree(plan.guidance, model.tokenizer.mask_id) if plan.guidance != 1 else None
 
 
 def by_blocks(model: Model, length: int) -> Denoiser:

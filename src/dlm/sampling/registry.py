@@ -348,7 +348,6 @@ BUILT_IN: tuple[SamplerInfo, ...] = (
         "One token at a time in random order, exact, in fewer forward passes: draft tokens are verified.",
         (Parameter("draft_tokens", 8, low=1, kind=int), Parameter("tolerance", 0.0)),
         rule=False,
-        bidirectional=True,
         exact=_without_tolerance,
         trials=tuple((setting, ()) for setting in ("2", "4", "8", "16", "8:0.5")),
     ),
@@ -637,7 +636,8 @@ def usable(noise: Noise | None, *, bidirectional: bool = True, heads: bool = Tru
 
 def lossless(noise: Noise | None, *, bidirectional: bool) -> SamplerInfo | None:
     """The exact sampler of a diffusion model that takes the fewest forward passes; None where no sampler is exact."""
-    fits = [one for one in BUILT_IN if one.noise == noise and (bidirectional or not one.bidirectional)]
+    # a whole sampler reads all blocks anew, where a rule has the exact cache of block diffusion
+    fits = [one for one in BUILT_IN if one.noise == noise and (bidirectional or (one.rule and not one.bidirectional))]
     exact = [one for one in fits if one.exact_by_default]
     return exact[-1] if exact else None
 

@@ -44,7 +44,7 @@ def test_lossless_means_an_exact_sampler(shelf: Shelf, asked: dict[str, Any], wo
 LOSSY: list[tuple[dict[str, Any], str]] = [
     ({"model": "block", "steps": 4}, "4 steps for a window of 32 tokens approximate"),
     ({"model": "mask", "steps": 4}, "4 steps for a window of 32 tokens approximate"),
-    ({"model": "block", "sampler": "ancestral"}, "'ancestral' approximates: lossless goes with first-hitting$"),
+    ({"model": "block", "sampler": "ancestral"}, "'ancestral' approximates: lossless goes with first-hitting, speculative$"),
     ({"model": "mask", "sampler": "ancestral", "steps": 32}, "lossless goes with first-hitting, speculative$"),
     ({"model": "mask", "sampler": "speculative:4,0.5"}, "approximates"),
     ({"model": "mask", "sampler": "topq"}, "did you mean topk"),

@@ -26,7 +26,7 @@ from dlm.sampling.diffusion.clock import Clock, Move
 from dlm.sampling.diffusion.columns import Columns
 from dlm.sampling.diffusion.constraints import WindowedConstraint
 from dlm.sampling.diffusion.network_call import NetworkCall
-from dlm.sampling.diffusion.noisy_text import Active, Ends, NoisyText
+from dlm.sampling.diffusion.noisy_text import Active, Ends, NoisyText, check_order, described, phase
 from dlm.sampling.diffusion.protocols import (
     Cache,
     CachePolicy,
@@ -106,8 +106,7 @@ class DiffusionSampler:
 
     def phase(self, canvas: Canvas) -> Tensor:
         """Position of each row at which some block begins, int64 (B,), below the block length."""
-        first_B = canvas.free_BT.int().argmax(-1)
-        return first_B % self.block_length if self.block_length and self.block_phase == "prompt" else torch.zeros_like(first_B)
+        return phase(canvas, self.block_length, self.block_phase)
 
     def steps_of(self, canvas: Canvas) -> Tensor:
         """Steps of a block of each row, int64 (B,)."""
@@ -122,7 +121,7 @@ class DiffusionSampler:
     def begin(self, canvas: Canvas, *, rng: RNG) -> DiffusionRun:
         """A run on this canvas before its first forward pass. rng: one a row. InputError for a canvas that a causal network cannot fill."""
         if not self.sees_ahead:
-            self._check_order(canvas)
+            check_order(canvas, self.block_length, self.block_phase)
         return DiffusionRun(self, canvas, rng)
 
     def steps(self, canvas: Canvas, *, rng: RNG) -> Iterator[Frame]:
@@ -132,13 +131,6 @@ class DiffusionSampler:
             yield run.frame()
         while bool(run.live_B.any()):
             yield run.step()
-
-    def _check_order(self, canvas: Canvas) -> None:
-        pos_L = torch.arange(canvas.free_BT.shape[1], device=canvas.free_BT.device)
-        block_BL = (pos_L - self.phase(canvas)[:, None]).div(self.block_length, rounding_mode="floor")
-        first_B = block_BL.masked_fill(~canvas.free_BT, len(pos_L)).amin(-1)
-        if bool((canvas.given_BT & (block_BL > first_B[:, None])).any()):
-            raise InputError("block diffusion reads what comes before a block: it cannot fill holes or lead to a suffix in later ones")
 
 
 class DiffusionRun:
@@ -257,17 +249,11 @@ class DiffusionRun:
         return Step(z, open_, logp, *levels, noise, kept, shadow_ATV, valid_AT, columns, active.place_A - active.start_A)
 
     def _described(self, active: Active) -> dict[str, Tensor]:
-        """Arguments of the network for windows that it does not fill: where text stands, and positions that begin a block at a multiple."""
-        sampler, beyond_AT = self.sampler, active.beyond_AT
+        """Arguments of the network for windows that it does not fill."""
+        sampler = self.sampler
         if sampler.fills_window:
             return {}
-        described = {"valid_BT": ~beyond_AT} if bool(beyond_AT.any()) else {}
-        if getattr(sampler.denoiser, "reads_begin", False):
-            described["begin_B1"] = (active.place_A - active.start_A)[:, None]
-        elif not sampler.sees_ahead and sampler.block_phase == "prompt":
-            begin_A1 = (-active.phase_A % sampler.block_length)[:, None]
-            described["pos_BQ"] = begin_A1 + torch.arange(beyond_AT.shape[1], device=beyond_AT.device)
-        return described
+        return described(active, sampler.block_length, sampler.block_phase, sampler.denoiser, sees_ahead=sampler.sees_ahead)
 
     def _written(self, active: Active, step: Step, at_AT: Tensor, next_AT: Tensor) -> tuple[Tensor, Tensor]:
         """(positions that are written, positions that are settled), bool (A, T). InputError where a token is due and none was drawn."""

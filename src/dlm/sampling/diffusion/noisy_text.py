@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dlm.errors import InputError
 from dlm.noise.masked import MaskedNoise
-from dlm.protocols import RNG, NoiseProcess
+from dlm.protocols import RNG, Denoiser, NoiseProcess
 from dlm.sampling import windows
 from dlm.sampling.batching import stacked
 from dlm.sampling.draw import beside, uniform
@@ -113,6 +114,34 @@ class NoisyText:
         """Go on with these rows alone."""
         for name in ("tokens_BL", "valid_BL", "phase_B", "z_BL", "open_BL", "given_BL", "beyond_BL"):
             setattr(self, name, getattr(self, name)[rows_K])
+
+
+def phase(canvas: Canvas, block_length: int, block_phase: str) -> Tensor:
+    """Position of each row at which some block begins, int64 (B,), below the block length."""
+    first_B = canvas.free_BT.int().argmax(-1)
+    return first_B % block_length if block_length and block_phase == "prompt" else torch.zeros_like(first_B)
+
+
+def check_order(canvas: Canvas, block_length: int, block_phase: str) -> None:
+    """InputError for a canvas that a network which reads nothing after a block cannot fill."""
+    pos_L = torch.arange(canvas.free_BT.shape[1], device=canvas.free_BT.device)
+    block_BL = (pos_L - phase(canvas, block_length, block_phase)[:, None]).div(block_length, rounding_mode="floor")
+    first_B = block_BL.masked_fill(~canvas.free_BT, len(pos_L)).amin(-1)
+    if bool((canvas.given_BT & (block_BL > first_B[:, None])).any()):
+        raise InputError("block diffusion reads what comes before a block: it cannot fill holes or lead to a suffix in later ones")
+
+
+def described(active: Active, block_length: int, block_phase: str, denoiser: Denoiser, *, sees_ahead: bool) -> dict[str, Tensor]:
+    """Arguments of a network for windows that a text does not fill: where it stands, and positions that begin a block at a multiple, or
+    where the block begins for a network that `reads_begin`."""
+    beyond_AT = active.beyond_AT
+    found = {"valid_BT": ~beyond_AT} if bool(beyond_AT.any()) else {}
+    if getattr(denoiser, "reads_begin", False):
+        found["begin_B1"] = (active.place_A - active.start_A)[:, None]
+    elif not sees_ahead and block_phase == "prompt":
+        begin_A1 = (-active.phase_A % block_length)[:, None]
+        found["pos_BQ"] = begin_A1 + torch.arange(beyond_AT.shape[1], device=beyond_AT.device)
+    return found
 
 
 def prior(canvas: Canvas, noise: NoiseProcess, window: int, rng: RNG) -> Tensor:
