@@ -11,11 +11,13 @@ import torch
 from dlm.errors import InputError
 from dlm.evaluation import likelihood
 from dlm.noise.masked import MaskedNoise
+from dlm.noise.score import ScoreNoise
 from dlm.noise.uniform import UniformNoise
 from dlm.protocols import NoiseProcess
 from oracle import BayesDenoiser, ReplacementBayes, Tiny, dense
 
 WRONG: dict[type, str] = {MaskedNoise: "counted", UniformNoise: "any-order"}
+OF_SCORES = "score-entropy"
 
 
 def _windows(tiny: Tiny, count: int, seed: int = 0) -> torch.Tensor:
@@ -23,7 +25,7 @@ def _windows(tiny: Tiny, count: int, seed: int = 0) -> torch.Tensor:
 
 
 MASKED, UNIFORM = MaskedNoise(4, 3), UniformNoise(4, 3)
-CASES = [(noise, word) for noise in (MASKED, UNIFORM) for word in likelihood.ESTIMATORS if word != WRONG[type(noise)]]
+CASES = [(noise, word) for noise in (MASKED, UNIFORM) for word in likelihood.ESTIMATORS if word not in (WRONG[type(noise)], OF_SCORES)]
 
 
 def _bayes(tiny: Tiny, noise: NoiseProcess) -> BayesDenoiser | ReplacementBayes:
@@ -43,6 +45,22 @@ def test_the_bound_of_the_bayes_denoiser_is_the_entropy(noise: NoiseProcess, est
     assert result.stderr < 0.03
     assert result.nats_per_token == pytest.approx(exact, abs=4 * result.stderr)
     assert result.bits_per_char == pytest.approx(result.nats_per_token / math.log(2))
+
+
+def test_the_score_entropy_of_the_true_scores_is_the_entropy() -> None:
+    """Scores are alpha / (1 - alpha) times the predictions at masks."""
+    tiny = Tiny(3, 3, seed=1)
+    bayes, windows = BayesDenoiser(tiny), _windows(tiny, 4000)
+
+    def scores(z_BT: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        return bayes(z_BT) + ((1 - t_B) / t_B).log()[:, None, None]
+
+    result = likelihood.evaluate(ScoreNoise(4, 3), scores, windows, characters=windows.numel(), estimator=OF_SCORES, batch=500)
+    exact = -tiny.p_S.log()[tiny.index(windows)].mean().item() / 3
+    assert result.estimator == OF_SCORES
+    assert result.nats_per_token == pytest.approx(exact, abs=4 * result.stderr)
+    with pytest.raises(InputError, match="the bound of networks of scores"):
+        likelihood.evaluate(MASKED, bayes, windows, characters=windows.numel(), estimator=OF_SCORES)
 
 
 @pytest.mark.parametrize(
