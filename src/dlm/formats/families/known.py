@@ -32,13 +32,13 @@ from dlm.formats.families.record import Family
 
 FAMILIES: tuple[Family, ...] = (
     llada.LLADA,
-    llada_moe.LLADA_MOE,
-    llada2.LLADA2,
     dream.DREAM,
     a2d.QWEN2,
     a2d.QWEN3,
     a2d.LLAMA,
     sdar.SDAR,
+    llada_moe.LLADA_MOE,
+    llada2.LLADA2,
     mdlm.MDLM,
     bd3lm.BD3LM,
     duo.DUO,
