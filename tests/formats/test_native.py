@@ -55,6 +55,25 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
+def test_eight_bits_keep_matrices_within_half_a_step(tmp_path: Path) -> None:
+    network = Transformer(TransformerConfig(vocab_size=20, window=8, layers=1, heads=2, width=32, conv=3, tied=True))
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    config = ModelConfig(network=network.config, mask_token_id=19)
+    native.save(tmp_path / "model", network.state_dict(), config, files={}, dtype=torch.int8)
+    loaded = native.load(tmp_path / "model")[0]
+    for name, weight in network.named_parameters():
+        found = loaded.get_parameter(name)
+        if weight.ndim == 2 and min(weight.shape) >= 16:
+            assert (found - weight).abs().max() <= weight.abs().max() / 127 / 2 + 1e-6, name
+            assert not torch.equal(found, weight)
+        else:
+            assert torch.equal(found, weight.half().float()), name
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "int8"
+    size = (tmp_path / "model" / "model.safetensors").stat().st_size
+    assert size < 1.5 * network.parameters_count() + 3000
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {"tied": True}, {"attention": "block_causal", "block_length": 4, "mlp": "swiglu", "kv_heads": 1, "qkv_bias": True}],

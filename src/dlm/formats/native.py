@@ -10,9 +10,10 @@ import difflib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -145,15 +146,19 @@ def write(
     files: dict[str, str],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """`save` of any tensors and any config.json."""
+    """`save` of any tensors and any config.json. dtype int8: matrices in eight bits, the rest in float16."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with replacing_files(directory, order=lambda file: (file.suffix != ".safetensors", file.name == "config.json")) as temporary:
-        state = {k: v.detach().cpu().to(dtype or v.dtype).contiguous() for k, v in state.items()}
+        state = {k: v.detach().cpu() for k, v in state.items()}
+        if dtype == torch.int8:
+            state = dict(chain.from_iterable(_in_eight_bits(*item) for item in state.items()))
+        else:
+            state = {k: v.to(dtype or v.dtype).contiguous() for k, v in state.items()}
         # parts of a fused product are copied: safetensors writes whole storages alone
         state = {k: v.clone() if v.untyped_storage().nbytes() > v.nbytes else v for k, v in state.items()}
         save_torch_state_dict(state, temporary, max_shard_size=SHARD)
-        stored = str(next(iter(state.values())).dtype).removeprefix("torch.")
+        stored = str(dtype or next(iter(state.values())).dtype).removeprefix("torch.")
         texts = files | {"config.json": json.dumps(config | {"dtype": stored}, indent=2) + "\n"}
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
@@ -162,6 +167,19 @@ def write(
     weights = [directory / INDEX, directory / "model.safetensors", *directory.glob("model-?????-of-?????.safetensors")]
     for stale in {path.name for path in weights} - written:
         (directory / stale).unlink(missing_ok=True)
+
+
+SCALE = ".scale"
+
+
+def _in_eight_bits(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A matrix as int8 and the float32 scale of each row; anything smaller in float16."""
+    if weight.ndim != 2 or min(weight.shape) < 16:
+        yield name, weight.to(torch.float16).contiguous()
+        return
+    scale_R1 = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+    yield name, (weight.float() / scale_R1).round().to(torch.int8)
+    yield name + SCALE, scale_R1
 
 
 def generation_defaults(config: ModelConfig) -> dict[str, Any]:
@@ -235,6 +253,8 @@ def weights(path: Path, *, copied: bool = False) -> dict[str, Stored]:
                 stored[tensor] = Stored(tuple(file.get_slice(tensor).get_shape()), read)
         except SafetensorError as error:
             raise InputError(f"{path}/{name} is truncated or damaged ({error}): fetch or train it again") from None
+    for scaled in [name for name in stored if name + SCALE in stored]:
+        stored[scaled] = stored[scaled].times(stored.pop(scaled + SCALE))
     return stored
 
 

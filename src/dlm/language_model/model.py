@@ -101,7 +101,10 @@ class LanguageModel:
         return model
 
     def save_pretrained(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write a checkpoint directory; `dtype=torch.bfloat16` halves it. InputError for int8 and int4."""
+        """Write a checkpoint directory. dtype: bfloat16 halves it; int8 keeps matrices in eight bits with a scale for each row.
+
+        InputError for a model that was loaded in int8 or int4.
+        """
         if self.network.quantized:
             raise InputError(f"{self.name} was loaded with quantized weights: save it from float32 or bfloat16")
         native.save(directory, self.network.state_dict(), self.config, files=self.files() | {"README.md": self.card()}, dtype=dtype)
