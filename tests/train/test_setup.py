@@ -175,3 +175,13 @@ def test_the_mask_is_always_alone(text: Path, groups: Path) -> None:
         found = setup.cluster_of(source, tokenizer)
         assert len(found) == tokenizer.vocab_size + 1
         assert found.count(found[-1]) == 1
+
+
+def test_subwords_are_learned_from_the_training_part_alone(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("the fox and the dog " * 300 + "zebra zebra quagga! " * 30, encoding="utf-8")
+    made = setup.resolve(tiny.config(file, "tokenizer=bpe:28"))
+    pieces = made.tokenizer.pieces().values()
+    assert " the" in pieces
+    assert not any(len(piece) > 1 and set(piece) & set("zqb!") for piece in pieces)
+    assert made.tokenizer.decode(made.tokenizer.encode("zebra quagga!")) == "zebra quagga!"

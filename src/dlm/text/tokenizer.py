@@ -99,15 +99,17 @@ class Tokenizer:
         return cls(inner)
 
     @classmethod
-    def bpe(cls, text: str, size: int) -> Tokenizer:
-        """Byte-pair encoding with `size` tokens learned from `text`; its bytes are the alphabet (GPT-2's word boundaries)."""
-        alphabet = len(set(text.encode()))
-        if size <= alphabet:
-            raise InputError(f"bpe:{size} leaves no room for a merge: this text has {alphabet} different bytes")
+    def bpe(cls, text: str, size: int, rest: str = "") -> Tokenizer:
+        """Byte-pair encoding with `size` tokens learned from `text` (GPT-2's word boundaries). Its alphabet: the bytes of text and rest."""
+        found = {*text.encode(), *rest.encode()}
+        if size <= len(found):
+            raise InputError(f"bpe:{size} leaves no room for a merge: this text has {len(found)} different bytes")
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=size, show_progress=False)
+        alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        letters = sorted({c for char in set(text + rest) for c in alphabet.pre_tokenize_str(char)[0][0]})
+        trainer = trainers.BpeTrainer(vocab_size=size, show_progress=False, initial_alphabet=letters)
         inner.train_from_iterator(text.splitlines(keepends=True), trainer)
         if inner.get_vocab_size() < size:
             raise InputError(f"this text has only {inner.get_vocab_size()} different tokens: bpe:{size} needs more text")
@@ -124,12 +126,12 @@ class Tokenizer:
         return cls(inner, ids, mask_id) if inner.id_to_token(mask_id) is not None else cls(inner, mask_id)
 
     @classmethod
-    def make(cls, kind: str, text: str) -> Tokenizer:
-        """`chars` (of this text), `bytes`, `bpe:1024` (learned from this text), or a path."""
+    def make(cls, kind: str, text: str, rest: str = "") -> Tokenizer:
+        """`chars`, `bytes`, `bpe:1024` (learned from this text), or a path. rest: text to encode as well, which nothing is learned from."""
         name, _, size = kind.partition(":")
         if name == "bpe" and size.isdigit():
-            return cls.bpe(text, int(size))
-        return cls.characters(text) if kind == "chars" else cls.bytes() if kind == "bytes" else cls.load(kind)
+            return cls.bpe(text, int(size), rest)
+        return cls.characters(text + rest) if kind == "chars" else cls.bytes() if kind == "bytes" else cls.load(kind)
 
     def save(self, path: str | Path) -> None:
         self.inner.save(str(path))

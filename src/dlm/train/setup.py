@@ -39,11 +39,12 @@ def resolve(config: TrainConfig, resumed: Path | None = None) -> Setup:
     InputError for text, tokenizer, clusters or noise that do not fit together.
     """
     documents = reading.read(config.data)
-    tokenizer = Tokenizer.load(resumed) if resumed else Tokenizer.make(config.tokenizer, "\n".join(documents))
+    parts = reading.split(documents, config.val_fraction)
+    tokenizer = Tokenizer.load(resumed) if resumed else Tokenizer.make(config.tokenizer, *("\n".join(part) for part in parts))
     network = config.network.with_(vocab_size=tokenizer.vocab_size + 1)
     training, validation = (
         Stream.encode(part, tokenizer, network.window, name=f"{name} part")
-        for name, part in zip(("training", "validation"), reading.split(documents, config.val_fraction), strict=True)
+        for name, part in zip(("training", "validation"), parts, strict=True)
     )
     validation_WT = validation.windows(config.eval_windows)
     if len(validation_WT) < 2:
