@@ -51,10 +51,11 @@ def test_a_step(name: str, text: Path, tmp_path: Path, gpu: Accelerator) -> None
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_run_learns_the_same(name: str, text: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    here = tiny.run(text, tmp_path / "here", *SETTINGS[name], *REST)
+    settings = (*REST, *(() if name == "muon" else ("optimizer=adamw",)), *SETTINGS[name])
+    here = tiny.run(text, tmp_path / "here", *settings)
     request.getfixturevalue("gpu")
-    there = tiny.run(text, tmp_path / "there", *SETTINGS[name], *REST)
-    assert there["val_nats"] == pytest.approx(here["val_nats"], rel=1e-4)
+    there = tiny.run(text, tmp_path / "there", *settings)
+    assert there["val_nats"] == pytest.approx(here["val_nats"], rel=3e-3 if name == "muon" else 1e-4)  # muon rounds to bfloat16 there
 
 
 def test_a_run_resumes(text: Path, tmp_path: Path, gpu: Accelerator) -> None:

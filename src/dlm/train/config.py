@@ -17,7 +17,7 @@ from dlm.protocols import NoiseProcess, NoiseSchedule
 from dlm.train.optimisers import OPTIMISERS
 
 OBJECTIVES = ("diffusion", "autoregressive")
-WEIGHTS = ("auto", "bound", "equal")
+WEIGHTS = ("auto", "bound", "equal", "anneal")
 ESTIMATORS = ("auto", "any_order", "counted", "continuous")
 
 
@@ -32,7 +32,7 @@ class TrainConfig:
     data: str = ""  # shakespeare (bundled) | a text file | a folder of .txt files | hf:DATASET
     val_fraction: float = 0.1
     tokenizer: str = "chars"  # chars | bytes | bpe:1024 (learned from the text) | path of a tokenizer.json
-    network: TransformerConfig = field(default_factory=lambda: TransformerConfig(vocab_size=1, width=192))
+    network: TransformerConfig = field(default_factory=lambda: TransformerConfig(vocab_size=1, width=192, conv=5))
     objective: str = "diffusion"  # diffusion | autoregressive
     noise: str | NoiseProcess | type[Any] = "masked"  # masked | uniform | semantic[:lead] | hybrid[:share of uniform noise]
     noise_schedule: str | NoiseSchedule = "linear"
@@ -41,14 +41,14 @@ class TrainConfig:
     estimator: str = "auto"  # any_order (masks, no time input) | counted (replacement) | continuous | auto: the first that applies
     init: str = ""  # a checkpoint to begin with, instead of fresh weights: of the same shape, or deeper
     teacher: str = ""  # distillation: a masked model whose predictions take the place of the text
-    weights: str = "bound"  # of masked tokens: bound | equal (mask ratios from Beta(2, 2), each alike) | auto: equal where it applies
+    weights: str = "auto"  # of masked tokens: bound | equal (mask ratios from Beta(2, 2), each alike) | anneal: equal, bound in the decay
     levels: tuple[float, float] = (0.0, 1.0)  # share of masks that the network is trained on, from .. to
     block_lengths: tuple[int, ...] = ()  # of block diffusion (attention=block_causal), one drawn each step; none: block_length
     context: int = 64
     context_share: float = 0.5  # share of training windows whose first `context` tokens are given
     steps: int = 5000
     batch: int = 16  # windows per step over all processes
-    optimizer: str = "adamw"  # adamw | muon (AdamW beside it, at a tenth of its rate: lr)
+    optimizer: str = "muon"  # muon (AdamW beside it, at a tenth of its rate: lr) | adamw
     lr: float = 2e-3
     warmup: int = 100
     decay_share: float = 0.3
@@ -114,9 +114,11 @@ class TrainConfig:
         return loss.best(self.alpha, masked=issubclass(kind, MaskedNoise), reads_time=self.network.time_conditioning)
 
     @property
-    def equal_weights(self) -> bool:
-        """Whether training weights every masked token alike."""
-        return self.weights == "equal" or (self.weights == "auto" and _weighable(self) and self.levels == (0, 1) and not self.teacher)
+    def equal_steps(self) -> int:
+        """The first steps, which weight every masked token alike."""
+        auto = _weighable(self) and self.levels == (0, 1) and not self.teacher
+        weights = ("equal" if auto else "bound") if self.weights == "auto" else self.weights
+        return {"bound": 0, "equal": self.steps, "anneal": self.steps - round(self.steps * self.decay_share)}[weights]
 
     def with_settings(self, settings: list[str]) -> TrainConfig:
         """Apply `key=value` words together, in any order; InputError for an unknown key or a value that cannot be."""
@@ -200,8 +202,8 @@ def _weighable(c: TrainConfig) -> bool:
 def _weights(c: TrainConfig) -> Iterator[str]:
     if c.weights not in WEIGHTS:
         yield str(unknown("weights", c.weights, WEIGHTS))
-    if c.weights == "equal" and not _weighable(c):
-        yield "weights=equal is for masked diffusion that does not read the time: --set weights=bound"
+    if c.weights in ("equal", "anneal") and not _weighable(c):
+        yield f"weights={c.weights} is for masked diffusion that does not read the time: --set weights=bound"
 
 
 def _numbers(c: TrainConfig) -> Iterator[str]:

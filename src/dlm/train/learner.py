@@ -90,7 +90,8 @@ class Learner:
         self.own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
         teacher = teacher_of(config, network, noise.mask_id, self.device) if config.teacher else None
         rows = cast(Process, RowsOf(noise, batch=config.batch, own=self.own))
-        self.objective = Objective.of(config, rows, teacher, equal=config.equal_weights)
+        self.objective = Objective.of(config, rows, teacher)
+        self.equal_steps, self.equal = config.equal_steps, Objective.of(config, rows, teacher, equal=True)
         self.network.train()
 
     def update(self, step: int) -> Update:
@@ -107,7 +108,8 @@ class Learner:
         set_learning_rate(self.optimizer, lr)
         x_BT, free_BT = (rows[own].to(device, non_blocking=True) for rows in (x_BT, free_BT))
         t_B = levels_on(device, t_B[own])
-        nats_B = self.objective(self.network, x_BT, free_BT, noise_rng, t_B, block_length)
+        objective = self.equal if step < self.equal_steps else self.objective
+        nats_B = objective(self.network, x_BT, free_BT, noise_rng, t_B, block_length)
         self.accelerator.backward(nats_B.mean())
         norm = self.accelerator.clip_grad_norm_(self.network.parameters(), config.clip)
         self.wrapped.step()
