@@ -10,10 +10,10 @@ TORCH ?= cpu
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: demo test check docs lint install clean
+.PHONY: demo test check train-gpu docs lint install clean
 
 demo: $(VENV)/.demo
-	$(BIN)/dlm generate "ROMEO:" --compare mask,uniform --temperature 0.7 --steps 128 --watch
+	$(BIN)/dlm generate "ROMEO:" --compare words,words-uniform --temperature 0.7 --steps 64 --watch
 	@echo
 	@echo "Type next (or put dlm on your path with: source $(BIN)/activate):"
 	@echo
@@ -29,6 +29,10 @@ test: lint
 # For daily work: lint, types and the tests that take under three seconds each.
 check: lint
 	$(BIN)/python -m pytest -n auto -m "not slow and not browser and not network"
+
+# Every recipe of Shakespeare at 10.7M parameters; needs one GPU (make install TORCH=cuda) and resumes.
+train-gpu: $(VENV)/.demo
+	$(BIN)/python dev/train_bundled.py --out runs/large --large
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

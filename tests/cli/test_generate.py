@@ -43,8 +43,8 @@ def test_a_prompt_that_is_the_name_of_a_model_gets_a_hint(dlm: Dlm) -> None:
 
 def test_without_arguments_it_writes_shakespeare(dlm: Dlm) -> None:
     found = record(dlm, "--steps", "2")
-    assert found["model"] == "shakespeare-mask"
-    assert found["tokens"] == 256
+    assert found["model"] == "shakespeare-words"
+    assert found["tokens"] == 128
 
 
 @pytest.mark.parametrize(

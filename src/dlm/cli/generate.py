@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from dlm.language_model.generation import Generation, Run
     from dlm.language_model.options import DecodingOptions, LayoutKeywords
 
-DEFAULT = "shakespeare-mask"
+DEFAULT = "shakespeare-words"
 TEXT, CONSTRAINTS, SEVERAL, OUTPUT = "Text", "Constraints and guidance", "Several models", "Output"
 
 
