@@ -101,6 +101,15 @@ Preset = Annotated[
         rich_help_panel="Sampling",
     ),
 ]
+BridgeOption = Annotated[
+    str,
+    typer.Option(
+        "--bridge",
+        show_default="none",
+        help="`transformers`: read a DiffusionGemma with the class that transformers ships.",
+        rich_help_panel="Machine",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object.")]
 SAMPLING, DRAFTING = "Sampling", "Speculative decoding (autoregressive models)"  # panels of the help
 TopP = Annotated[
@@ -257,6 +266,7 @@ def load(
     deterministic: bool = False,
     compile: bool = False,
     family: str = "",
+    bridge: str = "",
 ) -> LanguageModel:
     """InputError for a model, device or dtype that is not there, or an adapter of another base."""
     check_names([name], dtype)
@@ -264,8 +274,8 @@ def load(
     from dlm.workflows.inputs import check_device
 
     check_device(device)
-    how = {"deterministic": deterministic, "compile": compile}
-    return load(name, device=device, dtype=dtype, adapter=adapter, family=family, **how)
+    how: dict[str, Any] = {"deterministic": deterministic, "compile": compile, "family": family, "bridge": bridge}
+    return load(name, device=device, dtype=dtype, adapter=adapter, **how)
 
 
 def set_threads(asked: int, models: Iterable[Model], rows: int = 1) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from dlm.cli.app import (
     Adapter,
+    BridgeOption,
     Compile,
     Device,
     DraftOption,
@@ -62,6 +63,7 @@ def chat(
     dtype: Dtype = "float32",
     compile: Compile = False,
     family: FamilyOption = "",
+    bridge: BridgeOption = "",
     threads: Threads = 0,
 ) -> None:
     """Talk to a model, line by line.
@@ -73,7 +75,7 @@ def chat(
         raise InputError("--lossless chooses the drafter: leave --draft away")
     from dlm.language_model.options import DecodingOptions
 
-    lm = load(model, device, dtype, adapter, compile=compile, family=family)
+    lm = load(model, device, dtype, adapter, compile=compile, family=family, bridge=bridge)
     set_threads(threads, [lm])
     if lossless:
         lm.prepare_lossless()

@@ -18,6 +18,7 @@ from dlm import bundled
 from dlm.cli.app import (
     SAMPLING,
     Adapter,
+    BridgeOption,
     Compile,
     Deterministic,
     Device,
@@ -188,6 +189,7 @@ def generate(
     deterministic: Deterministic = False,
     compile: Compile = False,
     family: FamilyOption = "",
+    bridge: BridgeOption = "",
     threads: Threads = 0,
 ) -> None:
     """Write text: continue a prompt, fill holes, or lead to a suffix.
@@ -226,7 +228,7 @@ def generate(
     _hint(prompt, name or model)
 
     def opened(wanted: str) -> LanguageModel:
-        return load(wanted, device, dtype, adapter, deterministic, compile, family)
+        return load(wanted, device, dtype, adapter, deterministic, compile, family, bridge)
 
     runs = _runs(entries, opened, [prompt] * samples if samples > 1 else prompt, layout, options, seed)
     paths = _paths(save, list(runs))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dlm import bundled
-from dlm.cli.app import AllThreads, Compile, Deterministic, Device, Dtype, FamilyOption, app, check_names, load
+from dlm.cli.app import AllThreads, BridgeOption, Compile, Deterministic, Device, Dtype, FamilyOption, app, check_names, load
 from dlm.errors import InputError
 
 
@@ -35,6 +35,7 @@ def serve(
     deterministic: Deterministic = False,
     compile: Compile = False,
     family: FamilyOption = "",
+    bridge: BridgeOption = "",
 ) -> None:
     """Serve models by the OpenAI protocol, with a page to watch.
 
@@ -42,8 +43,8 @@ def serve(
     """
     if adapter is not None and len(models or []) != 1:
         raise InputError("--adapter belongs to one base: name that model alone")
-    if family and len(models or []) != 1:
-        raise InputError("--family says what one checkpoint is: name that model alone")
+    if (family or bridge) and len(models or []) != 1:
+        raise InputError("--family and --bridge say what one checkpoint is: name that model alone")
     if not 0 <= port <= 65535 or deadline <= 0 or min(max_body, max_length, max_steps) < 1:
         raise InputError("--port lies in 0 .. 65535; --deadline and the other limits are above 0")
     names = models or sorted(bundled.models(), key=lambda name: name != "shakespeare-mask")
@@ -55,7 +56,7 @@ def serve(
 
     keys = tuple(key.strip() for key in [*(api_key or []), *os.environ.get("DLM_API_KEYS", "").split(",")] if key.strip())
     engine = Engine(max_batch=max_batch, max_queue=max_queue, threads=threads, device=device)
-    shelf = Shelf([load(name, device, dtype, adapter, deterministic, compile, family) for name in names], max_length, max_steps)
+    shelf = Shelf([load(name, device, dtype, adapter, deterministic, compile, family, bridge) for name in names], max_length, max_steps)
     local = host in LOCAL
     limits = Limits(keys=keys, max_body_bytes=max_body, hosts=LOCAL if local else (), deadline=deadline)
     if not local and not keys:

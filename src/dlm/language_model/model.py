@@ -18,6 +18,7 @@ from torch import Tensor
 from dlm.adapters import attach, lora, medusa
 from dlm.calibration.table import Calibration
 from dlm.errors import InputError
+from dlm.formats import bridge as bridges
 from dlm.formats import huggingface, native
 from dlm.formats.families import known
 from dlm.formats.families import load as foreign
@@ -436,6 +437,8 @@ def load(
     deterministic: bool = False,
     compile: bool = False,
     family: str = "",
+    bridge: str = "",
+    device_map: str = "",
 ) -> LanguageModel:
     """Load a checkpoint: a directory, a GGUF file, a bundled name (`shakespeare-mask`), a pulled one (`smollm2-135m`) or a hub id.
 
@@ -444,10 +447,13 @@ def load(
     logits of a position are bitwise identical in forward passes of any shape, at a cost in speed. compile: by torch.compile, forward
     passes of few positions of an autoregressive model, those of a diffusion model without an approximate cache; the first ones take
     seconds. family: of another project's checkpoint whose plain config does not say it: `open-dcoder`, `diffullama`, `i-dlm`.
-    InputError for the adapter of another base, and for settings that do not go together.
+    bridge: `transformers`, for DiffusionGemma: the class that transformers ships in place of a network of ours; device_map: `auto`, of a
+    bridge, spreads it over GPUs, memory and disk. InputError for the adapter of another base, and for settings that do not go together.
     """
     if isinstance(dtype, str):
         check_dtype(dtype)
+    if bridge or device_map:
+        return _bridged(name, bridge, device, dtype, device_map, others=bool(adapter or deterministic or compile or family))
     bits = quantize.BITS.get(str(dtype))
     if bits and torch.device(device).type != "cpu":
         raise InputError(f"{dtype} is for the CPU: use --dtype bfloat16 on other devices")
@@ -462,4 +468,16 @@ def load(
         raise InputError(f"{name} is a diffusion model: deterministic decoding is for autoregressive models")
     if bits or compile or not model.is_diffusion:
         prepare(model.network, bits=bits, batch_invariant=deterministic, compiled=compile)
+    return model
+
+
+def _bridged(name: str, bridge: str, device: str, dtype: torch.dtype | str, device_map: str, *, others: bool) -> LanguageModel:
+    if not bridge:
+        raise InputError("device_map spreads networks of a bridge: give bridge as well")
+    if others or dtype in quantize.BITS:
+        raise InputError("a bridge takes device, dtype (float32 or bfloat16) and device_map alone")
+    kept = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    base = bridges.load(native.find(name), bridge, device=device, dtype=kept, device_map=device_map)
+    model = LanguageModel(base.network, base.config, base.tokenizer, name=Path(name).name)
+    model.defaults, model.chat = base.defaults, base.chat
     return model

@@ -18,6 +18,7 @@ from dlm.errors import InputError, nearest
 from dlm.language_model.protocols import Model
 from dlm.language_model.resolution import DecodingPlan
 from dlm.model_scheduling import routing
+from dlm.models.canvas import CanvasNetwork, ReadText
 from dlm.models.causal_text import AfterText
 from dlm.models.pattern import reading
 from dlm.models.shifted import Shifted
@@ -35,10 +36,12 @@ from dlm.sampling.autoregressive.protocols import Drafter
 from dlm.sampling.autoregressive.speculative import SpeculativeDecoder
 from dlm.sampling.diffusion import cache_policies
 from dlm.sampling.diffusion.any_order_speculative import AnyOrderSpeculativeSampler
+from dlm.sampling.diffusion.canvases import CanvasSampler
 from dlm.sampling.diffusion.constraints import AllowedTokens, Pattern, both
 from dlm.sampling.diffusion.guidance import ClassifierFree
 from dlm.sampling.diffusion.loop import DiffusionSampler
 from dlm.sampling.diffusion.protocols import CachePolicy, Constraint
+from dlm.sampling.diffusion.revising import EntropyBound, StableBound
 
 MANY_TOKENS, FAST_GROWTH, GROWTH = 23, 5, 2  # adaptive drafts of so many tokens are tried at lengths that grow by the first factor
 
@@ -47,6 +50,8 @@ def build(plan: DecodingPlan, model: Model) -> Sampler:
     """InputError for a rule, a cache, a constraint or a draft model that cannot be used."""
     if not model.is_diffusion:
         return _plain(plan, model) if plan.draft is None else _speculative(plan, plan.draft, model)
+    if isinstance(model.network, CanvasNetwork):
+        return _canvases(plan, model, model.network)
     denoiser = _denoiser(plan, model)
     info = registry.get(plan.word, registry.kind(model.noise))
     if not info.rule and isinstance(model.noise, MaskedNoise):
@@ -122,6 +127,16 @@ def _policy(plan: DecodingPlan, model: Model, *, by_blocks: bool) -> CachePolicy
     else:
         return None
     return cache_policies.BeforeToo(policy) if model.config.shift else policy
+
+
+def _canvases(plan: DecodingPlan, model: Model, network: CanvasNetwork) -> CanvasSampler:
+    """InputError for guidance, constraints and caches."""
+    if plan.guidance != 1 or plan.allow is not None or plan.pattern is not None or isinstance(plan.cache, str):
+        raise InputError(f"{model.name} is denoised canvas by canvas: leave guidance, constraints and caches away")
+    rule = registry.make(plan.word, plan.draw, model.noise, plan.greedy_tail)
+    if isinstance(rule, EntropyBound):
+        rule = StableBound(rule.bound, model.defaults["stable"], model.defaults["confidence"], plan.draw)
+    return CanvasSampler(partial(ReadText, network), model.noise, network.length, rule, plan.steps, model.name, model.stops)
 
 
 def _plain(plan: DecodingPlan, model: Model) -> AutoregressiveSampler:

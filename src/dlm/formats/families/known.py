@@ -8,6 +8,7 @@ from typing import Any
 
 from dlm.errors import InputError, nearest
 from dlm.files import read_json
+from dlm.formats import bridge as bridges
 from dlm.formats import gguf, native
 from dlm.formats.families import (
     a2d,
@@ -105,6 +106,8 @@ def unknown(config: Mapping[str, Any], path: Path) -> str:
     code = "; it demands code of its own (auto_map), which dlm never runs" if config.get("auto_map") else ""
     known = [name for family in FAMILIES for name in family.architectures or (family.name.upper(),) * bool(family.keys)]
     kinds = ", ".join([*known, *native.CONVERTIBLE])
+    if bridge := [name for name in bridges.CLASSES if name in (architectures or ())]:
+        return f"{path} is a {bridge[0]}, which the class of transformers reads: add --bridge transformers"
     by_hand = ", ".join(family.name for family in FAMILIES if not (family.architectures or family.keys))
     kind = config.get("model_type")
     return f"{path} is a checkpoint of kind {kind!r} ({named}), which dlm does not read{code}. Known: {kinds}; by --family: {by_hand}"

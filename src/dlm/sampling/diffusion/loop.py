@@ -33,6 +33,7 @@ from dlm.sampling.diffusion.protocols import (
     CheckingRule,
     Constraint,
     EditingRule,
+    EndingRule,
     Guidance,
     PlannedRule,
     Rule,
@@ -260,7 +261,7 @@ class DiffusionRun:
         rule = self.sampler.rule
         if rule.revises:
             done_A = self.stopping(active.rows_A, step, next_AT, active.block_AT)
-            if isinstance(rule, EditingRule):
+            if isinstance(rule, EndingRule):
                 done_A = done_A | rule.done(step, next_AT)
             return at_AT, active.block_AT & done_A[:, None]
         written_AT = at_AT & (next_AT != step.noise.mask_id)

@@ -77,6 +77,14 @@ class Rule(Protocol):
 
 
 @runtime_checkable
+class EndingRule(Rule, Protocol):
+    """A revising rule that may be done with a block before its last step."""
+
+    def done(self, step: Step, next_BT: Tensor) -> Tensor:
+        """Whether the block of each row stays as it is now, bool (B,)."""
+
+
+@runtime_checkable
 class PlannedRule(Rule, Protocol):
     """A rule that knows before any forward pass which position moves when; the loop skips the steps in which none does."""
 
@@ -95,16 +103,13 @@ class CheckingRule(Rule, Protocol):
 
 
 @runtime_checkable
-class EditingRule(Rule, Protocol):
+class EditingRule(EndingRule, Protocol):
     """A rule that may replace tokens of its block by better ones, and knows when the block is done.
 
     `Step.logp_BTV` of an open position that is written is the network's own prediction there, not the certainty of its token.
     """
 
     edits: ClassVar[bool]
-
-    def done(self, step: Step, next_BT: Tensor) -> Tensor:
-        """Whether the block of each row stays as it is now, bool (B,)."""
 
 
 @dataclass(frozen=True)

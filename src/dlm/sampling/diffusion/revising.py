@@ -122,6 +122,39 @@ class EntropyBound:
 
 
 @dataclass(frozen=True)
+class StableBound:
+    """DiffusionGemma's sampler: `EntropyBound` by the network's own distribution, which hears of the step by itself, until the likeliest
+    tokens have stood for `stable` steps and their mean entropy is below `confidence` nats; what is left are the likeliest tokens
+    (transformers, `generation_diffusion_gemma.py`).
+    """
+
+    revises: ClassVar[bool] = True
+    bound: float = 0.1
+    stable: int = 1
+    confidence: float = 0.005
+    draw: Draw = field(default_factory=Draw)
+
+    def __call__(self, step: Step, rng: RNG) -> Tensor:
+        guess_BT, drawn_BT = step.logp_BTV.argmax(-1), self.draw(step.logp_BTV, rng)
+        entropy_BT = entropy(step.logp_BTV)
+        keep_BT = ranked(-entropy_BT, step.open_BT, within(entropy_BT.masked_fill(~step.open_BT, torch.inf), self.bound))
+        noise_BT = step.noise.prior(beside(uniform(rng, drawn_BT.shape[1]), drawn_BT))
+        last_BT, stood_BT = (step.memory.get(name, torch.full_like(entropy_BT, torch.nan)) for name in ("guess", "stood"))
+        same_B1 = ((guess_BT == last_BT) | ~step.open_BT).all(-1, keepdim=True)
+        step.memory["guess"] = guess_BT.double()
+        step.memory["stood"] = torch.where(same_B1, stood_BT.nan_to_num(0.0) + 1, 0.0)
+        step.memory["entropy"] = entropy_BT
+        next_BT = torch.where((self.done(step, guess_BT) | (step.left_B == 1))[:, None], guess_BT, torch.where(keep_BT, drawn_BT, noise_BT))
+        return torch.where(step.open_BT, next_BT, step.z_BT)
+
+    def done(self, step: Step, next_BT: Tensor) -> Tensor:
+        """Rows whose likeliest tokens are stable and sure, bool (B,)."""
+        open_B = step.open_BT.sum(-1).clamp(min=1)
+        mean_B = torch.where(step.open_BT, step.memory["entropy"], 0.0).sum(-1) / open_B
+        return (step.memory["stood"][:, 0] >= self.stable) & (mean_B < self.confidence)
+
+
+@dataclass(frozen=True)
 class ChangeWorst:
     """Draw anew where a better token gains most, mu(best) - mu(z_i) (GIDD, von Ruette et al. 2503.04482; 2512.10858).
 
