@@ -142,6 +142,11 @@ def test_what_is_refused(write: Write, tmp_path: Path) -> None:
         lm.generate("3 4", suffix="5", max_new_tokens=8)
     with pytest.raises(library.InputError, match="canvas by canvas"):
         lm.generate("3 4", max_new_tokens=8, allow="1")
+    with pytest.raises(library.InputError, match="copy its own files"):
+        lm.save_pretrained(tmp_path / "saved")
+    (tmp_path / "text.txt").write_text("3 4 5 " * 2000)
+    with pytest.raises(library.InputError, match="no bound of it is known"):
+        library.evaluate(lm, tmp_path / "text.txt", split="all", max_windows=2)
     weights = load_file(path / "model.safetensors")
     save_file(dict(list(weights.items())[1:]), path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(library.InputError, match="missing keys"):

@@ -32,6 +32,7 @@ from dlm.language_model.resolution import DecodingPlan, Facts, needs_calibration
 from dlm.language_model.samplers import build
 from dlm.model_scheduling.saved import SavedSchedule
 from dlm.models.attention import BLOCKWISE
+from dlm.models.canvas import CanvasNetwork
 from dlm.models.causal_text import AfterText
 from dlm.models.pattern import reading
 from dlm.models.shifted import Shifted, shift
@@ -108,6 +109,8 @@ class LanguageModel:
         """
         if self.network.quantized:
             raise InputError(f"{self.name} was loaded with quantized weights: save it from float32 or bfloat16")
+        if isinstance(self.network, CanvasNetwork):
+            raise InputError(f"{self.name} is a network of transformers: copy its own files")
         native.save(directory, self.network.state_dict(), self.config, files=self.files() | {"README.md": self.card()}, dtype=dtype)
 
     def files(self) -> dict[str, str]:
@@ -399,6 +402,8 @@ class LanguageModel:
 
     def predict(self, z_BT: Tensor, t_B: Tensor) -> Tensor:
         """Logits (B, T, V) in float32, as the bounds of `dlm.noise.loss` want them; `predict_next` of an autoregressive model."""
+        if isinstance(self.network, CanvasNetwork):
+            raise InputError(f"{self.name} denoises a canvas after a text: no bound of it is known")
         if not self.is_diffusion:
             return predict_next(self.network, z_BT, self.config.start_token_id)
         return self.denoiser(z_BT, t_B).float()
