@@ -23,6 +23,7 @@ MORE = {
     "ancestral": 12.5,
     "first-hitting": 12,
     "llada": 12,
+    "llada2": 12,
     "mdlm": 12,
     "bd3lm": 17,
     "klass": 12,
