@@ -1,4 +1,4 @@
-"""Texts and bounds of the bundled models, recorded before the code was rearranged: `python tests/recorded.py` writes the file anew.
+"""Texts and bounds of the bundled models, recorded when they were trained: `python tests/recorded.py` writes the file anew.
 
 A test compares them, so that moving code changes no text and no number. Texts are short enough that the last digits of another
 machine's products do not decide a token.

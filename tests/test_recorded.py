@@ -1,4 +1,4 @@
-"""What the bundled models write and are worth is what it was before the code was rearranged (`tests/recorded.py`)."""
+"""What the bundled models write and are worth is what was recorded when they were trained (`tests/recorded.py`)."""
 
 from __future__ import annotations
 

@@ -30,7 +30,6 @@ MORE = {
     "dream": 13,
     "speculative": 14,
     "tiny-topk": 13,
-    "llada2": 12,
 }
 OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
     "blocks": (11, {"block_length": 8}),
