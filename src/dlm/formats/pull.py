@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 from huggingface_hub import get_session, hf_hub_download, hf_hub_url
 
 from dlm import bundled
@@ -78,8 +77,8 @@ def _from_hub(base: Source, temporary: Path, part: Path, tell: Callable[[str], N
         get_session().head(hf_hub_url(base.repository, base.file), follow_redirects=True, timeout=HUB_SECONDS).raise_for_status()
         tell(f"fetching {base.file} of {base.repository} from the Hugging Face hub ...")
         found = Path(hf_hub_download(base.repository, base.file, local_dir=temporary))
-    except (OSError, httpx.HTTPError) as error:
-        tell(f"the Hugging Face hub did not give {base.file} ({str(error).splitlines()[0]})")
+    except Exception as error:  # of httpx or of httpx2, whichever the hub's client uses, and its own
+        tell(f"the Hugging Face hub did not give {base.file} ({(str(error) or repr(error)).splitlines()[0]})")
         return False
     if _digest(found) != base.sha256:
         tell(f"the {base.file} of the Hugging Face hub has a wrong checksum")
