@@ -77,7 +77,7 @@ def main() -> None:
         cells = [f"{row['bits']:.2f} +- {row['bits_band95']:.2f}", *(f"{row[name]:.2f}" for name in ("entropy", "distinct_4", "words"))]
         cost = [str(row.get("forward_passes", "")), f"{row['seconds_a_text']:.1f}" if "seconds_a_text" in row else ""]
         table.add_row(row["model"], str(row["texts"]), *cost, *cells)
-    Console().print(table)
+    Console(width=130).print(table)
     print(json.dumps({"benchmark": "bundled", "temperature": args.temperature, "rows": rows}))
 
 

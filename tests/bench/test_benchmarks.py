@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 QUICK = {
+    "bundled": ["--quick"],
     "caches": ["--quick"],
     "decoding_call": ["--quick"],
     "frontier": [],
@@ -29,7 +30,7 @@ QUICK = {
     "seams": ["--quick"],
     "threads": ["--quick"],
 }
-ELSEWHERE = {"training", "serving"}  # tests/train/test_benchmark.py; servers of its own and minutes
+ELSEWHERE = {"training", "recipes", "serving"}  # tests/train; servers of its own and minutes
 
 
 def test_every_benchmark_is_listed() -> None:
