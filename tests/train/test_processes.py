@@ -71,12 +71,12 @@ def together(text: Path, outs: list[Path], *settings: str, sharded: bool = False
 
 
 def assert_close(a: Path, b: Path) -> None:
-    """The same to the rounding of sums taken in another order."""
+    """The same to the rounding of sums taken in another order, which Muon's steps enlarge."""
     for file in ("training.safetensors", "model.safetensors"):
         first, second = load_file(a / file), load_file(b / file)
         assert first.keys() == second.keys()
         for name, value in first.items():
-            torch.testing.assert_close(second[name], value, atol=1e-5, rtol=0, msg=partial("{}: {}".format, name))
+            torch.testing.assert_close(second[name], value, atol=5e-5, rtol=0, msg=partial("{}: {}".format, name))
     for x, y in zip(tiny.curve(a), tiny.curve(b), strict=True):
         assert x == pytest.approx(y, rel=1e-4)
 
