@@ -43,8 +43,9 @@ def quality(judge: dlm.LanguageModel, texts: Sequence[str], words: set[str]) -> 
 
 def measure(name: str, judge: dlm.LanguageModel, words: set[str], args: argparse.Namespace) -> dict[str, Any]:
     model = dlm.load(name)
+    sampler = args.sampler if model.config.noise["process"] == "masked" else "ancestral"
     begun = time.perf_counter()
-    made = model.generate([""] * args.samples, length=model.window, seed=args.seed, temperature=args.temperature, sampler=args.sampler)
+    made = model.generate([""] * args.samples, length=model.window, seed=args.seed, temperature=args.temperature, sampler=sampler)
     seconds = time.perf_counter() - begun
     texts = [one.text for one in made if len(one.text) >= CHARACTERS]
     row = {"model": Path(name).name, "texts": len(texts), "forward_passes": made[0].forwards, "seconds_a_text": seconds / args.samples}
@@ -65,9 +66,8 @@ def main() -> None:
         args.models, args.samples = ["shakespeare-words"], 2
     judge = dlm.load(args.judge)
     train, val = reading.split(reading.read("shakespeare"), 0.1)
-    words, masked, rows = generative.vocabulary(train[0]), args.sampler, []
+    words, rows = generative.vocabulary(train[0]), []
     for name in args.models:
-        args.sampler = masked if dlm.load(name).config.noise["process"] == "masked" else "ancestral"
         rows.append(measure(name, judge, words, args))
         Console(stderr=True).print(rows[-1])
     real = [val[0][i : i + CHARACTERS] for i in range(0, len(val[0]) - CHARACTERS, len(val[0]) // args.samples)]

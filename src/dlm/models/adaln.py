@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlm.models.block import AnyCache, Attention, Blocks, Embedding, ForwardPass, Head, Linear, MaskTokens, Rotary
-from dlm.models.cache import KVCache, RaggedCache, WindowCache
+from dlm.models.cache import KVCache, RaggedCache
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 
@@ -148,14 +148,8 @@ class AdaLN(Transformer):
         states: list[Tensor] | None = None,
     ) -> Tensor:
         """As of `Transformer.forward`; t_B is turned into the level that the network is told."""
-        if own_BQQ is not None:
-            pos_BQ, mask, is_causal, _ = self._continues(pos_BQ, own_BQQ, cache)
-        elif pattern:
-            pos_BQ, mask, is_causal, _ = self._halves(z_BQ, pos_BQ, pattern, block_length, phase_B)
-        elif isinstance(cache, WindowCache):
-            pos_BQ, mask, is_causal, _ = self._window(pos_BQ, cache, block_length)
-        else:
-            pos_BQ, mask, is_causal, _ = self._text(z_BQ, pos_BQ, valid_BT, cache, block_length, begin_B1)
+        attends = self._attends(z_BQ, pos_BQ, valid_BT, cache, pattern, block_length, phase_B, begin_B1, own_BQQ)
+        pos_BQ, mask, is_causal, _ = attends
         level_B = self.told(t_B, len(z_BQ))
         level_BC, x_BQD = self.level(level_B), self.embed(z_BQ)
         cos, sin = self.rotary(pos_BQ)

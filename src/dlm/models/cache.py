@@ -20,6 +20,25 @@ class Memory:
     conv: Tensor  # (layers, B, T, D)
     _kept: tuple[Tensor, list[tuple[Tensor, ...]]] | None = None  # parts of a kv and its conv
 
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        width: int = 0,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.kv = torch.zeros(layers, 2, batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        self.conv = torch.zeros(layers, batch, capacity, width, dtype=dtype, device=device)
+
+    @property
+    def capacity(self) -> int:
+        return self.kv.shape[4]
+
     def span(self, queries: int) -> tuple[int, int] | None:
         """The first slot and the end of so many new positions; None where rows have slots of their own, or no room."""
         raise NotImplementedError
@@ -43,25 +62,7 @@ class Memory:
 class KVCache(Memory):
     """Preallocated; new positions go after the `length` already held. `trim` forgets, `clone` copies."""
 
-    def __init__(
-        self,
-        layers: int,
-        batch: int,
-        kv_heads: int,
-        capacity: int,
-        head_dim: int,
-        width: int = 0,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.kv = torch.zeros(layers, 2, batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
-        self.conv = torch.zeros(layers, batch, capacity, width, dtype=dtype, device=device)
-        self.length = 0
-
-    @property
-    def capacity(self) -> int:
-        return self.kv.shape[4]
+    length = 0
 
     def write(self, layer: int, k_BGQK: Tensor, v_BGQK: Tensor) -> tuple[Tensor, Tensor]:
         """Store after `length`, return all keys and values held so far. `advance` moves `length` once all layers have written."""
@@ -106,26 +107,12 @@ class RaggedCache(Memory):
     Preallocated and read in place, up to the longest row. Rows may `join`, and others leave.
     """
 
-    def __init__(
-        self,
-        layers: int,
-        batch: int,
-        kv_heads: int,
-        capacity: int,
-        head_dim: int,
-        width: int = 0,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.kv = torch.zeros(layers, 2, batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
-        self.conv = torch.zeros(layers, batch, capacity, width, dtype=dtype, device=device)
-        self.length_B = torch.zeros(batch, dtype=torch.long, device=device)
-        self.rows_B1 = torch.arange(batch, device=device)[:, None]
+    length_B: Tensor
+    rows_B1: Tensor
 
-    @property
-    def capacity(self) -> int:
-        return self.kv.shape[4]
+    def __init__(self, layers: int, batch: int, *shape: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(layers, batch, *shape, dtype=dtype, device=device)
+        self._number(torch.zeros(batch, dtype=torch.long, device=device))
 
     def begin(self, own_BQQ: Tensor) -> Tensor | None:
         """The mask of the next Q positions, bool (B, Q, T): they read all positions that their row holds, and one another by own_BQQ.

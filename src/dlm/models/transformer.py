@@ -140,14 +140,7 @@ class Transformer(nn.Module):
         alone get logits, which are then (B, C, V): with a large vocabulary, zeros of all the others take time and memory.
         logits: False returns the hidden states that the head reads instead, (B, Q, D); states: a list that they are appended to.
         """
-        if own_BQQ is not None:
-            attends = self._continues(pos_BQ, own_BQQ, cache)
-        elif pattern:
-            attends = self._halves(z_BQ, pos_BQ, pattern, block_length, phase_B)
-        elif isinstance(cache, WindowCache):
-            attends = self._window(pos_BQ, cache, block_length)
-        else:
-            attends = self._text(z_BQ, pos_BQ, valid_BT, cache, block_length, begin_B1)
+        attends = self._attends(z_BQ, pos_BQ, valid_BT, cache, pattern, block_length, phase_B, begin_B1, own_BQQ)
         pos_BQ, mask, is_causal, _ = attends
         mask_tokens = self.embed.mask_tokens(z_BQ, pos_BQ)
         x_BQD = self.embed(z_BQ, mask_tokens)
@@ -197,6 +190,27 @@ class Transformer(nn.Module):
             pattern, block_length = (mask.pattern, mask.block_length) if mask else ("causal", 0)
             allowed_BQT = attention.allowed(pattern, pos_BQ[:, :, None], pos_BT[:, None, :], block_length)
         return neighbours(self.taps, pos_BQ, pos_BT, allowed_BQT)
+
+    def _attends(
+        self,
+        z_BQ: Tensor,
+        pos_BQ: Tensor | None,
+        valid_BT: Tensor | None,
+        cache: AnyCache | None,
+        pattern: str,
+        block_length: int,
+        phase_B: Tensor | None,
+        begin_B1: Tensor | None,
+        own_BQQ: Tensor | None,
+    ) -> Attends:
+        """The positions that this forward pass reads; arguments as of `forward`."""
+        if own_BQQ is not None:
+            return self._continues(pos_BQ, own_BQQ, cache)
+        if pattern:
+            return self._halves(z_BQ, pos_BQ, pattern, block_length, phase_B)
+        if isinstance(cache, WindowCache):
+            return self._window(pos_BQ, cache, block_length)
+        return self._text(z_BQ, pos_BQ, valid_BT, cache, block_length, begin_B1)
 
     def _continues(self, pos_BQ: Tensor | None, own_BQQ: Tensor, cache: AnyCache | None) -> Attends:
         """New positions that read those of a cache, and one another by own_BQQ."""
