@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "src" / "dlm"
-FREE = {"errors", "files", "plugins", "bundled"}  # anyone may use these
+FREE = {"errors", "files", "plugins", "bundled", "seeds"}  # anyone may use these
 LEVEL0 = {"trajectory", "protocols"}
 ALLOWED = {
     "errors": set(),
     "bundled": set(),
     "files": {"errors"},
     "plugins": {"errors"},
+    "seeds": {"errors"},
     "trajectory": set(),
     "protocols": {"trajectory"},
     "text": set(),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from torch import Tensor
 
 from dlm.errors import InputError
@@ -184,6 +185,18 @@ def test_truncation_acts_after_the_temperature_and_together() -> None:
     both = Draw(1.0, top_k=3, top_p=0.5).shape(LOGP[None, None])[0, 0]
     assert (both > -torch.inf).tolist() == [True, True] + [False] * 4
     assert torch.allclose(both.exp().sum(), torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_d22_top_p_is_measured_on_what_top_k_left() -> None:
+    assert Draw(1.0, 2, 0.5).shape(torch.tensor([[[0.1, 0.2, 0.3, 0.4]]]).log()).exp().tolist() == [[[0, 0, 0, 1]]]
+    rng = torch.Generator().manual_seed(3)
+    logp_BTV = torch.randn(1, 40, 30, generator=rng).log_softmax(-1)
+    for temperature, top_k, top_p in ((1.0, 3, 0.4), (0.7, 8, 0.9), (1.6, 20, 0.5), (1.0, 0, 0.8), (1.0, 5, 1.0)):
+        warped_TV = TemperatureLogitsWarper(temperature)(torch.zeros(0), logp_BTV[0]) if temperature != 1 else logp_BTV[0]
+        warped_TV = TopKLogitsWarper(top_k)(torch.zeros(0), warped_TV) if top_k else warped_TV
+        warped_TV = TopPLogitsWarper(top_p)(torch.zeros(0), warped_TV) if top_p < 1 else warped_TV
+        found_TV = Draw(temperature, top_k, top_p).shape(logp_BTV)[0].exp().float()
+        assert torch.allclose(found_TV, warped_TV.softmax(-1), atol=1e-6), (temperature, top_k, top_p)
 
 
 def test_masked_tokens_stay_impossible() -> None:

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dlm import seeds
 from dlm.adapters import lora
 from dlm.errors import InputError
 from dlm.files import check_stamp, stamp, write_text
@@ -161,10 +162,10 @@ class _Plan:
         mask_id, turn = self.lm.tokenizer.mask_id, first // self.batch
         chosen = [self.prompts[i % len(self.prompts)] for i in range(first, min((turn + 1) * self.batch, count))]
         if self.frame is not None:
-            chosen = _questions(self.lm, self.frame, len(chosen), self.room, self.seed + first + QUESTION_SEED)
+            chosen = _questions(self.lm, self.frame, len(chosen), self.room, seeds.after(self.seed, first + QUESTION_SEED))
         canvas = Canvas.from_rows([[*ids, *[None] * (self.room - len(ids))] for ids in chosen], fill=mask_id)
         temperature = self.temperatures[turn % len(self.temperatures)]
-        *_, frame = self.lm.stream(canvas=canvas, seed=self.seed + first, temperature=temperature)
+        *_, frame = self.lm.stream(canvas=canvas, seed=seeds.after(self.seed, first), temperature=temperature)
         lines = []
         for ids, row in zip(chosen, frame.tokens_BT.tolist(), strict=True):
             row = row[: row.index(mask_id)] if mask_id in row else row  # it has ended its text

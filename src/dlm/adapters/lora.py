@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlm import seeds
 from dlm.adapters import files
 from dlm.adapters.chain import Chain
 from dlm.errors import InputError
@@ -155,7 +156,7 @@ def attach(network: Transformer, config: AdapterConfig, mask_id: int, *, seed: i
     """Put a fresh adapter, which changes nothing yet, into every block and freeze the base; a former adapter goes."""
     detach(network)
     network.requires_grad_(False)
-    rng = torch.Generator().manual_seed(seed)
+    rng = seeds.generator(seed)
     for block in network.blocks:
         for part in (block.attention, block.mlp):
             for name in config.targets:

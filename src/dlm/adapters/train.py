@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dlm import seeds
 from dlm.adapters import attach, lora, medusa
 from dlm.adapters.distillation_data import Rows
 from dlm.adapters.objective import LOSSES, Acceptance, acceptance, consistency
@@ -68,6 +69,7 @@ class ConvertConfig:
                 raise InputError("--init is an adapter to begin with: leave --full and --heads away")
         if self.loss not in LOSSES:
             raise unknown("loss", self.loss, LOSSES)
+        seeds.check(self.seed)
         for name, low in MIN_SETTINGS.items():
             if not getattr(self, name) >= low:
                 raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")
@@ -85,7 +87,7 @@ class ConvertConfig:
 
 MIN_SETTINGS = {
     **dict.fromkeys(("steps", "batch", "log_every", "eval_every", "save_every"), 1),
-    **dict.fromkeys(("seed", "warmup", "clean_weight", "weight_decay"), 0),
+    **dict.fromkeys(("warmup", "clean_weight", "weight_decay"), 0),
 }
 FIXED = ("stride", "heads", "full", "rank", "alpha", "targets", "chain", "loss", "length", "seed")  # by a run from its first step on
 
@@ -221,7 +223,7 @@ class Conversion:
 
     def update(self, step: int) -> Update:
         config = self.config
-        rng = step_generator(config.seed, step)
+        rng = step_generator(seeds.folded(config.seed), step)
         x_BT, free_BT = (part.to(self.device) for part in self.rows.draw(config.batch, rng))
         lr = learning_rate(step, peak=config.lr, steps=config.steps, warmup=config.warmup, decay_share=config.decay_share)
         set_learning_rate(self.optimizer, lr)

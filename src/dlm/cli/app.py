@@ -24,6 +24,7 @@ from typer.core import TyperCommand
 from typer.models import CommandInfo
 
 import dlm
+from dlm import seeds
 from dlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,8 +55,15 @@ def between(low: float, high: float = math.inf) -> Callable[[float | None], floa
     return check
 
 
+def _seed(value: int) -> int:
+    try:
+        return seeds.check(value)
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.", rich_help_panel="Machine")]
-Seed = Annotated[int, typer.Option(help="The same seed on the same machine gives the same output.")]
+Seed = Annotated[int, typer.Option(callback=_seed, help="The same seed on the same machine gives the same output; -2**63 .. 2**63 - 1.")]
 Dtype = Annotated[
     str,
     typer.Option(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dlm import seeds
 from dlm.errors import InputError
 from dlm.evaluation.statistics import standard_error
 from dlm.noise import loss
@@ -129,7 +130,7 @@ def evaluate(
     if not exact and passes < 2:
         raise InputError("the error of a Monte-Carlo estimate needs at least 2 passes")
     passes = 1 if exact else passes
-    rng = torch.Generator(windows_WT.device).manual_seed(seed)
+    rng = seeds.generator(seed, windows_WT.device)
     nats_of = _nats(estimator, noise, predict, rng, steps, beside, block_length)
     nats_RW = torch.zeros(passes, windows, dtype=torch.float64)
     # every window sees the levels (u + r/R) mod 1 over its passes, and a batch spreads over the levels too

@@ -14,6 +14,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from dlm import seeds
 from dlm.errors import InputError
 from dlm.noise.loss import Predict
 from dlm.noise.masked import MaskedNoise
@@ -71,7 +72,7 @@ def entropy_curve(
     if not isinstance(noise, MaskedNoise):
         raise InputError("the price of parallel decoding is counted in masks: it needs a diffusion model with masked noise")
     windows, length = windows_WT.shape
-    rng = torch.Generator(windows_WT.device).manual_seed(seed)
+    rng = seeds.generator(seed, windows_WT.device)
     known_K, columns = _levels(length, levels)
     nats_2WK = torch.zeros(2, windows, len(known_K), dtype=torch.float64)
     for _ in range(passes):
@@ -120,7 +121,7 @@ def price(h_T: Tensor, steps: Sequence[int]) -> Tensor:
 
 def ancestral_price(h_T: Tensor, steps: int, *, draws: int = 64, seed: int = 0) -> Tensor:
     """Nats that a text loses when every position moves in one of `steps` equal steps by chance: the mean of `price` over such draws."""
-    length, rng = h_T.shape[-1], torch.Generator().manual_seed(seed)
+    length, rng = h_T.shape[-1], seeds.generator(seed)
     step_NT = torch.randint(steps, (draws, length), generator=rng)
     counts_NS = torch.zeros(draws, steps, dtype=torch.long).scatter_add(1, step_NT, torch.ones_like(step_NT))
     return torch.stack([price(h_T, counts_S[counts_S > 0].tolist()) for counts_S in counts_NS]).mean(0)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dlm import seeds
 from dlm.errors import InputError
 from dlm.evaluation.order_cost import equal_steps, log_probs
 from dlm.evaluation.statistics import Mean
@@ -131,7 +132,7 @@ def curse(
     if tokens_per_step == 1 and isinstance(rule, (Ancestral, TopScore)):  # exactly one: nothing to lose
         progress(windows)
         return Curse(tokens_per_step, steps, length, nats_W)
-    rng = torch.Generator(windows_WT.device).manual_seed(seed)
+    rng = seeds.generator(seed, windows_WT.device)
     levels = min(steps, max(1, calls // tokens_per_step))
     shift_W = torch.randperm(windows, generator=rng, device=rng.device) / windows
     shift_W = (shift_W + torch.rand((), generator=rng, device=rng.device)) % 1.0

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dlm import seeds
 from dlm.errors import InputError
 from dlm.evaluation.statistics import Curve, Mean
 from dlm.trajectory import Trajectory
@@ -109,7 +110,7 @@ def _judged(run: Trajectory, states_SBT: Tensor, judge: Judge, vocab_size: int, 
     """Bits (B, S)."""
     if not bool(run.valid_BT.all()):
         raise InputError("a judge reads whole texts of equal length, and this run is padded")
-    rng = torch.Generator().manual_seed(seed)
+    rng = seeds.generator(seed)
     at = torch.linspace(0, len(states_SBT) - 1, min(points, len(states_SBT))).round().long()
     at = torch.unique(at)
     bits = []

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dlm import seeds
 from dlm.language_model.protocols import Model
 from dlm.language_model.resolution import DecodingPlan
 from dlm.protocols import Sampler
@@ -108,7 +109,7 @@ class Run:
                     tokens_per_forward=new / max(1, forwards),
                     steps=len(run) - 1,
                     sampler=self.word,
-                    seed=self.seed + row,
+                    seed=seeds.after(self.seed, row),
                     model=self.model.name,
                     trajectory=run,
                     row=row,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dlm import seeds
 from dlm.errors import InputError
 from dlm.evaluation.statistics import Curve
 from dlm.model_scheduling.plan import HEAVY
@@ -81,7 +82,7 @@ def on_text(
     InputError for noise other than masks. progress is told the rows done, W x J in all.
     """
     _check(noise, models)
-    rng = torch.Generator(windows_WT.device).manual_seed(seed)
+    rng = seeds.generator(seed, windows_WT.device)
     windows, length = windows_WT.shape
     found = _Table(windows, segments)
     for j in range(segments):

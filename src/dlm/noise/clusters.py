@@ -10,13 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dlm import seeds
+
 
 def k_means(embedding_VD: Tensor, count: int, *, seed: int = 0, restarts: int = 20, rounds: int = 100) -> list[int]:
     """The best of several runs of Lloyd's algorithm on the directions of the vectors, numbered by first appearance."""
     x_VD = torch.nn.functional.normalize(embedding_VD.double() - embedding_VD.double().mean(0), dim=-1)
     if not 1 <= count <= len(x_VD):
         raise ValueError(f"{len(x_VD)} tokens cannot form {count} clusters")
-    rng, best, found = torch.Generator().manual_seed(seed), float("inf"), torch.zeros(len(x_VD), dtype=torch.long)
+    rng, best, found = seeds.generator(seed), float("inf"), torch.zeros(len(x_VD), dtype=torch.long)
     for _ in range(restarts):
         centre_KD = x_VD[torch.randperm(len(x_VD), generator=rng)[:count]]
         for _ in range(rounds):

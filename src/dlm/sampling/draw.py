@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dlm import seeds
 from dlm.errors import in_range
 from dlm.protocols import RNG, Draws, SomeDraws
 
@@ -24,8 +25,9 @@ MAX_SETTING = 1e9
 
 
 def generators(seed: int, rows: int) -> list[torch.Generator]:
-    """Row i draws with seed + i: the same numbers alone or in any batch."""
-    return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+    """Row i draws with seed + i: the same numbers alone or in any batch. InputError for a seed out of range."""
+    first = seeds.check(seed)
+    return [seeds.generator(seeds.after(first, row)) for row in range(rows)]
 
 
 def uniform(rng: RNG, count: int) -> Tensor:
@@ -140,7 +142,8 @@ class Draw:
             logp_BTV = logp_BTV.masked_fill(logp_BTV < kth, -torch.inf)
         if self.top_p < 1:
             ordered, index = logp_BTV.sort(-1, descending=True)
-            before = ordered.exp().cumsum(-1) - ordered.exp()
+            p = ordered.softmax(-1)  # of those that top-k left, as transformers measures it
+            before = p.cumsum(-1) - p
             ordered = ordered.masked_fill(before >= self.top_p, -torch.inf)
             logp_BTV = torch.full_like(logp_BTV, -torch.inf).scatter(-1, index, ordered)
         return logp_BTV.log_softmax(-1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
 
+from dlm import seeds
 from dlm.errors import InputError, nearest, unknown
 from dlm.models.config import TransformerConfig
 from dlm.noise import loss, process, schedule
@@ -230,7 +231,8 @@ ABOVE_0, BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
 FINITE = math.nextafter(math.inf, 0)
 RANGES: dict[str, tuple[float, float, str]] = {  # lowest, highest, and the same in words
     **dict.fromkeys(("steps", "batch", "log_every", "eval_every", "save_every", "eval_passes"), (1, math.inf, "be at least 1")),
-    **dict.fromkeys(("warmup", "seed", "weight_decay"), (0, math.inf, "be at least 0")),
+    **dict.fromkeys(("warmup", "weight_decay"), (0, math.inf, "be at least 0")),
+    "seed": (seeds.LOWEST, seeds.HIGHEST, "lie in -2**63 .. 2**63 - 1"),
     "eval_windows": (2, math.inf, "be at least 2"),
     **dict.fromkeys(("lr", "clip"), (ABOVE_0, FINITE, "be above 0")),
     **dict.fromkeys(("context_share", "decay_share"), (0, 1, "lie in 0 .. 1")),

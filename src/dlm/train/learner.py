@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dlm import seeds
 from dlm.errors import InputError
 from dlm.formats import native
 from dlm.models.block import Blocks
@@ -28,7 +29,7 @@ from dlm.train.optimisers import EMA, Settings, learning_rate, make, set_learnin
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """The generator of everything drawn at one step."""
+    """The generator of everything drawn at one step. seed: of 32 bits, as of `seeds.folded`."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % (1 << 63))
 
 
@@ -76,7 +77,8 @@ class Learner:
         resume: bool = False,
     ) -> None:
         self.config, self.stream, self.accelerator, self.device = config, stream, accelerator, accelerator.device
-        set_seed(config.seed)
+        self.seed = seeds.folded(config.seed)
+        set_seed(self.seed)
         self.bare = Transformer(network)
         if config.init and not resume:  # a resumed run has weights of its own
             begin_with(config.init, self.bare)
@@ -97,13 +99,13 @@ class Learner:
     def update(self, step: int) -> Update:
         """Step `step` of the run."""
         config, own, device = self.config, self.own, self.device
-        rng = step_generator(config.seed, step)
+        rng = step_generator(self.seed, step)
         x_BT, t_B = self.stream.draw(config.batch, rng), loss.draw_levels(config.batch, rng)
         t_B = config.levels[0] + (config.levels[1] - config.levels[0]) * t_B
         free_BT = self.objective.free(config.batch, rng)
         block_length = self.objective.draw_block_length(rng)
-        noise_rng = torch.Generator(device).manual_seed(step_generator(config.seed + 1, step).initial_seed())
-        torch.manual_seed(config.seed * 7919 + step + self.accelerator.process_index * 1_000_000_007)  # dropout
+        noise_rng = torch.Generator(device).manual_seed(step_generator(self.seed + 1, step).initial_seed())
+        torch.manual_seed(self.seed * 7919 + step + self.accelerator.process_index * 1_000_000_007)  # dropout
         lr = learning_rate(step, peak=config.lr, steps=config.steps, warmup=config.warmup, decay_share=config.decay_share)
         set_learning_rate(self.optimizer, lr)
         x_BT, free_BT = (rows[own].to(device, non_blocking=True) for rows in (x_BT, free_BT))

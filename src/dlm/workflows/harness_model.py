@@ -19,6 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
+from dlm import seeds
 from dlm.errors import InputError
 from dlm.evaluation.conditional import BLOCKWISE, MASKED, Estimator, Pair, Score
 from dlm.language_model import LanguageModel, load
@@ -78,7 +79,7 @@ class Harness(TemplateLM):  # type: ignore[misc]
             self.lm = load(pretrained, device=_device(device), dtype=dtype, adapter=adapter, family=family)
         self._device = self.lm.network.device
         self.rows = _rows(batch_size, max_batch_size, self.lm)
-        self.mc_samples, self.seed, self.max_gen_toks = mc_samples, seed, max_gen_toks
+        self.mc_samples, self.seed, self.max_gen_toks = mc_samples, seeds.check(seed), max_gen_toks
         self.likelihood_blocks, self._prefix = likelihood_blocks, prefix_token_id
         self.estimator = EXACT
         self.stderrs: list[float] = []  # Monte-Carlo errors of the scores so far

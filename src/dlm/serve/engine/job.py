@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlm import seeds
 from dlm.errors import InputError
 from dlm.protocols import Sampler
 from dlm.sampling.batching import WrittenDistribution
@@ -96,7 +97,7 @@ class Job:
         return self.canvas.tokens_BT.shape[1]
 
     def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
+        return seeds.generator(self.seed)
 
     def tell(self, event: Event) -> None:
         """Deliver; a listener that is gone cancels the row."""

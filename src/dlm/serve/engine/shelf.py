@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from dlm import seeds
 from dlm.errors import InputError, nearest
 from dlm.language_model import LanguageModel
 from dlm.language_model.options import DecodingOptions
@@ -54,7 +55,7 @@ class Plan:
                 self.lane,
                 partial(self.model.build, self.decoding),
                 canvas,
-                self.seed + index,
+                seeds.after(self.seed, index),
                 self.model.tokenizer.mask_id,
                 partial(deliver, index),
                 records,

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from dlm import seeds
+
 MAX_TOKENS, MAX_STEPS, MAX_CHARACTERS, MAX_CHOICES = 16_384, 16_384, 1_000_000, 16
 Word = Annotated[str, StringConstraints(max_length=200)]
 Text = Annotated[str, StringConstraints(max_length=MAX_CHARACTERS)]
@@ -25,7 +27,7 @@ class Decoding(Strict):
     max_tokens: Count | None = Field(None, description="Tokens to add at most; by default a window is filled.")
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(None, description="The same seed gives the same text.")
+    seed: Annotated[int, Field(ge=seeds.LOWEST, le=seeds.HIGHEST)] | None = Field(None, description="The same seed gives the same text.")
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(None, description="Keep this many likeliest tokens; 0: all.")
     sampler: Word | None = Field(None, description="One that /v1/models lists, with its setting after a colon.")
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = Field(None, description="Denoising steps of each window.")
