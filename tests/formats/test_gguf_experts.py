@@ -89,7 +89,7 @@ def converted(order: int) -> dict[str, Tensor]:
 def test_a_file_is_the_checkpoint_that_it_was_made_of(tmp_path: Path) -> None:
     numbers, base, lm = golden(NAME), load(str(GOLDEN / NAME)), load(str(write(tmp_path / "tiny.gguf")))
     assert apart(lm.logits(numbers["input_ids"]), numbers["logits"]) < NEAR
-    assert torch.equal(lm.logits(numbers["input_ids"]), base.logits(numbers["input_ids"]))
+    assert all(map(torch.equal, lm.network.state_dict().values(), base.network.state_dict().values()))  # sums depend on where they lie
     assert (lm.config, lm.stops, lm.defaults) == (base.config, base.stops, base.defaults)
     text = "the worst <|mask|> and an ou 世界 1234\n\n🙂"
     assert lm.tokenizer.encode(text) == base.tokenizer.encode(text)

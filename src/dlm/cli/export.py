@@ -13,14 +13,17 @@ from dlm.cli.app import Json, app, err
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name, directory, GGUF file or hub id.")],
-    out: Annotated[Path, typer.Option(help="Directory to write.")],
-    to: Annotated[str, typer.Option(help="hf: the Hugging Face layout.")] = "hf",
-    dtype: Annotated[str | None, typer.Option(help="float32 | bfloat16; default: that of the weights.")] = None,
+    out: Annotated[Path, typer.Option(help="Directory to write, of gguf a file.")],
+    to: Annotated[str, typer.Option(help="hf: the Hugging Face layout; gguf: a file of llama.cpp.")] = "hf",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 | bfloat16, of gguf also q8_0 | q4_0 | q4_1; default: that of the weights.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model as a Hugging Face directory.
+    """Write a model as a Hugging Face directory or a GGUF file.
 
-    transformers reads it where the model is a Llama, Qwen2 or Qwen3 base.
+    transformers reads the directory where the model is a Llama, Qwen2 or Qwen3 base. llama.cpp has an architecture for these, and for
+    masked diffusion models that are shaped as LLaDA, Dream or LLaDA-MoE; others are refused.
     """
     from dlm.evaluation.card import dumps
     from dlm.workflows.export import export as write

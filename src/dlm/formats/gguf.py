@@ -50,7 +50,8 @@ EXPERTS = {"ffn_gate_exps": "gate", "ffn_up_exps": "up", "ffn_down_exps": "down"
 EXPERT_NAMES = replace(NAMES, inside={**NAMES.inside, "ffn_gate_inp": "mlp.router"})
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # kinds of token
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of token
+STOPS = ("eos", "eot", "eom")  # keys of the tokens that end a text
 DIFFUSION = {"llada": "llama", "dream": "qwen2", "llada-moe": "llada-moe"}  # architectures of diffusion models, and whose keys they have
 INTERLEAVED = ("llama", "llada")  # llama.cpp rotates neighbours, not halves: its converter interleaves the rows of their q and k
 QWEN2_WORDS = ("qwen2", "bailingmoe", "bailingmoe2", "llada-moe")  # names of one way to cut a text into words
@@ -161,7 +162,7 @@ def read(path: Path) -> Contents:
         inner, control = _tokenizer(meta, path), {"bos_token": "bos_token_id", "eos_token": "eos_token_id"}
         tokens = meta["tokenizer.ggml.tokens"]
         named = {name: tokens[meta[f"tokenizer.ggml.{key}"]] for name, key in control.items() if f"tokenizer.ggml.{key}" in meta}
-        stops = {meta[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in meta}
+        stops = {meta[key] for key in (f"tokenizer.ggml.{end}_token_id" for end in STOPS) if key in meta}
         begins = meta.get("tokenizer.ggml.add_bos_token", meta.get("tokenizer.ggml.pre") == "llama-bpe")
         start = meta.get("tokenizer.ggml.bos_token_id") if begins else None
         chat = ChatTemplate(meta.get("tokenizer.chat_template", ""), named)
@@ -280,19 +281,26 @@ def _tensor(header: Header, name: str, path: Path, interleaved: int | None = Non
 def _tokenizer(meta: dict[str, Any], path: Path) -> tokenizers.Tokenizer:
     """Byte-level BPE; which words it begins with goes by a name, as in llama.cpp's llama-vocab.cpp."""
     model, pre = meta["tokenizer.ggml.model"], meta.get("tokenizer.ggml.pre", "default")
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if model != "gpt2" or pre not in ("gpt-2", "smollm", "llama-bpe", *QWEN2_WORDS):
         raise InputError(f"{path}: dlm does not read a vocabulary of kind {model}/{pre}: load the Hugging Face directory of this model")
     tokens, merges = meta["tokenizer.ggml.tokens"], [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
     kinds = meta["tokenizer.ggml.token_type"]
-    if meta["general.architecture"] in DIFFUSION:  # rows of the embedding that no token has, at the end
-        while kinds and kinds[-1] == UNUSED:
-            tokens, kinds = tokens[:-1], kinds[:-1]
+    while kinds and kinds[-1] == UNUSED:  # rows of the embedding that no token has, at the end
+        tokens, kinds = tokens[:-1], kinds[:-1]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     try:
         inner = tokenizers.Tokenizer(bpe.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
     except Exception as error:  # the Rust side raises bare Exception
         raise InputError(f"{path} has a damaged vocabulary ({str(error).splitlines()[0]})") from None
+    with_words(inner, pre)
+    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
+        inner.add_tokens([AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == kind])
+    return inner
+
+
+def with_words(inner: tokenizers.Tokenizer, pre: str) -> tokenizers.Tokenizer:
+    """The tokenizer, which begins with the words of this name from now on."""
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if pre == "gpt-2":
         inner.pre_tokenizer = whole
     elif pre == "smollm":
@@ -303,6 +311,4 @@ def _tokenizer(meta: dict[str, Any], path: Path) -> tokenizers.Tokenizer:
     if pre in QWEN2_WORDS:
         inner.normalizer = normalizers.NFC()
     inner.decoder = decoders.ByteLevel()
-    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
-        inner.add_tokens([AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == kind])
     return inner

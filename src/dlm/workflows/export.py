@@ -11,18 +11,22 @@ from tokenizers.processors import TemplateProcessing
 
 from dlm.adapters.lora import adapter_of
 from dlm.errors import InputError, unknown
-from dlm.formats import huggingface
+from dlm.formats import gguf_export, huggingface
 from dlm.formats.native import CONVERTIBLE
 from dlm.language_model import LanguageModel
+from dlm.models.canvas import CanvasNetwork
 from dlm.workflows.inputs import FORMAT, Model, language_model
 
-LAYOUTS = ("hf",)
+LAYOUTS = ("hf", "gguf")
+_QUANTIZED = "{} was loaded with quantized weights: export it from float32 or bfloat16"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Export:
-    """model_type: of the written config.json. readers: the libraries that load `out`. files: their sizes in bytes by name."""
+    """model_type: of the written config.json, or the architecture of a GGUF file. readers: the libraries that load `out`.
+
+    files: their sizes in bytes by name."""
 
     model: str
     to: str
@@ -39,33 +43,50 @@ class Export:
 
 
 def export(model: Model, out: str | Path, *, to: str = "hf", dtype: str | None = None) -> Export:
-    """Write a directory with config.json, safetensors, tokenizer and generation_config.json, which `dlm.load` reads again.
+    """Write a model for other libraries; `dlm.load` reads it again.
 
-    to: `hf`, the Hugging Face layout. A Llama, Qwen2 or Qwen3 base is written without its mask, as transformers and llama.cpp read it; any
-    other model keeps its own model type, which dlm alone reads. dtype: float32 or bfloat16, by default that of the weights.
-    InputError for quantized weights, an attached adapter, or a path that is a file.
+    to: `hf`, a directory in the Hugging Face layout with config.json, safetensors, tokenizer and generation_config.json. A Llama, Qwen2 or
+    Qwen3 base is written without its mask, as transformers and llama.cpp read it; any other model keeps its own model type, which dlm alone
+    reads. `gguf`, one file of an architecture of llama.cpp (`dlm.formats.gguf_export`). dtype: by default that of the weights; of hf
+    float32 or bfloat16, of gguf also q8_0, q4_0 or q4_1, in which matrices are quantized.
+    InputError for quantized weights, an attached adapter, a path of the other kind, and a network that no GGUF architecture is.
     """
     if to not in LAYOUTS:
         raise unknown("layout", to, LAYOUTS)
-    if dtype is not None and dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
+    known = gguf_export.TYPES if to == "gguf" else DTYPES
+    if dtype is not None and dtype not in known:
+        raise unknown("dtype", dtype, known)
     out, lm = Path(out), language_model(model)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file: name a directory")
     if adapter_of(lm.network) is not None:
         raise InputError(f"{lm.name} has an adapter attached, which is a directory of its own: export the base without it")
+    if to == "gguf":
+        return _gguf(lm, out, dtype or ("bfloat16" if lm.network.embed.weight.dtype == torch.bfloat16 else "float32"))
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: name a directory")
     stored = None if dtype is None else DTYPES[dtype]
     converted = lm.config.family in CONVERTIBLE and not lm.is_diffusion
     if not converted:
         lm.save_pretrained(out, dtype=stored)
     elif lm.network.quantized:
-        raise InputError(f"{lm.name} was loaded with quantized weights: export it from float32 or bfloat16")
+        raise InputError(_QUANTIZED.format(lm.name))
     else:
         huggingface.to_hugging_face(lm.network, lm.config, out, files=lm.files() | _tokenizer(lm), dtype=stored)
     kind = str(huggingface.write_config(lm.config)["model_type"]) if converted else "dlm"
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir()) if file.is_file()}
     readers = ("dlm", "transformers") if converted else ("dlm",)
     return Export(lm.name, to, out, kind, readers, lm.network.parameters_count(), files)
+
+
+def _gguf(lm: LanguageModel, out: Path, dtype: str) -> Export:
+    if out.suffix != ".gguf" or out.is_dir():
+        raise InputError(f"--to gguf writes one file, whose name ends in .gguf: not {out}")
+    if isinstance(lm.network, CanvasNetwork):
+        raise InputError(f"{lm.name} is a network of transformers: convert its own files")
+    if lm.network.quantized:
+        raise InputError(_QUANTIZED.format(lm.name))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    kind = gguf_export.write(lm.network, lm.config, lm.tokenizer, out, stops=lm.stops, chat=lm.chat, dtype=dtype)
+    return Export(lm.name, "gguf", out, kind, ("dlm", "llama.cpp"), lm.network.parameters_count(), {out.name: out.stat().st_size})
 
 
 def _tokenizer(lm: LanguageModel) -> dict[str, str]:
