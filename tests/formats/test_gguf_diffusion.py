@@ -168,7 +168,7 @@ NATS = {"F16": 1e-5, "BF16": 1e-3, "Q8_0": 1e-3, "Q5_0": 0.05, "Q5_1": 0.05, "Q4
 @pytest.mark.parametrize("quantization", NATS)
 @pytest.mark.parametrize("name", ["llada", "dream"])
 def test_quantized_files(name: str, quantization: str, tmp_path: Path) -> None:
-    """Every kind that the gguf package writes; with dtype int8 and int4 as near to the file as quantizing what it holds once more is."""
+    """Every kind that the gguf package writes. int4 holds what Q4_0 and Q4_1 hold, up to rounding; others as near as quantizing again is."""
     numbers, path = golden(name), write(name, tmp_path / "tiny.gguf", quantization)
     lm = load(str(path))
 
@@ -178,7 +178,7 @@ def test_quantized_files(name: str, quantization: str, tmp_path: Path) -> None:
 
     held = lm.logits(numbers["input_ids"])
     assert 0 < nats(numbers["logits"], held) < NATS[quantization]
-    for dtype, most in {"int8": 3e-3, "int4": {"Q4_1": 3e-3, "Q4_0": 0.1}.get(quantization, 0.2)}.items():
+    for dtype, most in {"int8": 3e-3, "int4": {"Q4_1": 3e-3, "Q4_0": 3e-3}.get(quantization, 0.2)}.items():
         assert 0 < nats(held, load(str(path), dtype=dtype).logits(numbers["input_ids"])) < most
 
 

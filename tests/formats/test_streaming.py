@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from conftest import make_model
-from dlm.formats import native
+from dlm.formats import gguf_export, native
 from dlm.formats.families import llada
 from dlm.formats.stored import Stored
 from dlm.inference import prepare
@@ -61,6 +61,18 @@ def test_memory_is_that_of_the_weights_one_shard_and_four_of_sixteen_blocks(dtyp
     block = size // LAYERS
     assert peak < held + shard + 4 * block  # quantizing a block takes so much besides
     assert held + shard + 4 * block < 0.6 * size
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_gguf_file_of_four_bits_is_unpacked_block_by_block(tmp_path: Path) -> None:
+    size = wide(tmp_path)
+    whole, file = load(str(tmp_path)), tmp_path / "wide.gguf"
+    gguf_export.write(whole.network, whole.config, whole.tokenizer, file, stops=whole.stops, chat=whole.chat, dtype="q4_0")
+    command = [sys.executable, "-c", LOAD, str(GOLDEN / "llada"), str(file), "int4"]
+    peak, held = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    print(f"{size / 1e6:.0f} MB in float32, file {file.stat().st_size / 1e6:.0f} MB, held {held / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB")
+    assert peak < held + file.stat().st_size + 6 * size // LAYERS < 0.8 * size  # numpy unpacks with copies
 
 
 @pytest.mark.parametrize("name", ["llada", "dream", "a2d_qwen3"])

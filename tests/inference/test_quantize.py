@@ -66,14 +66,19 @@ def test_no_rows_are_read_too(kind: type[QuantizedLinear]) -> None:
     assert kind(torch.randn(16, 32))(torch.zeros(2, 0, 32)).shape == (2, 0, 16)
 
 
-def test_weights_that_came_in_four_bits_are_reproduced() -> None:
-    rng = torch.Generator().manual_seed(1)
-    code_OGI = torch.randint(16, (32, 3, GROUP), generator=rng)
-    code_OGI[..., 0], code_OGI[..., 1] = 0, 15  # as a group has them whose ends they stand for
-    scale, low = torch.rand(32, 3, 1, generator=rng) + 0.5, torch.randn(32, 3, 1, generator=rng)
-    layer = Int4Linear((code_OGI * scale + low).flatten(1))
-    found_OI = torch.stack([layer.codes & 15, layer.codes >> 4], -1).flatten(1)
-    assert torch.equal(found_OI, code_OGI.flatten(1).to(torch.uint8))
+@pytest.mark.parametrize("form", ["Q4_1", "Q4_0"])
+def test_weights_that_came_in_four_bits_are_reproduced(form: str) -> None:
+    """Levels of a file stay levels; products are those of the dequantized weights, up to bfloat16."""
+    gguf = pytest.importorskip("gguf")
+    rng, kind = torch.Generator().manual_seed(1), gguf.GGMLQuantizationType[form]
+    raw = gguf.quantize(torch.randn(64, 96, generator=rng).numpy(), kind)
+    weight_OI = torch.from_numpy(gguf.quants.dequantize(raw, kind))
+    layer = Int4Linear(weight_OI)
+    step_OG1 = layer.scale_GO2.transpose(0, 1)[..., :1].abs().float()
+    apart_OGI = torch.unflatten(layer.dense_weight().float() - weight_OI, 1, (-1, GROUP)) / step_OG1
+    assert float(apart_OGI.abs().max()) < 0.1  # half a step, were they not levels of ours
+    x = torch.randn(3, 96, generator=rng)
+    torch.testing.assert_close(layer(x), x @ weight_OI.T, atol=0.15, rtol=0.02)
 
 
 def test_the_dtype_of_a_copy_that_drafts(monkeypatch: pytest.MonkeyPatch) -> None:

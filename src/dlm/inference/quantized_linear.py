@@ -1,7 +1,7 @@
 """Weights quantized to eight or four bits for the CPU, by torch's own kernels; activations stay in bfloat16.
 
-Eight bits: a scale for each output. Four: a scale and an offset for every `GROUP` weights of an output, as in GGUF's Q4_1, so that weights
-which came in that form are reproduced, each one exactly but for the sixteen bits of its scale and offset.
+Eight bits: a scale for each output. Four: a scale and an offset for every `GROUP` weights of an output, as in GGUF's Q4_1. Weights which
+came in that form or in Q4_0 are reproduced, each one exactly but for the sixteen bits of its scale and offset.
 Shapes: I and O features in and out, G groups, N rows.
 """
 
@@ -17,6 +17,7 @@ from dlm.inference.packed import PrepackedLinear
 from dlm.models.block import MaskTokens
 
 GROUP = 32  # weights that share a scale: the least that the kernel knows
+REPRODUCED = 1 / 16  # of the squared error with levels at both ends: a smaller one with a level at 0 is of weights that had it before
 ROWS_AT_ONCE = 1024  # outputs that are quantized together, to bound the memory that it takes; packed codes lie in blocks of 64
 OUTPUTS = 16  # the kernels want a multiple of these, and of `GROUP` inputs
 LARGE_HEAD_WEIGHTS = 2**22  # numbers, from which on a head is a large part of a forward pass
@@ -112,14 +113,25 @@ class Int4Linear(QuantizedLinear):
     def quantize(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
         weight_OGI = torch.unflatten(weight_OI, 1, (-1, GROUP))
         low_OG1, high_OG1 = torch.aminmax(weight_OGI, dim=-1, keepdim=True)
-        scale_OG1 = ((high_OG1 - low_OG1) / 15).clamp(min=1e-12)
-        offset_OG1 = (low_OG1 + 8 * scale_OG1).bfloat16()  # the value of code 8
-        scale_OG1 = scale_OG1.bfloat16()
-        code_OGI = weight_OGI.sub_(offset_OG1).div_(scale_OG1).round_().add_(8).clamp_(0, 15)
-        code_OI = code_OGI.flatten(1).to(torch.uint8)
+        span_OG1 = ((high_OG1 - low_OG1) / 15).clamp(min=1e-12)
+        extreme_OG1 = torch.where(high_OG1 > -low_OG1, high_OG1, low_OG1) / -8
+        # as Q4_1, both ends are levels; of a file of Q4_0, 0 and the end that is farther from it are
+        ends = self._codes(weight_OGI, span_OG1, low_OG1 + 8 * span_OG1)
+        zero = self._codes(weight_OGI, torch.where(extreme_OG1.abs() < 1e-12, 1e-12, extreme_OG1), torch.zeros_like(span_OG1))
+        code_OGI, scale_OG1, offset_OG1 = (torch.where(zero[0] < ends[0] * REPRODUCED, *pair) for pair in zip(zero[1:], ends[1:], strict=True))
+        code_OI = code_OGI.flatten(1)
         # the kernel has a layout of its own, which only it can read
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(code_OI.int(), 2)
         return packed, torch.cat([scale_OG1, offset_OG1], -1), code_OI[:, ::2] | code_OI[:, 1::2] << 4
+
+    @staticmethod
+    def _codes(weight_OGI: Tensor, scale_OG1: Tensor, offset_OG1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Squared errors of the groups (O, G, 1), the nearest codes, uint8, and scale and value of code 8 in bfloat16."""
+        scale_OG1, offset_OG1 = scale_OG1.bfloat16(), offset_OG1.bfloat16()
+        level_OGI = (weight_OGI - offset_OG1).div_(scale_OG1).round_().clamp_(-8, 7)
+        code_OGI = (level_OGI + 8).to(torch.uint8)
+        error_OG1 = level_OGI.mul_(scale_OG1).add_(offset_OG1).sub_(weight_OGI).square_().sum(-1, keepdim=True)
+        return error_OG1, code_OGI, scale_OG1, offset_OG1
 
     def keep(self, *buffers: Tensor) -> None:
         packed, scale_OG2, codes = buffers
