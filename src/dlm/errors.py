@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+MAX_SETTING = 1e9
+"""The bound of settings of samplers that have no natural one."""
+
 
 class InputError(ValueError):
     """The input cannot be used as it is; the message is one line that says what to do. The command line exits with 2."""

@@ -26,7 +26,7 @@ def test_the_record_names_every_setting(dlm: Dlm) -> None:
     assert record["format"] == 1
     assert [(one["name"], one["noise"]) for one in record["samplers"]] == [(one.name, one.noise) for one in registry.known()]
     (heads,) = [one for one in record["samplers"] if one["name"] == "heads"]
-    assert heads["parameters"][0] == {"name": "stride", "default": 4, "range": "[1, inf)"}
+    assert heads["parameters"][0] == {"name": "stride", "default": 4, "range": "[1, 257]"}
     assert heads["exact"] is True
 
 

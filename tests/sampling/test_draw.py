@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from torch import Tensor
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from dlm.errors import InputError
 from dlm.sampling.draw import Draw, _mix, categorical, generators, race, uniform

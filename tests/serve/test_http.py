@@ -25,6 +25,9 @@ BAD: list[tuple[str, Any, int]] = [
     ("/v1/completions", {"max_tokens": 0}, 400),
     ("/v1/completions", {"max_tokens": 1000}, 400),
     ("/v1/completions", {"max_tokens": 10**30}, 400),
+    ("/v1/completions", {"max_tokens": 2**31 - 1}, 400),
+    ("/v1/chat/completions", {"model": "tiny-ar", "messages": [{"role": "user"}], "max_completion_tokens": 2**31 - 1}, 400),
+    ("/v1/dlm/generate", {"length": 2**31 - 1}, 400),
     ("/v1/completions", {"max_tokens": "many"}, 400),
     ("/v1/completions", {"steps": 0}, 400),
     ("/v1/completions", {"steps": 10**9}, 400),
@@ -80,6 +83,15 @@ NEAREST: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("fields", "told"), NEAREST)
 def test_a_misspelt_name_is_told_the_nearest(served: Served, fields: dict[str, Any], told: str) -> None:
     assert told in shape(served.post("/v1/completions", {"prompt": "a"} | fields).text)["message"]
+
+
+def test_the_limit_of_tokens_is_one_number(served: Served) -> None:
+    """The server's own, in the message whichever way it is passed."""
+    said = [
+        shape(served.post("/v1/completions", body).text)["message"] for body in ({"max_tokens": 5000}, {"max_tokens": 510, "prompt": "abc"})
+    ]
+    assert said[0] == "max_tokens 5000: this server writes 512 tokens at most, the prompt included"
+    assert "this server writes 512 at most" in said[1]
 
 
 RAW: list[tuple[bytes, int]] = [

@@ -26,6 +26,9 @@ def serve(
     max_queue: Annotated[int, typer.Option(help="Texts that may wait; more get status 429.", rich_help_panel="Limits")] = 256,
     max_length: Annotated[int, typer.Option(help="Tokens of a text at most, its prompt included.", rich_help_panel="Limits")] = 4096,
     max_steps: Annotated[int, typer.Option(help="Denoising steps of a window at most.", rich_help_panel="Limits")] = 1024,
+    max_positions: Annotated[
+        int, typer.Option(help="Positions that a forward pass reads for one text at most, draft tokens included.", rich_help_panel="Limits")
+    ] = 4096,
     max_body: Annotated[int, typer.Option(help="Bytes of a request at most.", rich_help_panel="Limits")] = 2**20,
     deadline: Annotated[float, typer.Option(help="Seconds for a request, waiting included.", rich_help_panel="Limits")] = 300.0,
     threads: AllThreads = 0,
@@ -45,18 +48,20 @@ def serve(
         raise InputError("--adapter belongs to one base: name that model alone")
     if (family or bridge) and len(models or []) != 1:
         raise InputError("--family and --bridge say what one checkpoint is: name that model alone")
-    if not 0 <= port <= 65535 or deadline <= 0 or min(max_body, max_length, max_steps) < 1:
+    if not 0 <= port <= 65535 or deadline <= 0 or min(max_body, max_length, max_steps, max_positions) < 1:
         raise InputError("--port lies in 0 .. 65535; --deadline and the other limits are above 0")
     names = models or sorted(bundled.models(), key=lambda name: name != "shakespeare-mask")
     check_names(names, dtype)
     from dlm.serve import run
+    from dlm.serve.engine.cost import CostLimits
     from dlm.serve.engine.scheduler import Engine
     from dlm.serve.engine.shelf import Shelf
     from dlm.serve.guard import LOCAL, Limits
 
     keys = tuple(key.strip() for key in [*(api_key or []), *os.environ.get("DLM_API_KEYS", "").split(",")] if key.strip())
     engine = Engine(max_batch=max_batch, max_queue=max_queue, threads=threads, device=device)
-    shelf = Shelf([load(name, device, dtype, adapter, deterministic, compile, family, bridge) for name in names], max_length, max_steps)
+    loaded = [load(name, device, dtype, adapter, deterministic, compile, family, bridge) for name in names]
+    shelf = Shelf(loaded, max_length, max_steps, CostLimits(max_positions))
     local = host in LOCAL
     limits = Limits(keys=keys, max_body_bytes=max_body, hosts=LOCAL if local else (), deadline=deadline)
     if not local and not keys:

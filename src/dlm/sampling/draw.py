@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlm import seeds
+from dlm.errors import MAX_SETTING as MAX_SETTING
 from dlm.errors import in_range
 from dlm.protocols import RNG, Draws, SomeDraws
 
 CHUNK_NUMBERS = 2**18
 """Probabilities that are worked on at once: intermediate results then stay in a cache of the processor."""
-MAX_SETTING = 1e9
-"""The bound of settings of samplers that have no natural one."""
 
 
 def generators(seed: int, rows: int) -> list[torch.Generator]:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from dlm import plugins
-from dlm.errors import InputError, nearest
+from dlm.errors import MAX_SETTING, InputError, in_range, nearest
 from dlm.sampling.autoregressive import draft as drafts
 from dlm.sampling.autoregressive.draft import DrafterFactory
+from dlm.sampling.autoregressive.draft_length import MAX_STRIDE
 
 if TYPE_CHECKING:
     from dlm.protocols import NoiseProcess
@@ -35,7 +36,7 @@ class Parameter:
     name: str
     default: float | int | str | None
     low: float = 0.0
-    high: float = float("inf")
+    high: float = MAX_SETTING
     kind: type[float] | type[int] | type[str] = float
     open_low: bool = False
 
@@ -44,7 +45,14 @@ class Parameter:
         """As mathematics writes it; nothing for a name."""
         if self.kind is str:
             return ""
-        return f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.high == float('inf') else ']'}"
+        return f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
+
+    def read(self, text: str) -> float | int | str:
+        """The value that a text means. ValueError for no number, InputError for one out of range."""
+        value = self.kind(text)
+        if not isinstance(value, str):
+            in_range(value, self.low, self.high, self.name.replace("_", " "), above=self.open_low)
+        return value
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ class SamplerInfo:
     def parse(self, word: str) -> dict[str, Any]:
         """The parameters by name that `name:1:2` means, defaults put in; a comma is an old spelling.
 
-        InputError for text that is no number, and for one parameter too many.
+        InputError for text that is no number, for a number out of range, and for one parameter too many.
         """
         _, colon, text = word.partition(":")
         if colon and not self.parameters:
@@ -139,7 +147,9 @@ class SamplerInfo:
         values = {one.name: one.default for one in self.parameters}
         for one, value in zip(self.parameters, given, strict=False):
             try:
-                values[one.name] = one.kind(value) if value or len(self.parameters) == 1 else one.default
+                values[one.name] = one.read(value) if value or len(self.parameters) == 1 else one.default
+            except InputError as error:
+                raise InputError(f"sampler {word!r}: {error}") from None
             except ValueError:
                 raise InputError(f"sampler {word!r}: {value!r} is no number; write {self.name}:{self._names}") from None
         return values
@@ -152,7 +162,7 @@ class SamplerInfo:
 _UNMASKING, _REMASKING, _REVISING = (f"dlm.sampling.diffusion.{name}:" for name in ("unmasking", "remasking", "revising"))
 _SPECULATIVE = "dlm.sampling.autoregressive.speculative:SpeculativeDecoder"
 _SHARES, _LATER = (16, 8, 4), (8, 4)
-_STRIDE, _FLOOR = Parameter("stride", 4, low=1, kind=int), Parameter("floor", 0.0, high=1.0)
+_STRIDE, _FLOOR = Parameter("stride", 4, low=1, high=MAX_STRIDE, kind=int), Parameter("floor", 0.0, high=1.0)
 
 
 def _top_score(score: str) -> Callable[..., Rule]:
@@ -346,7 +356,7 @@ BUILT_IN: tuple[SamplerInfo, ...] = (
         "masked",
         "dlm.sampling.diffusion.any_order_speculative:AnyOrderSpeculativeSampler",
         "One token at a time in random order, exact, in fewer forward passes: draft tokens are verified.",
-        (Parameter("draft_tokens", 8, low=1, kind=int), Parameter("tolerance", 0.0)),
+        (Parameter("draft_tokens", 8, low=1, high=MAX_STRIDE - 1, kind=int), Parameter("tolerance", 0.0)),
         rule=False,
         exact=_without_tolerance,
         trials=tuple((setting, ()) for setting in ("2", "4", "8", "16", "8:0.5")),

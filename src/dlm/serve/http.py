@@ -73,9 +73,10 @@ class Service:
         seed = _seed(asked.seed)
 
         def prepare() -> tuple[Plan, Canvas]:
+            self.shelf.check_counts(asked)
             self.shelf.check_text([asked.prompt, asked.suffix, *(part for part in asked.canvas or [] if isinstance(part, str))])
             plan = self.shelf.plan(asked, seed)
-            return plan, self.shelf.check(native.canvas(plan.model, asked))
+            return plan, self.shelf.check(plan, native.canvas(plan.model, asked))
 
         plan, canvas = await asyncio.to_thread(prepare)
         reply = Reply(self.engine)
@@ -98,11 +99,12 @@ class Service:
         seed = _seed(asked.seed)
 
         def prepare() -> openai.Answer:
+            self.shelf.check_counts(asked)
             self.shelf.check_text(openai.texts(asked))
             plan = self.shelf.plan(asked, seed)
             answer = openai.Answer.make(plan, asked)
             for canvas in answer.canvases:
-                self.shelf.check(canvas)
+                self.shelf.check(plan, canvas)
             return answer
 
         answer = await asyncio.to_thread(prepare)

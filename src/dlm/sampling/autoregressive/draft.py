@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dlm import plugins
-from dlm.errors import InputError, unknown
+from dlm.errors import InputError, in_range, unknown
+from dlm.sampling.autoregressive.draft_length import MAX_STRIDE
 
 if TYPE_CHECKING:
     from dlm.protocols import Denoiser
@@ -85,10 +86,9 @@ class Draft:
             raise unknown("dtype of a draft", self.model, DTYPES)
         if self.source not in ("self", "model") and self.model:
             raise InputError(f"the drafter {self.source} has no model, got {self.model!r}")
-        if self.tokens is not None and self.tokens < 0:
-            raise InputError(f"draft tokens count from 0, got {self.tokens}")
-        if not 0 <= self.floor <= 1:
-            raise InputError(f"a draft's confidence floor lies in 0 .. 1, got {self.floor}")
+        if self.tokens is not None:
+            in_range(self.tokens, 0, MAX_STRIDE - 1, "the draft tokens of a forward pass")
+        in_range(self.floor, 0, 1, "the confidence floor of a draft")
         if self.tree and self.source not in BRANCHING:
             raise InputError(f"a draft tree needs second choices, which {' and '.join(BRANCHING)} know; got the drafter {self.source}")
         if self.tree and not (self.tokens or 1) <= self.tree <= MAX_TREE_NODES:

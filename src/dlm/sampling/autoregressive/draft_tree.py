@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
 import torch
@@ -25,9 +26,9 @@ NEXT_ACCEPTED = 0.35
 MAX_NODES = 1024
 
 
-def _preference(path: tuple[int, ...]) -> tuple[float, list[int]]:
-    """The probability that a path of ranks is accepted; of equals, shorter paths and earlier choices first."""
-    return FIRST_ACCEPTED ** len(path) * NEXT_ACCEPTED ** sum(path), [-len(path), *(-rank for rank in path)]
+def _preference(path: tuple[int, ...]) -> tuple[float, int, tuple[int, ...]]:
+    """Less for a path of ranks that is accepted with a greater probability; of equals, for shorter paths and earlier choices."""
+    return -(FIRST_ACCEPTED ** len(path) * NEXT_ACCEPTED ** sum(path)), len(path), path
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,17 @@ class Tree:
         if nodes < depth:
             raise InputError(f"a tree of depth {depth} has {depth} nodes at least, got {nodes}")
         paths = {(0,) * d for d in range(depth + 1)}  # the rank of every choice on the way
-        while len(paths) <= nodes and depth:
-            ends = {(*path, rank) for path in paths if len(path) < depth for rank in range(min(nodes, choices))} - paths
-            if not ends:
-                break
-            paths.add(max(ends, key=_preference))
+        most = min(nodes, choices)
+        # a choice is worth less than the one before it for the same place, so of every place the next one alone is compared
+        ends = [_preference((*path, 1)) for path in paths if len(path) < depth and most > 1]
+        heapify(ends)
+        while len(paths) <= nodes and ends:
+            *_, path = heappop(ends)
+            paths.add(path)
+            if path[-1] + 1 < most:
+                heappush(ends, _preference((*path[:-1], path[-1] + 1)))
+            if len(path) < depth:
+                heappush(ends, _preference((*path, 0)))
         order = sorted(paths, key=lambda path: (len(path), path))
         index = {path: k for k, path in enumerate(order, -1)}
         return cls(tuple(index[path[:-1]] for path in order[1:]), tuple(path[-1] for path in order[1:]))

@@ -26,6 +26,8 @@ LAYOUTS = ("tree", "restart")
 MAX_NGRAM = 64
 """Tokens that prompt lookup compares at most."""
 MAX_LEAD_NATS = 100.0
+MAX_MEASURED_POSITIONS = 1024
+"""Of a forward pass that is timed to choose a layout."""
 
 
 def no_groups(count_B: Tensor) -> Tensor:
@@ -76,7 +78,12 @@ class MaskDrafter:
 
     @classmethod
     def cheapest(cls, seconds: Callable[[Sequence[int]], Sequence[float]], stride: int, acceptance: float, **options: Any) -> MaskDrafter:
-        """The layout with more tokens a second at this acceptance. seconds: of forward passes of so many positions."""
+        """The layout with more tokens a second at this acceptance; `restart`, unmeasured, for strides whose tree is too large to pay.
+
+        seconds: of forward passes of so many positions.
+        """
+        if stride**2 > MAX_MEASURED_POSITIONS:
+            return cls("restart", **options)
         taken = dict(zip(LAYOUTS, seconds([stride**2, 2 * stride - 1]), strict=True))
         accept_S = [acceptance] * (stride - 1)
         return cls(max(LAYOUTS, key=lambda layout: tokens_per_forward(accept_S, restart=layout == "restart") / taken[layout]), **options)

@@ -75,7 +75,7 @@ class Job:
     """One row. lane: rows with the same key share forward passes; make: the sampler of that lane.
 
     deliver: takes the events, called from the engine's thread; records: alternatives to record, None for no confidence either.
-    deadline: of `time.monotonic`.
+    deadline: of `time.monotonic`. cost: the rows without draft tokens whose forward pass takes as long.
     """
 
     lane: Hashable
@@ -86,6 +86,7 @@ class Job:
     deliver: Callable[[Event], None]
     records: int | None = None
     deadline: float = float("inf")
+    cost: int = 1
     cancelled: bool = False
     enough: bool = False  # its text has ended before its row
     forwards: int = 0

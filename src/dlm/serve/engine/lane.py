@@ -59,16 +59,22 @@ class Group:
 
 
 class Lane:
-    """Jobs of one sampler. forwards: forward passes so far; rows: rows in them."""
+    """Jobs of one sampler. forwards: forward passes so far; rows: rows in them; clock: seconds that each of its rows has had."""
 
     def __init__(self, sampler: Sampler, device: torch.device | str) -> None:
         self.sampler, self.device = sampler, device
         self.shares = isinstance(sampler, Joinable)
         self.groups: list[Group] = []
         self.forwards = self.rows = 0
+        self.clock = 0.0
 
     def __len__(self) -> int:
         return sum(len(group.jobs) for group in self.groups)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Of all its runs."""
+        return [job for group in self.groups for job in group.jobs]
 
     def admit(self, jobs: Sequence[Job]) -> None:
         """Begin these rows, in a run of their own until they join; one that cannot begin fails alone."""

@@ -49,6 +49,9 @@ class Counts:
 class Engine:
     """Runs jobs. max_batch: rows that run at once; max_queue: rows that may wait; threads: of torch, 0 leaves them as they are.
 
+    A row whose forward pass costs as much as several (`Job.cost`) runs beside max_batch others, and so many of them that their costs
+    add up to max_batch, or one. Between forward passes it is the turn of the lane whose rows have had the least time each.
+
     observe: called from the engine's thread with (seconds to the first settled token, or None; seconds in all) of rows that finish.
     """
 
@@ -136,44 +139,54 @@ class Engine:
             idle = False
 
     def _turn(self) -> None:
-        """One forward pass of every lane, after abandoned rows have left and waiting ones have joined."""
+        """One forward pass of the lane whose turn it is, after abandoned rows have left and waiting ones have joined."""
         now = time.monotonic()
         for lane in self._lanes.values():
-            jobs = [job for group in lane.groups for job in group.jobs]
-            gone = [job for job in jobs if self._is_over(job, now)]
+            gone = [job for job in lane.jobs if self._is_over(job, now)]
             if gone:
                 lane.drop(gone)
                 self._finished(len(gone))
+        self._lanes = {key: lane for key, lane in self._lanes.items() if len(lane)}
         self._admit(now)
-        for lane in list(self._lanes.values()):
-            before, forwards, rows = len(lane), lane.forwards, lane.rows
-            done = lane.step()
-            self.counts.calls += lane.forwards - forwards
-            self.counts.rows += lane.rows - rows
-            for job in done:
-                self._count(job)
-            self.counts.failed += before - len(lane) - len(done)
-            self._finished(before - len(lane))
+        if not self._lanes:
+            return
+        lane = min(self._lanes.values(), key=lambda lane: lane.clock)
+        before, forwards, rows, began = len(lane), lane.forwards, lane.rows, time.monotonic()
+        done = lane.step()
+        lane.clock += (time.monotonic() - began) / before
+        self.counts.calls += lane.forwards - forwards
+        self.counts.rows += lane.rows - rows
+        for job in done:
+            self._count(job)
+        self.counts.failed += before - len(lane) - len(done)
+        self._finished(before - len(lane))
         self._lanes = {key: lane for key, lane in self._lanes.items() if len(lane)}
 
     def _admit(self, now: float) -> None:
         arrivals: dict[Hashable, list[Job]] = {}
-        room = self.max_batch - self.running
+        costs = [job.cost for lane in self._lanes.values() for job in lane.jobs]
+        room = self.max_batch - sum(cost == 1 for cost in costs)
+        spent = sum(cost for cost in costs if cost > 1)
         kept: deque[Job] = deque()
         while self._waiting:
             job = self._waiting.popleft()
             if self._is_over(job, now):
                 self._finished(1)
-            elif room > 0:
+            elif job.cost == 1 and room > 0:
                 arrivals.setdefault(job.lane, []).append(job)
                 room -= 1
+            elif job.cost > 1 and (not spent or spent + job.cost <= self.max_batch):
+                arrivals.setdefault(job.lane, []).append(job)
+                spent += job.cost
             else:
                 kept.append(job)
         self._waiting = kept
         for key, jobs in arrivals.items():
             try:
                 if key not in self._lanes:
-                    self._lanes[key] = Lane(self._sampler(key, jobs[0]), self.device)
+                    made = Lane(self._sampler(key, jobs[0]), self.device)
+                    made.clock = min((lane.clock for lane in self._lanes.values()), default=0.0)
+                    self._lanes[key] = made
             except Exception as error:
                 for job in jobs:
                     failed(job, error)

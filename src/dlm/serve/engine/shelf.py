@@ -15,6 +15,7 @@ from dlm.language_model.options import DecodingOptions
 from dlm.language_model.resolution import DecodingPlan
 from dlm.sampling import registry
 from dlm.sampling.autoregressive.draft import Draft
+from dlm.serve.engine import cost
 from dlm.serve.engine.job import Event, Job
 from dlm.serve.protocol import schema
 from dlm.trajectory import Canvas
@@ -60,6 +61,7 @@ class Plan:
                 partial(deliver, index),
                 records,
                 now + seconds,
+                cost.of(self.model, self.decoding, canvas).rows,
             )
             for index, canvas in enumerate(canvases)
         ]
@@ -68,10 +70,12 @@ class Plan:
 class Shelf:
     """Models by name, the first is the default; the only names that a request may use.
 
-    max_tokens: of a text, its prompt included; max_steps: of a window.
+    max_tokens: of a text, its prompt included; max_steps: of a window; most: the cost of a text.
     """
 
-    def __init__(self, models: Sequence[LanguageModel], max_tokens: int = 4096, max_steps: int = 1024) -> None:
+    def __init__(
+        self, models: Sequence[LanguageModel], max_tokens: int = 4096, max_steps: int = 1024, most: cost.CostLimits | None = None
+    ) -> None:
         if not models:
             raise InputError("nothing to serve: name a model")
         self.models = {model.name: model for model in models}
@@ -83,6 +87,7 @@ class Shelf:
             if not model.is_diffusion:
                 model.prepare_lossless()  # before anything runs
         self.max_tokens, self.max_steps, self.created = max_tokens, max_steps, int(time.time())
+        self.most = most or cost.CostLimits()
 
     def get(self, name: str | None) -> LanguageModel:
         """UnknownModelError for one that is not served."""
@@ -123,16 +128,25 @@ class Shelf:
             lm.build(plan)  # raises now for options that do not go together
         return Plan(lm, word, plan, seed)
 
+    def check_counts(self, request: schema.Decoding) -> None:
+        """InputError for more tokens than this server writes, before there is room made for them."""
+        for name in ("max_tokens", "max_completion_tokens", "length"):
+            if (getattr(request, name, None) or 0) > self.max_tokens:
+                raise InputError(
+                    f"{name} {getattr(request, name)}: this server writes {self.max_tokens} tokens at most, the prompt included"
+                )
+
     def check_text(self, texts: Iterable[str | None]) -> None:
         """InputError for more text than can be that many tokens, before it is encoded."""
         size = sum(len(text) for text in texts if text is not None)
         if size > MAX_CHARACTERS_PER_TOKEN * self.max_tokens:
             raise InputError(f"the text has {size} characters: this server writes {self.max_tokens} tokens at most, the prompt included")
 
-    def check(self, canvas: Canvas) -> Canvas:
-        """InputError for a text that is too long for this server."""
+    def check(self, plan: Plan, canvas: Canvas) -> Canvas:
+        """InputError for a text that is too long for this server, or costs too much."""
         if canvas.tokens_BT.shape[1] > self.max_tokens:
             raise InputError(f"the text would have {canvas.tokens_BT.shape[1]} tokens, this server writes {self.max_tokens} at most")
+        self.most.check(cost.of(plan.model, plan.decoding, canvas), plan.word)
         return canvas
 
     def describe(self, lm: LanguageModel) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from dlm import seeds
 
-MAX_TOKENS, MAX_STEPS, MAX_CHARACTERS, MAX_CHOICES = 16_384, 16_384, 1_000_000, 16
+MAX_CHARACTERS, MAX_CHOICES = 1_000_000, 16
+MAX_COUNT = 2**31 - 1  # the limits of tokens and steps are the server's: `Shelf`
 Word = Annotated[str, StringConstraints(max_length=200)]
 Text = Annotated[str, StringConstraints(max_length=MAX_CHARACTERS)]
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
@@ -30,7 +31,7 @@ class Decoding(Strict):
     seed: Annotated[int, Field(ge=seeds.LOWEST, le=seeds.HIGHEST)] | None = Field(None, description="The same seed gives the same text.")
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(None, description="Keep this many likeliest tokens; 0: all.")
     sampler: Word | None = Field(None, description="One that /v1/models lists, with its setting after a colon.")
-    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = Field(None, description="Denoising steps of each window.")
+    steps: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = Field(None, description="Denoising steps of each window.")
     schedule: Word | None = Field(None, description="Which model takes which step, as `L0.5 H0.5`.")
     light: Word | None = Field(None, description="Model L of the schedule.")
     lossless: bool | None = Field(None, description="The model's exact distribution or greedy text, in fewer forward passes.")
@@ -61,8 +62,8 @@ class CompletionRequest(OpenAI):
     prompt: (
         Text
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES)]
-        | Annotated[list[Token], Field(min_length=1, max_length=MAX_TOKENS)]
-        | Annotated[list[Annotated[list[Token], Field(min_length=1, max_length=MAX_TOKENS)]], Field(min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[list[Token], Field(min_length=1)]
+        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICES)]
         | None
     ) = None
     suffix: Text | None = None
@@ -105,7 +106,7 @@ class GenerateRequest(Decoding):
 
     prompt: Text | None = None
     suffix: Text | None = None
-    canvas: Annotated[list[Token | Text | None], Field(min_length=1, max_length=MAX_TOKENS)] | None = None
+    canvas: Annotated[list[Token | Text | None], Field(min_length=1)] | None = None
     length: Count | None = Field(None, description="Tokens of the whole text, instead of max_tokens.")
     alternatives: Annotated[int, Field(ge=0, le=5)] = 3
 
