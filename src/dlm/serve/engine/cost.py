@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel
 from dlm.language_model.resolution import DecodingPlan
-from dlm.models.config import TransformerConfig
 from dlm.sampling import registry
 from dlm.sampling.autoregressive.draft import Draft
 from dlm.sampling.autoregressive.drafters import MAX_MEASURED_POSITIONS
@@ -71,16 +70,17 @@ def of(lm: LanguageModel, plan: DecodingPlan, canvas: Canvas) -> Cost:
     return _denoised(lm, plan, length, holes) if lm.is_diffusion else _written(lm, plan.draft, length, holes)
 
 
-def _bytes(network: TransformerConfig, positions: int, cached: int) -> int:
+def _bytes(lm: LanguageModel, positions: int, cached: int) -> int:
     """Logits, hidden states and the mask of attention of a pass, and the KV cache of so many positions."""
+    network = lm.config.network
     kept = 8 * network.layers * cached * network.width
     return positions * (READOUT_BYTES * network.vocab_size + STATE_BYTES * network.width + cached + positions) + kept
 
 
 def _written(lm: LanguageModel, draft: Draft | None, length: int, holes: int) -> Cost:
     positions, passes = (1, 1) if draft is None else (_verified(draft), 1 + _drafting_passes(draft))
-    network, cached = lm.config.network, min(lm.window, length)
-    return Cost(positions, holes * passes, _bytes(network, positions, cached + positions), 1)
+    cached = min(lm.window, length)
+    return Cost(positions, holes * passes, _bytes(lm, positions, cached + positions), 1)
 
 
 def _drafting_passes(draft: Draft) -> int:
@@ -106,4 +106,4 @@ def _denoised(lm: LanguageModel, plan: DecodingPlan, length: int, holes: int) ->
     each = 1 if info.rule else min(int(info.parse(plan.word).get("draft_tokens", 1)), span)
     forwards = holes if info.exact_by_default else places * max(plan.steps, 1)
     positions = span * each
-    return Cost(positions, forwards, _bytes(lm.config.network, positions, span), span)
+    return Cost(positions, forwards, _bytes(lm, positions, span), span)
