@@ -39,6 +39,7 @@ class Limits:
 
     keys: any of them opens the server; an empty list asks for none. max_body_bytes: of a request; max_export_bytes: of a run that is
     sent back to be exported; body_seconds: until the body has arrived; deadline: seconds for a request.
+    max_connections: at once, 0 for as many as the file descriptors allow; header_seconds: until the headers of a request have arrived.
     hosts: names that a request may come under, none for all (a page elsewhere could reach a loopback server by a name of its own).
     """
 
@@ -48,6 +49,8 @@ class Limits:
     body_seconds: float = 30.0
     hosts: Sequence[str] = LOCAL
     deadline: float = 300.0
+    max_connections: int = 0
+    header_seconds: float = 20.0
 
 
 class Guard:

@@ -9,6 +9,7 @@ import socket
 import uvicorn
 
 from dlm.errors import InputError
+from dlm.serve.connections import BACKLOG, protocol
 from dlm.serve.engine.scheduler import Engine
 from dlm.serve.engine.shelf import Shelf
 from dlm.serve.guard import Limits
@@ -34,8 +35,17 @@ def listening(host: str, port: int) -> socket.socket:
 def make(shelf: Shelf, engine: Engine, limits: Limits) -> uvicorn.Server:
     """The server around the application; `run(sockets=[...])` starts it, `should_exit` ends it."""
     app = create_app(shelf, engine, limits)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE_SECONDS)
-    return uvicorn.Server(config)
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=protocol(limits),
+            backlog=BACKLOG,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+    )
 
 
 def forever(shelf: Shelf, engine: Engine, limits: Limits, host: str, port: int) -> None:
