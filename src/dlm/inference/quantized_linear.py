@@ -118,7 +118,9 @@ class Int4Linear(QuantizedLinear):
         # as Q4_1, both ends are levels; of a file of Q4_0, 0 and the end that is farther from it are
         ends = self._codes(weight_OGI, span_OG1, low_OG1 + 8 * span_OG1)
         zero = self._codes(weight_OGI, torch.where(extreme_OG1.abs() < 1e-12, 1e-12, extreme_OG1), torch.zeros_like(span_OG1))
-        code_OGI, scale_OG1, offset_OG1 = (torch.where(zero[0] < ends[0] * REPRODUCED, *pair) for pair in zip(zero[1:], ends[1:], strict=True))
+        code_OGI, scale_OG1, offset_OG1 = (
+            torch.where(zero[0] < ends[0] * REPRODUCED, *pair) for pair in zip(zero[1:], ends[1:], strict=True)
+        )
         code_OI = code_OGI.flatten(1)
         # the kernel has a layout of its own, which only it can read
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(code_OI.int(), 2)
