@@ -29,10 +29,11 @@ def make_model(
     window: int = 32,
     context: int = 8,
     alphabet: str = ALPHABET,
+    tokenizer: Tokenizer | None = None,
     **network: Any,
 ) -> LanguageModel:
     """A LanguageModel whose weights are random and far from the identity. noise: as in config.json; semantic gets clusters."""
-    tokenizer = Tokenizer.characters(alphabet)
+    tokenizer = tokenizer or Tokenizer.characters(alphabet)
     noise = noise or {"process": "masked", "schedule": "linear"}
     if noise["process"] == "semantic":
         noise = {"clusters": [*(token % 5 for token in range(tokenizer.vocab_size)), 5]} | noise

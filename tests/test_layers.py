@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "src" / "dlm"
-FREE = {"errors", "files", "plugins", "bundled", "seeds"}  # anyone may use these
+FREE = {"errors", "files", "plugins", "bundled", "seeds", "spelling"}  # anyone may use these
 LEVEL0 = {"trajectory", "protocols"}
 ALLOWED = {
     "errors": set(),
+    "spelling": set(),
     "bundled": set(),
     "files": {"errors"},
     "plugins": {"errors"},

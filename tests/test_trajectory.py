@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dlm.errors import InputError
+from dlm.spelling import Spelling
 from dlm.trajectory import Canvas, Frame, Trajectory
 
 MASK = 7
@@ -111,7 +112,7 @@ def test_a_run_cut_short_is_a_whole_trajectory_and_can_go_on(run: tuple[Canvas, 
         recorded(canvas, frames[:cut]).save(Path(directory) / "run.traj")
         again = Trajectory.load(Path(directory) / "run.traj")
         assert_holds(again, canvas, frames[:cut])
-        again.pieces = PIECES  # the file knows only what it shows
+        again.spelling = Spelling.of(PIECES, MASK)  # the file knows only what it shows
         for k, frame in enumerate(frames[cut:]):
             again.append(frame, seconds=float(k))
         assert_holds(again, canvas, frames)
@@ -168,7 +169,7 @@ def test_the_file_holds_only_the_pieces_that_are_shown(tmp_path: Path) -> None:
     with safe_open(tmp_path / "run.traj", framework="pt") as file:
         assert set(json.loads(file.metadata()["header"])["pieces"]) == {"1", "2", "3", "4"}
     again = Trajectory.load(tmp_path / "run.traj")
-    assert again.pieces == {token: PIECES[token] for token in (1, 2, 3, 4)}
+    assert {token: part.inner.decode() for token, part in again.spelling.parts.items()} == {token: PIECES[token] for token in (1, 2, 3, 4)}
     assert again.text(0) == "<1><3><4>"
     assert again.text(1) == "<2><3>"
     assert again.piece(MASK) == "█"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.files import check_stamp, replacing, stamp
+from dlm.spelling import MASK, Spelling
 
 KIND = "dlm-trajectory-1"  # tells the file from other safetensors files
 FORMAT = 1
@@ -95,7 +96,7 @@ Places = tuple[Tensor, Tensor, Tensor]
 class Trajectory:
     """The frames of one run, stored as the changes between them.
 
-    Grows by `append`; frame 0 is the canvas before the first step. `pieces` maps a token id to the text shown for it.
+    Grows by `append`; frame 0 is the canvas before the first step. pieces: how tokens spell text, or the text of each by its id.
     drafted_B: draft tokens verified so far in each row; accepted_B: those of them that were accepted.
     """
 
@@ -104,13 +105,14 @@ class Trajectory:
         tokens_BT: Tensor,
         canvas: Canvas,
         *,
-        pieces: Mapping[int, str],
+        pieces: Spelling | Mapping[int, str],
         mask_id: int | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> None:
         self.start_BT = tokens_BT.cpu().clone()
         self.free_BT, self.valid_BT = canvas.free_BT.cpu(), canvas.valid_BT.cpu()
-        self.mask_id, self.pieces, self.meta = mask_id, pieces, dict(meta or {})
+        self.spelling = pieces if isinstance(pieces, Spelling) else Spelling.of(pieces, mask_id)
+        self.mask_id, self.meta = mask_id, dict(meta or {})
         self.t_SB: list[list[float]] = [[1.0] * len(tokens_BT)]
         self.models: list[str] = [""]
         self.forwards: list[int] = [0]
@@ -193,14 +195,18 @@ class Trajectory:
         """int64 (B, T): the frame of each position's last change, 0 where it never changed."""
         return self.changed_BT.clone()
 
-    def piece(self, token: int, mask: str = "█") -> str:
-        """The text shown for one token id."""
-        return mask if token == self.mask_id else self.pieces.get(token, "\ufffd")
+    def piece(self, token: int, mask: str = MASK) -> str:
+        """The text of one token by itself; `shown` joins the tokens of a character."""
+        return self.spelling.alone(token, mask)
 
-    def text(self, row: int = 0, mask: str = "█") -> str:
-        """The last frame of one row, piece by piece."""
-        tokens = self.current_BT[row][self.valid_BT[row]].tolist()
-        return "".join(self.piece(token, mask) for token in tokens)
+    def shown(self, row: int = 0, tokens_T: Tensor | None = None, mask: str = MASK) -> list[str]:
+        """The text shown at each position of a row, padding left out: of the last frame, or with other tokens (T,)."""
+        tokens_T = self.current_BT[row] if tokens_T is None else tokens_T
+        return self.spelling.draw(tokens_T[self.valid_BT[row]].tolist(), mask)
+
+    def text(self, row: int = 0, mask: str = MASK) -> str:
+        """The last frame of one row."""
+        return "".join(self.shown(row, mask=mask))
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, to a temporary name first."""
@@ -212,7 +218,7 @@ class Trajectory:
         tensors["t"] = torch.tensor(self.t_SB)
         used = {token for name in ("start", "token", "proposed_token") if name in tensors for token in tensors[name].flatten().tolist()}
         header = {
-            "pieces": {str(token): self.pieces[token] for token in sorted(used) if token in self.pieces},
+            **self.spelling.record(used),
             "mask_id": self.mask_id,
             "models": self.models,
             "forwards": self.forwards,
@@ -246,7 +252,7 @@ class Trajectory:
         self = cls(
             start_BT,
             Canvas(start_BT, tensors["free"], tensors["valid"]),
-            pieces={int(token): piece for token, piece in header["pieces"].items()},
+            pieces=Spelling.from_record(header, header["mask_id"]),
             mask_id=header["mask_id"],
             meta=header["meta"],
         )

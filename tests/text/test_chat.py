@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 from bases import SPECIAL, TEMPLATE, publish, tokenizer, transformer
 from conftest import Dlm
@@ -24,6 +25,7 @@ from dlm.errors import InputError
 from dlm.language_model import LanguageModel, load
 from dlm.text.chat import GUARD, ChatTemplate
 from dlm.text.tokenizer import Tokenizer
+from kinds import byte_level, sentencepiece
 
 MESSAGES = [{"role": "ROMEO", "content": "But soft, what"}, {"role": "JULIET", "content": "light"}, {"role": "ROMEO", "content": "O Romeo"}]
 QWEN3_LIKE = """
@@ -33,6 +35,17 @@ QWEN3_LIKE = """
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>' }}{% if enable_thinking %}{{ 'think' }}{% endif %}{% endif %}
 """
+LLAMA_LIKE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def stripping() -> tokenizers.Tokenizer:
+    """Its control tokens take the white space beside them."""
+    inner = byte_level()
+    inner.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False, lstrip=True, rstrip=True) for text in SPECIAL])
+    return inner
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +70,29 @@ def test_text_and_ids_are_those_of_transformers(template: str, answer: bool) -> 
     text = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=answer, **options)
     assert chat.render(MESSAGES, answer=answer, **options) == text
     assert chat.encode(MESSAGES, ours, answer=answer, **options) == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, QWEN3_LIKE, LLAMA_LIKE])
+@pytest.mark.parametrize(
+    "inner",
+    [
+        *(sentencepiece(scheme) for scheme in ("first", "always", "never", None)),
+        *(byte_level(*SPECIAL, prefix=prefix) for prefix in (False, True)),
+        stripping(),
+    ],
+    ids=["first", "always", "never", "normalizer", "byte-level", "byte-level, space before", "stripping"],
+)
+def test_d11_ids_are_those_of_transformers_whatever_puts_spaces(template: str, inner: tokenizers.Tokenizer) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    theirs = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+    theirs.chat_template = template
+    ours = Tokenizer(tokenizers.Tokenizer.from_str(inner.to_str()))
+    messages = [{"role": "user", "content": " hi there"}, {"role": "assistant", "content": "yes 天\n"}, {"role": "user", "content": "what"}]
+    ids = ChatTemplate(template, names).encode(messages, ours, answer=True)
+    expected: Any = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
+    assert ids == expected["input_ids"]
 
 
 def test_a_control_token_in_a_message_is_text(lm: LanguageModel) -> None:

@@ -61,7 +61,7 @@ def trajectory(model: Model, canvas: Canvas, **meta: Any) -> Trajectory:
     """An empty trajectory of this model, ready to `append` the frames of a run on `canvas`."""
     tokenizer = model.tokenizer
     start_BT = torch.where(canvas.free_BT, tokenizer.mask_id, canvas.tokens_BT)
-    return Trajectory(start_BT, canvas, pieces=tokenizer.pieces(), mask_id=tokenizer.mask_id, meta={"model": model.name} | meta)
+    return Trajectory(start_BT, canvas, pieces=tokenizer.spelling, mask_id=tokenizer.mask_id, meta={"model": model.name} | meta)
 
 
 class Run:

@@ -175,7 +175,7 @@ class LanguageModel:
 
     def decode(self, frame: Frame, row: int = 0) -> str:
         """Text of one row of a frame; noise shows as █."""
-        return "".join("█" if i == self.tokenizer.mask_id else self.tokenizer.piece(i) for i in frame.tokens_BT[row].tolist())
+        return self.tokenizer.spelling.text(frame.tokens_BT[row].tolist())
 
     @property
     def prompting(self) -> Prompting:

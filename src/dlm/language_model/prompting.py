@@ -47,7 +47,7 @@ class Prompting:
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not hasattr(prompts, "__iter__") or any(isinstance(one, int) for one in prompts):
             raise InputError(f"a prompt is a text, or a list of texts or of lists of token ids; got {prompt!r}")
-        tail = self.tokenizer.encode(suffix)
+        tail = self.tokenizer.encode(suffix, "inside")
         rows = [self._row(one, tail, length, max_new_tokens) for one in prompts]
         return Canvas.from_rows(rows, fill=self.tokenizer.mask_id)
 

@@ -42,6 +42,7 @@ from dlm.sampling.diffusion.guidance import ClassifierFree
 from dlm.sampling.diffusion.loop import DiffusionSampler
 from dlm.sampling.diffusion.protocols import CachePolicy, Constraint
 from dlm.sampling.diffusion.revising import EntropyBound, StableBound
+from dlm.text.tokenizer import Tokenizer
 
 MANY_TOKENS, FAST_GROWTH, GROWTH = 23, 5, 2  # adaptive drafts of so many tokens are tried at lengths that grow by the first factor
 
@@ -255,11 +256,21 @@ def _denoiser(plan: DecodingPlan, model: Model) -> Denoiser:
 def _constraint(plan: DecodingPlan, model: Model) -> Constraint | None:
     if plan.allow is None and plan.pattern is None:
         return None
-    pieces, size = model.tokenizer.pieces(), model.config.network.vocab_size
+    tokenizer, size = model.tokenizer, model.config.network.vocab_size
     parts: list[AllowedTokens | Pattern] = []
     if plan.allow is not None:
-        known = set(plan.allow)
-        parts.append(AllowedTokens([i for i, piece in pieces.items() if piece and set(piece) <= known], size, model.tokenizer.mask_id))
+        if _in_parts(plan.allow, tokenizer):
+            parts.append(Pattern.of_set(plan.allow, tokenizer.spelling, size))
+        else:
+            ids = [i for i, piece in tokenizer.pieces().items() if piece and set(piece) <= set(plan.allow)]
+            parts.append(AllowedTokens(ids, size, tokenizer.mask_id))
     if plan.pattern is not None:
-        parts.append(Pattern.compile(plan.pattern, pieces, size))
+        pattern = Pattern.compile(plan.pattern, tokenizer.spelling, size)
+        ends = model.stops | frozenset(tokenizer.control.values())  # a text that ended before its pattern does would not match
+        parts.append(pattern.restricted([i for i in range(size) if i not in ends]) if ends else pattern)
     return both(*parts)
+
+
+def _in_parts(characters: str, tokenizer: Tokenizer) -> bool:
+    """Whether several tokens may spell one of these characters together."""
+    return not characters.isascii() and not all(map(tokenizer.spelling.is_whole, range(tokenizer.vocab_size)))

@@ -138,8 +138,11 @@ def _moves(steps: list[Any], states: str, pieces: _Pieces, drafting: bool) -> tu
         move = _Move(_forwards(step, k), _seconds(step, k), str(step.get("model") or "")[:MAX_CHARACTERS], {}, {})
         for entry in changed:
             position, number, state = _change(entry, k, len(states), pieces)
-            if states[position] == GIVEN:
-                raise InputError(f"step {k} changes position {position}, which is given")
+            if (states[position] == GIVEN) != (state == GIVEN):
+                raise InputError(f"step {k} changes position {position}, which is {'' if states[position] == GIVEN else 'not '}given")
+            if state == GIVEN:  # its neighbour completes a character
+                move.written[position] = number
+                continue
             if drafting and state == DRAFT:
                 move.drafts[position] = number
             elif not (drafting and state == REJECTED):  # the text never held that, and the run knows it by itself
@@ -164,7 +167,7 @@ def _change(entry: object, k: int, length: int, pieces: _Pieces) -> tuple[int, i
     position, token, text, state = entry[:4]
     if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position < length:
         raise InputError(f"step {k}: there is no position {str(position)[:20]}; the text has {length} tokens")
-    if not isinstance(state, str) or state not in STATES - {GIVEN}:
+    if not isinstance(state, str) or state not in STATES:
         raise InputError(f"step {k}: unknown state {str(state)[:20]!r}")
     return position, pieces.number(token, text, state), state
 

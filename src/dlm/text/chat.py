@@ -96,12 +96,19 @@ def ids(text: str, tokenizer: Tokenizer) -> list[int]:
     control = _control(tokenizer)
     if control is None:
         return tokenizer.encode(text)
+    added = tokenizer.inner.get_added_tokens_decoder()
     found: list[int] = []
-    for part in re.split(f"({control.pattern})", text):
+    parts = re.split(f"({control.pattern})", text)
+    for at, part in enumerate(parts):
         if part in tokenizer.control:
             found.append(tokenizer.control[part])
-        elif part:
-            found += tokenizer.encode(part.replace(GUARD, ""))
+            continue
+        if at and added[found[-1]].rstrip:  # such a control token takes the white space beside it
+            part = part.lstrip()
+        if at + 1 < len(parts) and added[tokenizer.control[parts[at + 1]]].lstrip:
+            part = part.rstrip()
+        if part:
+            found += tokenizer.encode(part.replace(GUARD, ""), "control" if at else "start")
     return found
 
 

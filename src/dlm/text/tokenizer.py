@@ -15,6 +15,8 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from dlm.errors import InputError
+from dlm.spelling import Spelling
+from dlm.text.parts import Parts, Place, alphabet_of, placed
 
 HOLE = re.compile(r"\\_|_|[^_\\]+|\\")
 
@@ -78,7 +80,9 @@ class Tokenizer:
         lacks_bytes = partial and not self._known >= set(pre_tokenizers.ByteLevel.alphabet())
         self._bytes = "ByteLevel" in str(inner.pre_tokenizer) and lacks_bytes
         self._separable = self._closed or single_bytes  # every token one character or byte: text may be cut anywhere
-        self._pieces: dict[int, str] = {}
+        parts = Parts(inner)
+        self.spelling, self._falls_back = Spelling(parts, self.mask_id), parts.fallback
+        self._placed: dict[Place, tokenizers.Tokenizer] = {"start": inner}
 
     @classmethod
     def characters(cls, text: str) -> Tokenizer:
@@ -136,20 +140,46 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         self.inner.save(str(path))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids. InputError names the characters that a closed vocabulary lacks."""
+    def encode(self, text: str, place: Place = "start") -> list[int]:
+        """Token ids of a text; place: where it stands, which decides whether the tokenizer puts a space before it.
+
+        InputError names the characters that a closed vocabulary lacks, and for text that is not Unicode.
+        """
+        inner = self._at(place)
         self._check(text)
-        encoding = self.inner.encode(text, add_special_tokens=False)
+        encoding = inner.encode(text, add_special_tokens=False)
         read = {i for begin, end in encoding.offsets for i in range(begin, end)}
-        lost = sorted({c for i, c in enumerate(text) if i not in read and not c.isspace()})
-        if lost:  # a vocabulary without unknown token and byte fallback drops characters that it lacks
+        if any(i not in read and not c.isspace() for i, c in enumerate(text)) and (lost := self._lost(text)):
             raise InputError(f"this model has no token for {', '.join(f'{c!r} (U+{ord(c):04X})' for c in lost[:5])}")
         ids: list[int] = encoding.ids
         if self.mask_id in ids:  # of a tokenizer that does not mark it as a control token
-            raise InputError(
-                f"the text spells the mask {self.piece(self.mask_id)!r}, which stands for tokens to generate: write it otherwise"
-            )
+            spelt = self.inner.decode([self.mask_id], skip_special_tokens=False)
+            raise InputError(f"the text spells the mask {spelt!r}, which stands for tokens to generate: write it otherwise")
         return ids
+
+    def _at(self, place: Place) -> tokenizers.Tokenizer:
+        if place not in self._placed:
+            self._placed[place] = placed(self.inner, place)
+        return self._placed[place]
+
+    def _normal(self, text: str) -> str:
+        normal: str = text if self.inner.normalizer is None else self.inner.normalizer.normalize_str(text)
+        return normal
+
+    def _lost(self, text: str) -> list[str]:
+        """Characters that a vocabulary without unknown token and byte fallback drops. Offsets do not tell: those of text that
+        a normalizer composed or removed do not cover it."""
+        normal, splits = self._normal(text), self.inner.pre_tokenizer
+        lost = set()
+        for word, _ in splits.pre_tokenize_str(normal) if splits is not None else [(normal, (0, 0))]:
+            read = {i for token in self.inner.model.tokenize(word) for i in range(*token.offsets)}
+            begin = 0
+            for char in word:  # the model counts bytes
+                size = len(char.encode())
+                if not read & set(range(begin, begin + size)):
+                    lost.add(char)
+                begin += size
+        return sorted(lost)
 
     def encode_template(self, template: str) -> list[int | None]:
         """Token ids of a text in which every `_` is one hole, None, and `\\_` an underscore. InputError where there is none."""
@@ -157,36 +187,43 @@ class Tokenizer:
         text = ""
         for part in HOLE.findall(template):
             if part == "_":
-                row += [*self.encode(text), None]
+                row += [*self.encode(text, "inside" if row else "start"), None]
                 text = ""
             else:
                 text += "_" if part == "\\_" else part
-        row += self.encode(text)
+        row += self.encode(text, "inside")
         if None not in row:
             raise InputError("the template has no hole: write _ for every token to fill")
         return row
 
     def encode_corpus(self, documents: Iterable[str]) -> np.ndarray:
-        """All documents in one int32 stream, encoded a few lines at a time so that a long file needs little memory."""
+        """All documents in one int32 stream, encoded a few lines at a time so that a long file needs little memory.
+
+        It decodes to the documents joined: none but the first gets a space that it has not.
+        """
         parts: list[np.ndarray] = []
-        for document in documents:
+        for number, document in enumerate(documents):
             self._check(document)
             size = 65536 if self._separable else len(document) or 1
             chunks = [document[i : i + size] for i in range(0, len(document), size)]
-            encodings = self.inner.encode_batch_fast(chunks, add_special_tokens=False)
+            inner = self._at("inside" if number else "start")
+            encodings = inner.encode_batch_fast(chunks, add_special_tokens=False)
             parts += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; masks have none."""
-        text: str = self.inner.decode([i for i in ids if i != self.mask_id], skip_special_tokens=False)
+        """Text of the ids; masks have none.
+
+        Bytes of SentencePiece's byte fallback are characters wherever they are whole, as in SentencePiece itself; the tokenizers library
+        gives up a whole run of them for one that is not.
+        """
+        given = [i for i in ids if i != self.mask_id]
+        text: str = self.spelling.text(given) if self._falls_back else self.inner.decode(given, skip_special_tokens=False)
         return text
 
     def piece(self, token: int) -> str:
-        """The text of one token by itself."""
-        if token not in self._pieces:
-            self._pieces[token] = self.inner.decode([token], skip_special_tokens=False)
-        return self._pieces[token]
+        """The text of one token inside a text; an incomplete character is U+FFFD, the mask has none."""
+        return self.spelling.alone(token, mask="")
 
     def pieces(self) -> dict[int, str]:
         """The text of every token by itself; the mask has none."""
@@ -197,13 +234,16 @@ class Tokenizer:
         return hashlib.sha256(self.inner.to_str().encode()).hexdigest()[:16]
 
     def _check(self, text: str) -> None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"the text is not valid UTF-8 at character {error.start + 1}: give it in UTF-8") from None
         if self._numbers and (strange := [word for word in text.split() if word not in self._known]):
             raise InputError(f"this model has no tokenizer, so its text is token ids such as 17 3 99, and {strange[0]!r} is none of them")
         if not self._closed and not self._bytes:
             return
         if self._bytes:
-            alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-            lacking = [c for c in sorted(set(text)) if not {*alphabet.pre_tokenize_str(c)[0][0]} <= self._known]
+            lacking = [c for c in sorted(set(self._normal(text))) if not alphabet_of(c) <= self._known]
         else:
             lacking = sorted(set(text) - self._known)
         if not lacking:

@@ -7,11 +7,12 @@ import json
 import re
 from collections.abc import Sequence
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from dlm.files import write_text
-from dlm.trajectory import Places, Trajectory
+from dlm.trajectory import Trajectory
 from dlm.viz import palette
 from dlm.viz.layout import Pane, at_row
 
@@ -31,33 +32,37 @@ def write_html(panes: Sequence[Pane], path: str | Path, *, row: int = 0) -> None
 def _record(label: str, run: Trajectory, row: int) -> dict[str, Any]:
     """One pane as plain data.
 
-    pieces: the texts of tokens, `mask` the index of the one that is noise, -1 for none; start: an index into pieces for each
-    position; free: 1 where the sampler writes; settled: the frame of the promise, -1 for none; events: for each frame after the
-    first, position and piece by turns; drafts: in the same way the draft tokens of each frame, empty for a run without drafts;
+    pieces: the texts that are shown, `mask` the index of the one that is noise, -1 for none; tokens: the token of each; start: an index
+    into pieces for each position; free: 1 where the sampler writes; settled: the frame of the promise, -1 for none; events: for each frame
+    after the first, position and piece by turns, of tokens that change and of those that stay while the text shown at them changes,
+    because a neighbour completes a character; drafts: in the same way the draft tokens of each frame, empty for a run without drafts;
     forwards and seconds: for each frame.
     """
-    positions = run.valid_BT[row].nonzero().squeeze(-1).tolist()
-    place = {position: i for i, position in enumerate(positions)}
-    tokens = [run.start_BT[row].tolist()[position] for position in positions]
-    index: dict[int, int] = {}
-    for token in tokens:
-        index.setdefault(token, len(index))
+    valid_T = run.valid_BT[row]
+    index: dict[tuple[int, str], int] = {}
 
-    def flat(places: Places) -> list[int]:
-        mine = [(place[at], token) for at, token in at_row(places, row).items() if at in place]
-        return [number for at, token in mine for number in (at, index.setdefault(token, len(index)))]
+    def pieces(tokens: Sequence[int]) -> list[int]:
+        return [index.setdefault(pair, len(index)) for pair in zip(tokens, run.spelling.draw(tokens), strict=True)]
 
-    events = [flat(run.changes(k)) for k in range(1, len(run))]
-    drafts = [flat(run.drafts(k)) for k in range(len(run))] if run.has_drafts else []
+    shown: list[list[int]] = []
+    drafts: list[list[int]] = []
+    for k, frame in enumerate(run.frames()):
+        tokens, drafted = frame.tokens_BT[row][valid_T].tolist(), at_row(run.drafts(k), row)
+        now = pieces([drafted.get(i, token) for i, token in enumerate(tokens)])
+        drafts.append([number for i in drafted for number in (i, now[i])])
+        mask = pieces([run.mask_id])[0] if drafted and run.mask_id is not None else 0
+        shown.append([(mask if tokens[i] == run.mask_id else shown[-1][i]) if i in drafted else piece for i, piece in enumerate(now)])
+    events = [[number for i, piece in enumerate(after) if piece != before[i] for number in (i, piece)] for before, after in pairwise(shown)]
     return {
         "label": label,
-        "pieces": [run.piece(token) for token in index],
-        "mask": index.get(run.mask_id, -1) if run.mask_id is not None else -1,
-        "start": [index[token] for token in tokens],
-        "free": [int(run.free_BT[row, position]) for position in positions],
-        "settled": run.settled_BT[row][run.valid_BT[row]].tolist(),
+        "pieces": [text for _, text in index],
+        "tokens": [token for token, _ in index],
+        "mask": next((number for (token, _), number in index.items() if token == run.mask_id), -1),
+        "start": shown[0],
+        "free": run.free_BT[row][valid_T].int().tolist(),
+        "settled": run.settled_BT[row][valid_T].tolist(),
         "events": events,
-        "drafts": drafts,
+        "drafts": drafts if run.has_drafts else [],
         "forwards": run.forwards,
         "seconds": [round(s, 4) for s in run.seconds],
     }

@@ -82,8 +82,8 @@ def pieces(run: Trajectory, row: int, mask: str = "█") -> list[str]:
     valid_T = run.valid_BT[row]
     token_T, drafted = run.current_BT[row].clone(), at_row(run.drafts(len(run) - 1), row)
     token_T[list(drafted)] = torch.tensor(list(drafted.values()), dtype=torch.long)
-    shown = zip(token_T[valid_T].tolist(), run.settled_BT[row][valid_T].tolist(), strict=True)
-    return [piece if settled >= 0 else piece.replace("\n", "↵") for piece, settled in ((run.piece(t, mask), k) for t, k in shown)]
+    shown = zip(run.shown(row, token_T, mask), run.settled_BT[row][valid_T].tolist(), strict=True)
+    return [piece if settled >= 0 else piece.replace("\n", "↵") for piece, settled in shown]
 
 
 def looks(run: Trajectory, row: int, *, pace: float = 1.0, after: float = 0.0) -> list[Look]:
@@ -126,7 +126,10 @@ def with_rejected(run: Trajectory, row: int, shown: Sequence[str], looks: Sequen
     if not rejected:
         return list(shown), list(looks)
     at = min(rejected)
-    struck = [run.piece(token).replace("\n", "↵") for token in rejected.values()]
+    token_T = run.current_BT[row].clone()
+    token_T[list(rejected)] = torch.tensor(list(rejected.values()), dtype=torch.long)
+    drawn = run.shown(row, token_T)
+    struck = [drawn[position].replace("\n", "↵") for position in rejected]
     return [*shown[:at], *struck, *shown[at:]], [*looks[:at], *[REJECTED] * len(struck), *looks[at:]]
 
 
@@ -195,7 +198,7 @@ def follow(top: int, warm: Sequence[int], height: int, total: int) -> int:
 def empty(run: Trajectory) -> Trajectory:
     """The same run at frame 0, to be grown again."""
     canvas = Canvas(run.start_BT, run.free_BT, run.valid_BT)
-    return Trajectory(run.start_BT, canvas, pieces=run.pieces, mask_id=run.mask_id, meta=run.meta)
+    return Trajectory(run.start_BT, canvas, pieces=run.spelling, mask_id=run.mask_id, meta=run.meta)
 
 
 def clock(panes: Sequence[Pane], *, seconds: float) -> list[list[float]]:

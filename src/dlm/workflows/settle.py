@@ -53,9 +53,8 @@ def settle(
 
 def _bits(lm: LanguageModel, groups: dict[str, list[Trajectory]]) -> Bits:
     """Bits per token of whole texts. InputError where the runs have another vocabulary."""
-    pieces = lm.tokenizer.pieces()
     for run in (run for group in groups.values() for run in group):
-        if any(pieces.get(token) != piece for token, piece in run.pieces.items()):
+        if not run.spelling.same(lm.tokenizer.spelling):
             raise InputError(f"{lm.name} has another vocabulary than a run of {run.meta.get('model', 'these files')}")
 
     def bits(x_BT: Tensor) -> Tensor:

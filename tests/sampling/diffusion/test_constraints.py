@@ -18,6 +18,7 @@ from torch import Tensor
 from dlm.errors import InputError
 from dlm.sampling.diffusion.constraints import AllowedTokens, Pattern, both
 from dlm.sampling.diffusion.protocols import Constraint
+from dlm.spelling import Part, Spelling
 
 pytest.importorskip("interegular")
 
@@ -128,12 +129,12 @@ def test_two_patterns_hold_together(one: str, two: str) -> None:
     check(pattern, list(rows), list(found))
 
 
-def greedy(found: list[tuple[int, ...]], row: Row, proposal: list[int]) -> list[bool]:
+def greedy(found: list[tuple[int, ...]], row: Row, proposal: list[int], mask: int = MASK) -> list[bool]:
     """Left to right, what some filling with all that was kept holds."""
     keep = []
     for at, token in enumerate(proposal):
         fits = [x for x in found if x[at] == token]
-        keep.append(row[at] is None and token != MASK and bool(fits))
+        keep.append(row[at] is None and token != mask and bool(fits))
         found = fits if keep[-1] else found
     return keep
 
@@ -305,3 +306,130 @@ def test_the_automaton_is_no_larger_than_it_must_be() -> None:
 
 def test_a_pattern_prints_as_its_expression() -> None:
     assert repr(Pattern.compile("a+", PIECES, V)) == "Pattern(automaton=Automaton(regex='a+'))"
+
+
+# --- bytes: characters of several tokens -----------------------------------------------------------------------------
+
+HALVES = {  # 天 is E5 A4 A9 and 大 E5 A4 A7; the first token of a text loses its space
+    0: Part(b"\xe5"),
+    1: Part(b"\xa4"),
+    2: Part(b"\xa9"),
+    3: Part(b"\xa7"),
+    4: Part("天".encode()),
+    5: Part(b" a", b"a"),
+    6: Part(b"\xa9\xe5"),
+    7: Part(b"a"),
+}
+SPELT = Spelling(HALVES, mask_id=8)
+BYTE_REGEXES = ["天.*", "[天a]*", "(天| a|大)+", "a?[^天]*", r"\S*", "[^大]{2}", "a( a)+a?", ".", "é|天"]
+
+
+def spelt(x_L: tuple[int, ...]) -> str | None:
+    """The text of these tokens, None where it is none."""
+    first = next((i for i, x in enumerate(x_L) if HALVES[x].inner), 0)
+    data = b"".join(HALVES[x].first if i == first and HALVES[x].first is not None else HALVES[x].inner for i, x in enumerate(x_L))  # type: ignore[misc]
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def byte_rows() -> list[Row]:
+    rows: list[Row] = [[HOLE] * length for length in range(1, 5)]
+    return [
+        *rows,
+        [0, HOLE, HOLE],
+        [HOLE, 1, HOLE, HOLE],
+        [HOLE, HOLE, 2],
+        [5, HOLE, HOLE],
+        [HOLE, 6, HOLE, HOLE],
+        [4, HOLE, 5],
+        [HOLE, 7, HOLE],
+    ]
+
+
+def expected_bytes(row: Row, fits: list[tuple[int, ...]]) -> Tensor:
+    out_LV = torch.zeros(len(row), 9, dtype=torch.bool)
+    for at, x in enumerate(row):
+        out_LV[at, list({x_L[at] for x_L in fits}) if x is None else [x]] = True
+    return out_LV
+
+
+@pytest.mark.parametrize("regex", BYTE_REGEXES)
+def test_d9_a_pattern_over_bytes_allows_what_some_filling_holds(regex: str) -> None:
+    """Every filling of every canvas, joined into characters, by Python's `re`; also what is kept of a proposal."""
+    pattern, fitting = Pattern.compile(regex, SPELT, 9), 0
+    for row in byte_rows():
+        every = list(itertools.product(*(range(8) if x is None else [x] for x in row)))
+        fits = [x_L for x_L in every if (text := spelt(x_L)) is not None and re.fullmatch(regex, text)]
+        z_BL, hole_BL, valid_BL = canvas([row])
+        z_BL[hole_BL] = 8
+        if not fits:
+            with pytest.raises(InputError, match="no match of"):
+                pattern.allowed(z_BL, hole_BL, valid_BL)
+            continue
+        fitting += 1
+        assert torch.equal(pattern.allowed(z_BL, hole_BL, valid_BL)[0], expected_bytes(row, fits)), row
+        for proposal in every[:: max(1, len(every) // 40)]:
+            keep_BL = pattern.agree(z_BL, hole_BL, torch.tensor([proposal]), valid_BL)
+            assert keep_BL[0].tolist() == greedy(fits, row, list(proposal), mask=8)
+    assert fitting > 0
+
+
+@pytest.mark.parametrize("characters", ["天", "天a", "天 a大"])
+@pytest.mark.parametrize("with_pattern", [False, True])
+def test_d9_a_set_of_characters_holds_for_what_is_written_alone(characters: str, with_pattern: bool) -> None:
+    """Given tokens are whole characters, in one token or in three, and need not be in the set."""
+    constraint = Pattern.of_set(characters, SPELT, 9)
+    if with_pattern:
+        constraint = constraint.both(Pattern.compile(r"(.|\n)*a?天(.|\n)*", SPELT, 9))
+    regex = r"(.|\n)*a?天(.|\n)*" if with_pattern else r"(.|\n)*"
+    rows: list[Row] = [[0, 1, 3, HOLE, HOLE, HOLE], [HOLE, 7, HOLE], [5, HOLE, HOLE, HOLE], [HOLE, HOLE, HOLE, 0, 1, 3], [4, HOLE, 7, HOLE]]
+    for row in rows:
+        fits = []
+        for x_L in itertools.product(*(range(8) if x is None else [x] for x in row)):
+            text = spelt(x_L)
+            if text is None or not re.fullmatch(regex, text):
+                continue
+            parts = [list(group) for hole, group in itertools.groupby(enumerate(x_L), key=lambda pair: row[pair[0]] is None) if hole]
+            try:
+                new = [b"".join((HALVES[x].first if at == 0 and HALVES[x].first else HALVES[x].inner) for at, x in part) for part in parts]  # type: ignore[misc]
+                if set("".join(data.decode() for data in new)) <= set(characters):
+                    fits.append(x_L)
+            except UnicodeDecodeError:
+                continue
+        z_BL, hole_BL, valid_BL = canvas([row])
+        z_BL[hole_BL] = 8
+        if fits:
+            assert torch.equal(constraint.allowed(z_BL, hole_BL, valid_BL, ~hole_BL)[0], expected_bytes(row, fits)), row
+        else:
+            with pytest.raises(InputError, match="no match of"):
+                constraint.allowed(z_BL, hole_BL, valid_BL, ~hole_BL)
+
+
+def test_d9_what_was_written_stays_in_the_set() -> None:
+    """天 is E5 A4 A9 and 地 E5 9C B0: with A9 written, E5 9C would make a third character of it."""
+    spelling = Spelling({i: Part(bytes([byte])) for i, byte in enumerate((0xE5, 0xA4, 0xA9, 0x9C, 0xB0))}, mask_id=5)
+    z_BL, hole_BL = torch.tensor([[5, 5, 2]]), torch.tensor([[True, True, False]])
+    free = Pattern.of_set("天地", spelling, 6).allowed(z_BL, hole_BL, None, torch.zeros_like(hole_BL))
+    assert free[0, :2].nonzero().tolist() == [[0, 0], [1, 1]]
+
+
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=6), st.data())
+@settings(max_examples=60, deadline=None)
+def test_d9_every_byte_of_any_text_is_allowed_and_no_broken_one(text: str, data: st.DataObject) -> None:
+    spelling = Spelling({i: Part(bytes([i])) for i in range(256)}, mask_id=256)
+    ids = list(text.encode())
+    chars = "".join(sorted(set(text)))
+    pattern = Pattern.compile(f"[{re.escape(chars)}]*", spelling, 257)
+    at = data.draw(st.integers(0, len(ids) - 1))
+    z_BL, hole_BL = torch.tensor([ids]), torch.zeros(1, len(ids), dtype=torch.bool)
+    z_BL[0, at], hole_BL[0, at] = 256, True
+    allowed = set(pattern.allowed(z_BL, hole_BL)[0, at].nonzero().flatten().tolist())
+    fits = set()
+    for byte in range(256):
+        try:
+            fits |= {byte} if set(bytes([*ids[:at], byte, *ids[at + 1 :]]).decode()) <= set(chars) else set()
+        except UnicodeDecodeError:
+            continue
+    assert allowed == fits

@@ -1,22 +1,67 @@
 """Automata over tokens: a regular expression compiled for a vocabulary, walked over a text with holes.
 
-Shapes: B rows, L positions of the canvas, V vocabulary with the mask, S states, C classes of characters, K kinds of tokens that the
-automaton cannot tell apart, E its edges.
+A token is its bytes of UTF-8: a character may lie in several tokens, and a token may hold the end of one and the beginning of the next.
+
+Shapes: B rows, L positions of the canvas, V vocabulary with the mask, S states, C classes of characters, N places inside a character,
+X tables (of tokens that are written, and of given ones where these move otherwise), K kinds of tokens that the automaton cannot tell apart,
+E its edges.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dlm.errors import InputError
+from dlm.spelling import REPLACEMENT, Part, Spelling
 
 DEAD, START = 0, 1
+
+CONTINUES = range(0x80, 0xC0)
+BYTES: dict[str, list[tuple[range, str]]] = {
+    "character": [
+        (range(0x80), ""),
+        (range(0xC2, 0xE0), "1"),
+        (range(0xE0, 0xE1), "E0"),
+        (range(0xE1, 0xED), "2"),
+        (range(0xED, 0xEE), "ED"),
+        (range(0xEE, 0xF0), "2"),
+        (range(0xF0, 0xF1), "F0"),
+        (range(0xF1, 0xF4), "3"),
+        (range(0xF4, 0xF5), "F4"),
+    ],
+    "1": [(CONTINUES, "")],
+    "2": [(CONTINUES, "1")],
+    "3": [(CONTINUES, "2")],
+    "E0": [(range(0xA0, 0xC0), "1")],
+    "ED": [(range(0x80, 0xA0), "1")],
+    "F0": [(range(0x90, 0xC0), "2")],
+    "F4": [(range(0x80, 0x90), "2")],
+}
+"""UTF-8 (RFC 3629, section 4): the bytes that may follow at each place in a character, and the place after them, "" its end."""
+
+
+class Letters(NamedTuple):
+    """An automaton over C classes of characters: step_SC, state 0 is dead; its start; where a text may end; the classes of characters, and
+    that of all others."""
+
+    step_SC: Tensor
+    start: int
+    accept_S: Tensor
+    class_of: dict[str, int]
+    others: int
+
+    @classmethod
+    def of_set(cls, characters: str) -> Letters:
+        """Any text of these characters alone."""
+        step_SC = torch.tensor([[DEAD, DEAD], [1, DEAD]])
+        return cls(step_SC, 1, torch.tensor([False, True]), dict.fromkeys(characters, 0), 1)
 
 
 def plain(regex: str) -> str:
@@ -41,8 +86,8 @@ def plain(regex: str) -> str:
     return item.sub(lambda one: re.sub(r"^\[(\^?)\]", r"[\1\\]", one[0]), regex[begin:after])  # []a] is a class of two
 
 
-def _characters(regex: str) -> tuple[Tensor, int, Tensor, Callable[[str], int]]:
-    """The automaton of an expression over C classes of characters: its moves, its start, where it may end, the class of a character."""
+def _letters(regex: str) -> Letters:
+    """The automaton of an expression. InputError as `plain`."""
     try:
         import interegular
     except ImportError:
@@ -54,74 +99,189 @@ def _characters(regex: str) -> tuple[Tensor, int, Tensor, Callable[[str], int]]:
         reason = str(error).partition("\n")[0] or "an automaton lacks something that it uses"
         raise InputError(f"{regex!r} cannot be used as a constraint: {reason}") from None
     number = {state: n for n, state in enumerate(sorted(fsm.states), 1)}
-    none = max(fsm.alphabet.values(), default=-1) + 1  # the class of unknown characters
-    step_SC = torch.full((len(number) + 1, none + 1), DEAD)
+    others = max(fsm.alphabet.values(), default=-1) + 1
+    step_SC = torch.full((len(number) + 1, others + 1), DEAD)
     for state, moves in fsm.map.items():
         for symbol, after in moves.items():
             step_SC[number[state], symbol] = number[after]
     accept_S = torch.zeros(len(number) + 1, dtype=torch.bool)
     accept_S[[number[state] for state in fsm.finals]] = True
-    return step_SC, number[fsm.initial], accept_S, lambda c: none if fsm.alphabet[c] is None else fsm.alphabet[c]
+    symbols = dict(fsm.alphabet.items())
+    class_of = {symbol: symbols[symbol] for symbol in symbols if isinstance(symbol, str)}
+    rest = [fsm.alphabet[symbol] for symbol in symbols if not isinstance(symbol, str)]  # anything else
+    if rest and rest[0] is not None:
+        others = rest[0]
+    return Letters(step_SC, number[fsm.initial], accept_S, class_of, others)
 
 
-def _trimmed(next_SK: Tensor, start: int, accept_S: Tensor, kind_V: Tensor, regex: str) -> tuple[Tensor, Tensor, Tensor]:
-    """next_SK, accept_S and kind_V of the states on a way from the start to an end, and of the kinds that differ there."""
+def _byte_moves(letters: Letters) -> list[dict[int, int]]:
+    """For each place inside a character, 0 its beginning, where a byte leads: to a place N, or to the class -1 - C of a character.
+
+    Places from which the same bytes lead to the same ends are one.
+    """
+    tree: dict[int, object] = {}
+    for char, number in letters.class_of.items():
+        if not "\ud800" <= char <= "\udfff":
+            *way, last = char.encode()
+            node = tree
+            for byte in way:
+                node = node.setdefault(byte, {})  # type: ignore[assignment]
+            node[last] = number
+    places: dict[tuple[tuple[int, int], ...], int] = {}
+    plain_places: dict[str, int] = {}
+
+    def place(kind: str, known: dict[int, object]) -> int:
+        if not known and kind in plain_places:
+            return plain_places[kind]
+        moves = []
+        for values, after in BYTES[kind]:
+            for byte in values:
+                below = known.get(byte)
+                if after:
+                    moves.append((byte, place(after, below if isinstance(below, dict) else {})))
+                else:
+                    moves.append((byte, -1 - (below if isinstance(below, int) else letters.others)))
+        number = places.setdefault(tuple(moves), len(places) + 1)  # the beginning of a character is 0, and made last
+        if not known:
+            plain_places[kind] = number
+        return number
+
+    first = place("character", tree)
+    return [dict(moves) for moves in (list(places)[first - 1], *places)]
+
+
+class _Bytes:
+    """An automaton over bytes: state s * N + n is state s of the letters, at place n inside a character."""
+
+    def __init__(self, letters: Letters) -> None:
+        moves = _byte_moves(letters)
+        self.places, states = len(moves), len(letters.step_SC)
+        self.start = letters.start * self.places
+        self.accept_S = torch.zeros(states * self.places, dtype=torch.bool)
+        self.accept_S[:: self.places] = letters.accept_S
+        groups: dict[tuple[int | None, ...], list[int]] = {}  # of bytes that lead to the same
+        for byte in range(256):
+            groups.setdefault(tuple(one.get(byte) for one in moves), []).append(byte)
+        self.next: list[Tensor] = []  # by group, int64 (S)
+        self.group_of: dict[int, int] = {}
+        here_S = torch.arange(states)[:, None] * self.places
+        for ends, members in groups.items():
+            after_SN = torch.full((states, self.places), DEAD)
+            for n, end in enumerate(ends):
+                if end is not None:
+                    after_SN[:, n] = here_S[:, 0] + end if end >= 0 else letters.step_SC[:, -1 - end] * self.places
+            after_SN[0] = DEAD
+            self.group_of |= dict.fromkeys(members, len(self.next))
+            self.next.append(after_SN.flatten())
+
+    def classes(self, data: bytes) -> tuple[int, ...]:
+        return tuple(self.group_of[byte] for byte in data)
+
+    def fold(self, classes: tuple[int, ...], state_S: Tensor) -> Tensor:
+        """The states after the bytes of these classes."""
+        for one in classes:
+            state_S = self.next[one][state_S]
+        return state_S
+
+
+def _trimmed(next_XSK: Tensor, start: int, accept_S: Tensor, kind_V: Tensor, regex: str) -> tuple[Tensor, Tensor, Tensor]:
+    """next_XSK, accept_S and kind_V of the states on a way from the start to an end, and of the kinds that differ there."""
     reached_S, live_S = torch.zeros_like(accept_S), accept_S
     new_S = torch.tensor([start])
     while len(new_S):
         reached_S[new_S] = True
-        after_S = torch.unique(next_SK[new_S])
+        after_S = torch.unique(next_XSK[:, new_S])
         new_S = after_S[~reached_S[after_S]]
-    while not torch.equal(live_S, grown_S := live_S | live_S[next_SK].any(1)):
+    while not torch.equal(live_S, grown_S := live_S | live_S[next_XSK].any(2).any(0)):
         live_S = grown_S
     if not live_S[start]:
         raise InputError(f"no text of this model's tokens matches {regex!r}")
     kept_S = reached_S & live_S
     kept_S[start] = False
     order_S = torch.cat([torch.tensor([start]), kept_S.nonzero().flatten()])
-    number_S = torch.full_like(next_SK[:, 0], DEAD)
+    number_S = torch.full_like(next_XSK[0, :, 0], DEAD)
     number_S[order_S] = torch.arange(START, START + len(order_S))
-    dead_1K = torch.full_like(next_SK[:1], DEAD)
-    next_SK, kind_K = torch.unique(torch.cat([dead_1K, number_S[next_SK[order_S]]]), dim=1, return_inverse=True)
-    return next_SK, torch.cat([torch.zeros(1, dtype=torch.bool), accept_S[order_S]]), kind_K[kind_V]
+    dead_X1K = torch.full_like(next_XSK[:, :1], DEAD)
+    next_XSK, kind_K = torch.unique(torch.cat([dead_X1K, number_S[next_XSK[:, order_S]]], 1), dim=2, return_inverse=True)
+    return next_XSK, torch.cat([torch.zeros(1, dtype=torch.bool), accept_S[order_S]]), kind_K[kind_V]
 
 
 @dataclass(frozen=True, eq=False)
 class Automaton:
-    """next_SK: int64, the state after a token of each kind, 0 dead, 1 the start; accept_S: where a text may end; kind_V: the kind of each
-    token; free_V: tokens that may be written."""
+    """next_XSK: int64, the state after a token of each kind, 0 dead, 1 the start; the last table is for given tokens. accept_S: where a
+    text may end; kind_V: the kind of each token; free_V: tokens that may be written."""
 
     regex: str
-    next_SK: Tensor = field(repr=False)
+    next_XSK: Tensor = field(repr=False)
     accept_S: Tensor = field(repr=False)
     kind_V: Tensor = field(repr=False)
     free_V: Tensor = field(repr=False)
 
     @classmethod
-    def compile(cls, regex: str, pieces: Mapping[int, str], vocab_size: int) -> Automaton:
+    def compile(cls, regex: str, pieces: Spelling | Mapping[int, str], vocab_size: int) -> Automaton:
         """As `constraints.Pattern.compile`."""
-        step_SC, start, accept_S, class_of = _characters(regex)
-        column_of: dict[tuple[int, ...], int] = {}  # by the classes of its characters
+        return cls._made(regex, _letters(regex), pieces, vocab_size)
+
+    @classmethod
+    def of_set(cls, characters: str, pieces: Spelling | Mapping[int, str], vocab_size: int) -> Automaton:
+        """Written tokens hold these characters alone; given ones are free, and stand between whole characters."""
+        return cls._made(f"[{characters}]*", Letters.of_set(characters), pieces, vocab_size, skips_given=True)
+
+    @classmethod
+    def _made(
+        cls, regex: str, letters: Letters, pieces: Spelling | Mapping[int, str], vocab_size: int, *, skips_given: bool = False
+    ) -> Automaton:
+        spelling = pieces if isinstance(pieces, Spelling) else Spelling.of(pieces)
+        parts = {token: spelling.part(token) for token in (range(vocab_size) if isinstance(pieces, Spelling) else pieces)}
+        parts = {token: part for token, part in parts.items() if 0 <= token < vocab_size and _usable(part)}
+        automaton = _Bytes(letters)
+        begins = skips_given or any(part.first is not None for part in parts.values())  # the first token is spelt otherwise
+        column_of: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}  # by the classes of its bytes, also at the beginning
         kind_V = torch.zeros(vocab_size, dtype=torch.long)
-        for token, piece in pieces.items():
-            if 0 <= token < vocab_size and piece and "\ufffd" not in piece:
-                kind_V[token] = column_of.setdefault(tuple(map(class_of, piece)), len(column_of) + 1)
-        states_S = torch.arange(len(step_SC))
-        columns = [torch.full_like(step_SC[:, 0], DEAD)]
-        columns += (reduce(lambda state_S, c: step_SC[state_S, c], classes, states_S) for classes in column_of)
-        trimmed = _trimmed(torch.stack(columns, 1), start, accept_S, kind_V, regex)
+        for token, part in parts.items():
+            inner = automaton.classes(part.inner)
+            first = inner if part.first is None else automaton.classes(part.first)
+            kind_V[token] = column_of.setdefault((inner, first), len(column_of) + 1)
+        size = len(automaton.accept_S)
+        states_S = torch.arange(size)
+        next_SK = torch.full((size + begins, len(column_of) + 1), DEAD)
+        for (inner, first), column in column_of.items():
+            next_SK[:size, column] = automaton.fold(inner, states_S)
+            if begins:
+                next_SK[size, column] = automaton.fold(first, torch.tensor(automaton.start))
+        accept_S = torch.cat([automaton.accept_S, automaton.accept_S[[automaton.start] * begins]])
+        tables = [next_SK]
+        if skips_given:
+            stays_S = torch.where(states_S % automaton.places == 0, states_S, DEAD)
+            tables.append(torch.cat([stays_S, torch.tensor([automaton.start])])[:, None].expand_as(next_SK))
+        start = size if begins else automaton.start
+        trimmed = _trimmed(torch.stack(tables), start, accept_S, kind_V, regex)
         return cls(regex, *trimmed, torch.ones(vocab_size, dtype=torch.bool))
+
+    @property
+    def next_SK(self) -> Tensor:
+        """The moves of written tokens."""
+        return self.next_XSK[0]
+
+    @property
+    def frees_given(self) -> bool:
+        """Whether given tokens move otherwise than written ones."""
+        return len(self.next_XSK) > 1
 
     def both(self, other: Automaton) -> Automaton:
         """The text matches both: the product of the automata."""
         kinds_K2, kind_V = torch.unique(torch.stack([self.kind_V, other.kind_V], 1), dim=0, return_inverse=True)
-        one_SK, two_SK = self.next_SK[:, kinds_K2[:, 0]], other.next_SK[:, kinds_K2[:, 1]]
-        size = len(two_SK)
-        alive_SSK = (one_SK > DEAD)[:, None] & (two_SK > DEAD)[None]
-        next_SK = torch.where(alive_SSK, one_SK[:, None] * size + two_SK, DEAD).flatten(0, 1)
+        tables = range(max(len(self.next_XSK), len(other.next_XSK)))
+        one_XSK, two_XSK = (
+            torch.stack([automaton.next_XSK[min(x, len(automaton.next_XSK) - 1)] for x in tables])[:, :, kinds_K]
+            for automaton, kinds_K in ((self, kinds_K2[:, 0]), (other, kinds_K2[:, 1]))
+        )
+        size = two_XSK.shape[1]
+        alive_XSSK = (one_XSK > DEAD)[:, :, None] & (two_XSK > DEAD)[:, None]
+        next_XSK = torch.where(alive_XSSK, one_XSK[:, :, None] * size + two_XSK[:, None], DEAD).flatten(1, 2)
         accept_S = (self.accept_S[:, None] & other.accept_S).flatten()
         regex = f"{self.regex} and {other.regex}"
-        trimmed = _trimmed(next_SK, START * size + START, accept_S, kind_V, regex)
+        trimmed = _trimmed(next_XSK, START * size + START, accept_S, kind_V, regex)
         return Automaton(regex, *trimmed, self.free_V & other.free_V)
 
     @cached_property
@@ -137,11 +297,22 @@ class Automaton:
         return pair_E // states, pair_E % states, by_EK
 
 
-class Walk:
-    """The states of a canvas under an automaton, float 0 or 1: reached from the start, or with a way to the end."""
+def _usable(part: Part) -> bool:
+    """Whether a token has a text, and one that is known."""
+    return bool(part.inner) and REPLACEMENT.encode() not in part.inner
 
-    def __init__(self, automaton: Automaton, z_BL: Tensor, hole_BL: Tensor, valid_BL: Tensor | None) -> None:
+
+class Walk:
+    """The states of a canvas under an automaton, float 0 or 1: reached from the start, or with a way to the end.
+
+    given_BL: tokens that nothing wrote; None where the automaton reads these as all others.
+    """
+
+    def __init__(
+        self, automaton: Automaton, z_BL: Tensor, hole_BL: Tensor, valid_BL: Tensor | None, given_BL: Tensor | None = None
+    ) -> None:
         self.automaton, self.z_BL, self.hole_BL, device = automaton, z_BL, hole_BL, z_BL.device
+        self.given_BL = given_BL if automaton.frees_given else None
         self.valid_BL = torch.ones_like(hole_BL) if valid_BL is None else valid_BL
         # columns of holes alone and of none, where all rows move alike
         self.open_L, self.closed_L = hole_BL.all(0).tolist(), (~hole_BL).all(0).tolist()
@@ -149,11 +320,14 @@ class Walk:
         edge_SS = torch.zeros(len(automaton.next_SK), len(automaton.next_SK))
         edge_SS[from_E, to_E] = 1
         self.edge_SS, self.back_SS = edge_SS.to(device), edge_SS.T.contiguous().to(device)
-        self.next_KS, self.kind_V = automaton.next_SK.T.contiguous().to(device), automaton.kind_V.to(device)
+        self.next_XKS, self.kind_V = automaton.next_XSK.mT.contiguous().to(device), automaton.kind_V.to(device)
 
-    def to_BS(self, token_B: Tensor) -> Tensor:
-        """Where the token of each row leads, int64 (B, S)."""
-        return self.next_KS[self.kind_V[token_B]]
+    def to_BS(self, at: int, token_B: Tensor) -> Tensor:
+        """Where the token of each row leads at this position, int64 (B, S)."""
+        kind_B = self.kind_V[token_B]
+        if self.given_BL is None:
+            return self.next_XKS[0][kind_B]
+        return torch.where(self.given_BL[:, at, None], self.next_XKS[-1][kind_B], self.next_XKS[0][kind_B])
 
     def start(self) -> Tensor:
         reach_BS = torch.zeros(len(self.z_BL), len(self.edge_SS), device=self.z_BL.device)
@@ -167,7 +341,7 @@ class Walk:
             if self.open_L[at]:
                 return (reach_BS @ self.edge_SS).clamp_(max=1)
             token_B, hole_B, closed = self.z_BL[:, at], self.hole_BL[:, at], self.closed_L[at]
-        one_BS = torch.zeros_like(reach_BS).scatter_add_(1, self.to_BS(token_B), reach_BS)
+        one_BS = torch.zeros_like(reach_BS).scatter_add_(1, self.to_BS(at, token_B), reach_BS)
         one_BS[:, DEAD] = 0
         if not closed:
             one_BS = torch.where(hole_B[:, None], reach_BS @ self.edge_SS, one_BS)
@@ -180,7 +354,7 @@ class Walk:
             if self.open_L[at]:
                 ways.append((ways[-1] @ self.back_SS).clamp_(max=1))
                 continue
-            one_BS = ways[-1].gather(1, self.to_BS(self.z_BL[:, at]))
+            one_BS = ways[-1].gather(1, self.to_BS(at, self.z_BL[:, at]))
             if not self.closed_L[at]:
                 one_BS = torch.where(self.hole_BL[:, at, None], (ways[-1] @ self.back_SS).clamp_(max=1), one_BS)
             ways.append(torch.where(self.valid_BL[:, at, None], one_BS, ways[-1]))

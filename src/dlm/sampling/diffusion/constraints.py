@@ -20,6 +20,7 @@ from dlm.sampling.diffusion.automaton import Automaton, Walk
 from dlm.sampling.diffusion.columns import Columns
 from dlm.sampling.diffusion.noisy_text import Active, NoisyText
 from dlm.sampling.diffusion.protocols import Constraint
+from dlm.spelling import Spelling
 
 CHUNK_POSITIONS = 64
 """Positions whose tokens are looked up at once."""
@@ -83,13 +84,18 @@ class Pattern:
     automaton: Automaton
 
     @classmethod
-    def compile(cls, regex: str, pieces: Mapping[int, str], vocab_size: int) -> Pattern:
+    def compile(cls, regex: str, pieces: Spelling | Mapping[int, str], vocab_size: int) -> Pattern:
         r"""From an expression in Python's syntax; `\w`, `\d`, `\s` are ASCII, `^` and `$` may stand at the ends alone.
 
-        pieces: the text of each token; those without text, or with half a character (U+FFFD), match nothing, as does the mask.
-        InputError for an expression that is wrong, is not regular, or that no tokens spell.
+        pieces: how tokens spell text, a character in one token or in several, or the text of each. Tokens without text match nothing, as
+        does the mask. InputError for an expression that is wrong, is not regular, or that no tokens spell.
         """
         return cls(Automaton.compile(regex, pieces, vocab_size))
+
+    @classmethod
+    def of_set(cls, characters: str, pieces: Spelling | Mapping[int, str], vocab_size: int) -> Pattern:
+        """Written text holds these characters alone, each whole; given text is free. InputError where no tokens spell them."""
+        return cls(Automaton.of_set(characters, pieces, vocab_size))
 
     def restricted(self, ids: Sequence[int] | Tensor) -> Pattern:
         """The same, with only these tokens (ids, or a bool tensor (V,)) at holes; given tokens stay free."""
@@ -100,8 +106,8 @@ class Pattern:
         """The text matches both: the product of the automata. InputError where none does."""
         return Pattern(self.automaton.both(other.automaton))
 
-    def allowed(self, z_BL: Tensor, hole_BL: Tensor, valid_BL: Tensor | None = None) -> Tensor:
-        walk = Walk(self.automaton, z_BL, hole_BL, valid_BL)
+    def allowed(self, z_BL: Tensor, hole_BL: Tensor, valid_BL: Tensor | None = None, given_BL: Tensor | None = None) -> Tensor:
+        walk = Walk(self.automaton, z_BL, hole_BL, valid_BL, given_BL)
         from_E, to_E, by_EK = (x.to(z_BL.device) for x in self.automaton.edges)
         ways, reached = walk.backward(), [walk.start()]
         for at in range(z_BL.shape[1] - 1):
@@ -116,8 +122,10 @@ class Pattern:
             may_BLV[:, part][hole_BC] = may_NK[:, kind_V] & free_V
         return may_BLV
 
-    def agree(self, z_BL: Tensor, hole_BL: Tensor, next_BL: Tensor, valid_BL: Tensor | None = None) -> Tensor:
-        walk = Walk(self.automaton, z_BL, hole_BL, valid_BL)
+    def agree(
+        self, z_BL: Tensor, hole_BL: Tensor, next_BL: Tensor, valid_BL: Tensor | None = None, given_BL: Tensor | None = None
+    ) -> Tensor:
+        walk = Walk(self.automaton, z_BL, hole_BL, valid_BL, given_BL)
         ways, reach_BS = walk.backward(), walk.start()
         keep_BL = hole_BL & (next_BL != z_BL) & self.automaton.free_V.to(z_BL.device)[next_BL]
         asked_L = keep_BL.any(0).tolist()
@@ -125,7 +133,7 @@ class Pattern:
             if not asked:
                 reach_BS = walk.forward(at, reach_BS)
                 continue
-            keep_BL[:, at] &= (reach_BS * ways[at + 1].gather(1, walk.to_BS(next_BL[:, at]))).sum(-1) > 0
+            keep_BL[:, at] &= (reach_BS * ways[at + 1].gather(1, walk.to_BS(at, next_BL[:, at]))).sum(-1) > 0
             token_B = torch.where(keep_BL[:, at], next_BL[:, at], z_BL[:, at])
             reach_BS = walk.forward(at, reach_BS, token_B, hole_BL[:, at] & ~keep_BL[:, at])
         return keep_BL
@@ -159,7 +167,12 @@ class WindowedConstraint:
         """
         text, rows_A, self.start_A = self.text, active.rows_A, active.start_A
         self.canvas = text.z_BL[rows_A, : text.length], text.open_BL[rows_A, : text.length], text.valid_BL[rows_A]
-        allowed_ALV = self.constraint.allowed(*self.canvas) | ~self.canvas[2][..., None]  # padding is as free as the window past the end
+        self.given_AL = text.given_BL[rows_A, : text.length]
+        if isinstance(self.constraint, Pattern):
+            allowed_ALV = self.constraint.allowed(*self.canvas, self.given_AL)
+        else:
+            allowed_ALV = self.constraint.allowed(*self.canvas)
+        allowed_ALV |= ~self.canvas[2][..., None]  # padding is as free as the window past the end
         allowed_ATV = self._window(allowed_ALV)
         logp_ATV = logp_ATV.masked_fill(~(allowed_ATV if columns is None else columns.take(allowed_ATV)), -torch.inf)
         if bool((logp_ATV.amax(-1) == -torch.inf).any()):
@@ -171,7 +184,11 @@ class WindowedConstraint:
         z_AL, hole_AL, valid_AL = self.canvas
         written_AL = torch.cat([z_AL, z_AL.new_zeros(len(z_AL), self.text.window)], 1)
         windows.put(written_AL, torch.arange(len(z_AL), device=z_AL.device), self.start_A, next_AT, move_AT)
-        keep_AL = self.constraint.agree(z_AL, hole_AL, written_AL[:, : z_AL.shape[1]], valid_AL)
+        next_AL = written_AL[:, : z_AL.shape[1]]
+        if isinstance(self.constraint, Pattern):
+            keep_AL = self.constraint.agree(z_AL, hole_AL, next_AL, valid_AL, self.given_AL)
+        else:
+            keep_AL = self.constraint.agree(z_AL, hole_AL, next_AL, valid_AL)
         return torch.where(self._window(keep_AL), next_AT, z_AT)
 
     def _window(self, x_AL: Tensor) -> Tensor:

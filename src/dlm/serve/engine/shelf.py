@@ -18,6 +18,7 @@ from dlm.sampling.autoregressive.draft import Draft
 from dlm.serve.engine import cost
 from dlm.serve.engine.job import Event, Job
 from dlm.serve.protocol import schema
+from dlm.spelling import REPLACEMENT
 from dlm.trajectory import Canvas
 
 MAX_CHARACTERS_PER_TOKEN = 16  # on average, in any sensible text
@@ -162,7 +163,9 @@ class Shelf:
             "samplers": [{"name": info.name, "about": info.about} for info in usable],
             "default_sampler": lm.default_sampler,
             "steps": int(lm.defaults.get("steps", lm.window)) if lm.is_diffusion else lm.window,
-            "characters": all(len(lm.tokenizer.piece(i)) == 1 for i in range(min(lm.tokenizer.vocab_size, 1024))),
+            "characters": all(
+                len(lm.tokenizer.piece(i)) == 1 and lm.tokenizer.piece(i) != REPLACEMENT for i in range(min(lm.tokenizer.vocab_size, 1024))
+            ),
             "chat": bool(lm.chat.source),
             "infills": lm.is_diffusion and not lm.is_causal,
         }

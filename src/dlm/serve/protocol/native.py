@@ -28,7 +28,7 @@ def canvas(lm: LanguageModel, request: schema.GenerateRequest) -> Canvas:
     row: list[int | None] = []
     for part in request.canvas:
         if isinstance(part, str):
-            row += lm.tokenizer.encode(part)
+            row += lm.tokenizer.encode(part, "inside" if row else "start")
         else:
             row += [None] if part is None else lm.known([part])
     if None not in row:
@@ -37,12 +37,17 @@ def canvas(lm: LanguageModel, request: schema.GenerateRequest) -> Canvas:
 
 
 class Narrator:
-    """Tells one row. events: (name, data) of the native events that an event of the engine gives."""
+    """Tells one row. events: (name, data) of the native events that an event of the engine gives.
+
+    A character of several tokens is shown at the one that completes it. A step therefore also tells tokens that stay, with the state that
+    they have, where the text shown at them changes.
+    """
 
     def __init__(self, ident: str, plan: Plan, row: Row) -> None:
         self.ident, self.plan, self.row = ident, plan, row
-        self.mask_id, self.pieces = plan.model.tokenizer.mask_id, _Pieces(plan.model)
+        self.mask_id, self.spelling = plan.model.tokenizer.mask_id, plan.model.tokenizer.spelling
         self.drafts: dict[int, int] = {}
+        self.told: list[list[Any]] = []  # the last entry of each position, as in `changed`
 
     def events(self, event: Event) -> Iterator[tuple[str, dict[str, Any]]]:
         self.row.take(event)
@@ -57,7 +62,9 @@ class Narrator:
 
     def _begin(self) -> dict[str, Any]:
         row, lm = self.row, self.plan.model
-        texts = self.pieces.line(row.tokens)
+        texts = self.spelling.draw(row.tokens, mask="")
+        states = "".join("n" if i in row.open else "g" for i in range(len(row.tokens)))
+        self.told = [[i, token, texts[i], states[i], None, None] for i, token in enumerate(row.tokens)]
         return {
             "id": self.ident,
             "model": lm.name,
@@ -67,7 +74,7 @@ class Narrator:
             "prompt_tokens": len(row.tokens) - len(row.open),
             "mask_id": self.mask_id,
             "tokens": [[token, text] for token, text in zip(row.tokens, texts, strict=True)],
-            "states": "".join("n" if i in row.open else "g" for i in range(len(row.tokens))),
+            "states": states,
         }
 
     def _step(self, event: Stepped) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -75,28 +82,33 @@ class Narrator:
         written = {change.position: change for change in event.changes}
         rejected = [i for i, token in self.drafts.items() if i not in written or written[i].token != token]
         if rejected:
-            struck = [[i, self.drafts[i], self.pieces.text(self.row.tokens, i, self.drafts[i]), "x", None, None] for i in rejected]
-            yield "step", facts | {"changed": struck}
+            struck = self.spelling.draw(self._with(self.drafts), mask="")
+            yield "step", facts | {"changed": [[i, self.drafts[i], struck[i], "x", None, None] for i in rejected]}
         changed, tokens = [self._changed(change) for change in event.changes], self.row.tokens
-        changed += ([i, token, self.pieces.text(tokens, i, token), "d", None, None] for i, token in event.drafts.items())
+        changed += ([i, token, "", "d", None, None] for i, token in event.drafts.items())
         noise_again = (i for i in rejected if i not in written and i not in event.drafts)
         changed += ([i, tokens[i], "", "n", None, None] for i in noise_again)
         self.drafts = event.drafts
+        texts = self.spelling.draw(self._with(event.drafts), mask="")
+        for entry in changed:
+            entry[2] = texts[entry[0]]
+            self.told[entry[0]] = entry
+        for i, entry in enumerate(self.told):
+            if entry[2] != texts[i]:  # its neighbour has completed a character, or no longer does
+                self.told[i] = [i, entry[1], texts[i], "c" if entry[3] == "f" else entry[3], *entry[4:]]
+                changed.append(self.told[i])
         yield "step", facts | {"changed": changed}
+
+    def _with(self, drafts: dict[int, int]) -> list[int]:
+        """The tokens of the row with these draft tokens."""
+        return [drafts.get(i, token) for i, token in enumerate(self.row.tokens)]
 
     def _changed(self, change: Change) -> list[Any]:
         noise = change.token == self.mask_id
         state = "f" if change.settled else "n" if noise else "d"
-        others = [[self.pieces.alone(token), round(p, 5)] for token, p in change.alternatives]
+        others = [[self.spelling.alone(token, mask=""), round(p, 5)] for token, p in change.alternatives]
         confidence = None if change.confidence is None else round(change.confidence, 5)
-        return [
-            change.position,
-            change.token,
-            self.pieces.text(self.row.tokens, change.position, change.token),
-            state,
-            confidence,
-            others or None,
-        ]
+        return [change.position, change.token, "", state, confidence, others or None]
 
     def _end(self) -> dict[str, Any]:
         row, lm = self.row, self.plan.model
@@ -109,34 +121,3 @@ class Narrator:
         usage["tokens_per_forward"] = round(written / max(1, row.forwards), 4)
         text = lm.tokenizer.decode(row.tokens[:ends] if ends is not None else row.tokens)
         return {"text": text, "finish_reason": "length" if ends is None else "stop", "usage": usage, "seconds": round(row.seconds, 4)}
-
-
-class _Pieces:
-    """The text shown for a token; of tokens that share a character, the last one shows it."""
-
-    def __init__(self, lm: LanguageModel) -> None:
-        self.tokenizer = lm.tokenizer
-
-    def alone(self, token: int) -> str:
-        return "" if token >= self.tokenizer.mask_id else self.tokenizer.piece(token)
-
-    def text(self, tokens: list[int], i: int, token: int) -> str:
-        """Of `token` at column i of these, whose neighbours may complete its character."""
-        text = self.alone(token)
-        if "\ufffd" not in text:
-            return text
-        for back in range(1, min(4, i + 1)):  # a character has four bytes at most
-            if tokens[i - back] >= self.tokenizer.mask_id:
-                break
-            whole = self.tokenizer.decode([*tokens[i - back : i], token])
-            if not whole.endswith("\ufffd"):
-                return whole[len(self.tokenizer.decode(tokens[i - back : i]).rstrip("\ufffd")) :]
-        for ahead in range(1, min(4, len(tokens) - i)):
-            if tokens[i + ahead] >= self.tokenizer.mask_id:
-                break
-            if "\ufffd" not in self.tokenizer.decode([token, *tokens[i + 1 : i + ahead + 1]]):
-                return ""
-        return text
-
-    def line(self, tokens: list[int]) -> list[str]:
-        return [self.text(tokens, i, token) for i, token in enumerate(tokens)]

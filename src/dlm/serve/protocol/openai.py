@@ -21,7 +21,6 @@ from dlm.serve.protocol.reply import Row
 from dlm.serve.protocol.writer import Piece, Writer
 from dlm.trajectory import Canvas
 
-NOISE = "█"
 _ERROR: dict[str, Any] = {
     "description": "An error as OpenAI's clients expect it.",
     "content": {
@@ -129,14 +128,11 @@ class Answer:
         return head | {"choices": [choice]}
 
     def _standing(self, index: int) -> str:
-        """The text of a row as it is now: first the settled part, then the rest, with noise as a block."""
-        row, lm = self.rows[index], self.plan.model
-        text = self._echoed(index) + row.writer.text
+        """The text of a row as it is now, with noise as a block."""
+        row, spelling = self.rows[index], self.plan.model.tokenizer.spelling
         if row.done:
-            return text
-        mask_id = lm.tokenizer.mask_id
-        rest = row.tokens[row.settled : row.last]
-        return text + "".join(NOISE if token == mask_id else lm.tokenizer.piece(token) for token in rest)
+            return self._echoed(index) + row.writer.text
+        return self._echoed(index) + "".join(spelling.draw(row.tokens[: row.last])[row.first :])
 
     def _fresh(self, row: Row, text: str) -> list[Piece]:
         """The pieces of the text that was given last."""
