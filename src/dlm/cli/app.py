@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import math
+import os
 import platform
 import re
 import signal
@@ -326,6 +328,11 @@ def prompt_lines(path: Path) -> list[str]:
     return lines
 
 
+def given_text(words: str) -> str:
+    """The words themselves, or for `-` all of standard input, without the line break at its end."""
+    return sys.stdin.read().removesuffix("\n") if words == "-" else words
+
+
 @contextlib.contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
     """Gives a function that tells whether Ctrl-C was pressed: work ends between two steps, none is kept by halves. A second one raises
@@ -347,8 +354,44 @@ def interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+READER_GONE = 128 + 13
+"""The exit code where the program that reads the output has left, as a shell reports SIGPIPE."""
+
+
 def main() -> None:
-    """Run a command; an error that the user can mend ends in one line and exit code 2, Ctrl-C in 130."""
+    """Run a command; an error that the user can mend ends in one line and exit code 2, Ctrl-C in 130, a closed pipe in 141."""
+    _open_streams()
+    try:
+        code = _run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _reader_gone()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # rich and typer end in 1
+            _reader_gone()
+        raise
+    sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Any bytes can be read, so that a text says by itself that it is not UTF-8; any text can be written, as escapes in the worst case."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def _reader_gone() -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # the interpreter flushes again when it ends
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(READER_GONE)
+
+
+def _run() -> int:
+    """The exit code. SystemExit for errors, after their line."""
     try:
         code = app(prog_name="dlm", standalone_mode=False)
     except (InputError, ModuleNotFoundError) as error:
@@ -358,7 +401,7 @@ def main() -> None:
     except OSError as error:
         hint = ": no space left, free some and go on" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         fail(f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}{hint}", 2)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def _usage(error: typer.TyperException) -> str:

@@ -85,7 +85,7 @@ def chat(
     options = DecodingOptions(temperature=temperature, top_p=top_p, top_k=top_k, sampler=sampler, preset=preset, draft=drafter)
     lm.build(lm.resolve(options))  # an error of the options is told before the first question
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
-    lm.chat_prompt([*messages, {"role": "user", "content": ""}])  # so is a missing template
+    lm.prompting.conversation([*messages, {"role": "user", "content": ""}])  # so are template and system prompt
     try:
         while (line := _ask()) is not None:
             if not line.strip():

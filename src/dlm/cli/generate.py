@@ -39,6 +39,7 @@ from dlm.cli.app import (
     drafting,
     err,
     fail,
+    given_text,
     interrupts,
     load,
     named_models,
@@ -70,7 +71,7 @@ class Entry:
 
 @app.command(cls=renamed({"--heavy": "--model", "--base": "--model"}))
 def generate(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to begin with.")] = "",
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to begin with; - reads it from standard input.")] = "",
     name: Annotated[
         str | None,
         typer.Argument(metavar="MODEL", show_default=DEFAULT, help="Bundled or pulled name, directory, GGUF file, hub id (dlm list)."),
@@ -202,7 +203,7 @@ def generate(
     _check(name, model, sampler, compare, lossless, drafter is not None)
     if samples > 1 and template is not None:
         raise InputError("--samples counts texts, and a template makes one: leave one of them away")
-    word = "lossless" if lossless else sampler_word(sampler)
+    word, prompt = "lossless" if lossless else sampler_word(sampler), given_text(prompt)
     options = DecodingOptions(
         preset=preset,
         draft=drafter,

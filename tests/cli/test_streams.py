@@ -1,0 +1,100 @@
+"""Standard input and output as shells give them: bytes that are no UTF-8, terminals without it, readers that leave, prompts by a pipe."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bases import publish, transformer
+from conftest import Dlm, make_model
+from dlm import cli
+from dlm.text.tokenizer import Tokenizer
+
+BROKEN = os.fsdecode(b"hi \xff\xfe")  # as the shell hands it over
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a chat template."""
+    return publish(transformer("Llama"), tmp_path_factory.mktemp("streams") / "base")
+
+
+@pytest.fixture(scope="module")
+def of_bytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("streams") / "bytes"
+    make_model(tokenizer=Tokenizer.bytes()).save_pretrained(path)
+    return path
+
+
+def test_d19_bytes_that_are_no_utf8_get_one_line(dlm: Dlm, of_bytes: Path, base: Path) -> None:
+    for words in (
+        ["generate", BROKEN, str(of_bytes)],
+        ["generate", "a", str(of_bytes), "--suffix", BROKEN],
+        ["generate", "--template", f"a_{BROKEN}", "--model", str(of_bytes)],
+        ["chat", str(base), "--system", BROKEN],
+    ):
+        assert "not valid UTF-8" in dlm.told(*words), words
+
+
+def test_d19_a_conversation_goes_on_with_the_next_line(dlm: Dlm, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoken = []
+    for lines in (b"But soft\n", b"hi \xff there\nBut soft\n"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+        code, out, err = dlm("chat", str(base), "--max-new-tokens", "4")
+        assert code == 0
+        assert ("not valid UTF-8" in err) == (b"\xff" in lines)
+        spoken.append(out)
+    assert spoken[0] == spoken[1]
+
+
+def test_d19_standard_input_of_other_bytes(dlm: Dlm, of_bytes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a \xff\n"), encoding="utf-8"))
+    assert "not valid UTF-8" in dlm.told("generate", "-", str(of_bytes))
+
+
+def test_a_prompt_from_standard_input(dlm: Dlm, of_bytes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = ["--model", str(of_bytes), "--max-new-tokens", "4", "--steps", "2", "--json"]
+    for given, prompt in (("日本\n", "日本"), ("a\nb\n\n", "a\nb\n"), ("", "")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode()), encoding="utf-8"))
+        code, out, _ = dlm("generate", "-", *how)
+        assert code == 0
+        assert json.loads(out)["text"].startswith(prompt)
+        assert dlm("generate", prompt, *how)[1].split('"seconds"')[0] == out.split('"seconds"')[0]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_d20_a_terminal_of_another_encoding_shows_escapes(
+    encoding: str, of_bytes: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also of a saved run, and in a conversation's answer."""
+    monkeypatch.chdir(tmp_path)
+    written = []
+    for words in (["generate", "é日", str(of_bytes), "--max-new-tokens", "2", "--save", "run.traj"], ["show", "run.traj"]):
+        screen = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding=encoding))
+        monkeypatch.setattr(sys, "argv", ["dlm", *words])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert left.value.code == 0
+        written.append(screen.getvalue().decode(encoding))
+        assert written[-1].startswith(("\\xe9" if encoding == "ascii" else "é") + "\\u65e5")
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_d20_a_reader_that_leaves(unbuffered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line itself, with a closed pipe for a standard output."""
+    script = "import sys; from dlm.cli import main; sys.argv = ['dlm', 'samplers']; main()"
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, *["-u"] * unbuffered, "-c", script]
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, timeout=120, check=False)
+    os.close(writing)
+    assert done.returncode in (0, 141)
+    assert done.stderr == b""
