@@ -168,7 +168,7 @@ NATS = {"F16": 1e-5, "BF16": 1e-3, "Q8_0": 1e-3, "Q5_0": 0.05, "Q5_1": 0.05, "Q4
 @pytest.mark.parametrize("quantization", NATS)
 @pytest.mark.parametrize("name", ["llada", "dream"])
 def test_quantized_files(name: str, quantization: str, tmp_path: Path) -> None:
-    """Every kind that the gguf package writes. int4 holds what Q4_0 and Q4_1 hold, up to rounding; others come as near as quantizing again."""
+    """Every kind that gguf writes. int4 holds what Q4_0 and Q4_1 hold, up to rounding; others come as near as quantizing again."""
     numbers, path = golden(name), write(name, tmp_path / "tiny.gguf", quantization)
     lm = load(str(path))
 
