@@ -266,7 +266,7 @@ Spoil = Callable[[Path], None]
 BAD: dict[str, tuple[str, dict[str, Any], Spoil | None, str]] = {
     "another paradigm": ("nemotron_labs_diffusion", {"dlm_paradigm": "autoregressive"}, None, "dlm_paradigm = 'autoregressive'"),
     "queries scaled by position": ("nemotron_labs_diffusion", {"max_position_embeddings": 32768}, None, "beyond the original window"),
-    "rotary positions of another kind": ("nemotron_labs_diffusion", {"rope_parameters": {"rope_type": "longrope"}}, None, "'longrope'"),
+    "rotary positions of another kind": ("nemotron_labs_diffusion", {"rope_parameters": {"rope_type": "mrope"}}, None, "'mrope'"),
     "another class of the same model_type": ("dream", {"architectures": ["DreamForCausalLM"]}, None, "Known: LLaDAModelLM, DreamModel"),
     "code demanded": ("llada", {"architectures": ["Novel"]}, None, "demands code of its own (auto_map), which dlm never runs"),
     "unknown, without code": ("a2d_qwen3", {"architectures": ["Novel"]}, None, "kind 'a2d-qwen3' (Novel), which dlm does not read. Known"),
@@ -281,7 +281,7 @@ BAD: dict[str, tuple[str, dict[str, Any], Spoil | None, str]] = {
     "a mask beyond the tokenizer": ("llada", {"mask_token_id": 280}, None, "puts the mask at 280, where the tokenizer has no token"),
     "alibi": ("llada", {"alibi": True}, None, "alibi = True is not supported"),
     "a key missing": ("llada", {"rope_theta": None}, None, "lacks 'rope_theta'"),
-    "fewer layers": ("a2d_qwen3", {"num_hidden_layers": 3}, None, "says that it has 3 layers"),
+    "fewer layers": ("a2d_qwen3", {"num_hidden_layers": 3, "layer_types": None}, None, "says that it has 3 layers"),
     "another size": ("a2d_qwen2", {"hidden_size": 64}, None, "do not fit its config.json"),
 }
 

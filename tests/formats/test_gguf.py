@@ -5,6 +5,7 @@ llama.cpp's converter interleaves the rows of q and k of the llama architecture;
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,58 +16,50 @@ import torch
 from bases import LLAMA3, SPECIAL, TEMPLATE, tokenizer, transformer
 from dlm.errors import InputError
 from dlm.formats import gguf as reader
+from dlm.formats.huggingface import NAMES as OF_TRANSFORMERS
 from dlm.language_model import LanguageModel, load
 from dlm.models.block import rotary
 from dlm.models.config import TransformerConfig
+from gguf_files import add_metadata, add_tensors, close, converted
 
-NAMES = {ours: theirs for theirs, ours in (*reader.NAMES.inside.items(), *reader.NAMES.outside.items())}
 KINDS = {"Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3"}
 
 
-def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """convert_hf_to_gguf.py, LlamaModel.permute."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+def write(
+    model: Any,
+    path: Path,
+    quantisation: str = "F32",
+    pre: str = "gpt-2",
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    general: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """What convert_hf_to_gguf.py makes of the model.
 
-
-def write(model: Any, path: Path, quantisation: str = "F32", pre: str = "gpt-2", **metadata: Any) -> Path:
-    """What convert_hf_to_gguf.py makes of the model."""
+    metadata: keys of the architecture, without its name; general: other keys. tensors: more of them, by the names of the file.
+    """
     import gguf
-
-    from dlm.formats.huggingface import NAMES as OF_TRANSFORMERS
 
     config, kind = model.config, KINDS[type(model).__name__.removesuffix("ForCausalLM")]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer = gguf.GGUFWriter(path, kind)
     add_sizes(writer, config)
     writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_vocab_size(config.vocab_size)
     add_tokenizer(writer, pre)
-    for key, value in metadata.items():
-        writer.add_string(key.replace("__", "."), value)
+    add_metadata(writer, {**(general or {}), **{f"{kind}.{key}": value for key, value in (metadata or {}).items()}})
     if config.rope_parameters["rope_type"] == "llama3":
         scaling = tuple(config.rope_parameters[k] for k in list(LLAMA3)[2:])
         plain, scaled = (rotary_frequencies(head_dim, config.rope_parameters["rope_theta"], s) for s in ((), scaling))
-        writer.add_tensor("rope_freqs.weight", (plain / scaled).numpy())
-    kept = gguf.GGMLQuantizationType[quantisation]
-    for key, tensor in model.state_dict().items():
-        name = OF_TRANSFORMERS.ours(key)
-        assert name is not None
-        if config.tie_word_embeddings and name == "head.weight":
-            continue
-        stem, _, what = name.rpartition(".")
-        part = stem.split(".", 2)[2] if stem.startswith("blocks.") else stem
-        if kind == "llama" and part in ("attention.q", "attention.k"):
-            heads = config.num_attention_heads if part == "attention.q" else config.num_key_value_heads
-            tensor = interleave(tensor, heads)
-        full = f"blk.{stem.split('.')[1]}.{NAMES[part]}.{what}" if stem.startswith("blocks.") else f"{NAMES[part]}.{what}"
-        data = np.ascontiguousarray(tensor.numpy())
-        if data.ndim == 2 and data.shape[1] % 32 == 0 and quantisation != "F32":
-            writer.add_tensor(full, gguf.quantize(data, kept), raw_dtype=kept)
-        else:
-            writer.add_tensor(full, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        tensors = {"rope_freqs.weight": plain / scaled, **(tensors or {})}
+    heads = {"attention.q": config.num_attention_heads, "attention.k": config.num_key_value_heads} if kind == "llama" else {}
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    state = {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
+    add_tensors(writer, {**converted(state, OF_TRANSFORMERS, reader.NAMES, heads), **(tensors or {})}, quantisation)
+    close(writer)
     return path
 
 
@@ -124,7 +117,7 @@ def test_logits_are_those_of_the_model(tmp_path: Path, family: str, changes: dic
     assert lm.window == model.config.max_position_embeddings
     assert lm.stops == {tokenizer().token_to_id(SPECIAL[1])}
     assert lm.chat.tokens == {"eos_token": SPECIAL[1]}
-    assert lm.config.network.rope_scaling == ((8.0, 1.0, 4.0, 8192.0) if "rope_parameters" in changes else ())
+    assert len(lm.config.network.rope_factors) == (4 if "rope_parameters" in changes else 0)
     lm.save_pretrained(tmp_path / "ours")
     again = load(str(tmp_path / "ours"))
     assert again.config == lm.config
@@ -197,7 +190,7 @@ def test_garbage_inside_never_ends_in_a_traceback(tmp_path: Path) -> None:
 def test_what_is_not_read_is_told(tmp_path: Path) -> None:
     model = transformer("Llama")
     assert "kind gpt2/gpt-4o" in told(write(model, tmp_path / "a.gguf", pre="gpt-4o"))
-    assert "yarn" in told(write(model, tmp_path / "b.gguf", llama__rope__scaling__type="yarn"))
+    assert "longrope" in told(write(model, tmp_path / "b.gguf", metadata={"rope.scaling.type": "longrope"}))
     path = write(model, tmp_path / "c.gguf")
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"llama", b"gemma"))

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,7 +24,7 @@ from dlm.language_model import load, official
 from dlm.sampling.draw import generators
 from dlm.text import byte_level
 from dlm.trajectory import Canvas
-from formats.test_gguf import interleave
+from gguf_files import add_tensors, close, converted
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NEAR = 3e-5  # of logits from those of the reference
@@ -50,7 +49,7 @@ def write(name: str, path: Path, quantization: str = "F32", **changes: Any) -> P
     settings: dict[str, Any] = {
         "shift": False if name == "llada" else None,
         "mask": MASKS[name],
-        "causal": False,
+        "causal": False if "arch" not in changes else None,
         "permute": name == "llada",
     } | changes
     writer = gguf.GGUFWriter(path, settings.get("arch", name))
@@ -60,29 +59,15 @@ def write(name: str, path: Path, quantization: str = "F32", **changes: Any) -> P
         writer.add_key_length(config["head_dim"])
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_causal_attention(settings["causal"])
+    if settings["causal"] is not None:
+        writer.add_causal_attention(settings["causal"])
     if settings["shift"] is not None:
         writer.add_diffusion_shift_logits(settings["shift"])
     _write_vocabulary(writer, name, config["vocab_size"], settings)
-    kept = gguf.GGMLQuantizationType[quantization]
-    theirs = {ours: other for other, ours in (*reader.NAMES.inside.items(), *reader.NAMES.outside.items())}
-    for key, tensor in load_file(GOLDEN / name / "model.safetensors").items():
-        own = OF_FAMILY[name].ours(key)
-        assert own is not None
-        stem, _, what = own.rpartition(".")
-        part = stem.split(".", 2)[2] if stem.startswith("blocks.") else stem
-        if settings["permute"] and part in ("attention.q", "attention.k"):
-            tensor = interleave(tensor, sizes["head_count" if part == "attention.q" else "head_count_kv"])
-        full = f"blk.{stem.split('.')[1]}.{theirs[part]}.{what}" if stem.startswith("blocks.") else f"{theirs[part]}.{what}"
-        data = np.ascontiguousarray(tensor.float().numpy())
-        if data.ndim == 2 and quantization != "F32":
-            writer.add_tensor(full, gguf.quantize(data, kept), raw_dtype=kept)
-        else:
-            writer.add_tensor(full, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    heads = {"attention.q": sizes["head_count"], "attention.k": sizes["head_count_kv"]} if settings["permute"] else {}
+    state = load_file(GOLDEN / name / "model.safetensors")
+    add_tensors(writer, converted(state, OF_FAMILY[name], reader.NAMES, heads), quantization)
+    close(writer)
     return path
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,6 +22,7 @@ from dlm.formats.families import llada_moe
 from dlm.language_model import load
 from formats.test_families import GOLDEN, NEAR, apart, golden
 from formats.test_gguf_diffusion import _write_vocabulary
+from gguf_files import add_tensors, close
 
 NAME = "llada_moe"
 
@@ -53,24 +53,14 @@ def write(path: Path, quantization: str = "F32", **changes: Any) -> Path:
     for key in {"expert_weights_norm", "expert_gating_func", "expert_weights_scale"} & changes.keys():
         getattr(writer, f"add_{key}")(changes[key])
     _write_vocabulary(writer, NAME, config["vocab_size"], settings)
-    for name, tensor in converted(settings["order"]).items():
-        data, kept = np.ascontiguousarray(tensor.numpy()), gguf.GGMLQuantizationType[quantization]
-        if name.startswith(settings["drop"]):
-            continue
-        if quantization != "F32" and data.ndim > 1 and data.shape[-1] % 32 == 0 and "gate_inp" not in name:
-            writer.add_tensor(name, gguf.quantize(data, kept), raw_dtype=kept)
-        else:
-            writer.add_tensor(name, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    kept = {name: tensor for name, tensor in stacked(settings["order"]).items() if not name.startswith(settings["drop"])}
+    add_tensors(writer, kept, quantization)
+    close(writer)
     return path
 
 
-def converted(order: int) -> dict[str, Tensor]:
+def stacked(order: int) -> dict[str, Tensor]:
     """The tensors by the names of llama.cpp. order: -1 stacks the experts the other way round."""
-    theirs = {ours: other for other, ours in (*reader.EXPERT_NAMES.inside.items(), *reader.EXPERT_NAMES.outside.items())}
     parts = {part: stem for stem, part in reader.EXPERTS.items()}
     found: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, Tensor]] = {}
@@ -80,16 +70,16 @@ def converted(order: int) -> dict[str, Tensor]:
         if expert := re.fullmatch(r"blocks\.(\d+)\.mlp\.experts\.(\d+)\.(\w+)\.weight", own):
             stacks.setdefault(f"blk.{expert[1]}.{parts[expert[3]]}.weight", {})[int(expert[2])] = tensor
             continue
-        stem, _, what = own.rpartition(".")
-        part = stem.split(".", 2)[2] if stem.startswith("blocks.") else stem
-        found[f"blk.{stem.split('.')[1]}.{theirs[part]}.{what}" if stem.startswith("blocks.") else f"{theirs[part]}.{what}"] = tensor
+        found[reader.EXPERT_NAMES.theirs(own)] = tensor
     return found | {name: torch.stack([stack[i] for i in sorted(stack)][::order]) for name, stack in stacks.items()}
 
 
 def test_a_file_is_the_checkpoint_that_it_was_made_of(tmp_path: Path) -> None:
     numbers, base, lm = golden(NAME), load(str(GOLDEN / NAME)), load(str(write(tmp_path / "tiny.gguf")))
     assert apart(lm.logits(numbers["input_ids"]), numbers["logits"]) < NEAR
-    assert all(map(torch.equal, lm.network.state_dict().values(), base.network.state_dict().values()))  # sums depend on where they lie
+    held, expected = lm.network.state_dict(), base.network.state_dict()  # logits are equal up to where products begin in memory
+    assert held.keys() == expected.keys()
+    assert all(torch.equal(held[name], expected[name]) for name in held)
     assert (lm.config, lm.stops, lm.defaults) == (base.config, base.stops, base.defaults)
     text = "the worst <|mask|> and an ou 世界 1234\n\n🙂"
     assert lm.tokenizer.encode(text) == base.tokenizer.encode(text)

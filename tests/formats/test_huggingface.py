@@ -17,12 +17,17 @@ from dlm.language_model import LanguageModel, load
 from dlm.noise import loss
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5, 2.0, 8.0], "long_factor": [9.0] * 4}
+LONG |= {"original_max_position_embeddings": 64}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": False}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 16, "factor": 4.0}}),
     "yarn": ("Qwen2", {"rope_parameters": YARN}),
     "yarn, shorter": ("Llama", {"rope_parameters": YARN | {"factor": 0.25, "mscale": 1.0, "mscale_all_dim": 1.0}}),
+    "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "dynamic": ("Qwen2", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
+    "longrope": ("Llama", {"rope_parameters": LONG}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 1, "spare": 7}),
 }
@@ -172,13 +177,14 @@ def llama(tmp_path: Path) -> Path:
         ({"model_type": "gpt2"}, "llama, qwen2, qwen3"),
         ({"model_type": "mixtral"}, "mixtral"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"attention_bias": True}, "biases"),
-        ({"mlp_bias": True}, "biases"),
+        ({"attention_bias": True}, "attention_bias = True is not supported"),
+        ({"mlp_bias": True}, "mlp_bias = True is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
-        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "kind 'longrope' (read are default, llama3, yarn, of whole heads)"),
+        ({"rope_parameters": {"rope_type": "mrope"}}, "kind 'mrope' are not supported (read are default, linear"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "YaRN without truncation"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "lacks 'factor'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "lacks 'short_factor'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": "2"}}, "factor is '2', not a number above 0"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "factor"),
         ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "slides over 16"),
         ({"hidden_size": None}, "config"),

@@ -22,6 +22,7 @@ from tokenizers import models as bpe
 from torch import Tensor
 
 from dlm.errors import InputError
+from dlm.formats.keys import Keys, require, told
 from dlm.formats.names import Names
 from dlm.formats.native import CONVERTIBLE, KINDS
 from dlm.formats.stored import Stored
@@ -44,7 +45,7 @@ NAMES = Names(
         "ffn_up": "mlp.up",
         "ffn_down": "mlp.down",
     },
-    ignored=("rope_freqs.weight",),  # read with the config
+    ignored=(),
 )
 EXPERTS = {"ffn_gate_exps": "gate", "ffn_up_exps": "up", "ffn_down_exps": "down"}  # the experts of a layer in one tensor
 EXPERT_NAMES = replace(NAMES, inside={**NAMES.inside, "ffn_gate_inp": "mlp.router"})
@@ -55,7 +56,21 @@ STOPS = ("eos", "eot", "eom")  # keys of the tokens that end a text
 DIFFUSION = {"llada": "llama", "dream": "qwen2", "llada-moe": "llada-moe"}  # architectures of diffusion models, and whose keys they have
 INTERLEAVED = ("llama", "llada")  # llama.cpp rotates neighbours, not halves: its converter interleaves the rows of their q and k
 QWEN2_WORDS = ("qwen2", "bailingmoe", "bailingmoe2", "llada-moe")  # names of one way to cut a text into words
-LLAMA3 = (1.0, 4.0, 8192.0)  # low, high and window before of every Llama 3.1 and 3.2; the file has only what follows from them
+FACTORS = "rope_freqs.weight"  # what llama.cpp divides the frequencies of a Llama by, one by one
+ONLY: dict[str, tuple[Any, ...]] = {  # keys of an architecture with values that change nothing; any other value would
+    "attention.max_alibi_bias": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.sliding_window": (0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "embedding_scale": (1.0,),
+    "residual_scale": (1.0,),
+    "logit_scale": (1.0,),
+    "rope.scaling.attn_factor": (1.0,),
+    "use_parallel_residual": (False,),
+    "nextn_predict_layers": (0,),
+}
+HARMLESS = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.original_context_length")
 
 
 class Header:
@@ -177,48 +192,86 @@ def read(path: Path) -> Contents:
 
 
 def _config(header: Header, path: Path) -> dict[str, Any]:
-    """The keys of a Hugging Face config.json."""
+    """The keys of a Hugging Face config.json. InputError for a key of the architecture that is not understood."""
     meta = header.metadata
     kind = meta["general.architecture"]
-    its = {key.removeprefix(f"{kind}."): value for key, value in meta.items() if key.startswith(f"{kind}.")}
-    if its.get("rope.scaling.type", "none") not in ("none", ""):
-        raise InputError(f"dlm does not read a {kind} checkpoint with rotary positions of kind {its['rope.scaling.type']!r}")
+    its = Keys({key.removeprefix(f"{kind}."): value for key, value in meta.items() if key.startswith(f"{kind}.")})
+    if meta.get("general.type", "model") != "model":
+        raise InputError(f"{path} is of the type {told(meta['general.type'])}: a GGUF file of a model is read alone")
+    if (parts := meta.get("split.count", 1)) not in (0, 1):
+        raise InputError(f"{path} is one of {told(parts)} parts of a model: join them with llama-gguf-split --merge")
+    try:
+        config = _sizes(its, header, kind) | _positions(its, header, path, kind)
+        config |= _experts(its, header) if kind == "llada-moe" else {}
+        require(its, ONLY if kind == "llada-moe" else {**ONLY, "expert_count": (0,), "expert_used_count": (0,)})
+    except InputError as error:
+        raise InputError(f"{path}: {kind} file: {error}") from None
+    its.refuse_unread(f"{path}: {kind} file", HARMLESS)
+    return config
+
+
+def _sizes(its: Keys, header: Header, kind: str) -> dict[str, Any]:
     if kind in DIFFUSION and its.get("attention.causal", False):
-        raise InputError(f"{path} has causal attention, which no {kind} checkpoint has: it was converted wrongly")
-    heads, width = its["attention.head_count"], its["embedding_length"]
-    head_dim = its.get("attention.key_length", width // heads)
-    rope: dict[str, Any] = {"rope_theta": its.get("rope.freq_base", 10_000.0)}
-    if "rope_freqs.weight" in header.tensors:
-        factor = float(_tensor(header, "rope_freqs.weight", path).max())
-        rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": LLAMA3[0], "high_freq_factor": LLAMA3[1]}
-        rope["original_max_position_embeddings"] = LLAMA3[2]
-    tokens, experts = len(meta["tokenizer.ggml.tokens"]), _experts(its, header, path) if kind == "llada-moe" else {}
-    return experts | {
+        raise InputError(f"it has causal attention, which no {kind} checkpoint has: it was converted wrongly")
+    heads, width = its.whole("attention.head_count"), its.whole("embedding_length")
+    head_dim = its.whole("attention.key_length", width // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (other := its.get(key, head_dim)) != head_dim:
+            raise InputError(f"{key} = {told(other)} is not supported (only that of a whole head, {head_dim})")
+    if (scale := its.get("attention.scale", 0.0)) and not math.isclose(scale, head_dim**-0.5, rel_tol=1e-6):
+        raise InputError(f"attention.scale = {told(scale)} is not supported (only 1 / sqrt({head_dim}))")
+    config = {
         "model_type": DIFFUSION.get(kind, kind),
-        "vocab_size": header.tensors["token_embd.weight"][0][0] if kind in DIFFUSION else tokens,
+        "vocab_size": header.tensors["token_embd.weight"][0][0] if kind in DIFFUSION else len(header.metadata["tokenizer.ggml.tokens"]),
         "hidden_size": width,
-        "intermediate_size": its.get("feed_forward_length") if experts else its["feed_forward_length"],
-        "num_hidden_layers": its["block_count"],
+        "num_hidden_layers": its.whole("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": its.get("attention.head_count_kv", heads),
+        "num_key_value_heads": its.whole("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": its["context_length"],
+        "max_position_embeddings": its.whole("context_length"),
         # a float32 of the file is the decimal that was meant: 1e-05, not 9.999999747378752e-06
-        "rms_norm_eps": float(str(np.float32(its["attention.layer_norm_rms_epsilon"]))),
-        "rope_theta": rope["rope_theta"],
-        "rope_parameters": rope,
+        "rms_norm_eps": float(str(np.float32(its.number("attention.layer_norm_rms_epsilon")))),
         "tie_word_embeddings": "output.weight" not in header.tensors,
+        "is_causal": None if kind in DIFFUSION else its.get("attention.causal"),
     }
+    if kind != "llada-moe" or "feed_forward_length" in its:
+        config["intermediate_size"] = its.whole("feed_forward_length")
+    return config
 
 
-def _experts(its: dict[str, Any], header: Header, path: Path) -> dict[str, Any]:
+def _positions(its: Keys, header: Header, path: Path, kind: str) -> dict[str, Any]:
+    """rope_theta, and rope_parameters where frequencies are scaled, by the rules of llama.cpp's loader.
+
+    A scale without a type is linear, and an older key may have it; 0 is no scale. The factors of a tensor come on top.
+    """
+    config: dict[str, Any] = {"rope_theta": its.get("rope.freq_base", 10_000.0)}
+    way, older = its.get("rope.scaling.type", "linear"), its.get("rope.scale_linear", 0.0)
+    factor = its.get("rope.scaling.factor", older) or 1.0
+    if way not in ("none", "linear", "yarn") or (way == "yarn" and factor < 1):
+        raise InputError(f"rotary positions of kind {told(way)} by {told(factor)} are not supported")
+    scaled = way != "none" and factor != 1
+    if scaled:
+        before = its.get("rope.scaling.original_context_length", its["context_length"])
+        config["rope_parameters"] = {"rope_type": way, "factor": factor}
+        if way == "yarn":
+            config["rope_parameters"]["original_max_position_embeddings"] = before
+    if FACTORS in header.tensors and kind == "llama":
+        if scaled and way == "yarn":
+            raise InputError(f"rotary positions of kind 'yarn' with a tensor {FACTORS} are not supported")
+        each = (_tensor(header, FACTORS, path) * (factor if scaled else 1.0)).tolist()
+        config["rope_parameters"] = {"rope_type": "longrope", "short_factor": each, "long_factor": each, "attention_factor": 1.0}
+    return config
+
+
+def _experts(its: Keys, header: Header) -> dict[str, Any]:
     """The keys of a mixture of experts; InputError for a router other than that of LLaDA-MoE, which no key has to name."""
     usual = {"expert_gating_func": 1, "expert_weights_norm": False, "expert_weights_scale": 1.0, "expert_shared_count": 0}
     for key, value in usual.items():
         if its.get(key, value) != value:
-            raise InputError(f"{path}: {key} = {its[key]!r}, which no llada-moe checkpoint has: it was converted wrongly")
+            raise InputError(f"{key} = {its[key]!r}, which no llada-moe checkpoint has: it was converted wrongly")
     width = its.get("expert_feed_forward_length", header.tensors["blk.0.ffn_gate_exps.weight"][0][1])
-    return {"num_experts": its["expert_count"], "num_experts_per_tok": its["expert_used_count"], "expert_intermediate_size": width}
+    count, used = its.whole("expert_count"), its.whole("expert_used_count")
+    return {"num_experts": count, "num_experts_per_tok": used, "expert_intermediate_size": width}
 
 
 def _stored(header: Header, path: Path) -> dict[str, Stored]:
@@ -228,6 +281,8 @@ def _stored(header: Header, path: Path) -> dict[str, Stored]:
     groups = {"attn_q": heads, "attn_k": meta.get(f"{kind}.attention.head_count_kv", heads)} if kind in INTERLEAVED else {}
     names = EXPERT_NAMES if kind == "llada-moe" else NAMES
     for name, (shape, _, _) in header.tensors.items():
+        if name == FACTORS and kind == "llama":  # read with the config
+            continue
         layer, _, part = name.removesuffix(".weight").removeprefix("blk.").partition(".")
         if names is EXPERT_NAMES and part in EXPERTS:
             for number in range(shape[0]):

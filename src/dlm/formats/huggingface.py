@@ -18,10 +18,12 @@ from torch import Tensor
 from dlm.errors import InputError
 from dlm.files import read_json
 from dlm.formats import native
+from dlm.formats.keys import HARMLESS, Keys, require, told
 from dlm.formats.names import Names
 from dlm.formats.native import CONVERTIBLE, KINDS, ModelConfig, Ready
 from dlm.formats.stored import Stored
 from dlm.models.config import TransformerConfig
+from dlm.models.rope import frequencies
 from dlm.models.transformer import Transformer
 from dlm.text.chat import ChatTemplate
 from dlm.text.tokenizer import Tokenizer
@@ -47,6 +49,34 @@ SCALINGS = {  # the numbers of a config's rope_parameters, in the order of `dlm.
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "attention_factor"),
 }
+MORE_OF_YARN = ("mscale", "mscale_all_dim", "truncate")
+ROPES = ("default", "linear", "dynamic", "longrope", *SCALINGS)
+FULL, SLIDING = "full_attention", "sliding_attention"
+KV_HEADS = 32  # of a Qwen2 or Qwen3 whose config does not say, as in transformers
+OLD_NAMES = {"llama": "LLaMAForCausalLM"}
+ONLY: dict[str, tuple[Any, ...]] = {  # keys with values that change nothing; any other value would
+    "hidden_act": ("silu", "swish"),
+    "activation": ("silu", "swiglu", None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "rope_interleaved": (False, None),
+    "use_mrope": (False, None),
+    "is_decoder": (True, False, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "chunk_size_feed_forward": (0, None),
+    "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "embedding_multiplier": (1.0, None),
+    "residual_multiplier": (1.0, None),
+    "attention_multiplier": (None,),
+    "logits_scaling": (1.0, None),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+}
 
 
 @dataclass(frozen=True)
@@ -60,54 +90,150 @@ class Base:
     chat: ChatTemplate
 
 
-def read_config(data: dict[str, Any], where: str) -> TransformerConfig:
-    """The backbone of a Hugging Face config.json, mask included. InputError for an unsupported one."""
-
-    def unsupported(what: str) -> InputError:
-        return InputError(f"{where}: dlm does not read a {data.get('model_type')} checkpoint with {what}")
-
+def read_config(data: Mapping[str, Any], where: str) -> TransformerConfig:
+    """The backbone of a Hugging Face config.json, mask included. InputError for an unsupported one and for an unknown key."""
     kind = data.get("model_type")
     if kind not in CONVERTIBLE:
         raise InputError(f"{where} is a checkpoint of kind {kind!r}; dlm converts {', '.join(CONVERTIBLE)}")
-    if data.get("quantization_config"):
-        raise unsupported("quantized weights: take the unquantized one, or a GGUF file")
-    if data.get("hidden_act", "silu") != "silu":
-        raise unsupported(f"the activation {data['hidden_act']!r}")
-    if data.get("attention_bias") or data.get("mlp_bias"):
-        raise unsupported("biases of its output and MLP projections")
-    rope = {**(data.get("rope_scaling") or {}), **(data.get("rope_parameters") or {})}
-    rope_kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope_kind not in ("default", *SCALINGS) or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        known = ", ".join(["default", *SCALINGS])
-        raise unsupported(f"rotary positions of kind {rope_kind!r} (read are {known}, of whole heads)")
+    _check_architecture(data.get("architectures"), kind, where)
+    keys = Keys(data)
     try:
-        window, heads = data["max_position_embeddings"], data["num_attention_heads"]
-        slides = data.get("use_sliding_window") and (data.get("sliding_window") or window) < window
-        if slides and data.get("max_window_layers", 0) < data["num_hidden_layers"]:
-            raise unsupported(f"attention that slides over {data['sliding_window']} tokens")
-        return TransformerConfig(
-            vocab_size=data["vocab_size"] + 1,
-            window=window,
-            layers=data["num_hidden_layers"],
-            heads=heads,
-            kv_heads=data.get("num_key_value_heads") or heads,
-            width=data["hidden_size"],
-            head_dim=data.get("head_dim") or (128 if kind == "qwen3" else data["hidden_size"] // heads),
-            mlp="swiglu",
-            mlp_width=data["intermediate_size"],
-            attention="causal",
-            rope_base=float(rope.get("rope_theta", data.get("rope_theta", 10_000.0))),
-            rope_scaling=rope_scaling(rope, window),
-            norm_eps=data.get("rms_norm_eps", 1e-6),
-            qk_norm=kind == "qwen3",
-            qkv_bias=kind == "qwen2",
-            tied=bool(data.get("tie_word_embeddings", False)),
-        )
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        shape = read_shape(keys, kind)
+    except InputError as error:
+        raise InputError(f"{where}: {kind} checkpoint: {error}") from None
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"does not describe a model ({error})"
         raise InputError(f"{where}: its config of kind {kind} {what}") from None
+    keys.refuse_unread(where, HARMLESS)
+    return shape
+
+
+def _check_architecture(named: Any, kind: str, where: str) -> None:
+    """InputError for a class of another name: it may compute something else from the same keys and tensors."""
+    own = f"{kind.capitalize()}ForCausalLM"
+    if named and own not in named and OLD_NAMES.get(kind) not in named:
+        raise InputError(f"{where} is of the architecture {told(named)}, which may compute something else than {own}, the one that is read")
+
+
+def read_shape(keys: Keys, kind: str, *, is_causal: tuple[bool | None, ...] = (None, True)) -> TransformerConfig:
+    """The backbone of the keys of a `kind`, mask included. is_causal: values of that key which say what is done anyway.
+
+    InputError for what the backbone does not have; KeyError, TypeError, ValueError or ArithmeticError for what is no config.
+    """
+    if keys.get("quantization_config") is not None:
+        raise InputError("its weights are quantized: take the unquantized ones, or a GGUF file")
+    require(keys, ONLY)
+    if (stated := keys.get("is_causal")) not in is_causal:
+        way = "no autoregressive model: --family NAME reads it as a diffusion model" if True in is_causal else "no diffusion model"
+        raise InputError(f"is_causal = {told(stated)} makes it {way}")
+    window, heads, width = keys.whole("max_position_embeddings"), keys.whole("num_attention_heads"), keys.whole("hidden_size")
+    layers, head_dim = keys.whole("num_hidden_layers"), _head_dim(keys, kind, width // heads)
+    sliding_window, sliding_layers = _sliding(keys, kind, layers, window)
+    if sliding_layers:
+        raise InputError(f"attention that slides over {sliding_window} tokens in {len(sliding_layers)} layers is not supported")
+    base, scaling, factors = _rope(keys, window, head_dim)
+    return TransformerConfig(
+        vocab_size=keys.whole("vocab_size") + 1,
+        window=window,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads if keys.get("num_key_value_heads") is None and kind == "llama" else keys.whole("num_key_value_heads", KV_HEADS),
+        width=width,
+        head_dim=head_dim,
+        mlp="swiglu",
+        mlp_width=keys.whole("intermediate_size"),
+        attention="causal",
+        rope_base=base,
+        rope_scaling=scaling,
+        rope_factors=factors,
+        norm_eps=keys.number("rms_norm_eps", 1e-6),
+        qk_norm=kind == "qwen3",
+        qkv_bias=kind == "qwen2",
+        tied=keys.flag("tie_word_embeddings"),
+    )
+
+
+def _head_dim(keys: Keys, kind: str, share: int) -> int:
+    if kind == "qwen3":
+        return keys.whole("head_dim", 128)
+    return share if keys.get("head_dim") is None else keys.whole("head_dim")
+
+
+def _sliding(keys: Keys, kind: str, layers: int, window: int) -> tuple[int, tuple[int, ...]]:
+    """Positions that sliding attention reads, and the layers that have it, as transformers decides; none where no text is longer.
+
+    InputError for a Llama that slides: its class does not read these keys, and a converted Mistral has them.
+    """
+    llama = kind == "llama"
+    slides = keys.flag("use_sliding_window", llama and "sliding_window" in keys)
+    first, types = keys.whole("max_window_layers", 0 if llama else 28, least=0), keys.get("layer_types")
+    reach = keys.get("sliding_window", None if llama else 4096)
+    reach = None if reach is None else keys.whole("sliding_window", 4096)
+    if types is None:
+        types = [SLIDING if slides and reach is not None and i >= first else FULL for i in range(layers)]
+    if not isinstance(types, list) or len(types) != layers or not set(types) <= {SLIDING, FULL}:
+        raise InputError(f"layer_types = {told(types)} is not supported (only {SLIDING!r} or {FULL!r} for each of {layers} layers)")
+    found = tuple(i for i, one in enumerate(types) if one == SLIDING)
+    if not found:
+        return 0, ()
+    if not slides or reach is None:
+        raise InputError("layer_types has sliding layers that use_sliding_window and sliding_window do not let slide: make them agree")
+    if reach >= window:
+        return 0, ()
+    if llama:
+        raise InputError(f"attention that slides over {reach} tokens is not supported: transformers does not read it in a Llama")
+    return reach, found
+
+
+def _rope(keys: Keys, window: int, head_dim: int) -> tuple[float, tuple[float, ...], tuple[float, ...]]:
+    """rope_base, rope_scaling and rope_factors of a config, in either form. Errors as of `read_shape`."""
+    old, new = keys.get("rope_scaling"), keys.get("rope_parameters")
+    base = keys.number("rope_theta", 10_000.0)
+    if old and new and _normal(old, base) != _normal(new, base):
+        raise InputError(f"rope_scaling = {told(old)} and rope_parameters = {told(new)} contradict each other: keep one")
+    rope = old or new or Keys({})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    base, partial = rope.number("rope_theta", base), (rope.get("partial_rotary_factor"), keys.get("partial_rotary_factor"))
+    before = rope.get("original_max_position_embeddings", window)
+    before = keys.get("original_max_position_embeddings", before)  # wins in transformers
+    if any(share not in (None, 1) for share in partial) or kind not in ROPES:
+        raise InputError(f"rotary positions of kind {told(kind)} are not supported (read are {', '.join(ROPES)}, of whole heads)")
+    scaling: tuple[float, ...] = ()
+    factors: tuple[float, ...] = ()
+    if kind in SCALINGS:
+        numbers = {key: rope[key] for key in (*SCALINGS[kind], *(MORE_OF_YARN if kind == "yarn" else ())) if key in rope}
+        scaling = rope_scaling({**numbers, "rope_type": kind, "original_max_position_embeddings": before}, window)
+    elif kind == "linear":
+        factors = (rope.number("factor"),)
+    elif kind == "dynamic":  # as default up to max_position_embeddings, beyond which no text is read
+        rope.number("factor")
+    elif kind == "longrope":
+        factors = _long(rope, before, window, head_dim)
+    turns, amplitude = frequencies(head_dim, base, scaling, None, factors)
+    if not bool(torch.isfinite(turns).all()) or not 0 < amplitude < math.inf:
+        raise ValueError("its rotary positions are no finite numbers")
+    return base, scaling, factors
+
+
+def _normal(rope: Keys, base: float) -> dict[str, Any]:
+    """Both forms of a config's rotary positions, to be compared; reads all of it."""
+    found = dict(rope)
+    kind = found.pop("type", "default")
+    return {"rope_type": kind, "rope_theta": base} | found
+
+
+def _long(rope: Keys, before: Any, window: int, head_dim: int) -> tuple[float, ...]:
+    """The factors of LongRoPE where one list of them holds for every text of the window. InputError where two would."""
+    short, long = (rope[f"{name}_factor"] for name in ("short", "long"))
+    stretch, amplitude = rope.get("factor"), rope.get("attention_factor")
+    stretch = window / before if stretch is None else rope.number("factor")
+    amplitude = (1.0 if stretch <= 1 else 0.0) if amplitude is None else amplitude
+    if amplitude != 1 or (before < window and short != long):
+        raise InputError(f"LongRoPE beyond its first window of {before} tokens is not supported")
+    if not isinstance(short, list) or len(short) != head_dim // 2:
+        raise ValueError(f"LongRoPE has {head_dim // 2} factors, not {told(short)}")
+    each = Keys({str(i): value for i, value in enumerate(short)})
+    return tuple(each.number(name) for name in each)
 
 
 def rope_scaling(rope: Mapping[str, Any], window: int) -> tuple[float, ...]:
@@ -115,20 +241,24 @@ def rope_scaling(rope: Mapping[str, Any], window: int) -> tuple[float, ...]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return ()
-    numbers = {"beta_fast": 32.0, "beta_slow": 1.0} | {key: value for key, value in rope.items() if value is not None}
+    defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": window}
+    numbers = Keys(defaults | {key: value for key, value in rope.items() if value is not None or key == "original_max_position_embeddings"})
     if kind == "yarn":
-        if not numbers.get("truncate", True):
+        if rope.get("truncate", True) is not True:
             raise ValueError("YaRN without truncation is not supported")
-        numbers.setdefault("original_max_position_embeddings", window)
-        numbers.setdefault("attention_factor", _amplitude(numbers))
-    return tuple(float(numbers[key]) for key in SCALINGS[kind])
+        numbers = Keys({"attention_factor": _amplitude(numbers), **numbers})
+    found = tuple(numbers.number(key) for key in SCALINGS[kind])
+    if kind == "llama3" and not found[1] < found[2]:
+        raise ValueError("high_freq_factor is not above low_freq_factor")
+    return found
 
 
-def _amplitude(rope: Mapping[str, Any]) -> float:
+def _amplitude(rope: Keys) -> float:
     """The factor of cosines and sines under YaRN, as transformers infers it where the config does not state it."""
+    factor = rope.number("factor")
 
     def stretch(mscale: float) -> float:
-        return 0.1 * mscale * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     first, other = rope.get("mscale"), rope.get("mscale_all_dim")
     return stretch(first) / stretch(other) if first and other else stretch(1.0)
@@ -148,6 +278,12 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         kind_of_rope, keys = next((kind, keys) for kind, keys in SCALINGS.items() if len(keys) == len(n.rope_scaling))
         rope |= {"rope_type": kind_of_rope} | dict(zip(keys, n.rope_scaling, strict=True))
         rope["original_max_position_embeddings"] = int(n.rope_scaling[3])
+    elif len(n.rope_factors) == 1:
+        rope |= {"rope_type": "linear", "factor": n.rope_factors[0]}
+    elif n.rope_factors:
+        each = list(n.rope_factors)
+        rope |= {"rope_type": "longrope", "short_factor": each, "long_factor": each, "factor": 1.0, "attention_factor": 1.0}
+        rope["original_max_position_embeddings"] = n.window
     return {
         "model_type": kind,
         "architectures": [f"{kind.capitalize()}ForCausalLM"],
@@ -187,6 +323,7 @@ def assemble(
 ) -> tuple[Transformer, ModelConfig]:
     """Network and config of a Hugging Face config.json and tensors in our names."""
     shape = read_config(data, str(path))
+    shape = shape.with_(tied=is_tied(stored, shape.tied))
     layers = {name.split(".")[1] for name in stored if name.startswith("blocks.")}
     if len(layers) != shape.layers:
         raise InputError(f"{path} says that it has {shape.layers} layers, its weights do not fit: they have {len(layers)}")
@@ -194,6 +331,17 @@ def assemble(
     settings = {"objective": "autoregressive", "context": shape.window // 2, "family": data["model_type"]}
     config = ModelConfig(shape, shape.vocab_size - 1, start_token_id=start_token_id, **settings)
     return native.assemble(config, with_mask(stored), path, device=device, dtype=dtype, ready=ready), config
+
+
+def is_tied(stored: dict[str, Stored], stated: bool) -> bool:
+    """Whether head and embedding are one matrix.
+
+    The file decides: a head that differs from the embedding stays, whatever config.json says.
+    """
+    if not stated or "head.weight" not in stored:
+        return stated
+    head, embedding = stored["head.weight"], stored.get("embed.weight", stored["head.weight"])
+    return head.shape == embedding.shape and torch.equal(head.read(), embedding.read())
 
 
 def load(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, ready: Ready | None = None) -> Base:

@@ -235,11 +235,11 @@ def weights(path: Path, *, copied: bool = False) -> dict[str, Stored]:
     copied: tensors are dropped soon after they have been read, so that each one maps its file anew and nothing of it stays resident.
     """
     index = path / INDEX
-    names = ["model.safetensors"]
+    names, promised = ["model.safetensors"], set[str]()
     if index.is_file():
         found = read_json(index)
         try:
-            names = sorted(set(found["weight_map"].values()))
+            promised, names = set(found["weight_map"]), sorted(set(found["weight_map"].values()))
         except (TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{index} is damaged ({error}): fetch or train the checkpoint again") from None
     stored: dict[str, Stored] = {}
@@ -253,6 +253,8 @@ def weights(path: Path, *, copied: bool = False) -> dict[str, Stored]:
                 stored[tensor] = Stored(tuple(file.get_slice(tensor).get_shape()), read)
         except SafetensorError as error:
             raise InputError(f"{path}/{name} is truncated or damaged ({error}): fetch or train it again") from None
+    if lost := sorted(promised - stored.keys()):
+        raise InputError(f"{path} lacks the tensor {lost[0]}, which its index names: fetch the checkpoint again")
     for scaled in [name for name in stored if name + SCALE in stored]:
         stored[scaled] = stored[scaled].times(stored.pop(scaled + SCALE))
     return stored

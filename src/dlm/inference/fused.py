@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dlm.inference.fixed_rows import FixedRows
 from dlm.inference.packed import PrepackedLinear, available
 from dlm.inference.quantized_linear import QuantizedLinear, is_large_head, quantized_head
-from dlm.models.block import MLP, Attention, Block, Head, Linear, LowRank, MaskTokens, Rotary, rotary
+from dlm.models.block import MLP, Attention, Block, Head, Linear, LowRank, MaskTokens, Rotary
 from dlm.models.transformer import Transformer
 
 PREPACK_ROWS = {torch.float32: range(3, 257), torch.bfloat16: range(1, 257)}  # rows of a product for which prepacked weights pay
@@ -208,8 +208,7 @@ class RotaryTable(Rotary):
         return cos[pos_BQ][:, None], sin[pos_BQ][:, None]
 
     def _make(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        pos_1T, config = torch.arange(self.config.window + DRAFT_POSITIONS, device=device)[None], self.config
-        cos, sin = rotary(pos_1T, config.rotary_dim or config.head_dim, config.rope_base, config.rope_scaling)
+        cos, sin = super().forward(torch.arange(self.config.window + DRAFT_POSITIONS, device=device)[None])
         self.tables[device] = cos[0, 0], sin[0, 0]
         return self.tables[device]
 

@@ -97,9 +97,11 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, None if self.weight is None else self.weight.to(x.dtype), self.eps)
 
 
-def rotary(pos_BQ: Tensor, head_dim: int, base: float, scaling: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, Q, K), float32, of RoPE (Su et al. 2104.09864), halves rotated as in Llama; scaling as of `frequencies`."""
-    frequency_K, amplitude = frequencies(head_dim, base, scaling, pos_BQ.device)
+def rotary(
+    pos_BQ: Tensor, head_dim: int, base: float, scaling: tuple[float, ...] = (), factors: tuple[float, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, 1, Q, K), float32, of RoPE (Su et al. 2104.09864), halves rotated as in Llama; the rest as of `frequencies`."""
+    frequency_K, amplitude = frequencies(head_dim, base, scaling, pos_BQ.device, factors)
     angle_BQK = pos_BQ[..., None].float() * frequency_K
     angle_BQK = torch.cat([angle_BQK, angle_BQK], -1)[:, None]
     return (angle_BQK.cos(), angle_BQK.sin()) if amplitude == 1 else (angle_BQK.cos() * amplitude, angle_BQK.sin() * amplitude)
@@ -122,7 +124,7 @@ class Rotary(nn.Module):
 
     def forward(self, pos_BQ: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
-        return rotary(pos_BQ, config.rotary_dim or config.head_dim, config.rope_base, config.rope_scaling)
+        return rotary(pos_BQ, config.rotary_dim or config.head_dim, config.rope_base, config.rope_scaling, config.rope_factors)
 
 
 class Attend(nn.Module):

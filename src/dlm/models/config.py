@@ -60,6 +60,7 @@ class TransformerConfig:
     rope_base: float = 10_000.0
     rotary_dim: int = 0  # leading dimensions of a head that are rotated; 0: all
     rope_scaling: tuple[float, ...] = ()  # of Llama 3 or YaRN, as `dlm.models.rope` takes it
+    rope_factors: tuple[float, ...] = ()  # that frequencies are divided by: one for each pair of dimensions, or one for all
     norm_eps: float = 1e-6
     qk_norm: bool = True
     qkv_bias: bool = False
@@ -87,7 +88,8 @@ class TransformerConfig:
             object.__setattr__(self, name, value)
         if self.heads % self.kv_heads or self.head_dim % 2:
             raise ValueError(f"{self.heads} heads need a divisor of kv_heads ({self.kv_heads}) and an even head_dim ({self.head_dim})")
-        object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))  # JSON has lists
+        for name in ("rope_scaling", "rope_factors"):  # JSON has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.experts, dict):  # and no dataclasses
             object.__setattr__(self, "experts", ExpertsConfig(**self.experts))
         self._check_positions()
@@ -112,6 +114,8 @@ class TransformerConfig:
             raise ValueError(f"rotary_dim must be even and at most the head_dim {self.head_dim}, got {self.rotary_dim}")
         if len(self.rope_scaling) not in (0, rope.LLAMA3, rope.YARN):
             raise ValueError(f"rope_scaling has {rope.LLAMA3} numbers, {rope.YARN} or none, got {self.rope_scaling}")
+        if len(self.rope_factors) not in (0, 1, pairs := (self.rotary_dim or self.head_dim) // 2):
+            raise ValueError(f"rope_factors has one number for each of {pairs} pairs, one for all or none, got {len(self.rope_factors)}")
 
     def with_(self, **changes: Any) -> TransformerConfig:
         """A copy with some fields changed; derived widths follow unless given."""

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dlm.formats import huggingface
 from dlm.formats.families.record import Config, Family
+from dlm.formats.keys import Keys
 from dlm.models.config import TransformerConfig
 
 
 def bidirectional(config: Config, kind: str) -> TransformerConfig:
     """The backbone of a config with the keys of `kind`, read bidirectionally and without a row for a mask of ours."""
-    shape = huggingface.read_config({**config, "model_type": kind}, "its config.json")
+    keys = config if isinstance(config, Keys) else Keys(config)
+    shape = huggingface.read_shape(keys, kind, is_causal=(None, False))
     return shape.with_(vocab_size=config["vocab_size"], attention="full")
 
 

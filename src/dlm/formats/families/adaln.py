@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dlm.formats.families.record import Config, require
+from dlm.formats.families.record import Config
+from dlm.formats.keys import require
 from dlm.formats.names import Names
 from dlm.formats.stored import Stored
 from dlm.models.adaln import AdaLNConfig

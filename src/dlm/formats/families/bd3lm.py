@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dlm.formats.families import adaln
-from dlm.formats.families.record import Config, Family, require
+from dlm.formats.families.record import Config, Family
+from dlm.formats.keys import require
 from dlm.models.adaln import AdaLNConfig
 
 
@@ -21,6 +22,7 @@ BD3LM = Family(
     noise={"process": "masked", "schedule": adaln.LOG_LINEAR},
     phase="zero",
     packed=True,
+    harmless=("attn_backend", "sampling_eps_max", "sampling_eps_min", "var_min"),
     tokenizer=adaln.GPT2,
     preset={"sampler": "first-hitting", "temperature": 1.0},
 )

@@ -6,8 +6,9 @@ DreamReasoner has the same model_type and another architecture, DreamForCausalLM
 from __future__ import annotations
 
 from dlm.formats.families.a2d import bidirectional
-from dlm.formats.families.record import Config, Family, require
+from dlm.formats.families.record import Config, Family
 from dlm.formats.huggingface import NAMES
+from dlm.formats.keys import require
 from dlm.models.config import TransformerConfig
 
 

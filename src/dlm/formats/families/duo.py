@@ -22,6 +22,7 @@ DUO = Family(
     shape=shape,
     noise={"process": "uniform", "schedule": adaln.LOG_LINEAR},
     packed=True,
+    harmless=("var_min",),
     appends_mask=True,
     tokenizer=adaln.GPT2,
     preset={"sampler": "ancestral", "steps": 128, "temperature": 1.0},

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dlm.formats.families import adaln
-from dlm.formats.families.record import Config, Family, require
+from dlm.formats.families.record import Config, Family
+from dlm.formats.keys import require
 from dlm.models.adaln import AdaLNConfig
 
 
@@ -29,6 +30,7 @@ GIDD = Family(
     noise={"process": "gidd", "schedule": "linear"},
     noise_keys=("p_uniform",),
     packed=True,
+    harmless=("t_eps",),
     mask_texts=("[MASK]",),
     tokenizer=adaln.GPT2,
     preset={"sampler": "ancestral", "steps": 128, "temperature": 1.0},

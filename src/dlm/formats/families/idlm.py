@@ -6,6 +6,7 @@ sampler, introspective strided decoding, is `strided`.
 
 from __future__ import annotations
 
+from dlm.formats.families import sdar
 from dlm.formats.families.a2d import bidirectional
 from dlm.formats.families.record import Family
 from dlm.formats.huggingface import NAMES
@@ -19,5 +20,6 @@ IDLM = Family(
     base="qwen3",
     causal=True,
     stop_texts=("<|im_end|>",),
+    harmless=("block_size", *sdar.HARMLESS),
     preset={"sampler": "strided:4"},
 )

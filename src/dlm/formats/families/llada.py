@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dlm.formats.families.record import Config, Family, require
+from dlm.formats.families.record import Config, Family
+from dlm.formats.keys import require
 from dlm.formats.names import Names
 from dlm.models.config import TransformerConfig
 
@@ -41,6 +42,8 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "include_qkv_bias": (False, None),
     "bias_for_layer_norm": (False, None),
     "multi_query_attention": (None, False),
+    "layer_norm_with_affine": (True, None),
+    "rope_full_precision": (True, None),
 }
 
 
@@ -71,5 +74,17 @@ LLADA = Family(
     shape=shape,
     mask_texts=("<|mdm_mask|>",),
     stop_texts=("<|endoftext|>", "<|eot_id|>"),
+    harmless=(
+        "alibi_bias_max",
+        "attention_layer_norm_with_affine",
+        "flash_attention",
+        "init_cutoff_factor",
+        "init_device",
+        "init_fn",
+        "init_std",
+        "mlp_ratio",
+        "precision",
+        "vocab_size",
+    ),
     preset={"sampler": "llada", "steps": 256, "block_length": 32, "temperature": 0.0},
 )

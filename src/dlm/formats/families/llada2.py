@@ -11,7 +11,8 @@ from typing import Any
 
 from dlm.errors import InputError
 from dlm.formats.families.llada_moe import EXPERTS
-from dlm.formats.families.record import Config, Family, require
+from dlm.formats.families.record import Config, Family
+from dlm.formats.keys import require
 from dlm.formats.names import Names
 from dlm.formats.stored import Stored
 from dlm.models.config import ExpertsConfig, TransformerConfig
@@ -30,6 +31,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "score_function": ("sigmoid", None),
     "moe_router_enable_expert_bias": (True, None),
     "norm_topk_prob": (True, None),
+    "router_dtype": ("fp32", None),
 }
 
 
@@ -77,6 +79,8 @@ def shape(config: Config) -> TransformerConfig:
     require(config, SUPPORTED)
     heads, width = config["num_attention_heads"], config["hidden_size"]
     head_dim = config.get("head_dim") or width // heads
+    rotary_dim = int(head_dim * config.get("partial_rotary_factor", 1.0))
+    require(config, {"rotary_dim": (rotary_dim, None)})
     experts = ExpertsConfig(
         count=config["num_experts"],
         per_token=config["num_experts_per_tok"],
@@ -103,7 +107,7 @@ def shape(config: Config) -> TransformerConfig:
         attention="block_causal",
         block_length=BLOCK_LENGTH,
         rope_base=float(config["rope_theta"]),
-        rotary_dim=int(head_dim * config.get("partial_rotary_factor", 1.0)),
+        rotary_dim=rotary_dim,
         norm_eps=config["rms_norm_eps"],
         qk_norm=bool(config.get("use_qk_norm", True)),
         tied=bool(config.get("tie_word_embeddings", False)),
@@ -121,5 +125,6 @@ LLADA2 = Family(
     mask_id=156_895,
     phase="zero",
     stop_texts=("<|endoftext|>", "<|role_end|>"),
+    harmless=("max_window_layers",),  # none slides
     preset={"sampler": "llada2", "steps": 2048, "block_length": BLOCK_LENGTH, "temperature": 0.0},
 )

@@ -10,7 +10,8 @@ from typing import Any
 
 from dlm.errors import InputError
 from dlm.formats import huggingface
-from dlm.formats.families.record import Config, Family, require
+from dlm.formats.families.record import Config, Family
+from dlm.formats.keys import require
 from dlm.formats.names import Names
 from dlm.models.config import ExpertsConfig, TransformerConfig
 
@@ -65,5 +66,6 @@ LLADA_MOE = Family(
     mask_texts=("<|mask|>", "<|mdm_mask|>"),
     mask_id=156_895,
     stop_texts=("<|endoftext|>", "<|role_end|>"),
+    harmless=("dense_intermediate_size", "norm_topk_prob", "router_topk_group"),  # of no layer; not read by the reference; of one group
     preset={"sampler": "llada", "steps": 256, "block_length": 32, "temperature": 0.0},
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dlm.formats import gguf, huggingface, native, pickled
 from dlm.formats.families.a2d import bidirectional
 from dlm.formats.families.record import Config, Family
 from dlm.formats.huggingface import Base
+from dlm.formats.keys import HARMLESS, Keys
 from dlm.formats.native import ModelConfig, Ready
 from dlm.formats.stored import Stored
 from dlm.models.config import TransformerConfig
@@ -43,7 +45,7 @@ def load(
         raise InputError(f"{path} says that it has {shape.layers} layers, its weights do not fit: they have {len(layers)}")
     how: dict[str, Any] = {"objective": "autoregressive", "start_token_id": None} if family.causal else {}
     config = ModelConfig(
-        shape.with_(tied=is_tied(stored, shape.tied)),
+        shape.with_(tied=huggingface.is_tied(stored, shape.tied)),
         mask_id,
         noise=noise,
         context=carried(shape) if family.packed or family.causal else int(data.get("context_len", 0)),
@@ -85,28 +87,30 @@ def _directory(path: Path, family: Family, *, copied: bool) -> Contents:
 
 def _gguf(path: Path, family: Family) -> Contents:
     file = gguf.read(path)
-    shape = (
-        family.shape(file.config) if family.base or "num_experts" in file.config else bidirectional(file.config, file.config["model_type"])
-    )
+    own = family.shape if family.base or "num_experts" in file.config else partial(bidirectional, kind=file.config["model_type"])
+    shape = read_shape(file.config, replace(family, shape=own), path)
     shift = family.shift if file.shift is None else file.shift
     config = file.config | {"mask_token_id": file.mask_token_id}
     return Contents(config, shape, file.inner, file.chat, {"eos_token_id": file.stops}, shift, file.stored)
 
 
 def read_shape(data: Config, family: Family, path: Path) -> Any:
-    """The backbone. InputError for quantized weights and for keys that the backbone does not have."""
+    """The backbone. InputError for quantized weights, for what the backbone does not have, and for unknown keys."""
     if quantized := data.get("quantization_config"):
         method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
         raise InputError(
             f"{path} has weights quantized by {method}, which dlm does not read (nor bitsandbytes, AWQ or GPTQ): take the unquantized one"
         )
+    keys = Keys(data)
     try:
-        return family.shape(data)
+        shape = family.shape(keys)
     except InputError as error:
         raise InputError(f"{path}: {family.name} checkpoint: {error}") from None
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"does not describe a model ({error})"
         raise InputError(f"{path}: its config.json of family {family.name} {what}") from None
+    keys.refuse_unread(f"{path}: {family.name} checkpoint", (*HARMLESS, *family.harmless, *family.noise_keys))
+    return shape
 
 
 def read_tokenizer(path: Path, family: Family, shape: TransformerConfig) -> tokenizers.Tokenizer:
@@ -154,17 +158,6 @@ def find_mask(data: Config, family: Family, chat: ChatTemplate, vocabulary: dict
         return last
     told = [*dict.fromkeys(texts), *([] if family.mask_id is None else [f"the id {family.mask_id}"])]
     raise InputError(f"{path}: its tokenizer lacks the mask token {' or '.join(told)}")
-
-
-def is_tied(stored: dict[str, Stored], stated: bool) -> bool:
-    """Whether head and embedding are one matrix.
-
-    The file decides: a head that differs from the embedding stays, whatever config.json says.
-    """
-    if not stated or "head.weight" not in stored:
-        return stated
-    head, embedding = stored["head.weight"], stored.get("embed.weight", stored["head.weight"])
-    return head.shape == embedding.shape and torch.equal(head.read(), embedding.read())
 
 
 def stops(data: Config, generation: Config, family: Family, chat: ChatTemplate, tokenizer: Tokenizer) -> list[int]:

@@ -19,6 +19,7 @@ MDLM = Family(
     shape=shape,
     noise={"process": "masked", "schedule": adaln.LOG_LINEAR},
     packed=True,
+    harmless=("var_min",),
     tokenizer=adaln.GPT2,
     preset={"sampler": "ancestral", "steps": 1000, "temperature": 1.0},
 )

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dlm.errors import InputError
 from dlm.formats import huggingface
 from dlm.formats.families.a2d import bidirectional
-from dlm.formats.families.record import Config, Family, require
+from dlm.formats.families.record import Config, Family
+from dlm.formats.keys import require
 from dlm.formats.names import Names
 from dlm.models.config import TransformerConfig
 
@@ -35,5 +36,6 @@ NEMOTRON = Family(
     shape=shape,
     mask_texts=("<SPECIAL_100>", "<mask>"),
     mask_id=100,
+    harmless=("ar_loss_weight", "dlm_loss_weight", "dp_varying_mask_ratio"),
     preset={"sampler": "nemotron:0.9", "steps": 256, "temperature": 0.0},
 )

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from dlm.errors import InputError
 from dlm.formats.stored import Stored
 from dlm.models.config import TransformerConfig
 
 Config = Mapping[str, Any]
-"""A config.json."""
+"""A config.json; `dlm.formats.keys.Keys` when a checkpoint is loaded."""
 
 
 class Renaming(Protocol):
@@ -38,6 +37,7 @@ class Family:
     describe: the config of weights that may have been pickled and may come without one.
     mask_id: of the mask where neither config.json nor the tokenizer says. base: the model_type of Hugging Face whose keys and tensors it
     has: a GGUF file of that architecture may be read as of this family by name. causal: decoded from left to right, its masks draft.
+    harmless: keys of its config.json that change no logit, besides those of every family (`dlm.formats.keys.HARMLESS`).
     """
 
     name: str
@@ -58,16 +58,10 @@ class Family:
     mask_id: int | None = None
     base: str = ""
     causal: bool = False
+    harmless: tuple[str, ...] = ()
     describe: Callable[[Path, dict[str, Stored]], Config] | None = None
 
     def recognises(self, config: Config) -> bool:
         """A family without architecture goes by its keys, one without either by name alone."""
         named = not self.architectures or any(name in self.architectures for name in config.get("architectures") or ())
         return named and all(key in config for key in self.keys) and bool(self.architectures or self.keys)
-
-
-def require(config: Config, allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    """InputError for a key with a value that the backbone does not have; an absent key has its default."""
-    for key, values in allowed.items():
-        if config.get(key, values[0]) not in values:
-            raise InputError(f"{key} = {config[key]!r} is not supported (only {' or '.join(repr(value) for value in values)})")

@@ -10,6 +10,8 @@ from dlm.formats.families.record import Config, Family
 from dlm.formats.huggingface import NAMES
 from dlm.models.config import TransformerConfig
 
+HARMLESS = ("debug", "ep_size", "micro_forward", "skip_checkpoint", "use_deepep")  # of its training
+
 
 def shape(config: Config) -> TransformerConfig:
     return bidirectional(config, "qwen3").with_(attention="block_causal", block_length=config["block_size"])
@@ -24,5 +26,6 @@ SDAR = Family(
     mask_texts=("<|MASK|>", "<MASK>"),
     phase="zero",
     stop_texts=("<|im_end|>",),
+    harmless=HARMLESS,
     preset={"sampler": "confidence:0.85", "steps": 256, "temperature": 1.0},
 )

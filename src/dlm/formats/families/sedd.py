@@ -6,7 +6,8 @@ Its config is nested and names no architecture; `tokens` leaves the absorbing st
 from __future__ import annotations
 
 from dlm.formats.families import adaln
-from dlm.formats.families.record import Config, Family, require
+from dlm.formats.families.record import Config, Family
+from dlm.formats.keys import require
 from dlm.models.adaln import AdaLNConfig
 
 
@@ -35,6 +36,10 @@ SEDD = Family(
     shape=shape,
     noise={"process": "score", "schedule": adaln.LOG_LINEAR},
     packed=True,
+    harmless=(
+        *("data", "eval", "ngpus", "optim", "sampling", "training"),
+        *("graph.file", "graph.report_all", "model.dropout", "model.name", "noise.sigma_max", "noise.sigma_min"),
+    ),
     tokenizer=adaln.GPT2,
     preset={"sampler": "ancestral", "steps": 128, "temperature": 1.0},
 )

@@ -105,5 +105,6 @@ TINY_DIFFUSION = Family(
     shape=shape,
     describe=describe,
     tokenizer="ascii",
+    harmless=("context_len", "format"),
     preset={"sampler": "tiny-confidence:0.9", "steps": 256, "temperature": 0.0},
 )
