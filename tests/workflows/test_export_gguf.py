@@ -70,6 +70,7 @@ def test_a_causal_drafter_goes_out_with_its_mask(tmp_path: Path) -> None:
 BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": True, "spare": 3}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "max_position_embeddings": 131072}),
+    "linear": ("Qwen3", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
 }
@@ -84,10 +85,29 @@ def test_a_base_comes_back_as_it_went_and_llama_cpp_writes_its_text(name: str, t
     again = library.load(str(file))
     same(again, base)
     assert again.config == base.config
+    llama_cpp_writes_its_text(base, file)
+
+
+def llama_cpp_writes_its_text(base: LanguageModel, file: Path) -> None:
     pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
     ids = base.tokenizer.encode("ROMEO what")
     expected = base.generate("ROMEO what", temperature=0.0, max_new_tokens=12).trajectory.current_BT[0].tolist()[len(ids) :]
     assert peers.LlamaCpp(file, sorted(base.stops), None, positions=64, threads=1).write([ids], 12)[0] == [expected]
+
+
+def test_frequencies_that_are_divided_one_by_one_are_a_tensor_of_a_llama(tmp_path: Path) -> None:
+    """Other numbers than those of the released Llama 3: the file has what follows from them, as llama.cpp reads it."""
+    rope = LLAMA3 | {"original_max_position_embeddings": 32, "factor": 4.0, "rope_theta": 100.0}
+    base = library.load(str(publish(transformer("Llama", rope_parameters=rope), tmp_path / "base")))
+    library.export(base, tmp_path / "tiny.gguf", to="gguf")
+    again = library.load(str(tmp_path / "tiny.gguf"))
+    assert (len(base.config.network.rope_scaling), len(again.config.network.rope_factors)) == (4, 4)
+    ids_BT = torch.randint(3, 70, (2, 60), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(again.logits(ids_BT), base.logits(ids_BT), atol=1e-4, rtol=1e-4)
+    llama_cpp_writes_its_text(base, tmp_path / "tiny.gguf")
+    other = library.load(str(publish(transformer("Qwen3", rope_parameters=rope), tmp_path / "qwen3")))
+    with pytest.raises(library.InputError, match="qwen3 has no rotary positions that are divided one by one"):
+        library.export(other, tmp_path / "other.gguf", to="gguf")
 
 
 def own(objective: str, **network: Any) -> LanguageModel:

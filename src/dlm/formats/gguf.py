@@ -26,6 +26,7 @@ from dlm.formats.keys import Keys, require, told
 from dlm.formats.names import Names
 from dlm.formats.native import CONVERTIBLE, KINDS
 from dlm.formats.stored import Stored
+from dlm.models.rope import frequencies
 from dlm.text.byte_level import WORDS
 from dlm.text.chat import ChatTemplate
 
@@ -57,6 +58,7 @@ DIFFUSION = {"llada": "llama", "dream": "qwen2", "llada-moe": "llada-moe"}  # ar
 INTERLEAVED = ("llama", "llada")  # llama.cpp rotates neighbours, not halves: its converter interleaves the rows of their q and k
 QWEN2_WORDS = ("qwen2", "bailingmoe", "bailingmoe2", "llada-moe")  # names of one way to cut a text into words
 FACTORS = "rope_freqs.weight"  # what llama.cpp divides the frequencies of a Llama by, one by one
+LLAMA3 = (1.0, 4.0, 8192.0)  # low, high and window before of every Llama 3.1 and 3.2
 ONLY: dict[str, tuple[Any, ...]] = {  # keys of an architecture with values that change nothing; any other value would
     "attention.max_alibi_bias": (0.0,),
     "attention.clamp_kqv": (0.0,),
@@ -258,9 +260,19 @@ def _positions(its: Keys, header: Header, path: Path, kind: str) -> dict[str, An
     if FACTORS in header.tensors and kind == "llama":
         if scaled and way == "yarn":
             raise InputError(f"rotary positions of kind 'yarn' with a tensor {FACTORS} are not supported")
-        each = (_tensor(header, FACTORS, path) * (factor if scaled else 1.0)).tolist()
-        config["rope_parameters"] = {"rope_type": "longrope", "short_factor": each, "long_factor": each, "attention_factor": 1.0}
+        config["rope_parameters"] = _divided(_tensor(header, FACTORS, path) * (factor if scaled else 1.0), config["rope_theta"])
     return config
+
+
+def _divided(factor_K: Tensor, base: float) -> dict[str, Any]:
+    """rope_parameters of frequencies that are divided one by one: Llama 3's own if they are what its released models have."""
+    most, each = float(factor_K.max()), factor_K.tolist()
+    plain_K, scaled_K = (frequencies(2 * len(each), base, scaling)[0] for scaling in ((), (most, *LLAMA3)))
+    if most > 0 and torch.allclose(plain_K / scaled_K, factor_K, rtol=1e-5, atol=0):
+        low, high, before = LLAMA3
+        llama3 = {"factor": most, "low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": before}
+        return {"rope_type": "llama3", **llama3}
+    return {"rope_type": "longrope", "short_factor": each, "long_factor": each, "attention_factor": 1.0}
 
 
 def _experts(its: Keys, header: Header) -> dict[str, Any]:

@@ -62,8 +62,8 @@ def architecture(config: ModelConfig) -> str:
         norm, bias, experts = ("with" if has else "without" for has in (n.qk_norm, n.qkv_bias, n.experts is not None))
         what = f"{n.attention} attention {norm} a norm of q and k, {bias} biases of q, k and v, and {experts} these experts"
         raise InputError(f"no GGUF architecture has {what}: export it with --to hf")
-    if len(n.rope_scaling) == LLAMA3 and n.rope_scaling[1:] != gguf.LLAMA3:
-        raise InputError(f"a GGUF file has rotary positions of Llama 3.1 for {gguf.LLAMA3} alone, not {n.rope_scaling[1:]}")
+    if kind != "llama" and (n.rope_scaling or len(n.rope_factors) > 1):
+        raise InputError(f"the GGUF architecture {kind} has no rotary positions that are divided one by one: export it with --to hf")
     return kind
 
 
@@ -127,6 +127,9 @@ def _write_sizes(writer: Any, config: ModelConfig) -> None:
     writer.add_rope_dimension_count(n.head_dim)
     writer.add_rope_freq_base(n.rope_base)
     writer.add_layer_norm_rms_eps(n.norm_eps)
+    if len(n.rope_factors) == 1:
+        writer.add_string(f"{writer.arch}.rope.scaling.type", "linear")
+        writer.add_rope_scaling_factor(n.rope_factors[0])
     if n.experts is None:
         writer.add_feed_forward_length(n.mlp_width)
     else:
@@ -200,9 +203,10 @@ def _tensors(network: Transformer, kind: str, rows: int) -> Iterator[tuple[str, 
     n = network.config
     names, parts = gguf.EXPERT_NAMES if n.experts else gguf.NAMES, {part: stem for stem, part in gguf.EXPERTS.items()}
     stacks: dict[str, list[Tensor]] = defaultdict(list)
-    if n.rope_scaling:
-        plain_K, scaled_K = (frequencies(n.head_dim, n.rope_base, scaling)[0] for scaling in ((), n.rope_scaling))
-        yield "rope_freqs.weight", plain_K / scaled_K
+    if n.rope_scaling or len(n.rope_factors) > 1:
+        plain_K, _ = frequencies(n.head_dim, n.rope_base)
+        scaled_K, _ = frequencies(n.head_dim, n.rope_base, n.rope_scaling, None, n.rope_factors)
+        yield gguf.FACTORS, plain_K / scaled_K
     heads = {"q": n.heads, "k": n.kv_heads} if kind in gguf.INTERLEAVED else {}
     for name, tensor in network.state_dict().items():
         if ".experts." in name:
