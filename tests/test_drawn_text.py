@@ -223,6 +223,36 @@ def test_models_of_bytes_are_not_told_as_models_of_characters(served: tuple[Any,
     assert {model["dlm"]["characters"] for model in server.client.get("/v1/models").json()["data"]} == {False}
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_d16_logprobs_tell_every_token_by_its_own_bytes(served: tuple[Any, list[LanguageModel]], count: int) -> None:
+    server, models = served
+    for lm in models:
+        answer = server.post("/v1/completions", asked(lm) | {"logprobs": count, "echo": False}).json()["choices"][0]
+        said = answer["logprobs"]
+        assert "".join(said["tokens"]) == answer["text"]
+        for top, logprob in zip(said["top_logprobs"], said["token_logprobs"], strict=True):
+            assert len(top) == count or (count == 1 and len(top) == 2)
+            assert any(abs(value - logprob) < 1e-6 for value in top.values())
+            assert REPLACEMENT not in "".join(top)
+
+
+def test_d16_the_bytes_of_a_chat_joined_are_its_content(served: tuple[Any, list[LanguageModel]]) -> None:
+    from dlm.text.chat import ChatTemplate
+
+    server, models = served
+    for lm in models:
+        lm.chat = ChatTemplate("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+        messages = [{"role": "user", "content": PROMPT}]
+        body = {"model": lm.name, "messages": messages, "max_tokens": 12, "seed": 4, "logprobs": True, "top_logprobs": 4}
+        choice = server.post("/v1/chat/completions", body).json()["choices"][0]
+        said = choice["logprobs"]["content"]
+        assert bytes(byte for one in said for byte in one["bytes"]).decode("utf-8", "replace") == choice["message"]["content"]
+        for one in said:
+            assert len({(other["token"], *other["bytes"]) for other in one["top_logprobs"]}) == 4
+            assert not any(REPLACEMENT in other["token"] for other in one["top_logprobs"])
+        lm.chat = ChatTemplate()
+
+
 SCRIPT = """
 import {{ Trace }} from {module};
 import {{ readFileSync }} from "node:fs";

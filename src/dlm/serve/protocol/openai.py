@@ -19,6 +19,7 @@ from dlm.serve.engine.shelf import Plan
 from dlm.serve.protocol import schema
 from dlm.serve.protocol.reply import Row
 from dlm.serve.protocol.writer import Piece, Writer
+from dlm.spelling import Spelling
 from dlm.trajectory import Canvas
 
 _ERROR: dict[str, Any] = {
@@ -187,28 +188,52 @@ class Answer:
         """Log-probabilities of tokens at the forward pass that wrote them, before temperature."""
         if self.records is None:
             return None
-        tokenizer, first = self.plan.model.tokenizer, {id(piece): k for k, piece in enumerate(row.writer.pieces)}
+        spelling, first = self.plan.model.tokenizer.spelling, {id(piece): k for k, piece in enumerate(row.writer.pieces)}
         lines = []
         for piece in pieces:
             change = row.written.get(row.first + first[id(piece)])
             value = None if change is None or change.confidence is None else math.log(max(change.confidence, 1e-38))
-            others = [(tokenizer.piece(token), math.log(max(p, 1e-38))) for token, p in (change.alternatives if change else ())]
+            others = [(token, math.log(max(p, 1e-38))) for token, p in (change.alternatives if change else ())]
             lines.append((piece, value, others))
         if isinstance(self.asked, schema.ChatRequest):
-            return {"content": [_line(piece.text, value, others) for piece, value, others in lines], "refusal": None}
+            return {"content": [_line(spelling, piece, value, others) for piece, value, others in lines], "refusal": None}
         return {
             "tokens": [piece.text for piece, _, _ in lines],
             "token_logprobs": [value for _, value, _ in lines],
-            "top_logprobs": [dict(others) for _, _, others in lines] if self.records else None,
+            "top_logprobs": [_best(spelling, piece, value, others) for piece, value, others in lines] if self.records else None,
             "text_offset": [begin + piece.offset for piece, _, _ in lines],
         }
 
 
-def _line(text: str, value: float | None, others: list[tuple[str, float]]) -> dict[str, Any]:
-    def entry(text: str, value: float | None) -> dict[str, Any]:
-        return {"token": text, "logprob": -9999.0 if value is None else value, "bytes": list(text.encode("utf-8", "replace"))}
+def _line(spelling: Spelling, piece: Piece, value: float | None, others: list[tuple[int, float]]) -> dict[str, Any]:
+    """A token with its own bytes, which joined are the text, and the likeliest ones at its place."""
 
-    return entry(text, value) | {"top_logprobs": [entry(*other) for other in others]}
+    def entry(token: int, text: str, value: float | None) -> dict[str, Any]:
+        return {"token": text, "logprob": -9999.0 if value is None else value, "bytes": list(spelling.part(token).inner)}
+
+    best = [entry(token, _name(spelling, token), logprob) for token, logprob in others]
+    return entry(piece.token, piece.text, value) | {"top_logprobs": best}
+
+
+def _best(spelling: Spelling, piece: Piece, value: float | None, others: list[tuple[int, float]]) -> dict[str, float]:
+    """The likeliest tokens by their text, as many as asked for, and the drawn one: in the place of the last, or beside a single one."""
+    if value is not None and piece.token not in dict(others):
+        others = [*others[: max(1, len(others) - 1)], (piece.token, value)]
+    named: dict[str, float] = {}
+    for token, logprob in others:
+        name = _name(spelling, token)
+        named[name if name not in named else _bytes(spelling, token)] = logprob
+    return named
+
+
+def _name(spelling: Spelling, token: int) -> str:
+    """Its text, or its bytes where they are no text by themselves."""
+    return spelling.alone(token) if spelling.is_whole(token) else _bytes(spelling, token)
+
+
+def _bytes(spelling: Spelling, token: int) -> str:
+    """As OpenAI writes them: `bytes:\\xe5\\xa4`."""
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling.part(token).inner)
 
 
 def texts(asked: schema.CompletionRequest | schema.ChatRequest) -> Iterator[str]:
