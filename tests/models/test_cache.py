@@ -22,9 +22,13 @@ VOCAB, WINDOW = 11, 12
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "window": WINDOW, "layers": 2, "heads": 4, "kv_heads": 2, "width": 32}
 
 
-@pytest.fixture(params=[0, 5], ids=["plain", "convolution"], autouse=True)
-def taps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SIZES, "conv", request.param)
+KINDS: dict[str, dict[str, Any]] = {"plain": {}, "convolution": {"conv": 5}, "grid": {"axes": (3, 4), "groups": ((1, 4), (3, 1), (3, 2))}}
+
+
+@pytest.fixture(params=KINDS, autouse=True)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in KINDS[request.param].items():
+        monkeypatch.setitem(SIZES, name, value)
 
 
 def network(attention: str = "causal", **changes: Any) -> Transformer:

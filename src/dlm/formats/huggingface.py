@@ -268,10 +268,10 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     """The Hugging Face config.json of a converted model. InputError for a network that no known architecture is."""
     n = config.network
     kind = {(False, False): "llama", (False, True): "qwen2", (True, False): "qwen3"}.get((n.qk_norm, n.qkv_bias))
-    if kind is None or n.mlp != "swiglu" or n.attention != "causal" or n.time_conditioning or n.conv:
+    if n.axes or kind is None or n.mlp != "swiglu" or n.attention != "causal" or n.time_conditioning or n.conv:
         raise InputError(
-            "only a causal network with SwiGLU, without short convolutions, and either qk-norm or biases of q, k and v or neither, has a"
-            " Hugging Face form: save it in our own"
+            "only a causal network with SwiGLU, without short convolutions or axes, and either qk-norm or biases of q, k and v or neither,"
+            " has a Hugging Face form: save it in our own"
         )
     rope: dict[str, Any] = {"rope_theta": n.rope_base, "rope_type": "default"}
     if n.rope_scaling:

@@ -313,7 +313,7 @@ def assemble(
             tensor = tensor.to(device, tensor.dtype if quantized else dtype, copy=True)
         network.load_state_dict({name: tensor}, assign=True, strict=False)
         left[part] -= 1
-        if ready is not None and part not in ("embed", "norm", "time") and not left[part]:
+        if ready is not None and part not in ("embed", "group_embed", "norm", "time") and not left[part]:
             network.requires_grad_(False)
             ready(network, part)
     if config.network.tied:
@@ -322,5 +322,5 @@ def assemble(
 
 
 def _part(name: str) -> str:
-    """`blocks.N`, `embed`, `head`, `norm` or `time`."""
+    """`blocks.N`, `embed`, `group_embed`, `head`, `norm` or `time`."""
     return ".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1])

@@ -44,6 +44,8 @@ class AdaLNConfig(TransformerConfig):
         super().__post_init__()
         if self.level not in LEVELS:
             raise ValueError(f"unknown level {self.level!r}; known: {', '.join(LEVELS)}")
+        if self.groups:
+            raise ValueError("this network has no embeddings of groups: leave groups away")
         if self.scores and self.level != "sigma":
             raise ValueError(f"scores are scaled by sigma: the level must be sigma, got {self.level}")
         if self.level_width < 1 or not 0 < self.level_eps < 1:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlm.models import attention
+from dlm.models.axes import coordinates
 from dlm.models.cache import KVCache, RaggedCache, TextCache, WindowCache
 from dlm.models.config import TransformerConfig
 from dlm.models.convolution import Neighbours, ShortConvolution
@@ -98,11 +99,20 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rotary(
-    pos_BQ: Tensor, head_dim: int, base: float, scaling: tuple[float, ...] = (), factors: tuple[float, ...] = ()
+    pos_BQ: Tensor,
+    head_dim: int,
+    base: float,
+    scaling: tuple[float, ...] = (),
+    factors: tuple[float, ...] = (),
+    axes: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, Q, K), float32, of RoPE (Su et al. 2104.09864), halves rotated as in Llama; the rest as of `frequencies`."""
-    frequency_K, amplitude = frequencies(head_dim, base, scaling, pos_BQ.device, factors)
-    angle_BQK = pos_BQ[..., None].float() * frequency_K
+    """cos and sin (B, 1, Q, K), float32, of RoPE (Su et al. 2104.09864), halves rotated as in Llama; the rest as of `frequencies`.
+
+    axes: of a grid, among which the pairs of dimensions are divided, the first ones rotated by the first coordinate.
+    """
+    frequency_K, amplitude = frequencies(head_dim // (len(axes) or 1), base, scaling, pos_BQ.device, factors)
+    at_BQA = coordinates(pos_BQ, axes) if axes else pos_BQ[..., None]
+    angle_BQK = (at_BQA[..., None].float() * frequency_K).flatten(-2)
     angle_BQK = torch.cat([angle_BQK, angle_BQK], -1)[:, None]
     return (angle_BQK.cos(), angle_BQK.sin()) if amplitude == 1 else (angle_BQK.cos() * amplitude, angle_BQK.sin() * amplitude)
 
@@ -124,7 +134,7 @@ class Rotary(nn.Module):
 
     def forward(self, pos_BQ: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
-        return rotary(pos_BQ, config.rotary_dim or config.head_dim, config.rope_base, config.rope_scaling, config.rope_factors)
+        return rotary(pos_BQ, config.rotary_dim or config.head_dim, config.rope_base, config.rope_scaling, config.rope_factors, config.axes)
 
 
 class Attend(nn.Module):

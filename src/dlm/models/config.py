@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
-from dlm.models import attention, rope
+from dlm.models import attention, axes, rope
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class TransformerConfig:
     rotary_dim: int = 0  # leading dimensions of a head that are rotated; 0: all
     rope_scaling: tuple[float, ...] = ()  # of Llama 3 or YaRN, as `dlm.models.rope` takes it
     rope_factors: tuple[float, ...] = ()  # that frequencies are divided by: one for each pair of dimensions, or one for all
+    axes: tuple[int, ...] = ()  # of a grid: each has its part of the rotated dimensions; none: one axis, the window
+    groups: tuple[tuple[int, ...], ...] = ()  # learned embeddings by the tile that a cell lies in, as of `dlm.models.axes`
     norm_eps: float = 1e-6
     qk_norm: bool = True
     qkv_bias: bool = False
@@ -116,6 +118,11 @@ class TransformerConfig:
             raise ValueError(f"rope_scaling has {rope.LLAMA3} numbers, {rope.YARN} or none, got {self.rope_scaling}")
         if len(self.rope_factors) not in (0, 1, pairs := (self.rotary_dim or self.head_dim) // 2):
             raise ValueError(f"rope_factors has one number for each of {pairs} pairs, one for all or none, got {len(self.rope_factors)}")
+        object.__setattr__(self, "axes", tuple(self.axes))
+        object.__setattr__(self, "groups", tuple(map(tuple, self.groups)))
+        axes.check(self.axes, self.groups, self.window, self.rotary_dim or self.head_dim)
+        if self.axes and (self.conv or self.rope_scaling or self.rope_factors):
+            raise ValueError("a short convolution, rope_scaling and rope_factors know one axis: leave them away where there are axes")
 
     def with_(self, **changes: Any) -> TransformerConfig:
         """A copy with some fields changed; derived widths follow unless given."""

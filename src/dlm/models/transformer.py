@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dlm.models import attention
 from dlm.models.attention import FlexMask, Mask
+from dlm.models.axes import GroupEmbedding
 from dlm.models.block import AnyCache, Blocks, Embedding, ForwardPass, Head, RMSNorm, Rotary, TimeEmbedding, TimeTable
 from dlm.models.cache import KVCache, RaggedCache, TextCache, WindowCache
 from dlm.models.config import TransformerConfig
@@ -43,6 +44,7 @@ class Transformer(nn.Module):
         self.time: TimeEmbedding | TimeTable | None = None
         if config.time_conditioning:
             self.time = TimeTable(config.time_steps, config.width) if config.time_steps else TimeEmbedding(config.width)
+        self.group_embed = GroupEmbedding(config.axes, config.groups, config.width) if config.groups else None
         self.rotary = Rotary(config)
         self.blocks = Blocks(make_block(config, i) for i in range(config.layers))
         self.taps = offsets(config.attention, config.conv)  # of the weights: a view with another attention keeps them
@@ -144,6 +146,8 @@ class Transformer(nn.Module):
         pos_BQ, mask, is_causal, _ = attends
         mask_tokens = self.embed.mask_tokens(z_BQ, pos_BQ)
         x_BQD = self.embed(z_BQ, mask_tokens)
+        if self.group_embed is not None:
+            x_BQD = x_BQD + self.group_embed(pos_BQ)
         if self.time is not None:
             if t_B is None:
                 raise ValueError("this network is conditioned on time: give t_B")
