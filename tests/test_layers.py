@@ -24,13 +24,14 @@ ALLOWED = {
     "text": set(),
     "noise": LEVEL0,
     "models": LEVEL0,
+    "grids": {"models"},
     "sampling": LEVEL0 | {"noise"},  # never models: a test pushes exact posteriors through every sampler
     "inference": LEVEL0 | {"models"},
     "formats": LEVEL0 | {"models", "text"},
     "model_scheduling": LEVEL0 | {"noise", "sampling", "evaluation"},
     "evaluation": LEVEL0 | {"noise", "sampling"},
     "calibration": LEVEL0 | {"sampling", "noise", "evaluation"},
-    "train": LEVEL0 | {"noise", "models", "formats", "text"},
+    "train": LEVEL0 | {"noise", "models", "formats", "text", "grids"},
     "adapters": LEVEL0 | {"models", "formats", "text", "train", "sampling"},
     "language_model": LEVEL0
     | {"text", "noise", "models", "sampling", "inference", "formats", "calibration", "model_scheduling", "adapters"},

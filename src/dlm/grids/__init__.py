@@ -1,0 +1,1 @@
+"""Grids as data: their shape and cells, the groups that cells belong to, rules, symmetries and puzzles."""
