@@ -26,7 +26,7 @@ TASKS = "Tasks of lm-evaluation-harness"  # panel of the help
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name, directory or hub id.")],
     data: Annotated[
-        str | None, typer.Option(help="Bundled data set (shakespeare), text file, folder of .txt files, or hf:DATASET.")
+        str | None, typer.Option(help="Bundled data set (shakespeare), text file, folder of .txt files, hf:DATASET, or sudoku[:SIZE].")
     ] = None,
     split: Annotated[str, typer.Option(help="train | val | all.")] = "val",
     val_fraction: Annotated[float, typer.Option(help="Last part of the text that is `val`.")] = 0.1,

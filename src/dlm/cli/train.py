@@ -16,7 +16,9 @@ from dlm.errors import InputError
 @app.command()
 def train(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name (dlm list), or none with --data.")] = None,
-    data: Annotated[str | None, typer.Option(help="shakespeare (bundled), a text file, a folder of .txt files, or hf:DATASET.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="shakespeare (bundled), a text file, a folder of .txt files, hf:DATASET, or sudoku[:SIZE].")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/RECIPE.")] = None,
     noise: Annotated[
         str | None, typer.Option(help="masked | uniform | semantic[:lead] | hybrid[:share] | gidd[:share]; same as --set noise=.")
@@ -37,7 +39,7 @@ def train(
 
     if recipe is None and data is None:
         raise InputError(f"give a recipe ({', '.join(recipes.RECIPES)}) or --data FILE")
-    found = recipes.find(recipe) if recipe else None  # an unknown one is told before the rest is imported
+    found = recipes.find(recipe) if recipe else recipes.of_grids(str(data))  # an unknown one is told before the rest is imported
     from dlm.train.config import TrainConfig
     from dlm.train.display import Display
     from dlm.workflows.fit import fit, sample
@@ -48,7 +50,7 @@ def train(
         config = replace(config, data=data)
     words = {"noise": noise, "noise_schedule": noise_schedule}
     config = config.with_settings([f"{key}={word}" for key, word in words.items() if word is not None] + (settings or []))
-    out = out or Path("runs") / (recipe or Path(data or "").stem or "model")
+    out = out or Path("runs") / (recipe or Path(data or "").stem.replace(":", "-") or "model")
     try:
         with Display(err) as display:
             result = fit(config, out, resume=resume, preview=sample, progress=display)

@@ -10,6 +10,7 @@ from typing import Any
 
 from dlm import seeds
 from dlm.errors import InputError, nearest, unknown
+from dlm.grids import grid, kinds
 from dlm.models.config import TransformerConfig
 from dlm.noise import loss, process, schedule
 from dlm.noise.masked import MaskedNoise
@@ -30,7 +31,7 @@ class TrainConfig:
     own, or its class. InputError for settings that cannot work.
     """
 
-    data: str = ""  # shakespeare (bundled) | a text file | a folder of .txt files | hf:DATASET
+    data: str = ""  # shakespeare (bundled) | a text file | a folder of .txt files | hf:DATASET | sudoku[:size]
     val_fraction: float = 0.1
     tokenizer: str = "chars"  # chars | bytes | bpe:1024 (learned from the text) | path of a tokenizer.json
     network: TransformerConfig = field(default_factory=lambda: TransformerConfig(vocab_size=1, width=192, conv=5))
@@ -46,7 +47,7 @@ class TrainConfig:
     levels: tuple[float, float] = (0.0, 1.0)  # share of masks that the network is trained on, from .. to
     block_lengths: tuple[int, ...] = ()  # of block diffusion (attention=block_causal), one drawn each step; none: block_length
     context: int = 64
-    context_share: float = 0.5  # share of training windows whose first `context` tokens are given
+    context_share: float = 0.5  # share of training windows whose first `context` tokens, or a puzzle's cells, are given
     steps: int = 5000
     batch: int = 16  # windows per step over all processes
     optimizer: str = "muon"  # muon (AdamW beside it, at a tenth of its rate: lr) | adamw
@@ -68,6 +69,8 @@ class TrainConfig:
     save_every: int = 250
 
     def __post_init__(self) -> None:
+        if (kind := kinds.find(self.data)) is not None:
+            self._fit_to(kind)
         try:
             noise = process.name_of(self.noise) if isinstance(self.noise, type) else self.noise
             object.__setattr__(self, "noise", noise)
@@ -80,6 +83,15 @@ class TrainConfig:
             raise InputError(str(error)) from None
         for wrong in chain.from_iterable(check(self) for check in CHECKS):
             raise InputError(wrong)
+
+    def _fit_to(self, kind: grid.Grid) -> None:
+        """Its shape is that of the window, and given cells take the place of a context."""
+        shape = {"window": grid.cells_of(kind), "axes": kind.axes, "groups": kind.groups, "conv": 0}
+        try:
+            object.__setattr__(self, "network", self.network.with_(**shape))
+        except ValueError as error:
+            raise InputError(f"{self.data}: {error}") from None
+        object.__setattr__(self, "context", 0)
 
     @property
     def alpha(self) -> NoiseSchedule:
@@ -124,7 +136,7 @@ class TrainConfig:
     def with_settings(self, settings: list[str]) -> TrainConfig:
         """Apply `key=value` words together, in any order; InputError for an unknown key or a value that cannot be."""
         own = {f.name for f in fields(self)} - {"network"}
-        net = {f.name for f in fields(TransformerConfig)} - {"vocab_size", "experts"}
+        net = {f.name for f in fields(TransformerConfig)} - {"vocab_size", "experts", "axes", "groups"}
         changes: dict[str, Any] = {}
         for word in settings:
             key, equals, value = word.partition("=")

@@ -122,6 +122,10 @@ class Stream:
         rows_BT = self.tokens_N[starts_B[:, None] + np.arange(self.window)]
         return torch.from_numpy(rows_BT.astype(np.int64))
 
+    def free(self, free_BT: Tensor, share: float, rng: torch.Generator) -> Tensor:
+        """The positions to predict, of those that the objective leaves free: of a text all of them. share: of rows with a condition."""
+        return free_BT
+
     def windows(self, most: int | None = None) -> Tensor:
         """Whole windows side by side from the start, int64 (W, T), `most` of them spread evenly over the text.
 

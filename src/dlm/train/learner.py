@@ -102,7 +102,7 @@ class Learner:
         rng = step_generator(self.seed, step)
         x_BT, t_B = self.stream.draw(config.batch, rng), loss.draw_levels(config.batch, rng)
         t_B = config.levels[0] + (config.levels[1] - config.levels[0]) * t_B
-        free_BT = self.objective.free(config.batch, rng)
+        free_BT = self.stream.free(self.objective.free(config.batch, rng), config.context_share, rng)
         block_length = self.objective.draw_block_length(rng)
         noise_rng = torch.Generator(device).manual_seed(step_generator(self.seed + 1, step).initial_seed())
         torch.manual_seed(self.seed * 7919 + step + self.accelerator.process_index * 1_000_000_007)  # dropout

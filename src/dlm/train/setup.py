@@ -11,12 +11,14 @@ from torch import Tensor
 from dlm.errors import InputError
 from dlm.files import read_json
 from dlm.formats import native
+from dlm.grids import kinds
 from dlm.models.config import TransformerConfig
 from dlm.noise import clusters, process
 from dlm.noise.process import Process
 from dlm.noise.replacement import ReplacementNoise
 from dlm.text.tokenizer import Tokenizer
 from dlm.train import data as reading
+from dlm.train import grids
 from dlm.train.config import TrainConfig
 from dlm.train.data import Stream
 
@@ -38,20 +40,27 @@ def resolve(config: TrainConfig, resumed: Path | None = None) -> Setup:
 
     InputError for text, tokenizer, clusters or noise that do not fit together.
     """
-    documents = reading.read(config.data)
-    parts = reading.split(documents, config.val_fraction)
-    tokenizer = Tokenizer.load(resumed) if resumed else Tokenizer.make(config.tokenizer, *("\n".join(part) for part in parts))
+    tokenizer, training, validation = _streams(config, resumed)
     network = config.network.with_(vocab_size=tokenizer.vocab_size + 1)
-    training, validation = (
-        Stream.encode(part, tokenizer, network.window, name=f"{name} part")
-        for name, part in zip(("training", "validation"), parts, strict=True)
-    )
     validation_WT = validation.windows(config.eval_windows)
     if len(validation_WT) < 2:
         raise InputError(f"the validation part fills one window of {network.window}, two are needed: more text or val_fraction")
     settings = native.load_config(resumed).noise if resumed else noise_settings(config, tokenizer)
     noise = process.make(settings, network.vocab_size, tokenizer.mask_id)
     return Setup(tokenizer, network, noise, settings, training, validation_WT)
+
+
+def _streams(config: TrainConfig, resumed: Path | None) -> tuple[Tokenizer, Stream, Stream]:
+    """The tokenizer, and the parts to train and to validate on."""
+    if (kind := kinds.find(config.data)) is not None:
+        return grids.tokenizer(kind), grids.GridStream.of(kind, "train"), grids.GridStream.of(kind, "val")
+    parts = reading.split(reading.read(config.data), config.val_fraction)
+    tokenizer = Tokenizer.load(resumed) if resumed else Tokenizer.make(config.tokenizer, *("\n".join(part) for part in parts))
+    training, validation = (
+        Stream.encode(part, tokenizer, config.network.window, name=f"{name} part")
+        for name, part in zip(("training", "validation"), parts, strict=True)
+    )
+    return tokenizer, training, validation
 
 
 def noise_settings(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -88,5 +88,5 @@ def shown(progress: Tell | None, unit: str = "nats per token") -> Iterator[Tell]
 def sample(network: Transformer, config: ModelConfig, tokenizer: Tokenizer) -> str:
     """A `preview`: one line of text, so that one sees it learn."""
     network.eval()
-    text: str = LanguageModel(network, config, tokenizer).generate(max_new_tokens=64, steps=32).text
+    text: str = LanguageModel(network, config, tokenizer).generate(max_new_tokens=min(64, config.network.window), steps=32).text
     return "  " + text.replace("\n", "\u21b5")

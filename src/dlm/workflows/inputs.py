@@ -13,11 +13,13 @@ from dlm import bundled
 from dlm.errors import InputError, nearest
 from dlm.evaluation import generative, judge
 from dlm.formats import native
+from dlm.grids import kinds
 from dlm.language_model import LanguageModel, load
 from dlm.model_scheduling.trial import Figures
 from dlm.noise import loss
 from dlm.noise.masked import MaskedNoise
 from dlm.train import data as reading
+from dlm.train import grids
 from dlm.trajectory import Trajectory
 
 FORMAT = 1  # of every record
@@ -143,11 +145,18 @@ class Text:
         """data: as of `dlm.train.data.read`; None is the text that the model was trained on. window: tokens, by default the model's.
         max_windows: at most so many, spread evenly over the text. InputError where there is no text."""
         source = str(lm.config.training.get("data", "") if data is None else data)
-        documents = reading.select(reading.read(source), split, val_fraction)
-        stream = reading.Stream.encode(documents, lm.tokenizer, window or lm.window)
+        stream = _stream(lm, source, split, val_fraction, window or lm.window)
         windows_WT = stream.windows(max_windows)
         characters = sum(len(lm.tokenizer.decode(row)) for row in windows_WT.tolist())
         return cls(source, stream, windows_WT.to(lm.network.device), characters)
+
+
+def _stream(lm: LanguageModel, source: str, split: str, val_fraction: float, window: int) -> reading.Stream:
+    if (kind := kinds.find(source)) is None:
+        return reading.Stream.encode(reading.select(reading.read(source), split, val_fraction), lm.tokenizer, window)
+    if lm.tokenizer.fingerprint() != grids.tokenizer(kind).fingerprint():
+        raise InputError(f"{lm.name} does not know the cells of {kind.word} grids: train a model with dlm train --data {kind.word}")
+    return grids.GridStream.of(kind, split)
 
 
 def saved_run(path: str | Path) -> Trajectory:
