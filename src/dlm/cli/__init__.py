@@ -16,6 +16,7 @@ from dlm.cli import (
     serve,
     settle,
     show,
+    solve,
     train,
     verify,
 )
@@ -23,7 +24,7 @@ from dlm.cli.app import arrange, main
 
 arrange(
     {
-        "Write": ("generate", "chat", "serve", "show"),
+        "Write": ("generate", "chat", "solve", "serve", "show"),
         "Train": ("train", "convert", "export"),
         "Measure": ("eval", "settle", "curse", "calibrate", "schedule", "verify", "bench"),
         "Find": ("list", "samplers", "pull"),
@@ -47,6 +48,7 @@ __all__ = [
     "serve",
     "settle",
     "show",
+    "solve",
     "train",
     "verify",
 ]

@@ -41,6 +41,7 @@ def architecture(config: ModelConfig) -> str:
         (type(n) is not TransformerConfig, "a network other than the backbone"),
         (n.attention not in ("causal", "full"), f"{n.attention} attention"),
         (bool(getattr(n, "conv", 0)), "short convolutions"),
+        (bool(getattr(n, "axes", ())), "positions on several axes"),
         (n.time_conditioning, "a noise level that the network reads"),
         (getattr(n, "mlp", "swiglu") != "swiglu", "an MLP that is no SwiGLU"),
         (getattr(n, "embed_norm", False), "a norm of its embeddings"),

@@ -17,7 +17,7 @@ from dlm.files import replacing
 from dlm.trajectory import Places, Trajectory
 from dlm.viz import layout
 from dlm.viz.layout import Pane
-from dlm.viz.palette import COLD, DARK, DRAFTED, LEVEL_SECONDS, REJECTED, RGB, Look, Theme, paint, rgb
+from dlm.viz.palette import BORDER, COLD, DARK, DRAFTED, LEVEL_SECONDS, REJECTED, RGB, Look, Theme, paint, rgb
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -73,6 +73,11 @@ def write_gif(
             optimize=True,
             disposal=1,
         )
+
+
+def _framed(run: Trajectory, row: int, looks: Sequence[Look] | None = None) -> tuple[list[str], list[Look]]:
+    """The pieces of the last frame and their looks, with the borders of a grid."""
+    return layout.framed(run, row, layout.pieces(run, row), layout.looks(run, row) if looks is None else looks)
 
 
 class _Stamps:
@@ -154,7 +159,7 @@ class _Stage:
 
     def __init__(self, panes: Sequence[Pane], row: int, columns: int, rows: int, stamps: _Stamps, delay: float) -> None:
         self.panes, self.row, self.stamps, self.delay = list(panes), row, stamps, delay
-        self.lines = [layout.wrap(layout.pieces(run, row), columns, words=True) for _, run in panes]
+        self.lines = [layout.wrap(_framed(run, row)[0], columns, words=True) for _, run in panes]
         for lines in self.lines:
             if len(lines) > 1 and not lines[-1]:
                 lines.pop()
@@ -207,6 +212,7 @@ class _Stage:
         looks = [
             Look("mask"),
             Look("given"),
+            BORDER,
             DRAFTED,
             REJECTED,
             Look("text"),
@@ -224,7 +230,7 @@ class _Stage:
         width, height = self.stamps.width, self.stamps.height
         left = self.lefts[i]
         looks = layout.looks(run, self.row, after=after)
-        cells = self._cells(i, run, looks if rejected is None else layout.judged(self.row, looks, rejected))
+        cells = self._cells(i, run, *_framed(run, self.row, looks if rejected is None else layout.judged(self.row, looks, rejected)))
         for (x, y), (_, span, _) in self.drawn[i].items():
             if (x, y) not in cells or cells[x, y][1] != span:
                 corner = (left + x * width, self.top + y * height)
@@ -245,12 +251,11 @@ class _Stage:
         facts += f"   {whole.seconds[numbers.steps]:.1f} s" if len(self.panes) > 1 and whole.seconds[-1] else ""
         canvas.paste(self.stamps.caption(facts, room, self.stamps.theme.quiet), (left, self.foot + height // 3))
 
-    def _cells(self, i: int, run: Trajectory, looks: Sequence[Look]) -> dict[tuple[int, int], Cell]:
+    def _cells(self, i: int, run: Trajectory, pieces: Sequence[str], looks: Sequence[Look]) -> dict[tuple[int, int], Cell]:
         """The character at each (column, line) of the pane. The end is known, so characters stand at their final places."""
         lines = self.lines[i]
         warm = [y for y, line in enumerate(lines) for g in line if looks[g.position].level < COLD]
         top = self.tops[i] = layout.follow(self.tops[i], warm, self.rows, len(lines))
-        pieces = layout.pieces(run, self.row)
         chars = [[char for char, _ in layout.glyphs(piece)] for piece in pieces]
         used = [0] * len(pieces)  # glyphs of the position's present piece that are placed
         cells: dict[tuple[int, int], Cell] = {}

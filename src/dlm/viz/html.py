@@ -14,13 +14,13 @@ from typing import Any
 from dlm.files import write_text
 from dlm.trajectory import Trajectory
 from dlm.viz import palette
-from dlm.viz.layout import Pane, at_row
+from dlm.viz.layout import Pane, at_row, slots
 
 
 def write_html(panes: Sequence[Pane], path: str | Path, *, row: int = 0) -> None:
     """Write the page, to a temporary name first. One scrubber moves all panes, which stand side by side."""
     template = files("dlm.viz").joinpath("replay.html").read_text(encoding="utf-8")
-    data = json.dumps([_record(label, run, row) for label, run in panes], separators=(",", ":"))
+    data = json.dumps([_bordered(_record(label, run, row), slots(run, row)) for label, run in panes], separators=(",", ":"))
     for char in "<>&":  # inside a script element only these could end it; in JSON they have another spelling
         data = data.replace(char, f"\\u{ord(char):04x}")
     title = html.escape(" | ".join(label for label, _ in panes) or "run")
@@ -65,4 +65,24 @@ def _record(label: str, run: Trajectory, row: int) -> dict[str, Any]:
         "drafts": drafts if run.has_drafts else [],
         "forwards": run.forwards,
         "seconds": [round(s, 4) for s in run.seconds],
+    }
+
+
+def _bordered(pane: dict[str, Any], shown: Sequence[int | str]) -> dict[str, Any]:
+    """The same pane with the borders of a grid as positions that nothing happens at. cells: the token of each position, -1 for a border."""
+    place = [i for i, slot in enumerate(shown) if isinstance(slot, int)]
+    border = {text: len(pane["pieces"]) + n for n, text in enumerate(dict.fromkeys(slot for slot in shown if isinstance(slot, str)))}
+
+    def moved(flat: list[int]) -> list[int]:
+        return [number for at, piece in zip(flat[::2], flat[1::2], strict=True) for number in (place[at], piece)]
+
+    return pane | {
+        "pieces": [*pane["pieces"], *border],
+        "tokens": [*pane["tokens"], *[-1] * len(border)],
+        "start": [border[slot] if isinstance(slot, str) else pane["start"][slot] for slot in shown],
+        "free": [0 if isinstance(slot, str) else pane["free"][slot] for slot in shown],
+        "settled": [0 if isinstance(slot, str) else pane["settled"][slot] for slot in shown],
+        "events": [moved(flat) for flat in pane["events"]],
+        "drafts": [moved(flat) for flat in pane["drafts"]],
+        "cells": [-1 if isinstance(slot, str) else slot for slot in shown],
     }

@@ -12,7 +12,7 @@ import torch
 from rich.cells import get_character_cell_size
 
 from dlm.trajectory import Canvas, Places, Trajectory
-from dlm.viz.palette import COLD, DRAFTED, GIVEN, MASK, REJECTED, Look, level
+from dlm.viz.palette import BORDER, COLD, DRAFTED, GIVEN, MASK, REJECTED, Look, level
 
 TEXT = [[Look("text", heat, draft) for draft in (False, True)] for heat in range(COLD + 1)]
 
@@ -131,6 +131,36 @@ def with_rejected(run: Trajectory, row: int, shown: Sequence[str], looks: Sequen
     drawn = run.shown(row, token_T)
     struck = [drawn[position].replace("\n", "↵") for position in rejected]
     return [*shown[:at], *struck, *shown[at:]], [*looks[:at], *[REJECTED] * len(struck), *looks[at:]]
+
+
+def slots(run: Trajectory, row: int, *, ascii_only: bool = False) -> list[int | str]:
+    """The positions of a row in their order; of a grid, by its meta, also the space and the borders between them, as text."""
+    positions = list(range(int(run.valid_BT[row].sum())))  # padding lies on the right
+    if "grid" not in run.meta:
+        return list(positions)
+    columns, (height, width) = run.meta["grid"]["axes"][-1], run.meta["grid"]["tile"][-2:]
+    down, across, cross = "|-+" if ascii_only else "│─┼"
+    rule = f"{across}{cross}{across}".join([across * (2 * width - 1)] * (columns // width)) + "\n"
+    made: list[int | str] = []
+    for position in positions:
+        row_of, column = divmod(position, columns)
+        if column:
+            made.append(f" {down} " if column % width == 0 else " ")
+        elif position:
+            made.append("\n" if row_of % height else f"\n{rule}")
+        made.append(position)
+    return made
+
+
+def framed(
+    run: Trajectory, row: int, shown: Sequence[str], looks: Sequence[Look], *, ascii_only: bool = False
+) -> tuple[list[str], list[Look]]:
+    """The same pieces and looks, of a grid with its borders among them."""
+    if "grid" not in run.meta:
+        return list(shown), list(looks)
+    found = slots(run, row, ascii_only=ascii_only)
+    pieces = [slot if isinstance(slot, str) else shown[slot] for slot in found]
+    return pieces, [BORDER if isinstance(slot, str) else looks[slot] for slot in found]
 
 
 def judged(row: int, looks: Sequence[Look], rejected: Places) -> list[Look]:

@@ -23,7 +23,7 @@ LEVEL_SECONDS = 0.05
 
 
 class Look(NamedTuple):
-    """How one character is drawn. kind: mask, given, text, drafted or rejected; level: 0 (hot) .. COLD; draft: not promised yet."""
+    """How one character is drawn. kind: mask, given, text, drafted, rejected or border; level: 0 (hot) .. COLD; draft: not promised yet."""
 
     kind: str
     level: int = COLD
@@ -31,6 +31,7 @@ class Look(NamedTuple):
 
 
 MASK, GIVEN, DRAFTED, REJECTED = Look("mask"), Look("given"), Look("drafted", draft=True), Look("rejected")
+BORDER = Look("border")  # between the boxes of a grid
 
 
 def level(frames: float, seconds: float) -> int:
@@ -118,6 +119,8 @@ HEATMAP = (
 @cache
 def terminal(look: Look, color: bool = True) -> Style:
     """The rich style; without colour, freshness is bold and underline and a mask is dim."""
+    if look.kind == "border":
+        return QUIET
     if look.kind == "drafted":
         return Style(dim=True, italic=True)
     if look.kind == "rejected":
@@ -140,6 +143,8 @@ def paint(look: Look, theme: Theme = DARK) -> tuple[RGB, RGB]:
         return rgb(theme.mask), rgb(theme.mask)
     if look.kind == "given":
         return rgb(theme.given), rgb(theme.page)
+    if look.kind == "border":
+        return rgb(theme.quiet), rgb(theme.page)
     if look.kind in ("drafted", "rejected"):
         return rgb(theme.quiet if look.kind == "drafted" else theme.rejected), rgb(theme.page)
     if look.level < COLD:
@@ -153,13 +158,13 @@ def rgb(color: str) -> RGB:
 
 
 def css() -> str:
-    """Custom properties of both themes; classes m (mask), g (given), d (draft), p (draft token), x (rejected), f0 .. f7 (glow), h0 .. h11
-    (heat map)."""
+    """Custom properties of both themes; classes m (mask), g (given), d (draft), p (draft token), x (rejected), b (border), f0 .. f7 (glow),
+    h0 .. h11 (heat map)."""
     rules = [
         f":root{{color-scheme:dark light;{_properties(DARK)}}}",
         f"@media (prefers-color-scheme:light){{:root{{{_properties(LIGHT)}}}}}",
         ".m{background:var(--mask)}.g{color:var(--given)}.d{color:var(--draft);font-style:italic}",
-        ".p{color:var(--quiet);font-style:italic}.x{color:var(--rejected);text-decoration:line-through}",
+        ".p{color:var(--quiet);font-style:italic}.x{color:var(--rejected);text-decoration:line-through}.b{color:var(--quiet)}",
     ]
     rules += [f".f{i}{{color:var(--ink{i});background:var(--glow{i})}}" for i in range(COLD)]
     for i, ground in enumerate(HEATMAP):

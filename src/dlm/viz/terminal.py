@@ -54,6 +54,7 @@ class Panes:
         shown = layout.pieces(run, self.row, _mask(ascii_only))
         looks = layout.looks(run, self.row, pace=self.pace, after=1.0 if numbers.settled == numbers.free else 0.0)
         shown, looks = layout.with_rejected(run, self.row, shown, looks)
+        shown, looks = layout.framed(run, self.row, shown, looks, ascii_only=ascii_only)
         lines = layout.wrap(shown, width)
         room = max(1, height - len(head) - (2 if width < TWO_LINES_BELOW_CELLS else 1))
         warm = [y for y, line in enumerate(lines) for g in line if looks[g.position].level < COLD]
@@ -116,6 +117,7 @@ class LiveView:
         numbers = layout.figures(run, self.view.row)
         shown = layout.pieces(run, self.view.row, _mask(self.console.options.ascii_only))
         looks = layout.looks(run, self.view.row, after=1.0)
+        shown, looks = layout.framed(run, self.view.row, shown, looks, ascii_only=self.console.options.ascii_only)
         segments = [Segment("\n" * blank), Segment(f"{label}\n", Style(bold=True))] if len(self.view.panes) > 1 else []
         for look, group in groupby(range(len(shown)), key=lambda position: looks[position]):
             text = "".join(c if c == "\t" else layout.visible(c) for position in group for c in shown[position])

@@ -1,0 +1,151 @@
+"""`dlm solve`: fill in the holes of a puzzle, watched as it settles; the rules check the answer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from dlm.cli.app import SAMPLING, Device, Json, Seed, Threads, app, between, err, fail, interrupts, load, sampler_word, set_threads
+from dlm.errors import InputError
+from dlm.files import check_directory
+
+if TYPE_CHECKING:
+    from dlm.workflows.solve import Solution, Solving
+
+UNSOLVED = 1  # exit code
+
+
+@app.command()
+def solve(
+    puzzle: Annotated[
+        str,
+        typer.Argument(metavar="PUZZLE", help="Cells row by row, . or 0 for a hole; a file of puzzles, one a line or drawn; - reads them."),
+    ],
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", show_default="the bundled one of that size", help="Bundled name or directory of a model of grids."),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="The same.")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(show_default="margin", help="NAME or NAME:SETTING; dlm samplers says what each does.", rich_help_panel=SAMPLING),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(callback=between(1), show_default="one for each hole", help="Denoising steps of each try.", rich_help_panel=SAMPLING),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(callback=between(0), help="0 takes the likeliest symbol of a cell.", rich_help_panel=SAMPLING)
+    ] = 0.0,
+    tries: Annotated[
+        int,
+        typer.Option(callback=between(1), help="After a failed try, cells in conflict and half of the others are masked and drawn again."),
+    ] = 8,
+    seed: Seed = 0,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="See the grid settle.")] = False,
+    save: Annotated[Path | None, typer.Option(help="Write the run of one puzzle as a .traj file for dlm show.")] = None,
+    as_json: Json = False,
+    device: Device = "cpu",
+    threads: Threads = 0,
+) -> None:
+    """Solve puzzles with a model of grids.
+
+    Exit code 0: all are solved; 1: some are not.
+    """
+    from dlm.grids.grid import puzzles
+    from dlm.language_model.options import DecodingOptions
+    from dlm.workflows.solve import Solving, usual_model
+
+    if name is not None and model is not None:
+        raise InputError(f"the model is given twice, {name} and --model {model}: leave one away")
+    texts = puzzles(_text(puzzle))
+    if not texts:
+        raise InputError("no puzzle: give its cells row by row, with . for a hole")
+    if save is not None:
+        check_directory(save.parent)
+        if len(texts) > 1:
+            raise InputError(f"--save keeps the run of one puzzle, and there are {len(texts)}: leave it away")
+    lm = load(name or model or usual_model(texts[0]), device)
+    set_threads(threads, [lm])
+    options = DecodingOptions(sampler=sampler_word(sampler), steps=steps, temperature=temperature)
+    console = Console(stderr=as_json)
+    begun = [Solving(lm, text, options, tries=tries, seed=seed) for text in texts]  # every bad one is told before the first is solved
+    found = []
+    for solving in begun:
+        watching = watch and console.is_terminal
+        _run(solving, save, console if watching else None)
+        found.append(solving.result())
+        _tell(found[-1], as_json, watching)
+    solved = sum(one.solved for one in found)
+    if len(found) > 1:
+        passes = sum(one.forwards for one in found)
+        err.print(f"{solved} of {len(found)} puzzles solved in {passes} forward passes", style="dim", highlight=False)
+    if as_json:
+        print(json.dumps(found[0].record() if len(found) == 1 else {"solved": solved, "puzzles": [one.record() for one in found]}))
+    if solved < len(found):
+        sys.exit(UNSOLVED)
+
+
+def _text(puzzle: str) -> str:
+    """The puzzles themselves: from a file of that name, from standard input for `-`, else the text that is given."""
+    try:
+        if puzzle == "-":
+            return sys.stdin.read()
+        if len(puzzle) < 256 and Path(puzzle).is_file():
+            return Path(puzzle).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{puzzle} is not UTF-8 text (byte {error.start})") from None
+    return puzzle
+
+
+def _run(solving: Solving, save: Path | None, console: Console | None) -> None:
+    """To its end. After Ctrl-C the frames so far are saved."""
+    with interrupts() as stopped, _shown(solving, console) as update:
+        while not stopped() and solving.step() is not None:
+            update()
+        ended = stopped()
+    if save is not None and len(solving.trajectory) > 1:
+        solving.trajectory.save(save)
+        err.print(f"saved {save}; see it again with: dlm show {save}", highlight=False, soft_wrap=True)
+    if ended:
+        fail("stopped" + (f"; the {len(solving.trajectory) - 1} steps so far are in {save}" if save is not None else ""), 130)
+
+
+@contextlib.contextmanager
+def _shown(solving: Solving, console: Console | None) -> Iterator[Callable[[], None]]:
+    if console is None:
+        yield lambda: None
+        return
+    from dlm.viz.terminal import LiveView
+
+    with LiveView(solving.trajectory, console) as view:
+        yield view.update
+        view.update(force=True)
+
+
+def _tell(found: Solution, as_json: bool, watched: bool) -> None:
+    """The grid, unless it has been watched, and a line about it."""
+    from dlm.viz.layout import framed, looks, pieces
+
+    run = found.trajectory
+    if not as_json and not watched:
+        shown: Sequence[str] = framed(run, 0, pieces(run, 0, "."), looks(run, 0))[0]
+        sys.stdout.write("".join(shown) + "\n")
+        sys.stdout.flush()
+    verdict = "solved" if found.solved else f"not solved, {found.conflicts} cells break a rule"
+    tries = f" and {found.tries} tries" if found.tries > 1 else ""
+    err.print(
+        f"{found.model}, {found.sampler}: {verdict}; {found.holes} holes in {found.forwards} forward passes{tries}, {found.seconds:.2f} s",
+        style="dim",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if not found.unique:
+        err.print("this puzzle has several solutions: one is shown", highlight=False, soft_wrap=True)
