@@ -52,7 +52,8 @@ def test_symmetries_map_valid_grids_onto_valid_grids(size: int) -> None:
 def test_the_symmetries_of_4_x_4_reach_every_grid_of_the_class_alike() -> None:
     """The 288 grids fall into two classes of 96 and 192; draws within a class are uniform (chi-square)."""
     kind, rng = Sudoku(4), torch.Generator().manual_seed(0)
-    grids, seen = kind.corpus("all"), set()
+    grids = kind.corpus("all")
+    seen: set[tuple[int, ...]] = set()
     for first in grids.tolist():
         if tuple(first) in seen:
             continue
