@@ -416,7 +416,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "no adaLN": ("bd3lm", {"adaln": False}, "adaln = False is not supported"),
     "a key missing": ("mdlm", {"hidden_dim": None}, "lacks 'hidden_dim'"),
     "another size": ("gidd", {"hidden_size": 64}, "do not fit its config.json"),
-    "fewer layers": ("mdlm", {"n_blocks": 3}, "says that it has 3 layers"),
+    "fewer layers": ("mdlm", {"n_blocks": 3}, "it says that there are 3 layers, they have 2"),
     "another vocabulary": ("duo", {"vocab_size": 64}, "do not fit its config.json"),
     "blocks that do not divide": ("bd3lm", {"block_size": 5}, "block_length 5 must divide"),
     "a share of 1": ("gidd", {"p_uniform": 1.0}, "must lie in 0 .. 1"),

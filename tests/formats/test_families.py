@@ -281,7 +281,7 @@ BAD: dict[str, tuple[str, dict[str, Any], Spoil | None, str]] = {
     "a mask beyond the tokenizer": ("llada", {"mask_token_id": 280}, None, "puts the mask at 280, where the tokenizer has no token"),
     "alibi": ("llada", {"alibi": True}, None, "alibi = True is not supported"),
     "a key missing": ("llada", {"rope_theta": None}, None, "lacks 'rope_theta'"),
-    "fewer layers": ("a2d_qwen3", {"num_hidden_layers": 3, "layer_types": None}, None, "says that it has 3 layers"),
+    "fewer layers": ("a2d_qwen3", {"num_hidden_layers": 3, "layer_types": None}, None, "it says that there are 3 layers, they have 2"),
     "another size": ("a2d_qwen2", {"hidden_size": 64}, None, "do not fit its config.json"),
 }
 

@@ -19,6 +19,7 @@ from dlm.noise import loss
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5, 2.0, 8.0], "long_factor": [9.0] * 4}
 LONG |= {"original_max_position_embeddings": 64}
+SLIDES = {"use_sliding_window": True, "sliding_window": 5}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": False}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
@@ -28,6 +29,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "dynamic": ("Qwen2", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
     "longrope": ("Llama", {"rope_parameters": LONG}),
+    "sliding": ("Qwen2", SLIDES | {"layer_types": ["sliding_attention", "full_attention"]}),
+    "all sliding": ("Qwen3", SLIDES | {"max_window_layers": 0}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 1, "spare": 7}),
 }

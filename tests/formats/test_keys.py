@@ -164,7 +164,7 @@ def theirs(config: dict[str, Any], state: dict[str, Tensor], z_BT: Tensor) -> Te
         return None
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(kind=st.sampled_from(sorted(FAMILY)), changed=changes())
 def test_any_config_gives_the_logits_of_transformers_or_one_line(tiny: Callable[[str], Tiny], kind: str, changed: dict[str, Any]) -> None:
     one = tiny(kind)
@@ -209,11 +209,9 @@ HEADER: dict[str, list[Any]] = {
     "context_length": [64, 128],
     "no_such_key": [1, "x", False],
 }
+WIDTHS = ("rope.dimension_count", "attention.key_length", "attention.value_length")  # of a head
 NEUTRAL: dict[str, Any] = {  # keys that need no counterpart in transformers with these values, and are refused with any other
     "rope.scaling.attn_factor": 1.0,
-    "rope.dimension_count": 8,
-    "attention.key_length": 8,
-    "attention.value_length": 8,
     "attention.sliding_window": 0,
     "attn_logit_softcapping": 0.0,
     "final_logit_softcapping": 0.0,
@@ -237,7 +235,7 @@ def positions(header: dict[str, Any]) -> dict[str, Any]:
     return found | ({"original_max_position_embeddings": before} if way == "yarn" else {})
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     kind=st.sampled_from(sorted(FAMILY)),
     header=st.lists(st.sampled_from(sorted(HEADER)), min_size=1, max_size=3, unique=True).flatmap(
@@ -254,7 +252,8 @@ def test_any_header_gives_the_logits_of_transformers_or_one_line(
     except InputError as error:
         assert "\n" not in str(error)  # noqa: PT017
         return
-    assert {key: header[key] for key in NEUTRAL.keys() & header.keys()} == {key: NEUTRAL[key] for key in NEUTRAL.keys() & header.keys()}
+    neutral = NEUTRAL | dict.fromkeys(WIDTHS, one.config.get("head_dim", 8))
+    assert {key: header[key] for key in neutral.keys() & header.keys()} == {key: neutral[key] for key in neutral.keys() & header.keys()}
     assert "no_such_key" not in header
     config = one.config | {"rope_parameters": positions(header), "max_position_embeddings": lm.window}
     config["rms_norm_eps"] = header.get("attention.layer_norm_rms_epsilon", config["rms_norm_eps"])
@@ -332,6 +331,27 @@ def test_a_head_in_another_shard_or_part(tiny: Callable[[str], Tiny], tmp_path: 
     write(one.model, path, general={"general.type": "adapter"})
     with pytest.raises(InputError, match="is of the type 'adapter'"):
         load(str(path))
+
+
+HUGE: dict[str, dict[str, Any]] = {
+    "layers": {"num_hidden_layers": 10**9},
+    "sliding layers": {"num_hidden_layers": 60_000, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
+    "a head": {"head_dim": 2**40},
+    "a share of the width": {"hidden_size": 2**50},
+    "the vocabulary": {"vocab_size": 2**50},
+    "the MLP": {"intermediate_size": 2**50},
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("case", HUGE)
+def test_sizes_are_told_before_anything_of_them_is_made(case: str, tiny: Callable[[str], Tiny]) -> None:
+    one, begun = tiny("qwen2"), time.monotonic()
+    stored = huggingface.NAMES.renamed(native.weights(one.path), one.path, native.KINDS)
+    with pytest.raises(InputError) as error:
+        huggingface.assemble(one.config | HUGE[case], stored, one.path, None, device="cpu", dtype=torch.float32)
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - begun < 5
 
 
 def test_a_custom_class_is_told(tiny: Callable[[str], Tiny]) -> None:

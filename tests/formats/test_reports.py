@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import dlm
 from bases import publish, transformer
 from conftest import run
 from dlm.errors import InputError
@@ -55,9 +56,11 @@ def test_d1_sliding_windows_by_layer(tmp_path: Path, family: str) -> None:
     directory = publish(transformer(family), tmp_path)
     slides = {"use_sliding_window": True, "sliding_window": 8}
     patched(directory, **slides, max_window_layers=2, layer_types=["sliding_attention", "full_attention"])
-    assert "slides over 8 tokens in 1 layers" in refused(directory)
+    assert gap(directory) < NEAR
+    assert load(str(directory)).config.network.sliding_layers == (0,)
     patched(directory, layer_types=None, max_window_layers=0)
-    assert "slides over 8 tokens in 2 layers" in refused(directory)
+    assert gap(directory) < NEAR
+    assert load(str(directory)).config.network.sliding_layers == (0, 1)
     patched(directory, layer_types=["full_attention"] * 2, max_window_layers=0)
     assert gap(directory) < NEAR
     patched(directory, layer_types=["chunked_attention"] * 2)
@@ -143,3 +146,54 @@ def test_d5_factors_of_a_file_one_by_one(tmp_path: Path) -> None:
     assert "has a tensor blk.0.rope_freqs.weight" in refused(write(model, tmp_path / "d.gguf", tensors=other))
     qwen2 = write(transformer("Qwen2"), tmp_path / "e.gguf", tensors={"rope_freqs.weight": torch.ones(4)})
     assert "has a tensor rope_freqs.weight" in refused(qwen2)
+
+
+@pytest.mark.parametrize("layers", [["sliding_attention", "full_attention"], ["full_attention", "sliding_attention"]])
+def test_d1_sliding_windows_with_caches(tmp_path: Path, layers: list[str]) -> None:
+    """Greedy texts of several lengths, by KV cache, without, by draft tokens, and in one batch: those of transformers."""
+    model = transformer("Qwen3", use_sliding_window=True, sliding_window=5, layer_types=layers, seed=3)
+    lm = load(str(publish(model, tmp_path)))
+    lm.defaults["eos_token_id"] = []
+    prompts = ["ROMEO:", "what light through", "a"]
+    for prompt, *made in zip(prompts, *(lm.generate(prompts, temperature=0.0, max_new_tokens=20, **how) for how in HOW), strict=True):
+        head = torch.tensor([lm.tokenizer.encode(prompt)])
+        free = model.generate(head, max_new_tokens=20, do_sample=False, pad_token_id=0)[0, head.shape[1] :].tolist()
+        assert [one.text for one in made] == [prompt + lm.tokenizer.decode(free)] * len(HOW)
+    steady = load(str(tmp_path), deterministic=True)
+    steady.defaults["eos_token_id"] = []
+    assert [one.text for one in steady.generate(prompts, temperature=0.0, max_new_tokens=20)] == [
+        one.text for one in lm.generate(prompts, temperature=0.0, max_new_tokens=20)
+    ]
+    with pytest.raises(InputError, match="slides in some layers is not compiled"):
+        load(str(tmp_path), compile=True)
+    with pytest.raises(InputError, match="no GGUF architecture has attention that slides"):
+        dlm.export(lm, tmp_path / "tiny.gguf", to="gguf")
+    with pytest.raises(InputError, match="slides over 5 tokens in 1 layers is not supported"):
+        load(str(tmp_path), family="i-dlm")
+
+
+HOW: tuple[dict[str, Any], ...] = ({"cache": True}, {"cache": False}, {"sampler": "lookup:3"}, {"sampler": "strided:3"})
+
+
+def test_d1_every_cache_of_a_network_that_slides(tmp_path: Path) -> None:
+    """Logits at positions that a KV cache, a cache of ragged rows and padding serve are those of the whole text."""
+    model = transformer("Qwen2", use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
+    network = load(str(publish(model, tmp_path))).network
+    z_BT = torch.randint(80, (2, 24), generator=torch.Generator().manual_seed(1))
+    whole_BTV, cache = network(z_BT), network.cache(2)
+    parts = [network(part, cache=cache) for part in z_BT.split([9, 1, 5, 9], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole_BTV, atol=1e-4, rtol=1e-4)
+    ragged, causal = network.ragged_cache(2, 32), torch.ones(2, 6, 6, dtype=torch.bool).tril()
+    first = network(z_BT[:, :6], pos_BQ=torch.arange(6).expand(2, -1), cache=ragged, own_BQQ=causal)
+    torch.testing.assert_close(first, whole_BTV[:, :6], atol=1e-4, rtol=1e-4)
+    ragged.trim(torch.tensor([6, 3]))  # rows end at different places
+    at_BQ = torch.tensor([[6], [3]]) + torch.arange(4)
+    next_BQV = network(z_BT.gather(1, at_BQ), pos_BQ=at_BQ, cache=ragged, own_BQQ=causal[:, :4, :4])
+    expected_BQV = whole_BTV.gather(1, at_BQ[..., None].expand(-1, -1, whole_BTV.shape[-1]))
+    torch.testing.assert_close(next_BQV, expected_BQV, atol=1e-4, rtol=1e-4)
+    valid_BT = torch.arange(24) >= torch.tensor([[0], [7]])
+    padded_BTV = network(torch.cat([z_BT[:1], torch.cat([z_BT[1:, :7] * 0, z_BT[1:, :17]], 1)]), valid_BT=valid_BT)
+    torch.testing.assert_close(padded_BTV[1, 7:], whole_BTV[1, :17], atol=1e-4, rtol=1e-4)
+    index_BC = torch.tensor([[3, 17], [0, 23]])
+    expected_BCV = whole_BTV.gather(1, index_BC[..., None].expand(-1, -1, whole_BTV.shape[-1]))
+    torch.testing.assert_close(network(z_BT, index_BC=index_BC), expected_BCV, atol=1e-4, rtol=1e-4)

@@ -42,6 +42,7 @@ def architecture(config: ModelConfig) -> str:
         (n.attention not in ("causal", "full"), f"{n.attention} attention"),
         (bool(getattr(n, "conv", 0)), "short convolutions"),
         (bool(getattr(n, "axes", ())), "positions on several axes"),
+        (bool(n.sliding_layers), "attention that slides in some layers"),
         (n.time_conditioning, "a noise level that the network reads"),
         (getattr(n, "mlp", "swiglu") != "swiglu", "an MLP that is no SwiGLU"),
         (getattr(n, "embed_norm", False), "a norm of its embeddings"),

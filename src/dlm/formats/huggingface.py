@@ -127,10 +127,8 @@ def read_shape(keys: Keys, kind: str, *, is_causal: tuple[bool | None, ...] = (N
         way = "no autoregressive model: --family NAME reads it as a diffusion model" if True in is_causal else "no diffusion model"
         raise InputError(f"is_causal = {told(stated)} makes it {way}")
     window, heads, width = keys.whole("max_position_embeddings"), keys.whole("num_attention_heads"), keys.whole("hidden_size")
-    layers, head_dim = keys.whole("num_hidden_layers"), _head_dim(keys, kind, width // heads)
+    layers, head_dim = keys.whole("num_hidden_layers", most=TransformerConfig.MOST), _head_dim(keys, kind, width // heads)
     sliding_window, sliding_layers = _sliding(keys, kind, layers, window)
-    if sliding_layers:
-        raise InputError(f"attention that slides over {sliding_window} tokens in {len(sliding_layers)} layers is not supported")
     base, scaling, factors = _rope(keys, window, head_dim)
     return TransformerConfig(
         vocab_size=keys.whole("vocab_size") + 1,
@@ -143,6 +141,8 @@ def read_shape(keys: Keys, kind: str, *, is_causal: tuple[bool | None, ...] = (N
         mlp="swiglu",
         mlp_width=keys.whole("intermediate_size"),
         attention="causal",
+        sliding_window=sliding_window,
+        sliding_layers=sliding_layers,
         rope_base=base,
         rope_scaling=scaling,
         rope_factors=factors,
@@ -154,9 +154,11 @@ def read_shape(keys: Keys, kind: str, *, is_causal: tuple[bool | None, ...] = (N
 
 
 def _head_dim(keys: Keys, kind: str, share: int) -> int:
-    if kind == "qwen3":
-        return keys.whole("head_dim", 128)
-    return share if keys.get("head_dim") is None else keys.whole("head_dim")
+    own = kind == "qwen3" or keys.get("head_dim") is not None
+    found = keys.whole("head_dim", 128) if own else share
+    if found > TransformerConfig.MOST:
+        raise ValueError(f"heads of {found} dimensions")
+    return found
 
 
 def _sliding(keys: Keys, kind: str, layers: int, window: int) -> tuple[int, tuple[int, ...]]:
@@ -284,7 +286,12 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         each = list(n.rope_factors)
         rope |= {"rope_type": "longrope", "short_factor": each, "long_factor": each, "factor": 1.0, "attention_factor": 1.0}
         rope["original_max_position_embeddings"] = n.window
-    return {
+    sliding = {
+        "use_sliding_window": True,
+        "sliding_window": n.sliding_window,
+        "layer_types": [SLIDING if i in n.sliding_layers else FULL for i in range(n.layers)],
+    }
+    return (sliding if n.sliding_layers else {}) | {
         "model_type": kind,
         "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "vocab_size": n.vocab_size - 1,
@@ -324,9 +331,6 @@ def assemble(
     """Network and config of a Hugging Face config.json and tensors in our names."""
     shape = read_config(data, str(path))
     shape = shape.with_(tied=is_tied(stored, shape.tied))
-    layers = {name.split(".")[1] for name in stored if name.startswith("blocks.")}
-    if len(layers) != shape.layers:
-        raise InputError(f"{path} says that it has {shape.layers} layers, its weights do not fit: they have {len(layers)}")
     # a long text carries half a window into the next
     settings = {"objective": "autoregressive", "context": shape.window // 2, "family": data["model_type"]}
     config = ModelConfig(shape, shape.vocab_size - 1, start_token_id=start_token_id, **settings)

@@ -93,11 +93,12 @@ class Keys(Mapping[str, Any]):
     def __repr__(self) -> str:
         return repr(self.plain)
 
-    def whole(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number of at least `least`. KeyError for an absent key without default, ValueError for anything else."""
+    def whole(self, key: str, default: int | None = None, *, least: int = 1, most: int = 2**62) -> int:
+        """A whole number from `least` to `most`. KeyError for an absent key without default, ValueError for anything else."""
         value = self[key] if default is None else self.get(key, default)
-        if type(value) is not int or value < least:
-            raise ValueError(f"{key} is {told(value)}, not a whole number of at least {least}")
+        if type(value) is not int or not least <= value <= most:
+            limit = f"of at least {least}" if type(value) is not int or value < least else f"of at most {most}"
+            raise ValueError(f"{key} is {told(value)}, not a whole number {limit}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -290,6 +290,7 @@ def assemble(
     """The network around these tensors, read and cast one by one. Takes them out of `stored`."""
     if ready is not None and (kind := networks.name_of(config.network)) != "Transformer":
         raise InputError(f"{path}: a network of kind {kind} is not quantized: leave int8 and int4 away")
+    _check_counts(config.network, stored, path)
     try:
         with without_weights():
             network = networks.make(config.network)
@@ -319,6 +320,16 @@ def assemble(
     if config.network.tied:
         network.head.weight = network.embed.weight
     return network.eval().requires_grad_(False)
+
+
+def _check_counts(shape: TransformerConfig, stored: dict[str, Stored], path: Path) -> None:
+    """InputError for other numbers of layers or experts than the tensors have, before so many are made."""
+    layers = {name.split(".")[1] for name in stored if name.startswith("blocks.")}
+    experts = {name.split(".")[4] for name in stored if ".mlp.experts." in name}
+    stated = {"layers": (shape.layers, len(layers)), "experts": (shape.experts.count if shape.experts else 0, len(experts))}
+    for what, (says, has) in stated.items():
+        if says != has:
+            raise InputError(f"the weights in {path} do not fit its config.json: it says that there are {says} {what}, they have {has}")
 
 
 def _part(name: str) -> str:

@@ -37,6 +37,8 @@ def compile(network: Transformer) -> Transformer:
         raise InputError("a network is compiled with a C++ compiler, and there is none: install g++, or decode without compiling")
     if network.config.experts is not None:
         raise InputError("a network with experts is not compiled, for its tokens choose what is run: leave compiling away")
+    if network.config.sliding_layers:
+        raise InputError("a network whose attention slides in some layers is not compiled: leave compiling away")
     fuse(network)
     network.blocks = CompiledBlocks(network.blocks)
     return network
@@ -87,7 +89,7 @@ class CompiledBlocks(Blocks):
 
     def over(self, x: Tensor, forward_pass: ForwardPass, memory: Memory, span: tuple[int, int]) -> Tensor:
         """x (B, Q, D) after the blocks, new positions in this span of the memory."""
-        cos, sin, mask, _, _, mask_tokens, near = forward_pass
+        cos, sin, mask, _, _, mask_tokens, near, _ = forward_pass
         assert mask is None or isinstance(mask, Tensor)
         run = self.plain if mask_tokens is None else self._adapted(mask_tokens, x.dtype)
         kept, slot_Q, mask_B1QT = memory.whole(*span, mask)

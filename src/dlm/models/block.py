@@ -45,6 +45,13 @@ class ForwardPass(NamedTuple):
     cache: AnyCache | None = None
     mask_tokens: MaskTokens | None = None
     neighbours: Neighbours | None = None  # which a short convolution reads; None: those of plain whole rows
+    sliding: Tensor | None = None  # mask (B, 1, Q, T) of the layers that slide
+
+    def mask_of(self, attends: Attention) -> tuple[attention.Mask, bool]:
+        """The mask of a layer's attention, and whether it is plainly causal."""
+        if self.sliding is not None and attends.layer in attends.config.sliding_layers:
+            return self.sliding, False
+        return self.mask, self.is_causal
 
 
 class LowRank(NamedTuple):
@@ -167,7 +174,8 @@ class Attention(nn.Module):
         self.attend = Attend(config)
 
     def forward(self, x_BQD: Tensor, forward_pass: ForwardPass) -> Tensor:
-        cos, sin, mask, is_causal, cache, mask_tokens, _ = forward_pass
+        cos, sin, _, _, cache, mask_tokens, *_ = forward_pass
+        mask, is_causal = forward_pass.mask_of(self)
         q, k, v = self.heads(x_BQD, cos, sin, mask_tokens)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)

@@ -46,6 +46,7 @@ class TransformerConfig:
     """Sizes and switches: all that is needed to rebuild the network."""
 
     MLPS: ClassVar[tuple[str, ...]] = ("relu2", "swiglu")
+    MOST: ClassVar[int] = 2**16  # layers, and dimensions of a head
     vocab_size: int
     window: int = 256
     layers: int = 6
@@ -57,6 +58,8 @@ class TransformerConfig:
     mlp_width: int = 0  # 0: 4 x width for relu2, 8/3 x width for swiglu
     attention: str = "full"  # full | causal | block_causal | causal_text
     block_length: int = 0  # for block_causal and causal_text
+    sliding_window: int = 0  # positions up to its own that a query of a sliding layer reads; causal attention alone
+    sliding_layers: tuple[int, ...] = ()
     rope_base: float = 10_000.0
     rotary_dim: int = 0  # leading dimensions of a head that are rotated; 0: all
     rope_scaling: tuple[float, ...] = ()  # of Llama 3 or YaRN, as `dlm.models.rope` takes it
@@ -90,7 +93,7 @@ class TransformerConfig:
             object.__setattr__(self, name, value)
         if self.heads % self.kv_heads or self.head_dim % 2:
             raise ValueError(f"{self.heads} heads need a divisor of kv_heads ({self.kv_heads}) and an even head_dim ({self.head_dim})")
-        for name in ("rope_scaling", "rope_factors"):  # JSON has lists
+        for name in ("rope_scaling", "rope_factors", "sliding_layers"):  # JSON has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.experts, dict):  # and no dataclasses
             object.__setattr__(self, "experts", ExpertsConfig(**self.experts))
@@ -104,6 +107,8 @@ class TransformerConfig:
         self._check_switches()
 
     def _check_switches(self) -> None:
+        if self.layers > self.MOST:
+            raise ValueError(f"layers must be at most {self.MOST}, got {self.layers}")
         if self.conv < 0 or (self.attention != "causal" and self.conv and self.conv % 2 == 0):
             raise ValueError(f"a centred convolution has an odd number of taps, or 0 for none, got conv={self.conv}")
         if not 0 <= self.dropout < 1:
@@ -116,6 +121,8 @@ class TransformerConfig:
             raise ValueError(f"rotary_dim must be even and at most the head_dim {self.head_dim}, got {self.rotary_dim}")
         if len(self.rope_scaling) not in (0, rope.LLAMA3, rope.YARN):
             raise ValueError(f"rope_scaling has {rope.LLAMA3} numbers, {rope.YARN} or none, got {self.rope_scaling}")
+        if self.sliding_layers and (self.attention != "causal" or self.sliding_window < 1 or max(self.sliding_layers) >= self.layers):
+            raise ValueError(f"sliding layers {self.sliding_layers} of {self.layers} need causal attention and a sliding_window")
         if len(self.rope_factors) not in (0, 1, pairs := (self.rotary_dim or self.head_dim) // 2):
             raise ValueError(f"rope_factors has one number for each of {pairs} pairs, one for all or none, got {len(self.rope_factors)}")
         object.__setattr__(self, "axes", tuple(self.axes))

@@ -32,6 +32,24 @@ class Attends(NamedTuple):
     pos_BT: Tensor | None = None  # of keys; None: those of the queries
 
 
+def _keys(attends: Attends, cache: AnyCache | None) -> Tensor:
+    """The positions of the keys (B, T); those of the queries, the same tensor, if they are the same."""
+    if isinstance(cache, RaggedCache) or (isinstance(cache, TextCache) and cache.beside):
+        return cache.positions(attends.pos_BQ)
+    return attends.pos_BQ if attends.pos_BT is None else attends.pos_BT
+
+
+def _allowed(attends: Attends, pos_BT: Tensor) -> Tensor | None:
+    """bool (B, Q, T), the keys that each query reads; None for all."""
+    pos_BQ, mask, is_causal, _ = attends
+    if isinstance(mask, Tensor):
+        return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    if mask is None and not is_causal:
+        return None
+    pattern, block_length = (mask.pattern, mask.block_length) if mask else ("causal", 0)
+    return attention.allowed(pattern, pos_BQ[:, :, None], pos_BT[:, None, :], block_length)
+
+
 class Transformer(nn.Module):
     """A `Denoiser`: token ids in, logits out; bidirectional, block-causal or causal by its config."""
 
@@ -156,7 +174,8 @@ class Transformer(nn.Module):
             x_BQD = F.rms_norm(x_BQD, x_BQD.shape[-1:], eps=self.config.norm_eps)
         cos, sin = self.rotary(pos_BQ)
         near = self._neighbours(attends, cache) if self.taps else None
-        forward_pass = ForwardPass(cos, sin, mask, is_causal, cache, mask_tokens, near)
+        sliding = self._sliding(attends, cache) if self.config.sliding_layers else None
+        forward_pass = ForwardPass(cos, sin, mask, is_causal, cache, mask_tokens, near, sliding)
         at_BC = index_BC if logits and states is None and pattern != "clean" else None
         x_BQD = blocks_at(self.blocks, self.dropout(x_BQD), forward_pass, at_BC)
         if isinstance(cache, KVCache | RaggedCache):
@@ -181,19 +200,16 @@ class Transformer(nn.Module):
 
     def _neighbours(self, attends: Attends, cache: AnyCache | None) -> Neighbours | None:
         """The neighbours that the short convolutions read: those that attention reads. None: of whole rows that nothing masks."""
-        pos_BQ, mask, is_causal, pos_BT = attends
-        if isinstance(cache, RaggedCache) or (isinstance(cache, TextCache) and cache.beside):
-            pos_BT = cache.positions(pos_BQ)
-        if pos_BT is None and mask is None and (self.taps[-1] <= 0 if is_causal else True):
+        pos_BT = _keys(attends, cache)
+        if pos_BT is attends.pos_BQ and attends.mask is None and (self.taps[-1] <= 0 if attends.is_causal else True):
             return None
-        pos_BT = pos_BQ if pos_BT is None else pos_BT
-        allowed_BQT = None
-        if isinstance(mask, Tensor):
-            allowed_BQT = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
-        elif mask is not None or is_causal:
-            pattern, block_length = (mask.pattern, mask.block_length) if mask else ("causal", 0)
-            allowed_BQT = attention.allowed(pattern, pos_BQ[:, :, None], pos_BT[:, None, :], block_length)
-        return neighbours(self.taps, pos_BQ, pos_BT, allowed_BQT)
+        return neighbours(self.taps, attends.pos_BQ, pos_BT, _allowed(attends, pos_BT))
+
+    def _sliding(self, attends: Attends, cache: AnyCache | None) -> Tensor:
+        """bool (B, 1, Q, T): the keys that a sliding layer reads, the last ones of those that the others read."""
+        pos_BT = _keys(attends, cache)
+        allowed_BQT, near_BQT = _allowed(attends, pos_BT), pos_BT[:, None, :] > attends.pos_BQ[:, :, None] - self.config.sliding_window
+        return (near_BQT if allowed_BQT is None else near_BQT & allowed_BQT)[:, None]
 
     def _attends(
         self,

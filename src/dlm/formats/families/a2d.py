@@ -5,6 +5,7 @@ The mask is an added token that only the tokenizer names. Members for the sample
 
 from __future__ import annotations
 
+from dlm.errors import InputError
 from dlm.formats import huggingface
 from dlm.formats.families.record import Config, Family
 from dlm.formats.keys import Keys
@@ -15,6 +16,8 @@ def bidirectional(config: Config, kind: str) -> TransformerConfig:
     """The backbone of a config with the keys of `kind`, read bidirectionally and without a row for a mask of ours."""
     keys = config if isinstance(config, Keys) else Keys(config)
     shape = huggingface.read_shape(keys, kind, is_causal=(None, False))
+    if shape.sliding_layers:
+        raise InputError(f"attention that slides over {shape.sliding_window} tokens in {len(shape.sliding_layers)} layers is not supported")
     return shape.with_(vocab_size=config["vocab_size"], attention="full")
 
 

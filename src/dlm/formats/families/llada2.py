@@ -125,6 +125,6 @@ LLADA2 = Family(
     mask_id=156_895,
     phase="zero",
     stop_texts=("<|endoftext|>", "<|role_end|>"),
-    harmless=("max_window_layers",),  # none slides
+    harmless=("max_window_layers", "sliding_window"),  # none slides
     preset={"sampler": "llada2", "steps": 2048, "block_length": BLOCK_LENGTH, "temperature": 0.0},
 )

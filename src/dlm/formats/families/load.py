@@ -40,9 +40,6 @@ def load(
     noise = {**family.noise, **{key: data[key] for key in family.noise_keys}}
     if noise["process"] in ("masked", "score"):
         noise["tokens"] = max(vocabulary.values()) + 1
-    layers = {name.split(".")[1] for name in stored if name.startswith("blocks.")}
-    if len(layers) != shape.layers:
-        raise InputError(f"{path} says that it has {shape.layers} layers, its weights do not fit: they have {len(layers)}")
     how: dict[str, Any] = {"objective": "autoregressive", "start_token_id": None} if family.causal else {}
     config = ModelConfig(
         shape.with_(tied=huggingface.is_tied(stored, shape.tied)),
