@@ -87,6 +87,14 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is damaged ({error})") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds, empty where there is no such file. InputError for anything else."""
+    data = read_json(path) if path.is_file() else {}
+    if not isinstance(data, dict):
+        raise InputError(f"{path} is damaged (it holds a {type(data).__name__})")
+    return data
+
+
 def stamp(number: int) -> dict[str, Any]:
     """The entries of a file that say in which format and by which version of dlm it was written."""
     return {"format": number, "dlm_version": dlm.__version__}

@@ -126,6 +126,34 @@ def test_logits_are_those_of_the_model(tmp_path: Path, family: str, changes: dic
     assert again.tokenizer.fingerprint() == lm.tokenizer.fingerprint()
 
 
+def test_d6_the_end_of_a_turn_stops_whatever_the_header_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The header names another token, or none; <|im_end|> ends a turn by its name, another token by the template."""
+    from gguf import GGUFWriter
+
+    model = transformer("Llama", num_hidden_layers=1)
+    start, end = (tokenizer().token_to_id(text) for text in SPECIAL)
+
+    def stops(**metadata: Any) -> frozenset[int]:
+        general = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+        return load(str(write(model, tmp_path / "a.gguf", general=general))).stops
+
+    assert stops() == {end}
+    monkeypatch.setattr(GGUFWriter, "add_eos_token_id", lambda *_: None)
+    assert stops() == {end}
+    assert stops(eos_token_id=3) == {3, end}
+    assert stops(eot_token_id=5, eom_token_id=6) == {5, 6, end}
+    turn = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_start|>{% endfor %}"
+    monkeypatch.setattr(GGUFWriter, "add_chat_template", lambda self, _: self.add_string("tokenizer.chat_template", turn))
+    assert stops() == {start, end}
+    for metadata, told in (
+        ({"eot_token_id": "no id"}, "eos_token_id has 'no id'"),
+        ({"eom_token_id": 1.5}, r"eos_token_id has 1\.5"),
+        ({"add_bos_token": True}, r"bos_token_id is missing"),
+    ):
+        with pytest.raises(InputError, match=told):
+            stops(**metadata)
+
+
 @pytest.mark.parametrize(("quantisation", "error"), [("F16", 2e-3), ("BF16", 2e-2), ("Q8_0", 2e-2), ("Q4_1", 0.3)])
 def test_quantized_weights_come_close(tmp_path: Path, quantisation: str, error: float) -> None:
     model = transformer("Llama", intermediate_size=64)

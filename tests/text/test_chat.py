@@ -120,13 +120,75 @@ def test_templates_come_from_three_places(tmp_path: Path) -> None:
     assert found().source == "three"
 
 
-@pytest.mark.parametrize(
-    "template", ["{{ messages[9].content }}", "{% if %}", "{{ raise_exception('roles must alternate') }}", "{{ 1 + '' }}"]
-)
-def test_a_template_that_refuses_gets_one_line(template: str) -> None:
-    with pytest.raises(InputError, match="chat template does not take") as error:
+REFUSED = {
+    "\n{{ messages[9].content }}": "has no element 9, line 2 of the template",
+    "a\nb{% if %}": ", line 2 of the template",
+    "{% for %}": ", line 1 of the template",
+    "{% nothing %}": "unknown tag 'nothing'.*line 1 of the template",
+    "\n\n{{ raise_exception('roles must alternate') }}": "roles must alternate, line 3 of the template",
+    "{{ 1 + '' }}": ", line 1 of the template",
+    "{% set x = 1 %}\n{{ x / 0 }}": "division by zero, line 2 of the template",
+    "{{ 1 / 0 }}": "division by zero, line 1 of the template",
+    "\n{{ 2.0**9999 }}": "line 2 of the template",
+    "{{ 10**(10**10) }}": "too large, line 1 of the template",
+    "{{ 'a' * 10**12 }}": "too large, line 1 of the template",
+    "{{ range(10**9) | list }}": "Range too big.*, line 1 of the template",
+    "{% macro f() %}{{ f() }}{% endmacro %}\n{{ f() }}": "recursion",
+    "{{ messages | nothing }}": "No filter named 'nothing'.*line 1",
+    "\n{% include 'other' %}": "line 2 of the template",
+    "{{ messages[0].content.nothing.more }}": "line 1 of the template",
+    "{% generation %}": "line 1 of the template",
+    "{% break %}": "",
+}
+
+
+@pytest.mark.parametrize("template", REFUSED)
+def test_d12_a_template_that_refuses_gets_one_line(template: str) -> None:
+    with pytest.raises(InputError, match="chat template does not take.*" + REFUSED[template]) as error:
         ChatTemplate(template).render(MESSAGES)
     assert "\n" not in str(error.value)
+
+
+EXTENSIONS = {
+    "generation": "{% for m in messages %}{% if m.role == 'JULIET' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}",
+    "generation, white space": "{% for m in messages %}\n  {% generation %}\n  {{- m.content }}  \n  {% endgeneration %}\n\n{%- endfor %}",
+    "generation, scope": "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+    "generation, nested": "{% generation %}a{% generation %}b{% endgeneration %}c{% endgeneration %}",
+    "tojson": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ {'b': '<\u00e9>', 'a': 1} | tojson(sort_keys=true) }}",
+    "tojson options": "{{ messages[0] | tojson(ensure_ascii=true, separators=(',', ':')) }}{{ ['\u00e9'] | tojson(true) }}",
+    "loops": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% break %}{% endfor %}",
+    "strftime_now": "{{ strftime_now('%Y') | length }}{% if strftime_now is defined %}yes{% endif %}",
+    "namespace": "{% set n = namespace(found=false) %}{% for m in messages %}{% set n.found = true %}{% endfor %}{{ n.found }}",
+    "undefined": "{{ nothing }}{{ tools is none }}{{ documents is defined }}{{ image_token is defined }}",
+    "products": "{{ '-' * 3 }}{{ 2 ** 10 }}{{ 2 ** 0.5 }}{{ 2 ** -1 }}{{ 3 * '=' }}{{ [1] * 2 }}{{ 1.5 * 2 }}",
+}
+
+
+@pytest.mark.parametrize("name", EXTENSIONS)
+def test_d12_the_extensions_of_transformers(name: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer(), bos_token=SPECIAL[0], eos_token=SPECIAL[1])
+    theirs.chat_template = EXTENSIONS[name]
+    chat = ChatTemplate(EXTENSIONS[name], {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1]})
+    assert chat.render(MESSAGES, answer=False) == theirs.apply_chat_template(MESSAGES, tokenize=False)
+
+
+def test_d12_the_verb_says_it_in_one_line(dlm: Dlm, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    zero = Path(shutil.copytree(base, tmp_path / "zero"))
+    (zero / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ 1 / 0 }}"}))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi"))
+    assert "division by zero, line 1" in dlm.told("chat", str(zero))
+
+
+@pytest.mark.parametrize("source", [3, ["a"], [{"name": 1}], {"a": 1}], ids=str)
+def test_a_template_that_is_no_text_is_damage(tmp_path: Path, source: object) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
+    with pytest.raises(InputError, match="is damaged"):
+        ChatTemplate.load(tmp_path)
 
 
 def test_a_template_runs_in_a_sandbox() -> None:

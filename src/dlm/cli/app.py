@@ -15,6 +15,7 @@ import platform
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -122,10 +123,17 @@ BridgeOption = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object.")]
 SAMPLING, DRAFTING = "Sampling", "Speculative decoding (autoregressive models)"  # panels of the help
+OWN = "the model's own, else all"  # the default of an option that generation_config.json may set
 TopP = Annotated[
-    float, typer.Option(callback=between(0, 1), help="Keep the likeliest tokens up to this probability.", rich_help_panel=SAMPLING)
+    float | None,
+    typer.Option(
+        callback=between(0, 1), show_default=OWN, help="Keep the likeliest tokens up to this probability.", rich_help_panel=SAMPLING
+    ),
 ]
-TopK = Annotated[int, typer.Option(callback=between(0), help="Keep this many likeliest tokens; 0: all.", rich_help_panel=SAMPLING)]
+TopK = Annotated[
+    int | None,
+    typer.Option(callback=between(0), show_default=OWN, help="Keep this many likeliest tokens; 0: all.", rich_help_panel=SAMPLING),
+]
 DraftOption = Annotated[
     str | None,
     typer.Option(
@@ -361,6 +369,7 @@ READER_GONE = 128 + 13
 def main() -> None:
     """Run a command; an error that the user can mend ends in one line and exit code 2, Ctrl-C in 130, a closed pipe in 141."""
     _open_streams()
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         code = _run()
         sys.stdout.flush()

@@ -85,7 +85,7 @@ def decode(
             batches=sizes,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            top_k=top_k,
+            top_k=top_k or 0,
             rounds=rounds,
             seed=seed,
             device=device,

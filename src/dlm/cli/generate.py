@@ -116,8 +116,8 @@ def generate(
             callback=between(0), show_default="the model's own, else 1", help="0 takes the likeliest token.", rich_help_panel=SAMPLING
         ),
     ] = None,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
+    top_p: TopP = None,
+    top_k: TopK = None,
     block_length: Annotated[
         int | None,
         typer.Option(callback=between(1), help="Fill each window in blocks of this length, from left to right.", rich_help_panel=SAMPLING),

@@ -57,7 +57,7 @@ def load(path: Path, bridge: str, *, device: torch.device | str = "cpu", dtype: 
         "steps": generation.get("max_denoising_steps") or STEPS,
         "stable": generation.get("stability_threshold", STABLE) or STABLE,
         "confidence": generation.get("confidence_threshold") or CONFIDENCE,
-        "eos_token_id": stops(generation.get("eos_token_id"), text.get("eos_token_id"), chat, tokenizer),
+        "eos_token_id": stops(generation.get("eos_token_id"), text.get("eos_token_id"), chat, tokenizer, path),
     }
     noise = {"process": "uniform", "schedule": "linear"}
     config = ModelConfig(shape, shape.vocab_size - 1, noise=noise, family="diffusion_gemma", fills_window=False, block_phase="prompt")

@@ -29,6 +29,7 @@ from dlm.formats.stored import Stored
 from dlm.models.rope import frequencies
 from dlm.text.byte_level import WORDS
 from dlm.text.chat import ChatTemplate
+from dlm.text.special_tokens import ENDS_OF_TEXT, as_ids
 
 NAMES = Names(
     outside={"token_embd": "embed", "output_norm": "norm", "output": "head"},
@@ -179,9 +180,7 @@ def read(path: Path) -> Contents:
         inner, control = _tokenizer(meta, path), {"bos_token": "bos_token_id", "eos_token": "eos_token_id"}
         tokens = meta["tokenizer.ggml.tokens"]
         named = {name: tokens[meta[f"tokenizer.ggml.{key}"]] for name, key in control.items() if f"tokenizer.ggml.{key}" in meta}
-        stops = {meta[key] for key in (f"tokenizer.ggml.{end}_token_id" for end in STOPS) if key in meta}
-        begins = meta.get("tokenizer.ggml.add_bos_token", meta.get("tokenizer.ggml.pre") == "llama-bpe")
-        start = meta.get("tokenizer.ggml.bos_token_id") if begins else None
+        stops, start = _ends(meta, inner, path), _begin(meta, path)
         chat = ChatTemplate(meta.get("tokenizer.chat_template", ""), named)
         mask, shift = meta.get("tokenizer.ggml.mask_token_id"), meta.get("diffusion.shift_logits")
         return Contents(config, stored, inner, chat, sorted(stops), start, mask, shift)
@@ -343,6 +342,22 @@ def _tensor(header: Header, name: str, path: Path, interleaved: int | None = Non
         except (RuntimeError, TypeError) as error:
             raise InputError(f"{path} contradicts itself ({name}: {str(error).splitlines()[0]})") from None
     return tensor
+
+
+def _ends(meta: dict[str, Any], inner: tokenizers.Tokenizer, path: Path) -> set[int]:
+    """Ids that end a text or a turn: those of the header, and control tokens by their names, as in llama.cpp."""
+    said = [meta[key] for key in (f"tokenizer.ggml.{end}_token_id" for end in STOPS) if key in meta]
+    by_name = (i for i, token in inner.get_added_tokens_decoder().items() if token.special and token.content in ENDS_OF_TEXT)
+    return {*as_ids(said, str(path)), *by_name}
+
+
+def _begin(meta: dict[str, Any], path: Path) -> int | None:
+    """The id of the token that is read before every text; None for none."""
+    begins, start = meta.get("tokenizer.ggml.add_bos_token"), meta.get("tokenizer.ggml.bos_token_id")
+    if begins and start is None:
+        raise InputError(f"{path} begins every text with a token that it does not name: tokenizer.ggml.bos_token_id is missing")
+    usual = meta.get("tokenizer.ggml.pre") == "llama-bpe"
+    return start if (usual if begins is None else begins) else None
 
 
 def _tokenizer(meta: dict[str, Any], path: Path) -> tokenizers.Tokenizer:

@@ -25,8 +25,10 @@ from dlm.formats.stored import Stored
 from dlm.models.config import TransformerConfig
 from dlm.models.rope import frequencies
 from dlm.models.transformer import Transformer
+from dlm.text import special_tokens
 from dlm.text.chat import ChatTemplate
 from dlm.text.tokenizer import Tokenizer
+from dlm.text.tokenizer import read as read_tokenizer
 
 NAMES = Names(
     outside={"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"},
@@ -355,27 +357,38 @@ def load(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype =
 
         file = gguf.read(path)
         data, stored, chat, start = file.config, file.stored, file.chat, file.start_token_id
-        tokenizer, defaults = Tokenizer(file.inner, data["vocab_size"]), {"eos_token_id": file.stops}
+        tokenizer = Tokenizer(file.inner, data["vocab_size"])
+        defaults = {"eos_token_id": stops(file.stops, None, chat, tokenizer, path)}
     else:
         data = read_json(path / "config.json")
         read_config(data, str(path))  # before gigabytes of weights are
-        tokenizer = Tokenizer.load(path, data["vocab_size"])
+        chat, inner = ChatTemplate.load(path), read_tokenizer(path)
+        special_tokens.mark(inner, chat.tokens)
+        tokenizer = Tokenizer(inner, data["vocab_size"])
         defaults = native.read_defaults(path)
-        chat = ChatTemplate.load(path)
-        defaults["eos_token_id"] = stops(defaults.get("eos_token_id"), data.get("eos_token_id"), chat, tokenizer)
-        begins = tokenizer.inner.encode("", add_special_tokens=True).ids
-        start = begins[0] if begins else None
+        defaults["eos_token_id"] = stops(defaults.get("eos_token_id"), data.get("eos_token_id"), chat, tokenizer, path)
+        start = start_token(tokenizer, path)
         stored = NAMES.renamed(native.weights(path, copied=ready is not None), path, KINDS)
     network, config = assemble(data, stored, path, start, device=device, dtype=dtype, ready=ready)
     return Base(network, config, tokenizer, defaults, chat)
 
 
-def stops(generation: Any, config: Any, chat: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
-    """Ids that end a text: of generation_config.json, else config.json; and the tokenizer's eos_token, which ends a turn of a chat."""
-    found = generation if generation is not None else config
-    ids = {found} if isinstance(found, int) else set(found or [])
-    turn = tokenizer.control.get(chat.tokens.get("eos_token", ""))
-    return sorted(i for i in ids | {turn} if isinstance(i, int))
+def start_token(tokenizer: Tokenizer, where: Path) -> int | None:
+    """The id that the tokenizer puts before every text. InputError for several, of which a network of ours reads one."""
+    before = special_tokens.around(tokenizer.inner, where)[0]
+    if len(before) > 1:
+        raise InputError(f"{where} has a tokenizer that puts {len(before)} tokens before every text: dlm reads one at most")
+    return before[0] if before else None
+
+
+def stops(generation: Any, config: Any, chat: ChatTemplate, tokenizer: Tokenizer, where: Path) -> list[int]:
+    """Ids that end a text, from all that say so: generation_config.json and config.json (or a GGUF file), the tokenizer's eos_token, the
+    tokens that it puts after a text, and the one that the chat template puts after an answer. InputError for ids that are none.
+    """
+    said = [*special_tokens.as_ids(generation, str(where)), *special_tokens.as_ids(config, str(where))]
+    ends = [tokenizer.control.get(chat.tokens.get("eos_token", "")), chat.end_of_turn(tokenizer)]
+    after = special_tokens.around(tokenizer.inner, where)[1]
+    return sorted({*said, *after, *(one for one in ends if one is not None)})
 
 
 def to_hugging_face(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
@@ -22,13 +23,14 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 
 from dlm.errors import InputError
-from dlm.files import check_stamp, read_json, replacing_files, stamp
+from dlm.files import check_stamp, read_json, read_object, replacing_files, stamp
 from dlm.formats.find import find as find
 from dlm.formats.stored import Stored
 from dlm.models import networks
 from dlm.models.config import TransformerConfig
 from dlm.models.meta import without_weights
 from dlm.models.transformer import Transformer
+from dlm.text.special_tokens import as_ids
 
 INDEX = "model.safetensors.index.json"
 KINDS = "Llama, Qwen2 or Qwen3"
@@ -47,6 +49,40 @@ IGNORED_KEYS = (
     "format",
     "dlm_version",
 )
+MOST = 1e9
+KIND_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
+GENERATION: dict[str, tuple[type, float, float]] = {  # keys of generation_config.json that are read: type, least and greatest value
+    "do_sample": (bool, 0, 0),
+    "temperature": (float, 0, MOST),
+    "top_p": (float, 1e-9, 1),
+    "top_k": (int, 0, MOST),
+    "sampler": (str, 0, 0),
+    "steps": (int, 1, 1e6),
+    "block_length": (int, 0, MOST),
+    "sampler_config": (dict, 0, 0),  # and below: of DiffusionGemma
+    "max_denoising_steps": (int, 1, 1e6),
+    "stability_threshold": (int, 0, MOST),
+    "confidence_threshold": (float, 0, MOST),
+    "t_min": (float, 0, MOST),
+    "t_max": (float, 0, MOST),
+}
+UNREAD: dict[str, object] = {  # keys that change the text and are not read, with the value that changes nothing
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "num_beams": 1,
+    "guidance_scale": 1.0,
+    "bad_words_ids": [],
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "sequence_bias": {},
+    "forced_bos_token_id": [],
+    "forced_eos_token_id": [],
+}
 PRECISE = (".router.weight", ".router.correction")  # in float32 whatever the others are: few numbers, on which a choice depends
 SHARD = "14MB"  # below the size that code hosts and mail gateways reject
 
@@ -202,12 +238,29 @@ def card(config: ModelConfig, name: str, parameters: int) -> str:
 
 
 def read_defaults(path: Path) -> dict[str, Any]:
-    """generation_config.json of a directory, empty where it has none."""
+    """generation_config.json of a directory, empty where it has none; a key that is null is not set. InputError for values of other types.
+
+    Warns of settings that change the text and that no sampler here has.
+    """
     file = path / "generation_config.json"
-    data = read_json(file) if file.is_file() else {}
-    if not isinstance(data, dict):
-        raise InputError(f"{file} is damaged (it holds a {type(data).__name__})")
-    return data
+    found = {key: value for key, value in read_object(file).items() if value is not None}
+    for key, value in found.items():
+        if key in GENERATION and not _suits(value, *GENERATION[key]):
+            kind, low, high = GENERATION[key]
+            bounds = f" of {low:g} .. {high:g}" if kind in (int, float) else ""
+            raise InputError(f"{file}: {key} is {value!r}: give {KIND_WORDS[kind]}{bounds}, or leave it away")
+    as_ids(found.get("eos_token_id"), str(file))
+    unread = [f"{key} {found[key]!r}" for key, harmless in UNREAD.items() if found.get(key, harmless) not in (harmless, [], {})]
+    if unread:
+        warnings.warn(f"{file} asks for {', '.join(unread)}, which dlm does not do", stacklevel=2)
+    return found
+
+
+def _suits(value: object, kind: type, low: float, high: float) -> bool:
+    """Whether it is of this kind, a number in low .. high. NaN lies in no range, and a truth value is no number."""
+    if kind not in (int, float):
+        return isinstance(value, kind)
+    return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool) and low <= value <= high
 
 
 def is_foreign(path: Path) -> bool:

@@ -44,6 +44,7 @@ from dlm.sampling.autoregressive.draft import Draft
 from dlm.sampling.autoregressive.draft_length import AdaptiveDraftLength
 from dlm.sampling.draw import generators
 from dlm.text.chat import ChatTemplate, Messages
+from dlm.text.special_tokens import as_ids
 from dlm.text.tokenizer import Tokenizer
 from dlm.text.tokenizer import read as read_tokenizer
 from dlm.trajectory import Canvas, Frame, Trajectory
@@ -161,9 +162,8 @@ class LanguageModel:
 
     @property
     def stops(self) -> frozenset[int]:
-        """Tokens that end a text or a turn: eos_token_id of generation_config.json."""
-        ids = self.defaults.get("eos_token_id", [])
-        return frozenset([ids] if isinstance(ids, int) else ids or [])
+        """Tokens that end a text or a turn: eos_token_id of `defaults`."""
+        return frozenset(as_ids(self.defaults.get("eos_token_id"), self.name))
 
     @property
     def window(self) -> int:
@@ -251,9 +251,9 @@ class LanguageModel:
             block_length=network.block_length,
             default_sampler=self.default_sampler,
             default_steps=self.defaults.get("steps", self.window),
-            default_temperature=self.defaults.get("temperature", 1.0),
-            default_top_p=1.0 if self.config.fills_window else self.defaults.get("top_p", 1.0),
-            default_top_k=0 if self.config.fills_window else self.defaults.get("top_k", 0),
+            default_temperature=self.defaults.get("temperature", 1.0) if self.defaults.get("do_sample", True) else 0.0,
+            default_top_p=self.defaults.get("top_p", 1.0),
+            default_top_k=self.defaults.get("top_k", 0),
             default_block_length=0 if self.config.fills_window else self.defaults.get("block_length", 0),
             official=known.preset(self.config.family),
             adapter_tokens=None if adapter is None else adapter.config.stride - 1,

@@ -29,8 +29,8 @@ class DecodingKeywords(TypedDict, total=False):
     draft: Draft | str | None
     steps: int | None
     temperature: float | None
-    top_p: float
-    top_k: int
+    top_p: float | None
+    top_k: int | None
     greedy_tail: int
     until_settled: int
     early_stop: bool
@@ -72,6 +72,7 @@ class DecodingOptions:
     that is fastest for the model's adapter, heads or weights.
     draft: speculative decoding of an autoregressive model by this drafter; as a text, as of `Draft.parse` (`self:int4`, `ngram`).
     steps: denoising steps of each window. temperature, top_p, top_k: of every draw; temperature 0 takes the likeliest token.
+    Of generation_config.json they are read too, and `do_sample: false` there is temperature 0; top_p 1 and top_k 0 keep every token.
     greedy_tail: so many last steps take the likeliest token everywhere (replacement noise). until_settled: a window ends once no token
     has changed for so many steps; 0: never.
     early_stop: what stands after a written end-of-text token is neither read nor written from then on, also where the text before it has
@@ -91,8 +92,8 @@ class DecodingOptions:
     draft: Draft | None = None
     steps: int | None = None
     temperature: float | None = None
-    top_p: float = 1.0
-    top_k: int = 0
+    top_p: float | None = None
+    top_k: int | None = None
     greedy_tail: int = 0
     until_settled: int = 0
     early_stop: bool = False

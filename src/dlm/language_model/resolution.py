@@ -98,7 +98,8 @@ def resolve(options: DecodingOptions, facts: Facts) -> DecodingPlan:
     if options.budget is not None:
         raise InputError("a budget is for --sampler auto")
     temperature = facts.default_temperature if options.temperature is None else options.temperature
-    draw = Draw(temperature, options.top_k or facts.default_top_k, facts.default_top_p if options.top_p == 1 else options.top_p)
+    top_k = facts.default_top_k if options.top_k is None else options.top_k
+    draw = Draw(temperature, top_k, facts.default_top_p if options.top_p is None else options.top_p)
     context = facts.context if options.context is None else options.context
     windows.check(facts.window, context)
     _check_schedule(options, facts)

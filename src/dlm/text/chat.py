@@ -11,15 +11,23 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlm.errors import InputError
-from dlm.files import read_json
+from dlm.files import read_object
+from dlm.text import special_tokens
 from dlm.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Messages = Sequence[Mapping[str, Any]]
 GUARD = "\ufdd0"  # a noncharacter, which no text has: stands inside a control token that somebody typed
+ANSWER = "wherefore"  # of the conversation that shows how an answer ends
+MAX_PRODUCT = 10_000_000
+"""The characters, entries or bits that a product or a power in a template may have."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +41,17 @@ class ChatTemplate:
     def load(cls, directory: Path) -> ChatTemplate:
         """The one of a Hugging Face directory, in chat_template.jinja or tokenizer_config.json; an empty one where there is none."""
         config, single = directory / "tokenizer_config.json", directory / "chat_template.jinja"
-        data = read_json(config) if config.is_file() else {}
+        source = read_object(config).get("chat_template")
         try:
-            source = single.read_text(encoding="utf-8") if single.is_file() else data.get("chat_template")
-            if isinstance(source, list):  # several, by name
+            if single.is_file():
+                config, source = single, single.read_text(encoding="utf-8")
+            elif isinstance(source, list):  # several, by name
                 source = {entry["name"]: entry["template"] for entry in source}.get("default")
-            tokens = {key: value["content"] if isinstance(value, dict) else value for key, value in data.items() if key.endswith("_token")}
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{config} is damaged ({error})") from None
-        return cls(source or "", {key: value for key, value in tokens.items() if isinstance(value, str)})
+        if not isinstance(source, str | None):
+            raise InputError(f"{config} is damaged (its chat template is a {type(source).__name__}, not a text)")
+        return cls(source or "", special_tokens.named(directory))
 
     def files(self) -> dict[str, str]:
         """The files that `load` reads, by name."""
@@ -56,24 +66,25 @@ class ChatTemplate:
         """
         if not self.source:
             raise InputError("this model has no chat template: it was not made for conversations")
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def raise_exception(message: str) -> None:
-            raise TemplateError(message)
-
-        def tojson(value: Any, indent: int | None = None) -> str:  # Jinja's own escapes HTML
-            return json.dumps(value, ensure_ascii=False, indent=indent)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = tojson
-        environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
         names = self.tokens | {"tools": None, "documents": None} | variables
         try:
-            return environment.from_string(self.source).render(messages=messages, add_generation_prompt=answer, **names)
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise InputError(f"the chat template does not take these messages ({str(error).splitlines()[0]})") from None
+            return _environment().from_string(self.source).render(messages=messages, add_generation_prompt=answer, **names)
+        except Exception as error:  # of the template's own arithmetic too: a division by 0, an overflow, a macro that calls itself
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(f"the chat template does not take these messages ({reason}{_line(error)})") from None
+
+    def end_of_turn(self, tokenizer: Tokenizer) -> int | None:
+        """The control token that stands after the last word of an answer; None where the template puts none there."""
+        control = _control(tokenizer)
+        if not self.source or control is None:
+            return None
+        try:
+            text = self.render([{"role": "user", "content": ANSWER[::-1]}, {"role": "assistant", "content": ANSWER}], answer=False)
+        except InputError:  # it takes other messages
+            return None
+        _, _, rest = text.rpartition(ANSWER)
+        found = control.match(rest.lstrip()) if ANSWER in text else None
+        return None if found is None else tokenizer.control[found[0]]
 
     def encode(self, messages: Messages, tokenizer: Tokenizer, *, answer: bool = True, **variables: Any) -> list[int]:
         """Token ids of a conversation. InputError as `render`."""
@@ -89,6 +100,68 @@ class ChatTemplate:
             return control.sub(lambda found: found[0][0] + GUARD + found[0][1:], value.replace(GUARD, ""))
 
         return self.render([{key: guarded(value) for key, value in m.items()} for m in messages], answer=answer, **variables)
+
+
+@cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Jinja as transformers sets it up: `{% generation %}` marks an answer for training and changes no text."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012 (as in the class above it)
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    class Environment(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(["*", "**"])
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if _size(left, right, operator) > MAX_PRODUCT:
+                raise OverflowError(f"the result of {operator} is too large")
+            return super().call_binop(context, operator, left, right)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:  # Jinja's own escapes HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
+    return environment
+
+
+def _size(left: Any, right: Any, operator: str) -> float:
+    """About how large a product or a power becomes: characters or entries of a sequence, bits of a whole number."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() * max(right, 0) if operator == "**" else 0
+    lengths = [len(one) for one in (left, right) if isinstance(one, str | list | tuple)]
+    times = [one for one in (left, right) if isinstance(one, int)]
+    return lengths[0] * times[0] if lengths and times else 0
+
+
+def _line(error: Exception) -> str:
+    """`, line N` of the template that an error comes from; nothing where it says none."""
+    lines = [getattr(error, "lineno", None)]
+    step = error.__traceback__
+    while step is not None:
+        if step.tb_frame.f_code.co_filename == "<template>":
+            lines.append(step.tb_lineno)
+        step = step.tb_next
+    told = [line for line in lines if line]
+    return f", line {told[-1]} of the template" if told else ""
 
 
 def ids(text: str, tokenizer: Tokenizer) -> list[int]:

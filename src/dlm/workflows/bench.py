@@ -164,7 +164,7 @@ def _contenders(models: Mapping[str, LanguageModel], methods: Sequence[str], tem
             draft = Draft.from_word(word)
             if lm.network.quantized and draft is not None and draft.source == "self":
                 continue  # its weights are quantized already
-            sampler = lm.sampler(sampler=word, temperature=temperature, top_k=top_k)
+            sampler = lm.sampler(sampler=word, temperature=temperature, top_k=top_k, top_p=1.0)
             assert isinstance(sampler, OWN)
             drafter = None if draft is None else lm.draft_network(draft)
             networks = [lm.network, *([] if drafter is None else [drafter])]

@@ -21,7 +21,7 @@ from dlm.formats.keys import HARMLESS, Keys
 from dlm.formats.native import ModelConfig, Ready
 from dlm.formats.stored import Stored
 from dlm.models.config import TransformerConfig
-from dlm.text import byte_level
+from dlm.text import byte_level, special_tokens
 from dlm.text.chat import ChatTemplate
 from dlm.text.tokenizer import Tokenizer, ascii_codes, numbers
 
@@ -34,6 +34,7 @@ def load(
     """Read a directory with config.json, safetensors and a tokenizer, a GGUF file, or a .pt file. InputError for an unsupported one."""
     contents = _gguf(path, family) if path.suffix == ".gguf" else _directory(path, family, copied=ready is not None)
     data, shape, inner, chat, stored = contents.config, contents.shape, contents.inner, contents.chat, contents.stored
+    special_tokens.mark(inner, chat.tokens)
     vocabulary = inner.get_vocab(with_added_tokens=True)
     mask_id = find_mask(data, family, chat, vocabulary, path, shape.vocab_size - 1)
     tokenizer = Tokenizer.with_mask(inner, shape.vocab_size, mask_id)
@@ -54,7 +55,7 @@ def load(
     )
     defaults = dict(family.preset)
     # the end-of-text token of packed windows parts documents, and may come first
-    defaults["eos_token_id"] = [] if family.packed else stops(data, contents.generation, family, chat, tokenizer)
+    defaults["eos_token_id"] = [] if family.packed else stops(data, contents.generation, family, chat, tokenizer, path)
     network = native.assemble(config, stored, path, device=device, dtype=dtype, ready=ready)
     return Base(network, config, tokenizer, defaults, chat)
 
@@ -157,7 +158,7 @@ def find_mask(data: Config, family: Family, chat: ChatTemplate, vocabulary: dict
     raise InputError(f"{path}: its tokenizer lacks the mask token {' or '.join(told)}")
 
 
-def stops(data: Config, generation: Config, family: Family, chat: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
+def stops(data: Config, generation: Config, family: Family, chat: ChatTemplate, tokenizer: Tokenizer, where: Path) -> list[int]:
     """Ids that end an answer."""
-    named = huggingface.stops(generation.get("eos_token_id"), data.get("eos_token_id"), chat, tokenizer)
+    named = huggingface.stops(generation.get("eos_token_id"), data.get("eos_token_id"), chat, tokenizer, where)
     return sorted({*named, *(tokenizer.control[text] for text in family.stop_texts if text in tokenizer.control)})

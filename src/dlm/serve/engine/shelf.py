@@ -114,8 +114,8 @@ class Shelf:
             sampler=_lossless(lm, request.sampler, request.steps) if request.lossless else request.sampler,
             steps=request.steps,
             temperature=request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
-            top_k=request.top_k or 0,
+            top_p=request.top_p,
+            top_k=request.top_k,
             schedule=request.schedule,
             light=request.light,
         )
