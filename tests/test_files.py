@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -208,6 +210,34 @@ def test_a_training_state_of_a_later_format_says_who_writes_it(tmp_path: Path) -
     state.write(path, {}, {"step": 3, "format": 2})
     with pytest.raises(InputError, match=rf"training\.safetensors has format 2, which dlm {dlm.__version__} writes"):
         state.read_meta(path)
+
+
+def test_a_file_that_cannot_grow_is_an_error_of_the_system(tmp_path: Path) -> None:
+    """As a full disk: safetensors tells the error in words of its own."""
+    path, canvas = tmp_path / "run.traj", Canvas.from_rows([[1] * 4096], fill=0)
+    run = Trajectory(canvas.tokens_BT, canvas, pieces={1: "a"}, mask_id=0, meta={})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(OSError, match="File too large") as raised:
+            run.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_a_file_can_be_written(tmp_path: Path) -> None:
+    files.check_target(tmp_path / "run.traj")
+    files.check_target(tmp_path / "a" / "b" / "card.json", makes=True)
+    (tmp_path / "file").touch()
+    for path, makes, told in (
+        (tmp_path, False, "is a directory"),
+        (tmp_path / "a" / "run.traj", False, "no directory"),
+        (tmp_path / "file" / "card.json", True, "no directory"),
+    ):
+        with pytest.raises(InputError, match=told):
+            files.check_target(path, makes=makes)
 
 
 def rewrite(path: Path, **changes: object) -> None:

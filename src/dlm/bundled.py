@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
+
+from dlm.errors import InputError
 
 PACKAGE = Path(str(resources.files("dlm")))
 CHECKPOINTS, DATASETS = PACKAGE / "checkpoints", PACKAGE / "datasets"
@@ -25,6 +28,21 @@ def adapters() -> dict[str, Path]:
 def datasets() -> dict[str, Path]:
     """Bundled text files."""
     return {file.stem: file for file in sorted(DATASETS.glob("*.txt"))}
+
+
+def text_files(source: str) -> list[Path]:
+    """The files of a bundled data set, of a text file, or below a folder in the order of names. InputError where there are none."""
+    path = datasets().get(source, Path(source))
+    if source and path.is_dir():
+        if not (files := sorted(p for p in path.rglob("*.txt") if p.is_file())):
+            raise InputError(f"{path} holds no .txt file")
+        return files
+    if path.is_file():
+        return [path]
+    if close := get_close_matches(source, datasets(), n=1):
+        raise InputError(f"no data at {source}: did you mean the bundled data set {close[0]}?")
+    known = f"give a text file, a folder of .txt files, hf:DATASET, or a bundled data set ({', '.join(datasets())})"
+    raise InputError(f"no data{f' at {source}' if source else ''}: {known}")
 
 
 def cache_directory() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -39,16 +40,50 @@ def replacing_files(directory: Path, order: Callable[[Path], Any] = str) -> Iter
         probe.touch()
         mode = probe.stat().st_mode
         probe.unlink()
-        yield Path(temporary)
+        with _system_errors(directory):
+            yield Path(temporary)
         for partial in sorted(Path(temporary).iterdir(), key=order):
             path = directory / partial.name
             _install(partial, path, path.stat().st_mode if path.is_file() else mode)
+
+
+@contextmanager
+def _system_errors(directory: Path) -> Iterator[None]:
+    """An error of the system that safetensors tells in words, as a full disk, raised as the OSError that it is."""
+    try:
+        yield
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(directory)) from None
 
 
 def check_directory(directory: Path) -> None:
     """InputError where there is no such directory to write into."""
     if not directory.is_dir():
         raise InputError(f"there is no directory {directory} to write into: make it first")
+
+
+def check_there(path: Path, hint: str) -> None:
+    """InputError where there is no such file to read; hint: how to come by it."""
+    if not path.is_file():
+        raise InputError(f"no file {path}: {hint}")
+
+
+def check_target(path: Path, *, makes: bool = False) -> None:
+    """InputError where no file can be written at this path: before the work, so that its result is not lost.
+
+    makes: whether the directory is made where there is none.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a directory: give the name of a file to write")
+    place = path.parent
+    while makes and not place.exists():
+        place = place.parent
+    check_directory(place)
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{place} may not be written to: choose another directory")
 
 
 def _install(partial: Path, path: Path, mode: int) -> None:

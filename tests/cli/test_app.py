@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,40 +16,83 @@ from dlm.cli.app import app, listed
 
 SOURCE = str(Path(package.__file__).parents[1])
 LIGHT = """
-import sys
-sys.argv = ["dlm", *sys.argv[1:]]
+import contextlib, io, json, sys
 from dlm import cli
-try:
-    cli.main()
-except SystemExit as left:
-    print("exit", left.code or 0, "torch" in sys.modules)
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["dlm", *words]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            cli.main()
+    except SystemExit as left:
+        print(json.dumps([words, left.code or 0, sorted({"torch", "transformers"} & sys.modules.keys()), said.getvalue()]))
 """
+WITHOUT_TORCH: list[tuple[str, int, str]] = [  # the words of a command, its exit code, and a part of the error
+    ("--help", 0, ""),
+    ("--version", 0, ""),
+    ("list", 0, ""),
+    ("samplers", 0, ""),
+    ("generate --help", 0, ""),
+    ("pull nosuch", 2, "smollm2-135m"),
+    ("generate --steps 0", 2, "'--steps'"),
+    ("generate --temperature -1", 2, "'--temperature'"),
+    ("generate --temprature 1", 2, "--temperature"),
+    ("generate --length 100000000000", 2, "must lie in 1 .. 10,000,000"),
+    ("generate --samples 1000000000", 2, "must lie in 1 .. 10,000"),
+    ("generate --sampler magic", 2, "'magic' is unknown"),
+    ("generate --sampler confidnce", 2, "did you mean confidence"),
+    ("generate --sampler topk:3", 2, "has no setting"),
+    ("generate --sampler confidence:high", 2, "'high' is no number"),
+    ("generate --sampler lookup:x", 2, "write lookup"),
+    ("generate --save missing/x.traj", 2, "no directory missing"),
+    ("generate --save .", 2, "is a directory"),
+    ("generate --adapter missing", 2, "no adapter 'missing'"),
+    ("generate --model nosuch", 2, "no checkpoint 'nosuch'"),
+    ("generate --dtype float8", 2, "unknown dtype"),
+    ("chat --max-new-tokens 0", 2, "'--max-new-tokens'"),
+    ("chat nosuch", 2, "no checkpoint 'nosuch'"),
+    ("serve nosuch", 2, "no checkpoint 'nosuch'"),
+    ("train nosuch", 2, "shakespeare-mask"),
+    ("train --data missing.txt", 2, "no data at missing.txt"),
+    ("convert shakespeare-ar --data missing.txt", 2, "no data at missing.txt"),
+    ("convert shakespeare-ar --data shakespeare --steps 0", 2, "'--steps'"),
+    ("convert nosuch --data shakespeare", 2, "no checkpoint 'nosuch'"),
+    ("eval shakespeare-mask --data missing.txt", 2, "no data at missing.txt"),
+    ("eval shakespeare-mask --data shakespeare --split test", 2, "'--split'"),
+    ("eval shakespeare-mask --data shakespeare --estimator magic", 2, "'--estimator'"),
+    ("eval shakespeare-mask --data shakespeare --card .", 2, "is a directory"),
+    ("eval shakespeare-mask --data shakespeare --against nosuch", 2, "no checkpoint 'nosuch'"),
+    ("curse shakespeare-mask --sampler topk,magic", 2, "'magic' is unknown"),
+    ("curse shakespeare-mask --plot missing/x.png", 2, "no directory missing"),
+    ("calibrate shakespeare-mask --samples 1", 2, "'--samples'"),
+    ("schedule search shakespeare-mask nosuch", 2, "no checkpoint 'nosuch'"),
+    ("schedule search shakespeare-mask shakespeare-mask-2 --saved 2", 2, "'--saved'"),
+    ("settle missing.traj", 2, "dlm generate --save missing.traj"),
+    ("show missing.traj", 2, "dlm generate --save missing.traj"),
+    ("verify shakespeare-mask --cases missing.json", 2, "'missing.json' does not exist"),
+    ("bench decode --methods magic", 2, "'magic' is unknown"),
+    ("bench decode --prompts missing.txt", 2, "no prompts at missing.txt"),
+    ("sing", 2, "no such command"),
+]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "code"),
-    [
-        (["--help"], 0),
-        (["--version"], 0),
-        (["list"], 0),
-        (["samplers"], 0),
-        (["generate", "--help"], 0),
-        (["generate", "--steps", "0"], 2),
-        (["generate", "--temprature", "1"], 2),
-        (["chat", "--max-new-tokens", "0"], 2),
-        (["sing"], 2),
-        (["generate", "--model", "nosuch"], 2),
-        (["generate", "--dtype", "float8"], 2),
-        (["chat", "nosuch"], 2),
-        (["serve", "nosuch"], 2),
-        (["train", "nosuch"], 2),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_help_lists_and_bad_arguments_need_no_torch(words: list[str], code: int) -> None:
-    done = subprocess.run([sys.executable, "-c", LIGHT, *words], capture_output=True, text=True, env={"PYTHONPATH": SOURCE})
-    assert done.stdout.splitlines()[-1:] == [f"exit {code} False"], done.stderr
+def test_help_lists_and_bad_arguments_need_no_torch(tmp_path: Path) -> None:
+    commands = json.dumps([words.split() for words, _, _ in WITHOUT_TORCH])
+    environment = {"PYTHONPATH": SOURCE, "PATH": os.environ["PATH"]}
+    done = subprocess.run([sys.executable, "-c", LIGHT, commands], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(WITHOUT_TORCH), done.stderr
+    for (words, code, told), (_, left, loaded, err) in zip(WITHOUT_TORCH, found, strict=True):
+        assert (left, loaded) == (code, []), (words, err)
+        assert told in err, words
+        assert len(err.splitlines()) == bool(code), err
+
+
+def test_the_estimators_of_the_option_are_those_that_there_are() -> None:
+    from dlm.cli.evaluate import ESTIMATORS
+    from dlm.evaluation import likelihood
+
+    assert ESTIMATORS == likelihood.ESTIMATORS
 
 
 def test_version(dlm: Dlm) -> None:
@@ -101,11 +146,12 @@ def test_an_option_of_another_name_works_with_a_warning(dlm: Dlm) -> None:
         assert "'--max-new-tokens': must be at least 2, got 1" in err
 
 
-def test_two_options_became_arguments(dlm: Dlm) -> None:
-    code, _, err = dlm("schedule", "cost", "H", "--light", "none", "--heavy", "nowhere")
+def test_the_schedule_stood_before_the_models(dlm: Dlm) -> None:
+    code, _, err = dlm("schedule", "cost", "L0.5 H0.5", "nowhere", "none")
     assert code == 2
-    assert "write dlm schedule cost nowhere\n" in err
+    assert "write dlm schedule cost nowhere none 'L0.5 H0.5'\n" in err
     assert "no checkpoint 'nowhere'" in err
+    assert "missing argument 'SCHEDULE'" in dlm.told("schedule", "cost", "shakespeare-mask", "shakespeare-mask-2")
 
 
 def test_nothing_after_two_dashes_is_an_option(dlm: Dlm) -> None:

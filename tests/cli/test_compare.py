@@ -99,7 +99,7 @@ def test_what_cannot_be_compared_or_measured_is_told(dlm: Dlm, sisters: Path, tm
         (("generate", "--compare", f"{masked},{masked}"), "two or more"),
         (("generate", "--model", masked, "--sampler", "worst"), "needs replacement noise"),
         (("generate", "--model", uniform, "--sampler", "topk"), "needs masked noise"),
-        (("generate", "--model", masked, "--sampler", "refine:2"), "needs replacement noise"),
+        (("generate", "--model", masked, "--sampler", "refine"), "needs replacement noise"),
         (("generate", "--model", uniform, "--sampler", "refine:2"), "has no setting"),
         (("generate", "--model", uniform, "--sampler", "worst:many"), "is no number"),
         (("generate", "--model", uniform, "--sampler", "entropy-bound:-1"), "must be at least 0"),

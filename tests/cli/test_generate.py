@@ -94,7 +94,7 @@ def test_a_draft_model_in_a_directory_of_any_name(dlm: Dlm, autoregressive_dir: 
         (("--samples", "0"), "'--samples'"),
         (("--temperature", "-1"), "must be at least 0, got -1.0"),
         (("--top-p", "1.5"), "must lie in 0 .. 1, got 1.5"),
-        (("--length", "0"), "must be at least 1, got 0"),
+        (("--length", "0"), "must lie in 1 .. 10,000,000, got 0"),
         (("-n", "2", "--template", "a_b"), "a template makes one"),
     ],
 )

@@ -217,6 +217,9 @@ def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_other_names(dlm: Dlm, masked_dir: Path) -> None:
     assert "did you mean smollm2-135m" in dlm.told("pull", "smolm-135m")
+    refused = dlm.told("pull", "llama")
+    assert "nothing to fetch by the name 'llama'; known by name: smollm2-135m." in refused
+    assert "shakespeare" not in refused
     code, out, _ = dlm("pull", str(masked_dir))
     assert code == 0
     assert out == f"{masked_dir}\n"

@@ -193,7 +193,7 @@ def test_bad_input(dlm: Dlm, family: Path, text_file: Path) -> None:
     assert "H is heavy itself" in dlm.told("generate", "--model", heavy, "--light", f"H={light}", "--schedule", "H")
     assert "capital letters" in dlm.told("generate", "--model", heavy, "--light", f"l={light}", "--schedule", "H")
     search = ("schedule", "search", heavy, light, "--judge", judge, "--data", str(text_file))
-    assert "unknown search" in dlm.told(*search, "--search", "magic")
+    assert "must be kl or joint or exhaustive or halving" in dlm.told(*search, "--search", "magic")
     assert "has no steps to schedule" in dlm.told(*search, "--sampler", "speculative:4")
     assert "saves 50.0%" in dlm.told(*search, "--saved", "0.9")
     assert "must be autoregressive" in dlm.told("schedule", "search", heavy, light, "--judge", light)

@@ -178,7 +178,7 @@ def without_seconds(found: dict[str, Any]) -> dict[str, Any]:
 def test_schedule_cost(dlm: Dlm, family: Path) -> None:
     heavy, light = f"{family}/heavy", f"{family}/light"
     shown = printed(dlm, "schedule", "cost", "sandwich:0.5", heavy, light, "--steps", "10")
-    found = library.schedule.cost("sandwich:0.5", library.load(heavy), library.load(light), steps=10)
+    found = library.schedule.cost(library.load(heavy), library.load(light), "sandwich:0.5", steps=10)
     assert plain(found) == shown
     assert found.cost.saved_blocks == pytest.approx(0.25)
 
@@ -258,7 +258,8 @@ def test_a_terminal_sees_progress(verb: str, masked_dir: Path, text_file: Path, 
     command = [sys.executable, "-m", "dlm", verb, str(masked_dir), "--data", str(text_file), "--split", "all", "--max-windows", "4"]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "TERM": "xterm"}
     piped = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert "tiny-masked" not in piped.stderr
+    label = f"{'measuring' if verb == 'eval' else 'drawing with'} tiny-masked"
+    assert label not in piped.stderr
     ours, theirs = pty.openpty()
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=theirs) as process:
         os.close(theirs)
@@ -268,4 +269,4 @@ def test_a_terminal_sees_progress(verb: str, masked_dir: Path, text_file: Path, 
                 shown += part
     os.close(ours)
     assert process.returncode == 0
-    assert f"{'measuring' if verb == 'eval' else 'drawing with'} tiny-masked" in shown.decode()
+    assert label in shown.decode()

@@ -27,8 +27,10 @@ from typer.core import TyperCommand
 from typer.models import CommandInfo
 
 import dlm
-from dlm import seeds
-from dlm.errors import InputError
+from dlm import bundled, seeds
+from dlm.errors import InputError, nearest
+from dlm.files import check_target, check_there
+from dlm.sampling import registry
 
 if TYPE_CHECKING:
     from dlm.language_model import LanguageModel
@@ -51,7 +53,7 @@ def between(low: float, high: float = math.inf) -> Callable[[float | None], floa
 
     def check(value: float | None) -> float | None:
         if value is not None and not low <= value <= high:
-            limits = f"be at least {low:g}" if high == math.inf else f"lie in {low:g} .. {high:g}"
+            limits = f"be at least {low:g}" if high == math.inf else f"lie in {low:g} .. {high:,.15g}"
             raise typer.BadParameter(f"must {limits}, got {value}")
         return value
 
@@ -63,6 +65,71 @@ def _seed(value: int) -> int:
         return seeds.check(value)
     except InputError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """A check as `between`, for a word out of a few."""
+
+    def check(value: str) -> str:
+        if value not in names:
+            raise typer.BadParameter(f"must be {' or '.join(names)}, got {value!r}{nearest(value, names)}".removesuffix("?"))
+        return value
+
+    return check
+
+
+def is_file_name(value: Path | None) -> Path | None:
+    """A check as `between`, for a file to write: its directory is there, and it is none itself."""
+    if value is not None:
+        check_target(value)
+    return value
+
+
+def is_card(value: Path | None) -> Path | None:
+    """A check as `between`, for a file whose directory is made where there is none."""
+    if value is not None:
+        check_target(value, makes=True)
+    return value
+
+
+def are_runs(value: list[Path]) -> list[Path]:
+    """A check as `between`, for files that `dlm generate --save` wrote."""
+    for path in value:
+        check_there(path, f"make one with dlm generate --save {path}")
+    return value
+
+
+def is_adapter(value: Path | None) -> Path | None:
+    """A check as `between`, for an adapter or heads: a directory, a bundled name, or `auto`."""
+    if value is not None and not value.is_dir() and str(value) not in ("auto", *bundled.adapters()):
+        names = ", ".join(bundled.adapters()) or "none"
+        raise InputError(f"no adapter {str(value)!r}: give a directory that dlm convert made, auto, or a bundled one ({names})")
+    return value
+
+
+def is_plot(value: Path | None) -> Path | None:
+    """A check as `between`, for a picture of curves."""
+    if value is not None:
+        from dlm.viz.plots import check
+
+        check(value)
+    return value
+
+
+def is_text(value: str | None) -> str | None:
+    """A check as `between`, for the text of `--data`: its files are there. A data set of the hub is looked for later, as are grids."""
+    from dlm.train import recipes
+
+    if value is not None and value.partition(":")[0] not in {"hf", *(grid.partition(":")[0] for grid in recipes.GRIDS)}:
+        bundled.text_files(value)
+    return value
+
+
+def is_sampler(value: str | None) -> str | None:
+    """A check as `between`, for a sampler with its settings. Which models it suits is told once the model is known."""
+    if value is not None:
+        registry.check(value.replace(",", ":"))  # a comma is an old spelling
+    return value
 
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.", rich_help_panel="Machine")]
@@ -121,6 +188,8 @@ BridgeOption = Annotated[
         rich_help_panel="Machine",
     ),
 ]
+Split = Annotated[str, typer.Option(callback=one_of("train", "val", "all"), help="train | val | all.")]
+ValFraction = Annotated[float, typer.Option(callback=between(0, 1), help="Last part of the text that is `val`.")]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object.")]
 SAMPLING, DRAFTING = "Sampling", "Speculative decoding (autoregressive models)"  # panels of the help
 OWN = "the model's own, else all"  # the default of an option that generation_config.json may set
@@ -154,7 +223,9 @@ Lossless = Annotated[
 ]
 Adapter = Annotated[
     Path | None,
-    typer.Option(help="What `dlm convert` made for the model: directory, bundled name, auto.", rich_help_panel=DRAFTING),
+    typer.Option(
+        callback=is_adapter, help="What `dlm convert` made for the model: directory, bundled name, auto.", rich_help_panel=DRAFTING
+    ),
 ]
 
 

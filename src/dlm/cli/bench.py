@@ -8,7 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlm.cli.app import Compile, Deterministic, Device, Json, Seed, TopK, app, between, listed, prompt_lines, renamed
+from dlm.cli.app import (
+    Compile,
+    Deterministic,
+    Device,
+    Json,
+    Seed,
+    TopK,
+    app,
+    between,
+    check_names,
+    is_adapter,
+    is_sampler,
+    listed,
+    prompt_lines,
+    renamed,
+)
 from dlm.cli.tables import console, table
 from dlm.errors import InputError
 
@@ -37,8 +52,10 @@ def decode(
         str, typer.Option(help="Samplers, with commas, or ar, draft, ngram, mtp, isd; the autoregressive baseline comes first.")
     ] = "lookup:4,strided:4",
     peers: Annotated[str, typer.Option(help="Other engines, with commas: transformers, llama.cpp. They need --temperature 0.")] = "",
-    adapter: Annotated[Path | None, typer.Option(help="Directory of `dlm convert` for this base.")] = None,
-    heads: Annotated[Path | None, typer.Option(help="Directory of `dlm convert --heads` for it, for the method heads:4.")] = None,
+    adapter: Annotated[Path | None, typer.Option(callback=is_adapter, help="Directory of `dlm convert` for this base.")] = None,
+    heads: Annotated[
+        Path | None, typer.Option(callback=is_adapter, help="Directory of `dlm convert --heads` for it, for the method heads:4.")
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file, a prompt a line; default: four of Shakespeare's kind.")] = None,
     kind: Annotated[str, typer.Option(help="Bundled prompts instead, with commas: story, question, summary, code.")] = "",
     batch: Annotated[str, typer.Option(help="Rows at once, with commas.")] = "1,4",
@@ -58,6 +75,15 @@ def decode(
 
     Tokens a second and a forward pass, acceptance, memory, and whether the text is the baseline's, for each method and batch.
     """
+    if kind and prompts is not None:
+        raise InputError("--kind and --prompts both name the prompts: give one")
+    sizes, asked = _sizes(batch), listed(methods, "--methods")
+    words = list(dict.fromkeys(SHORT.get(word, word) for word in asked))
+    lines = None if prompts is None else prompt_lines(prompts)
+    for word in words:
+        is_sampler(word)
+    for word in dtype.split(","):
+        check_names([model], word)
     import torch
 
     from dlm.cli.progress import showing
@@ -65,12 +91,8 @@ def decode(
     from dlm.workflows.bench import bundled_adapter
     from dlm.workflows.bench import decode as measure
 
-    if kind and prompts is not None:
-        raise InputError("--kind and --prompts both name the prompts: give one")
     if threads:
         torch.set_num_threads(threads)
-    sizes, asked = _sizes(batch), listed(methods, "--methods")
-    words = list(dict.fromkeys(SHORT.get(word, word) for word in asked))
     if adapter is None and heads is None and {"isd", "mtp"} & set(asked):
         adapter = bundled_adapter(model)
     with showing(f"decoding with {model}") as progress:
@@ -80,7 +102,7 @@ def decode(
             engines=[word for word in peers.split(",") if word],
             adapter=adapter,
             heads=heads,
-            prompts=None if prompts is None else prompt_lines(prompts),
+            prompts=lines,
             kinds=[word for word in kind.split(",") if word],
             batches=sizes,
             max_new_tokens=max_new_tokens,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlm.cli.app import Device, Json, Seed, app, err, load
+from dlm.cli.app import Device, Json, Seed, app, between, check_names, err, load
 from dlm.cli.tables import console, table
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def calibrate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name or directory of a masked model.")],
     judge: Annotated[str, typer.Option(help="An autoregressive model of the same vocabulary.")] = "shakespeare-ar",
-    samples: Annotated[int, typer.Option("--samples", "-n", help="Texts for each setting, a window long.")] = 8,
-    temperature: Annotated[float, typer.Option(help="Of every setting.")] = 1.0,
+    samples: Annotated[int, typer.Option("--samples", "-n", callback=between(2), help="Texts for each setting, a window long.")] = 8,
+    temperature: Annotated[float, typer.Option(callback=between(0), help="Of every setting.")] = 1.0,
     retime: Annotated[bool, typer.Option(help="Only measure the seconds of the table that is there again, in turns.")] = False,
     quick: Annotated[bool, typer.Option(help="Three settings only.")] = False,
     out: Annotated[Path | None, typer.Option(help="Directory of the table; default: beside the checkpoint.")] = None,
@@ -33,6 +33,7 @@ def calibrate(
 
     Forward passes, seconds, bits under a judge and diversity; the table is kept beside the checkpoint.
     """
+    check_names([model, judge])
     from dlm.calibration.table import FILE
     from dlm.cli.progress import showing
     from dlm.evaluation.card import dumps

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlm.cli.app import Device, Json, Seed, app, err, fail, load, prompt_lines
+from dlm.cli.app import Device, Json, Seed, app, between, check_names, err, fail, is_text, load, prompt_lines
 from dlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,27 +20,37 @@ def convert(
     base: Annotated[
         str, typer.Argument(metavar="MODEL", help="An autoregressive model: bundled or pulled name, directory, GGUF file, hub id.")
     ],
-    data: Annotated[str | None, typer.Option(help="shakespeare (bundled), a text file, a folder of .txt files, or hf:DATASET.")] = None,
-    self_distill: Annotated[int, typer.Option(help="Instead of --data: learn from so many texts that the base writes.")] = 0,
+    data: Annotated[
+        str | None, typer.Option(callback=is_text, help="shakespeare (bundled), a text file, a folder of .txt files, or hf:DATASET.")
+    ] = None,
+    self_distill: Annotated[
+        int, typer.Option(callback=between(0), help="Instead of --data: learn from so many texts that the base writes.")
+    ] = 0,
     prompts: Annotated[Path | None, typer.Option(help="Their beginnings, a line each; a chat model answers them.")] = None,
     temperatures: Annotated[str, typer.Option(help="Of those texts, with commas, in turns: 0,1 where greedy text is wanted too.")] = "1",
     out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/convert/BASE.")] = None,
-    stride: Annotated[int, typer.Option(help="Tokens that a forward pass may commit: one and stride - 1 draft tokens.")] = 4,
-    heads: Annotated[int, typer.Option(help="Train so many heads on the last hidden state instead of an adapter (Medusa).")] = 0,
+    stride: Annotated[
+        int, typer.Option(callback=between(2), help="Tokens that a forward pass may commit: one and stride - 1 draft tokens.")
+    ] = 4,
+    heads: Annotated[
+        int, typer.Option(callback=between(0), help="Train so many heads on the last hidden state instead of an adapter (Medusa).")
+    ] = 0,
     full: Annotated[bool, typer.Option("--full", help="Train the base itself, not an adapter: no longer lossless.")] = False,
-    rank: Annotated[int, typer.Option(help="Of the LoRA adapter.")] = 16,
+    rank: Annotated[int, typer.Option(callback=between(1), help="Of the LoRA adapter.")] = 16,
     alpha: Annotated[float | None, typer.Option(help="The adapter's output counts alpha / rank times; default: twice the rank.")] = None,
     targets: Annotated[str, typer.Option(help="Adapted layers of every block.")] = "q,k,v,out,up,down,gate",
-    chain: Annotated[int, typer.Option(help="Inner width of the part by which a draft token depends on those before it; 0: none.")] = 384,
+    chain: Annotated[
+        int, typer.Option(callback=between(0), help="Inner width of the part by which a draft token depends on those before it; 0: none.")
+    ] = 384,
     init: Annotated[str, typer.Option(help="Begin with this adapter: directory or bundled name.")] = "",
     loss: Annotated[str, typer.Option(help="kl: KL divergence from the base on clean text | ce: cross entropy of the text.")] = "kl",
     clean_weight: Annotated[float, typer.Option(help="With --full, of the loss on clean text; 0: the ratio of the two losses.")] = 0.2,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1000,
-    batch: Annotated[int, typer.Option(help="Rows of a step.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 256,
+    steps: Annotated[int, typer.Option(callback=between(1), help="Optimiser steps.")] = 1000,
+    batch: Annotated[int, typer.Option(callback=between(1), help="Rows of a step.")] = 8,
+    length: Annotated[int, typer.Option(callback=between(2), help="Tokens of a row.")] = 256,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
-    save_every: Annotated[int, typer.Option(help="Steps between saves.")] = 250,
-    eval_every: Annotated[int, typer.Option(help="Steps between measurements of acceptance on held-out rows.")] = 250,
+    save_every: Annotated[int, typer.Option(callback=between(1), help="Steps between saves.")] = 250,
+    eval_every: Annotated[int, typer.Option(callback=between(1), help="Steps between measurements of acceptance on held-out rows.")] = 250,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last save in --out.")] = False,
     as_json: Json = False,
@@ -51,6 +61,7 @@ def convert(
 
     Ctrl-C saves and stops; --resume goes on.
     """
+    check_names([base], dtype)
     from dlm.adapters.train import ConvertConfig
     from dlm.train.display import Display
     from dlm.workflows.convert import convert as run

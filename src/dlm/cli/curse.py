@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlm.cli.app import Device, Json, Seed, app, err, listed, load
+from dlm.cli.app import Device, Json, Seed, Split, ValFraction, app, between, err, is_plot, is_sampler, is_text, listed, load
 from dlm.cli.tables import console, table
 from dlm.errors import InputError
 
@@ -27,16 +27,20 @@ def curse(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A masked diffusion model: bundled name, directory or hub id.")],
     data: Annotated[
         str | None,
-        typer.Option(help="Bundled data set, text file, folder of .txt files, or hf:DATASET; default: the training text of the model."),
+        typer.Option(
+            callback=is_text,
+            show_default="the training text of the model",
+            help="Bundled data set, text file, folder of .txt files, or hf:DATASET.",
+        ),
     ] = None,
-    split: Annotated[str, typer.Option(help="train | val | all.")] = "val",
-    val_fraction: Annotated[float, typer.Option(help="Last part of the text that is `val`.")] = 0.1,
+    split: Split = "val",
+    val_fraction: ValFraction = 0.1,
     sampler: Annotated[str, typer.Option(help="Samplers to measure, with commas: ancestral, topk, confidence:0.9 ...")] = "ancestral,topk",
     tokens_per_step: Annotated[
         str | None, typer.Option(help="Numbers of tokens a step, with commas; default: those of 1,4,16,64 that the window holds.")
     ] = None,
-    max_windows: Annotated[int, typer.Option(help="At most this many windows, spread evenly over the text.")] = 8,
-    plot: Annotated[Path | None, typer.Option(help="Write the curves as .png, .svg or .pdf (viz extra).")] = None,
+    max_windows: Annotated[int, typer.Option(callback=between(1), help="At most this many windows, spread evenly over the text.")] = 8,
+    plot: Annotated[Path | None, typer.Option(callback=is_plot, help="Write the curves as .png, .svg or .pdf (viz extra).")] = None,
     seed: Seed = 0,
     as_json: Json = False,
     device: Device = "cpu",
@@ -45,22 +49,21 @@ def curse(
 
     The bits per character lost when several tokens are drawn at once.
     """
+    words, sizes = listed(sampler, "--sampler"), _sizes(tokens_per_step)
+    for word in words:
+        is_sampler(word)
     from dlm.cli.progress import showing
     from dlm.evaluation.card import dumps
     from dlm.workflows.curse import curse as measure
 
-    if plot is not None:
-        from dlm.viz.plots import check
-
-        check(plot)  # before the work, not after it
-    sizes, lm = _sizes(tokens_per_step), load(model, device)
+    lm = load(model, device)
     with showing(f"drawing with {lm.name}") as progress:
         found = measure(
             lm,
             data,
             split=split,
             val_fraction=val_fraction,
-            samplers=listed(sampler, "--sampler"),
+            samplers=words,
             tokens_per_step=sizes,
             max_windows=max_windows,
             seed=seed,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dlm.cli.app import Device, FamilyOption, Json, Seed, app, between, load
+from dlm.cli.app import Device, FamilyOption, Json, Seed, Split, ValFraction, app, between, check_names, err, is_card, is_text, load, one_of
 from dlm.cli.tables import console, table
 from dlm.errors import InputError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dlm.language_model import LanguageModel
     from dlm.workflows.evaluate import Evaluation
 
+ESTIMATORS = ("auto", "any-order", "counted", "continuous", "score-entropy", "discrete")
 TASKS = "Tasks of lm-evaluation-harness"  # panel of the help
 
 
@@ -26,15 +27,19 @@ TASKS = "Tasks of lm-evaluation-harness"  # panel of the help
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name, directory or hub id.")],
     data: Annotated[
-        str | None, typer.Option(help="Bundled data set (shakespeare), text file, folder of .txt files, hf:DATASET, or sudoku[:SIZE].")
+        str | None,
+        typer.Option(
+            callback=is_text, help="Bundled data set (shakespeare), text file, folder of .txt files, hf:DATASET, or sudoku[:SIZE]."
+        ),
     ] = None,
-    split: Annotated[str, typer.Option(help="train | val | all.")] = "val",
-    val_fraction: Annotated[float, typer.Option(help="Last part of the text that is `val`.")] = 0.1,
+    split: Split = "val",
+    val_fraction: ValFraction = 0.1,
     against: Annotated[str | None, typer.Option(help="A second model, measured on the same text.")] = None,
     estimator: Annotated[
         str,
         typer.Option(
-            help="any-order (masks) | counted (replacement noise) | continuous | score-entropy (SEDD) | discrete; auto: first that fits."
+            callback=one_of(*ESTIMATORS),
+            help="any-order (masks) | counted (replacement noise) | continuous | score-entropy (SEDD) | discrete; auto: first that fits.",
         ),
     ] = "auto",
     block_lengths: Annotated[str, typer.Option(help="Of block diffusion, with commas, a bound for each; default: the model's own.")] = "",
@@ -42,15 +47,20 @@ def evaluate(
         int | None,
         typer.Option(help="Of autoregressive models: cut the text into pieces of so many tokens, each read from its beginning."),
     ] = None,
-    passes: Annotated[int, typer.Option(help="Monte-Carlo passes over the text.")] = 4,
-    steps: Annotated[int, typer.Option(help="Steps of the discrete estimator.")] = 256,
-    max_windows: Annotated[int | None, typer.Option(help="At most this many windows, spread evenly over the text.")] = None,
+    passes: Annotated[int, typer.Option(callback=between(1), help="Monte-Carlo passes over the text.")] = 4,
+    steps: Annotated[int, typer.Option(callback=between(1), help="Steps of the discrete estimator.")] = 256,
+    max_windows: Annotated[
+        int | None, typer.Option(callback=between(1), help="At most this many windows, spread evenly over the text.")
+    ] = None,
     seed: Seed = 0,
     card: Annotated[
-        Path | None, typer.Option(help="File of the evaluation card; default: runs/eval/MODEL-SPLIT.json or MODEL-tasks.json.")
+        Path | None,
+        typer.Option(callback=is_card, show_default="runs/eval/MODEL-SPLIT.json or MODEL-tasks.json", help="File of the evaluation card."),
     ] = None,
     tasks: Annotated[str, typer.Option(help="Names with commas, as gsm8k,arc_easy; instead of --data.", rich_help_panel=TASKS)] = "",
-    include_path: Annotated[Path | None, typer.Option(help="Directory with YAML files of more tasks.", rich_help_panel=TASKS)] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Directory with YAML files of more tasks.", rich_help_panel=TASKS)
+    ] = None,
     shots: Annotated[
         int | None, typer.Option(callback=between(0), help="Examples before a question; default: the task's own.", rich_help_panel=TASKS)
     ] = None,
@@ -76,13 +86,17 @@ def evaluate(
 
     A bound for diffusion models, exact for autoregressive ones.
     """
+    if bool(tasks) == (data is not None):
+        raise InputError("give --data, a text to measure, or --tasks, names of lm-evaluation-harness" + (", not both" if tasks else ""))
+    lengths = _lengths(block_lengths)
+    if card is not None and len(lengths) > 1:
+        raise InputError("--card names one file, and each of --block-lengths gets a card: leave --card away")
+    check_names([model, *([against] if against else [])])
     from dlm.cli.progress import showing
     from dlm.evaluation.card import dumps
     from dlm.workflows.evaluate import Evaluations
     from dlm.workflows.evaluate import evaluate as measure
 
-    if bool(tasks) == (data is not None):
-        raise InputError("give --data, a text to measure, or --tasks, names of lm-evaluation-harness" + (", not both" if tasks else ""))
     if data is None:
         from dlm.workflows.harness import require
 
@@ -91,13 +105,11 @@ def evaluate(
         more = {"mc_samples": mc_samples, "chat": chat_template, "seed": seed} | _model_args(model_args)
         _run_tasks(load(model, device, family=family), tasks, card, as_json, settings | more)
         return
-    lengths = _lengths(block_lengths)
-    if card is not None and len(lengths) > 1:
-        raise InputError("--card names one file, and each of --block-lengths gets a card: leave --card away")
 
     def one(name: str, length: int | None, own: bool) -> Evaluation:
         lm = load(name, device, family=family if own else "")
-        suffix = f"-blocks{length}" if length else ""
+        usual = Path("runs/eval") / f"{lm.name}-{split}{f'-blocks{length}' if length else ''}.json"
+        place = is_card(card if card and own else usual)
         with showing(f"measuring {lm.name}") as progress:
             return measure(
                 lm,
@@ -111,15 +123,22 @@ def evaluate(
                 steps=steps,
                 max_windows=max_windows,
                 seed=seed,
-                card=card if card and own else Path("runs/eval") / f"{lm.name}-{split}{suffix}.json",
+                card=place,
                 progress=progress,
             )
 
     own = [one(model, length, own=True) for length in lengths] or [one(model, None, own=True)]
     found = Evaluations(own, one(against, None, own=False) if against else None)
-    console(as_json).print(_table([*found.own, *([found.against] if found.against else [])]))
+    rows = [*found.own, *([found.against] if found.against else [])]
+    console(as_json).print(_table(rows))
+    _tell([row.card for row in rows if row.card is not None])
     if as_json:
         print(dumps(found.record()))
+
+
+def _tell(cards: Sequence[Path]) -> None:
+    """Where the evaluation cards are, which hold all that is needed to repeat the numbers."""
+    err.print(f"wrote {' '.join(map(str, cards))}", highlight=False, soft_wrap=True)
 
 
 def _model_args(words: str) -> dict[str, object]:
@@ -141,6 +160,7 @@ def _run_tasks(lm: LanguageModel, tasks: str, card: Path | None, as_json: bool, 
     from dlm.workflows.harness import evaluate_tasks
 
     card = card or Path("runs/eval") / f"{lm.name}-tasks.json"
+    is_card(card)
     found = evaluate_tasks(lm, [task.strip() for task in tasks.split(",") if task.strip()], card=card, **settings)
     made = table("task", "documents", "metric", "value", "stderr")
     for task, row in found.figures.items():
@@ -153,6 +173,7 @@ def _run_tasks(lm: LanguageModel, tasks: str, card: Path | None, as_json: bool, 
     if not as_json and "loglikelihood_mc_stderr_mean" in found.likelihood:
         error = found.likelihood["loglikelihood_mc_stderr_mean"]
         print(f"log-likelihoods: {found.likelihood['likelihood_estimator']}, Monte-Carlo error {error:.4f} nats each in the mean")
+    _tell([card])
     if as_json:
         print(dumps(found.record()))
 

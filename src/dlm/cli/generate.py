@@ -41,6 +41,8 @@ from dlm.cli.app import (
     fail,
     given_text,
     interrupts,
+    is_file_name,
+    is_sampler,
     load,
     named_models,
     renamed,
@@ -48,7 +50,7 @@ from dlm.cli.app import (
     set_threads,
 )
 from dlm.errors import InputError
-from dlm.files import check_directory
+from dlm.language_model.options import MAX_TOKENS
 from dlm.sampling import registry
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from dlm.language_model.options import DecodingOptions, LayoutKeywords
 
 DEFAULT = "shakespeare-words"
+MAX_SAMPLES = 10_000  # texts of one run, which share every forward pass
 TEXT, CONSTRAINTS, SEVERAL, OUTPUT = "Text", "Constraints and guidance", "Several models", "Output"
 
 
@@ -79,10 +82,10 @@ def generate(
     model: Annotated[str | None, typer.Option("--model", "-m", help="The same, for where no prompt stands before it.")] = None,
     length: Annotated[
         int | None,
-        typer.Option(callback=between(1), show_default="one window", help="Tokens of the whole text.", rich_help_panel=TEXT),
+        typer.Option(callback=between(1, MAX_TOKENS), show_default="one window", help="Tokens of the whole text.", rich_help_panel=TEXT),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(callback=between(1), help="Tokens to add, instead of --length.", rich_help_panel=TEXT)
+        int | None, typer.Option(callback=between(1, MAX_TOKENS), help="Tokens to add, instead of --length.", rich_help_panel=TEXT)
     ] = None,
     suffix: Annotated[str, typer.Option(help="Text to end with.", rich_help_panel=TEXT)] = "",
     template: Annotated[
@@ -92,7 +95,11 @@ def generate(
     samples: Annotated[
         int,
         typer.Option(
-            "--samples", "-n", callback=between(1), help="Texts to write, with the seeds SEED, SEED + 1 ...", rich_help_panel=TEXT
+            "--samples",
+            "-n",
+            callback=between(1, MAX_SAMPLES),
+            help="Texts, with the seeds SEED, SEED + 1 ...",
+            rich_help_panel=TEXT,
         ),
     ] = 1,
     seed: Seed = 0,
@@ -107,7 +114,9 @@ def generate(
     ] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(show_default="the model's own, else ancestral", help=registry.help_text(), rich_help_panel=SAMPLING),
+        typer.Option(
+            callback=is_sampler, show_default="the model's own, else ancestral", help=registry.help_text(), rich_help_panel=SAMPLING
+        ),
     ] = None,
     preset: Preset = None,
     temperature: Annotated[
@@ -182,7 +191,8 @@ def generate(
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="See the text settle.", rich_help_panel=OUTPUT)] = False,
     save: Annotated[
-        Path | None, typer.Option(help="Write the run as a .traj file for dlm show and dlm settle.", rich_help_panel=OUTPUT)
+        Path | None,
+        typer.Option(callback=is_file_name, help="Write the run as a .traj file for dlm show and dlm settle.", rich_help_panel=OUTPUT),
     ] = None,
     as_json: Json = False,
     device: Device = "cpu",
@@ -237,7 +247,8 @@ def generate(
     console = Console(stderr=as_json)
     watching = watch and console.is_terminal
     _write(runs, paths, _watch(runs, console) if watching else _quiet(runs))
-    _report(runs, watching, as_json)
+    _report(runs, watching, as_json)  # before the files, so that a full disk loses no text
+    _save(runs, paths)
 
 
 def _check(name: str | None, model: str | None, sampler: str | None, compare: str | None, lossless: bool, drafts: bool) -> None:
@@ -303,17 +314,16 @@ def _runs(
 
 
 def _paths(save: Path | None, labels: list[str]) -> list[Path]:
-    """A file for each run, beside one another; InputError where their directory is missing, before anything is written."""
+    """A file for each run, beside one another."""
     if save is None:
         return []
-    check_directory(save.parent)
     if len(labels) == 1:
         return [save]
     return [save.with_stem(f"{save.stem}-{re.sub('[^A-Za-z0-9.]+', '-', label).strip('-.')}") for label in labels]
 
 
 def _write(runs: dict[str, Run], paths: Sequence[Path], view: contextlib.AbstractContextManager[Callable[[], None]]) -> None:
-    """Take turns until all are done, then save. After Ctrl-C the frames so far are saved."""
+    """Take turns until all are done. After Ctrl-C the frames so far are saved."""
     try:
         with interrupts() as stopped, view as update:
             going = list(runs.values())
@@ -323,6 +333,9 @@ def _write(runs: dict[str, Run], paths: Sequence[Path], view: contextlib.Abstrac
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         _stopped(runs, paths)
+
+
+def _save(runs: dict[str, Run], paths: Sequence[Path]) -> None:
     for run, path in zip(runs.values(), paths, strict=False):
         run.trajectory.save(path)
     if paths:

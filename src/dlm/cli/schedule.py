@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlm.cli.app import Device, Json, Seed, app, err, listed, named_models, renamed
+from dlm.cli.app import (
+    Device,
+    Json,
+    Seed,
+    Split,
+    app,
+    between,
+    check_names,
+    err,
+    is_file_name,
+    is_plot,
+    is_sampler,
+    is_text,
+    listed,
+    named_models,
+    one_of,
+    warn_old,
+)
 from dlm.cli.tables import console, table
+from dlm.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,33 +39,56 @@ if TYPE_CHECKING:
 schedules = typer.Typer(no_args_is_help=True, help="Which model takes which denoising step.")
 app.add_typer(schedules, name="schedule")
 
+SCHEDULE = re.compile(r"[A-Z][\d.]*([ ,]+[A-Z][\d.]+)*|[a-z]+:[\d.:]+")
 Heavy = Annotated[str, typer.Argument(metavar="HEAVY", help="The model H: bundled name, directory or hub id.")]
 Light = Annotated[str, typer.Argument(metavar="LIGHT", help="The smaller model L; several: M=NAME,L=NAME.")]
 Data = Annotated[
-    str | None, typer.Option(help="Bundled data set, text file, folder of .txt files, or hf:DATASET; default: the training text of H.")
+    str | None,
+    typer.Option(
+        callback=is_text,
+        show_default="the training text of H",
+        help="Bundled data set, text file, folder of .txt files, or hf:DATASET.",
+    ),
 ]
 Judge = Annotated[str, typer.Option(help="An autoregressive model; any causal one of transformers reads the text.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps of a window; default: one for each token.")]
-Sampler = Annotated[str, typer.Option(help="A sampler that masks have, as in `dlm generate`.")]
-Segments = Annotated[int, typer.Option(help="Equal parts of the steps.")]
+Steps = Annotated[int | None, typer.Option(callback=between(1), show_default="one for each token", help="Denoising steps of a window.")]
+Sampler = Annotated[str, typer.Option(callback=is_sampler, help="A sampler that masks have, as in `dlm generate`.")]
+Segments = Annotated[int, typer.Option(callback=between(1), help="Equal parts of the steps.")]
+Samples = Annotated[int, typer.Option("--samples", "-n", callback=between(2), help="Texts for each schedule, the same seeds for all.")]
+Windows = Annotated[int, typer.Option(callback=between(1), help="Windows of the text that the KL is measured on.")]
 
 
-@schedules.command(cls=renamed({"--heavy": "HEAVY", "--light": "LIGHT"}))
+@schedules.command()
 def cost(
-    schedule: Annotated[str, typer.Argument(help="'L125 H750 L125', 'L0.125 H0.75 L0.125', sandwich:0.25 ...")],
-    heavy: Heavy = "shakespeare-mask",
-    light: Light = "shakespeare-mask-2",
+    heavy: Heavy,
+    light: Annotated[str, typer.Argument(metavar="LIGHT", show_default=False, help="The smaller model L; several: M=NAME,L=NAME.")] = "",
+    schedule: Annotated[
+        str, typer.Argument(metavar="SCHEDULE", show_default=False, help="'L125 H750 L125', 'L0.125 H0.75 L0.125', sandwich:0.25 ...")
+    ] = "",
     steps: Steps = None,
     as_json: Json = False,
 ) -> None:
     """FLOPs of a schedule by three conventions: blocks alone, with the output head, and of the forward passes that happen."""
+    if SCHEDULE.fullmatch(heavy) and not Path(heavy).exists():  # it stood first once, and the models had defaults
+        schedule, heavy, light = heavy, light or "shakespeare-mask", schedule or "shakespeare-mask-2"
+        warn_old("SCHEDULE before the models", f"dlm schedule cost {heavy} {light} '{schedule}'")
+    if not schedule:
+        raise InputError("missing argument 'SCHEDULE': write dlm schedule cost HEAVY LIGHT 'L0.5 H0.5'")
+    lights = _here(heavy, light)
     from dlm.evaluation.card import dumps
     from dlm.workflows import schedule as workflow
 
-    found = workflow.cost(schedule, heavy, named_models(light), steps=steps)
+    found = workflow.cost(heavy, lights, schedule, steps=steps)
     console(as_json).print(_cost_table(found))
     if as_json:
         print(dumps(found.record()))
+
+
+def _here(heavy: str, light: str, *others: str) -> str | dict[str, str]:
+    """The light models, by key where there are several. InputError for a model that is not there, before torch is loaded."""
+    lights = named_models(light)
+    check_names([heavy, *([lights] if isinstance(lights, str) else lights.values()), *others])
+    return lights
 
 
 @schedules.command()
@@ -54,32 +96,33 @@ def sensitivity(
     heavy: Heavy,
     light: Light,
     data: Data = None,
-    split: Annotated[str, typer.Option(help="train | val | all.")] = "val",
-    max_windows: Annotated[int, typer.Option(help="At most this many windows, spread evenly over the text.")] = 64,
+    split: Split = "val",
+    max_windows: Annotated[int, typer.Option(callback=between(1), help="At most this many windows, spread evenly over the text.")] = 64,
     segments: Segments = 16,
     sampler: Sampler = "ancestral",
     steps: Steps = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", help="Texts that H writes, for the states of its own runs.")] = 16,
-    swap: Annotated[int, typer.Option(help="Also let L take one of so many parts of the steps, write and judge; 0: no.")] = 0,
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", callback=between(1), help="Texts that H writes, for the states of its own runs.")
+    ] = 16,
+    swap: Annotated[
+        int, typer.Option(callback=between(0), help="Also let L take one of so many parts of the steps, write and judge; 0: no.")
+    ] = 0,
     judge: Judge = "shakespeare-ar",
-    plot: Annotated[Path | None, typer.Option(help="Write the curves as .png, .svg or .pdf (viz extra).")] = None,
+    plot: Annotated[Path | None, typer.Option(callback=is_plot, help="Write the curves as .png, .svg or .pdf (viz extra).")] = None,
     seed: Seed = 0,
     as_json: Json = False,
     device: Device = "cpu",
 ) -> None:
     """Measure how much each step needs H: loss gap and KL on noised text and on H's own runs, with 95 % bands."""
+    lights = _here(heavy, light)
     from dlm.cli.progress import showing
     from dlm.evaluation.card import dumps
     from dlm.workflows import schedule as workflow
 
-    if plot is not None:
-        from dlm.viz.plots import check
-
-        check(plot)  # before the work, not after it
     with showing("loss and KL of every segment") as progress:
         found = workflow.sensitivity(
             heavy,
-            named_models(light),
+            lights,
             data=data,
             split=split,
             max_windows=max_windows,
@@ -110,24 +153,32 @@ def search(
     heavy: Heavy,
     light: Light,
     how: Annotated[
-        str, typer.Option("--search", help="kl (by theory) | joint (and fewer steps) | exhaustive | halving (of many, again and again).")
+        str,
+        typer.Option(
+            "--search",
+            callback=one_of("kl", "joint", "exhaustive", "halving"),
+            help="kl (by theory) | joint (and fewer steps) | exhaustive | halving (of many, again and again).",
+        ),
     ] = "kl",
-    saved: Annotated[float, typer.Option(help="Share of H's block FLOPs to save at least.")] = 0.35,
+    saved: Annotated[float, typer.Option(callback=between(0, 1), help="Share of H's block FLOPs to save at least.")] = 0.35,
     segments: Segments = 8,
-    steps: Annotated[int, typer.Option(help="Denoising steps of a window.")] = 64,
+    steps: Annotated[int, typer.Option(callback=between(1), help="Denoising steps of a window.")] = 64,
     sampler: Sampler = "ancestral",
-    samples: Annotated[int, typer.Option("--samples", "-n", help="Texts for each schedule, the same seeds for all.")] = 16,
-    count: Annotated[int, typer.Option(help="Schedules that halving begins with.")] = 24,
+    samples: Samples = 16,
+    count: Annotated[int, typer.Option(callback=between(1), help="Schedules that halving begins with.")] = 24,
     judge: Judge = "shakespeare-ar",
     data: Data = None,
-    max_windows: Annotated[int, typer.Option(help="Windows of the text that the KL is measured on.")] = 32,
-    ledger: Annotated[Path | None, typer.Option(help="File of trials: a search that stopped goes on where it was.")] = None,
+    max_windows: Windows = 32,
+    ledger: Annotated[
+        Path | None, typer.Option(callback=is_file_name, help="File of trials: a search that stopped goes on where it was.")
+    ] = None,
     save: Annotated[bool, typer.Option(help="Keep the best beside H, for `dlm generate --schedule auto`.")] = False,
     seed: Seed = 0,
     as_json: Json = False,
     device: Device = "cpu",
 ) -> None:
     """Find the best schedule that saves so much; every one is written and judged with the same seeds, beside H alone and L alone."""
+    lights = _here(heavy, light)
     from dlm.cli.progress import showing
     from dlm.evaluation.card import dumps
     from dlm.workflows import schedule as workflow
@@ -135,7 +186,7 @@ def search(
     with showing("writing and judging") as progress:
         found = workflow.search(
             heavy,
-            named_models(light),
+            lights,
             way=how,
             saved=saved,
             segments=segments,
@@ -170,19 +221,20 @@ def compare(
     heavy: Heavy,
     light: Light,
     words: Annotated[str, typer.Argument(metavar="SCHEDULES", help="With commas between; SCHEDULE@STEPS in another number of steps.")],
-    steps: Annotated[int, typer.Option(help="Denoising steps of a window.")] = 256,
+    steps: Annotated[int, typer.Option(callback=between(1), help="Denoising steps of a window.")] = 256,
     sampler: Sampler = "ancestral",
-    samples: Annotated[int, typer.Option("--samples", "-n", help="Texts for each schedule, the same seeds for all.")] = 16,
+    samples: Samples = 16,
     judge: Judge = "shakespeare-ar",
     data: Data = None,
     segments: Segments = 16,
-    max_windows: Annotated[int, typer.Option(help="Windows of the text that the KL is measured on.")] = 32,
-    ledger: Annotated[Path | None, typer.Option(help="File of trials: those in it are not measured again.")] = None,
+    max_windows: Windows = 32,
+    ledger: Annotated[Path | None, typer.Option(callback=is_file_name, help="File of trials: those in it are not measured again.")] = None,
     seed: Seed = 0,
     as_json: Json = False,
     device: Device = "cpu",
 ) -> None:
     """Measure these schedules beside H alone: 'L0.5 H0.5,sandwich:0.25,H@100'."""
+    lights = _here(heavy, light)
     from dlm.cli.progress import showing
     from dlm.evaluation.card import dumps
     from dlm.workflows import schedule as workflow
@@ -190,7 +242,7 @@ def compare(
     with showing("writing and judging") as progress:
         found = workflow.compare(
             heavy,
-            named_models(light),
+            lights,
             listed(words, "SCHEDULES"),
             steps=steps,
             sampler=sampler,

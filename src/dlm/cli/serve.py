@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dlm import bundled
-from dlm.cli.app import AllThreads, BridgeOption, Compile, Deterministic, Device, Dtype, FamilyOption, app, check_names, load
+from dlm.cli.app import AllThreads, BridgeOption, Compile, Deterministic, Device, Dtype, FamilyOption, app, check_names, is_adapter, load
 from dlm.errors import InputError
 
 
@@ -32,7 +32,9 @@ def serve(
     max_body: Annotated[int, typer.Option(help="Bytes of a request at most.", rich_help_panel="Limits")] = 2**20,
     deadline: Annotated[float, typer.Option(help="Seconds for a request, waiting included.", rich_help_panel="Limits")] = 300.0,
     threads: AllThreads = 0,
-    adapter: Annotated[Path | None, typer.Option(help="Directory of `dlm convert`, for the one model that is named.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(callback=is_adapter, help="Directory of `dlm convert`, for the one model that is named.")
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     deterministic: Deterministic = False,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlm.cli.app import Device, Json, app, err
+from dlm.cli.app import Device, Json, app, are_runs, check_names, err, is_plot
 from dlm.cli.tables import console, table
 
 if TYPE_CHECKING:
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 def settle(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUNS", help="Files that `dlm generate --save` wrote; those of one model and sampler are pooled."),
+        typer.Argument(
+            metavar="RUNS", callback=are_runs, help="Files that `dlm generate --save` wrote; those of one model and sampler are pooled."
+        ),
     ],
     judge: Annotated[
         str | None, typer.Option(help="An autoregressive model of the same vocabulary, for bits per token on the way.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write the curves as .png, .svg or .pdf (viz extra).")] = None,
+    plot: Annotated[Path | None, typer.Option(callback=is_plot, help="Write the curves as .png, .svg or .pdf (viz extra).")] = None,
     as_json: Json = False,
     device: Device = "cpu",
 ) -> None:
@@ -34,14 +36,11 @@ def settle(
 
     When each token last changed, edits per token, distance to the final text, bits on the way.
     """
+    check_names([judge] if judge else [])
     from dlm.cli.progress import showing
     from dlm.evaluation.card import dumps
     from dlm.workflows.settle import settle as measure
 
-    if plot is not None:
-        from dlm.viz.plots import check
-
-        check(plot)  # before the work, not after it
     with showing("measuring runs") as progress:
         found = measure(runs, judge, device=device, progress=progress)
     console(as_json).print(_table(found.runs))

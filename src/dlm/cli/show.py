@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from dlm.cli.app import app, err
+from dlm.cli.app import app, are_runs, between, err, is_file_name
 
 if TYPE_CHECKING:
     from dlm.trajectory import Trajectory
@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 
 @app.command()
 def show(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUNS", help="Files that `dlm generate --save` wrote; several stand side by side.")],
-    html: Annotated[Path | None, typer.Option(help="Write one self-contained page with a scrubber and a heat map.")] = None,
-    gif: Annotated[Path | None, typer.Option(help="Write an animated GIF (viz extra).")] = None,
-    seconds: Annotated[float, typer.Option(help="How long the replay takes.")] = 6.0,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUNS", callback=are_runs, help="Files that `dlm generate --save` wrote; several stand side by side."),
+    ],
+    html: Annotated[
+        Path | None, typer.Option(callback=is_file_name, help="Write one self-contained page with a scrubber and a heat map.")
+    ] = None,
+    gif: Annotated[Path | None, typer.Option(callback=is_file_name, help="Write an animated GIF (viz extra).")] = None,
+    seconds: Annotated[float, typer.Option(callback=between(0), help="How long the replay takes.")] = 6.0,
 ) -> None:
     """Replay saved runs, or turn them into a page or a GIF."""
     panes = load_runs(runs)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dlm.cli.app import AllThreads, Json, app, err, fail, set_threads
+from dlm.cli.app import AllThreads, Json, app, err, fail, is_text, set_threads
 from dlm.errors import InputError
 
 
@@ -17,7 +17,8 @@ from dlm.errors import InputError
 def train(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name (dlm list), or none with --data.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="shakespeare (bundled), a text file, a folder of .txt files, hf:DATASET, or sudoku[:SIZE].")
+        str | None,
+        typer.Option(callback=is_text, help="shakespeare (bundled), a text file, a folder of .txt files, hf:DATASET, or sudoku[:SIZE]."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/RECIPE.")] = None,
     noise: Annotated[

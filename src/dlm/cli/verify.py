@@ -17,7 +17,9 @@ def verify(
     cases: Annotated[
         Path,
         typer.Option(
-            help="JSON: `cases` with name, settings, prompt_ids and output_ids of the reference; or safetensors: its logits and losses."
+            exists=True,
+            dir_okay=False,
+            help="JSON: `cases` with name, settings, prompt_ids and output_ids of the reference; or safetensors: its logits and losses.",
         ),
     ],
     device: Device = "cpu",

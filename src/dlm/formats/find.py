@@ -29,11 +29,25 @@ def here(name: str) -> Path | None:
         if not path.is_file():
             raise InputError(f"{name} is not here yet: run dlm pull {name}")
         return path
-    if name.count("/") == 1 and not name.endswith((".gguf", ".pt")) and not name.startswith(("/", ".", "~")):
+    if may_be_hub_id(name):
         return None
     close = difflib.get_close_matches(name, [*bundled.models(), *bundled.BASES], n=2, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else f"bundled: {', '.join(bundled.models()) or 'none'}."
     raise InputError(f"no checkpoint {name!r}; {hint} A directory or a hub id works too.")
+
+
+def may_be_hub_id(name: str) -> bool:
+    """Whether it is written OWNER/NAME, and no path that says that it is one."""
+    return name.count("/") == 1 and not name.endswith((".gguf", ".pt")) and not name.startswith(("/", ".", "~"))
+
+
+def check_pullable(name: str) -> None:
+    """InputError for a name that `dlm pull` has nothing to fetch for."""
+    if name in bundled.BASES or name in bundled.models() or may_be_hub_id(name) or Path(name).exists():
+        return
+    close = difflib.get_close_matches(name, bundled.BASES, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]}?" if close else f"known by name: {', '.join(bundled.BASES)}."
+    raise InputError(f"nothing to fetch by the name {name!r}; {hint} Any other model: its hub id, OWNER/NAME.")
 
 
 def _downloaded(name: str) -> Path:

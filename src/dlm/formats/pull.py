@@ -20,6 +20,7 @@ from dlm import bundled
 from dlm.errors import InputError
 from dlm.files import replacing
 from dlm.formats import native
+from dlm.formats.find import check_pullable
 
 CHUNK = 1 << 20
 HUB_SECONDS = 10.0  # that the hub may take to say whether it has a file
@@ -57,6 +58,7 @@ def pull(name: str, tell: Callable[[str], None] = lambda _: None) -> Path:
     tell: gets a line about what goes on. InputError where it cannot be had whole; the cache is then as it was.
     """
     if name not in BASES:
+        check_pullable(name)
         return native.find(name)
     base, cache = BASES[name], bundled.cache_directory()
     place = cache / f"{name}.gguf"

@@ -13,6 +13,7 @@ from dlm.sampling.autoregressive.draft import Draft
 
 __all__ = ["DTYPES", "DecodingKeywords", "DecodingOptions", "Draft", "LayoutKeywords", "TextKeywords", "check_dtype", "separate"]
 
+MAX_TOKENS = 10_000_000  # of all rows of a canvas, which a run keeps in memory with its steps
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dlm.errors import InputError
+from dlm.language_model.options import MAX_TOKENS
 from dlm.text.chat import ChatTemplate, Messages
 from dlm.text.tokenizer import Tokenizer
 from dlm.trajectory import Canvas
@@ -48,6 +49,8 @@ class Prompting:
         if not hasattr(prompts, "__iter__") or any(isinstance(one, int) for one in prompts):
             raise InputError(f"a prompt is a text, or a list of texts or of lists of token ids; got {prompt!r}")
         tail = self.tokenizer.encode(suffix, "inside")
+        if (asked := max(length or 0, max_new_tokens or 0) * len(prompts)) > MAX_TOKENS:
+            raise InputError(f"{asked:,} tokens are asked for, one run writes {MAX_TOKENS:,} at most: ask for a shorter text or fewer")
         rows = [self._row(one, tail, length, max_new_tokens) for one in prompts]
         return Canvas.from_rows(rows, fill=self.tokenizer.mask_id)
 

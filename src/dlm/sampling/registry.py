@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dlm import plugins
 from dlm.errors import MAX_SETTING, InputError, in_range, nearest
 from dlm.sampling.autoregressive import draft as drafts
-from dlm.sampling.autoregressive.draft import DrafterFactory
+from dlm.sampling.autoregressive.draft import Draft, DrafterFactory
 from dlm.sampling.autoregressive.draft_length import MAX_STRIDE
 
 if TYPE_CHECKING:
@@ -607,6 +607,19 @@ def get(word: str, noise: Noise | None) -> SamplerInfo:
     else:
         reason = "needs a diffusion model" if noise is None else f"needs {others[0].noise} noise"
     raise InputError(f"the sampler {name!r} {reason}; {model} can use: {', '.join(usable)}")
+
+
+def check(word: str) -> None:
+    """InputError for a sampler that no model has, and for settings that it does not take; no model is looked at."""
+    if word in (AUTO, LOSSLESS) or Draft.from_word(word) is not None:
+        return
+    name = word.partition(":")[0]
+    if name in plugins.found(plugins.SAMPLERS):
+        _plugged_sampler(name)
+    if not (found := [one for one in known() if one.name == name]):
+        close = nearest(name, [one.name for one in known()]).removesuffix("?")
+        raise InputError(f"the sampler {name!r} is unknown{close}; dlm samplers lists all of them")
+    found[0].parse(word)  # of the same parameters, whatever the noise
 
 
 def is_exact(word: str, noise: Noise | None, *, steps: int | None = None, tokens: int = 0, cache: bool | str = True) -> bool:

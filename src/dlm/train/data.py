@@ -5,10 +5,8 @@ A batch is a function of (seed, step) alone, so a resumed run needs no reader st
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,8 +23,6 @@ def read(source: str) -> list[str]:
     A bundled name means the same text everywhere: a local file of that name is `./NAME`. A Hugging Face data set is `hf:NAME`,
     `hf:NAME:COLUMN` or `hf:NAME:COLUMN:SPLIT` (defaults: text, train). InputError where there is no text.
     """
-    if not source:
-        raise InputError(f"no data: {_known()}")
     if source.startswith("hf:"):
         name, column, part, *more = *source[3:].split(":"), "", ""
         if not name or any(more):
@@ -39,23 +35,9 @@ def read(source: str) -> list[str]:
     return documents
 
 
-def _known() -> str:
-    return f"give a text file, a folder of .txt files, hf:DATASET, or a bundled data set ({', '.join(bundled.datasets())})"
-
-
 def _read_files(source: str) -> list[str]:
-    path = bundled.datasets().get(source, Path(source))
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*.txt") if p.is_file())
-        if not files:
-            raise InputError(f"{path} holds no .txt file")
-    elif path.is_file():
-        files = [path]
-    else:
-        close = difflib.get_close_matches(source, bundled.datasets(), n=1)
-        raise InputError(f"no data at {source}: " + (f"did you mean the bundled data set {close[0]}?" if close else _known()))
     documents = []
-    for file in files:
+    for file in bundled.text_files(source):
         try:
             documents.append(file.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm.errors import InputError
-from dlm.files import replacing
+from dlm.files import check_target, replacing
 
 COLORS = ("#2f2c73", "#c26a00", "#2a8c82", "#93458a", "#5f87af", "#7a7f3a", "#b23a48", "#4d4d4d", "#d98cb3", "#000000")
 AXES = {
@@ -26,6 +26,7 @@ def check(path: Path) -> None:
         raise ModuleNotFoundError("a plot needs the viz extra: pip install 'dlm[viz]'")
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"a plot is a .png, .svg or .pdf file, not {path.name}")
+    check_target(path)
 
 
 def settling_plot(runs: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from dlm import bundled
 from dlm.errors import InputError, nearest
 from dlm.evaluation import generative, judge
+from dlm.files import check_there
 from dlm.formats import native
 from dlm.grids import kinds
 from dlm.language_model import LanguageModel, load
@@ -161,6 +162,5 @@ def _stream(lm: LanguageModel, source: str, split: str, val_fraction: float, win
 
 def saved_run(path: str | Path) -> Trajectory:
     """A run that `dlm generate --save` wrote. InputError where the file is missing or damaged."""
-    if not Path(path).is_file():
-        raise InputError(f"no file {path}: make one with dlm generate --save {path}")
+    check_there(Path(path), f"make one with dlm generate --save {path}")
     return Trajectory.load(Path(path))

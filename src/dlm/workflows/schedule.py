@@ -39,9 +39,7 @@ class CostReport:
         return {"format": FORMAT, "schedule": self.schedule, "steps": self.steps} | self.cost.record()
 
 
-def cost(
-    schedule: str | ModelSchedule, heavy: Model = "shakespeare-mask", light: Light = "shakespeare-mask-2", *, steps: int | None = None
-) -> CostReport:
+def cost(heavy: Model, light: Light, schedule: str | ModelSchedule, *, steps: int | None = None) -> CostReport:
     """FLOPs by blocks alone, with the output head, and of the forward passes that happen.
 
     steps: denoising steps, by default those that the schedule counts, else one for each token. InputError for models that do not fit.
