@@ -23,8 +23,10 @@ from bases import SPECIAL, TEMPLATE, publish, tokenizer, transformer
 from conftest import Dlm
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel, load
+from dlm.language_model.generation import Run
 from dlm.text.chat import GUARD, ChatTemplate
 from dlm.text.tokenizer import Tokenizer
+from dlm.trajectory import Frame
 from kinds import byte_level, sentencepiece
 
 MESSAGES = [{"role": "ROMEO", "content": "But soft, what"}, {"role": "JULIET", "content": "light"}, {"role": "ROMEO", "content": "O Romeo"}]
@@ -228,6 +230,58 @@ def test_the_verb(dlm: Dlm, base: Path, masked_dir: Path, monkeypatch: pytest.Mo
     assert "--lossless chooses the drafter" in dlm.told("chat", str(base), "--draft", "ngram", "--lossless")
     assert "no chat template" in dlm.told("chat", str(masked_dir))
     assert "--max-new-tokens" in dlm.told("chat", str(base), "--max-new-tokens", "0")
+
+
+def test_commands_of_the_verb(dlm: Dlm, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After /clear an answer is that of a new conversation; nothing after /quit is read."""
+    words = ("chat", str(base), "--max-new-tokens", "6")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("But soft\n/help\n/clear\nBut soft\n/quit\nO Romeo\n"))
+    code, out, err = dlm(*words)
+    assert code == 0
+    first, again = out.splitlines()
+    assert first == again
+    for name in ("/help", "/clear", "/quit", "Ctrl-C stops an answer"):
+        assert name in err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("O Romeo " * 60 + "\n"))
+    assert "begin a new one\n" in dlm(*words)[2]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(dlm: Dlm, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes after the second token of the first answer; the second answer follows the part that was written."""
+    step, taken = Run.step, 0
+
+    def interrupted(run: Run) -> Frame | None:
+        nonlocal taken
+        taken += 1
+        if taken == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(run)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell that runs the tests in the background has ignored
+    monkeypatch.setattr(Run, "step", interrupted)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("But soft\nO Romeo\n"))
+    code, out, err = dlm("chat", str(base), "--max-new-tokens", "6")
+    assert code == 0
+    assert "stopped; what stands there is kept as the answer" in err
+    monkeypatch.setattr(Run, "step", step)
+    model, messages, expected = load(str(base)), [{"role": "user", "content": "But soft"}], ""
+    for count, line in ((3, "O Romeo"), (6, "")):
+        canvas = model.chat_canvas(messages, max_new_tokens=6)
+        frames = list(model.stream(canvas=canvas, temperature=0.0))
+        first = int(canvas.given_BT[0].sum())
+        ids = frames[min(count, len(frames)) - 1].tokens_BT[0, first : first + count].tolist()
+        text = model.tokenizer.decode([i for i in ids if i not in model.stops])
+        expected += text + "\n"
+        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": line}]
+    assert out == expected
+
+
+def test_generate_says_that_it_does_not_chat(dlm: Dlm, base: Path, masked_dir: Path) -> None:
+    hint = f"To ask the model: dlm chat {base}"
+    words = ("--max-new-tokens", "3")
+    assert hint in dlm("generate", "But soft", str(base), *words)[2]
+    assert hint not in dlm("generate", "--model", str(base), *words)[2]  # no question
+    assert "dlm chat" not in dlm("generate", "But soft", str(masked_dir), *words)[2]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel
-from dlm.train import data, display, objective, state
+from dlm.train import data, display, objective, processes, setup, state, training
 from dlm.train.display import Display
 from dlm.train.loop import Progress
 from dlm.workflows.fit import fit
@@ -129,11 +129,28 @@ def test_a_run_directory_is_a_checkpoint(text: Path, tmp_path: Path) -> None:
     assert files == weights | texts
     model = LanguageModel.from_pretrained(str(tmp_path / "run"))
     assert len(model.generate(max_new_tokens=8, seed=0).text) == 8
-    assert model.card() == (tmp_path / "run" / "README.md").read_text()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert model.card(str(tmp_path / "run")) == card
+    name = re.search(r"dlm\.load\((.*?)\)", card)
+    assert name is not None
+    assert LanguageModel.from_pretrained(json.loads(name[1])).config == model.config
     assert model.defaults == {"steps": 32, "sampler": "ancestral", "temperature": 1.0}
     saved = state.read_meta(tmp_path / "run" / state.FILE)["config"]
     assert saved == json.loads(json.dumps(tiny.config(text, "steps=3").to_dict()))
     assert model.config.training["parameters"] == model.network.parameters_count()
+
+
+def test_very_many_epochs_of_a_small_text_are_told(text: Path, tmp_path: Path) -> None:
+    """A step reads 4 windows of 32 tokens of the 5,109 that train: 90 epochs take 3,592 steps."""
+    warned = [training_of(text, tmp_path, f"steps={steps}").warning() for steps in (3592, 9978, 20_000)]
+    assert warned[:2] == ["", ""]
+    assert warned[2].startswith("warning: 20000 steps are 501 epochs of 5,109 tokens")
+    assert "--set steps=3592 makes 90" in warned[2]
+
+
+def training_of(text: Path, out: Path, *settings: str) -> training.Training:
+    config = tiny.config(text, *settings)
+    return training.Training(config, setup.resolve(config), processes.accelerate(config.batch, bf16=False), out, {})
 
 
 def show(text: Path, out: Path, *settings: str, **options: Any) -> str:

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from dlm.errors import InputError
@@ -75,6 +77,47 @@ def test_what_a_resumed_run_changes_is_said(text: Path, tmp_path: Path) -> None:
     expected = "changed since the last save: lr 0.01 -> 0.02, betas [0.9, 0.99] -> [0.8, 0.9], dropout 0.0 -> 0.1\n"
     assert isinstance(console.file, io.StringIO)
     assert expected in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("setting", "was"),
+    [
+        ("noise_schedule=cosine", "noise_schedule=linear"),
+        ("tokenizer=bytes", "tokenizer=chars"),
+        ("noise=uniform", "noise=masked"),
+        ("val_fraction=0.2", "val_fraction=0.1"),
+        ("width=64", "width=32"),
+        ("window=16", "window=32"),
+        ("conv=3", "conv=0"),
+        ("qk_norm=false", "qk_norm=True"),
+    ],
+)
+def test_a_setting_that_a_run_keeps_is_refused_by_name(begun: tuple[Path, Path], setting: str, was: str) -> None:
+    text, run = begun
+    before = tiny.tensors(run)
+    more = [f"width={64}", "heads=2"] if setting.startswith("width") else [setting]
+    with pytest.raises(InputError, match=rf"was begun with .*{was}"):
+        tiny.run(text, run, "steps=6", *more, resume=True)
+    assert all(torch.equal(before[name], tensor) for name, tensor in tiny.tensors(run).items())
+
+
+@pytest.fixture(scope="module")
+def begun(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A text and a run of two steps on it."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    tiny.run(text, run, "steps=2")
+    return text, run
+
+
+def test_another_text_is_refused_wherever_it_lies(begun: tuple[Path, Path], tmp_path: Path) -> None:
+    text, run = begun
+    shutil.copytree(run, tmp_path / "run")
+    moved, other = tmp_path / "moved.txt", tmp_path / "other.txt"
+    moved.write_text(text.read_text())
+    other.write_text(text.read_text()[::-1])
+    with pytest.raises(InputError, match=r"was begun with another text than .*other\.txt holds now"):
+        tiny.run(other, tmp_path / "run", "steps=4", resume=True)
+    assert tiny.run(moved, tmp_path / "run", "steps=3", resume=True)["step"] == 3
 
 
 def test_what_cannot_be_resumed(text: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from dlm.cli.app import (
     between,
     drafting,
     err,
+    interrupts,
     load,
     renamed,
     set_threads,
@@ -66,9 +67,9 @@ def chat(
     bridge: BridgeOption = "",
     threads: Threads = 0,
 ) -> None:
-    """Talk to a model, line by line.
+    """Talk to a model, line by line; /help lists the commands.
 
-    Ctrl-D or Ctrl-C ends it.
+    Ctrl-C stops an answer, and ends the chat where none is being written; so does Ctrl-D.
     """
     drafter = drafting(draft, draft_tokens, draft_tree)
     if lossless and drafter is not None:
@@ -84,22 +85,46 @@ def chat(
         temperature = 0.0
     options = DecodingOptions(temperature=temperature, top_p=top_p, top_k=top_k, sampler=sampler, preset=preset, draft=drafter)
     lm.build(lm.resolve(options))  # an error of the options is told before the first question
-    messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    messages = [{"role": "system", "content": system}] if system else []
     lm.prompting.conversation([*messages, {"role": "user", "content": ""}])  # so are template and system prompt
+    if sys.stdin.isatty():
+        _say(f"{lm.name}, {max_new_tokens} tokens an answer at most. {BANNER}")
     try:
-        while (line := _ask()) is not None:
-            if not line.strip():
-                continue
-            messages.append({"role": "user", "content": line})
-            try:
-                canvas = lm.chat_canvas(messages, max_new_tokens=max_new_tokens)
-            except InputError as error:
-                err.print(str(error), markup=False, highlight=False)
-                messages.pop()
-                continue
-            messages.append({"role": "assistant", "content": _answer(lm, canvas, options, seed)})
+        _talk(lm, messages, options, max_new_tokens, seed)
     except KeyboardInterrupt:
         print()
+
+
+COMMANDS = {"/help": "list the commands", "/clear": "begin a new conversation", "/quit": "end"}
+BANNER = "/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends."
+
+
+def _say(text: str) -> None:
+    err.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _talk(lm: LanguageModel, messages: list[dict[str, str]], options: DecodingOptions, max_new_tokens: int, seed: int) -> None:
+    """Questions and answers until the input ends. messages: what is said before the first question."""
+    beginning = list(messages)
+    while (line := _ask()) is not None and line.strip() != "/quit":
+        match line.strip():
+            case "":
+                continue
+            case "/help":
+                _say("\n".join(f"{name:8} {about}" for name, about in COMMANDS.items()) + f"\n{BANNER}")
+                continue
+            case "/clear":
+                messages = list(beginning)
+                _say("a new conversation")
+                continue
+        messages.append({"role": "user", "content": line})
+        try:
+            canvas = lm.chat_canvas(messages, max_new_tokens=max_new_tokens)
+        except InputError as error:
+            _say(f"{error}{' with /clear' if len(messages) > len(beginning) + 1 else ''}")
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": _answer(lm, canvas, options, seed)})
 
 
 def _ask() -> str | None:
@@ -111,15 +136,18 @@ def _ask() -> str | None:
 
 
 def _answer(lm: LanguageModel, canvas: Canvas, options: DecodingOptions, seed: int) -> str:
-    """Print the answer as it comes, from left to right and up to its end, and return it."""
+    """Print the answer as it comes, from left to right and up to its end or to Ctrl-C, and return it."""
     shown, first = "", int(canvas.free_BT[0].int().argmax())
     run = lm.run(canvas, options, seed=seed)
-    while (frame := run.step()) is not None:
-        settled_T = frame.settled_BT[0, first:].cpu()
-        ids = frame.tokens_BT[0, first:].cpu()[settled_T.cummin(0).values].tolist()
-        text = lm.tokenizer.decode(ids[: next((n for n, i in enumerate(ids) if i in lm.stops), len(ids))])
-        if not text.endswith("\ufffd"):  # half a character: its other bytes are still to come
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print()
+    with interrupts() as stopped:
+        while not stopped() and (frame := run.step()) is not None:
+            settled_T = frame.settled_BT[0, first:].cpu()
+            ids = frame.tokens_BT[0, first:].cpu()[settled_T.cummin(0).values].tolist()
+            text = lm.tokenizer.decode(ids[: next((n for n, i in enumerate(ids) if i in lm.stops), len(ids))])
+            if not text.endswith("\ufffd"):  # half a character: its other bytes are still to come
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+        print()
+        if stopped():
+            _say("stopped; what stands there is kept as the answer")
     return shown

@@ -239,7 +239,9 @@ def generate(
     _hint(prompt, name or model)
 
     def opened(wanted: str) -> LanguageModel:
-        return load(wanted, device, dtype, adapter, deterministic, compile, family, bridge)
+        lm = load(wanted, device, dtype, adapter, deterministic, compile, family, bridge)
+        _hint_chat(lm, wanted, prompt)
+        return lm
 
     runs = _runs(entries, opened, [prompt] * samples if samples > 1 else prompt, layout, options, seed)
     paths = _paths(save, list(runs))
@@ -271,6 +273,13 @@ def _hint(prompt: str, model: str | None) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _hint_chat(lm: LanguageModel, name: str, prompt: str) -> None:
+    """A line for those who ask a chat model as if it answered here; none for a prompt with control tokens, which knows better."""
+    if prompt and lm.chat.source and "<|" not in prompt:
+        line = f"{lm.name} has a chat template, which generate leaves away: the text is continued. To ask the model: dlm chat {name}"
+        err.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def _entries(compare: str | None, model: str, sampler: str | None) -> list[Entry]:

@@ -225,15 +225,15 @@ def generation_defaults(config: ModelConfig) -> dict[str, Any]:
     return {"steps": config.network.window, "sampler": "ancestral", "temperature": 1.0}
 
 
-def card(config: ModelConfig, name: str, parameters: int) -> str:
-    """The model card, Markdown with the hub's header."""
+def card(config: ModelConfig, name: str, parameters: int, place: str = "") -> str:
+    """The model card, Markdown with the hub's header. place: by which `dlm.load` finds the model, where that is not its name."""
     block = "block " * (config.network.attention == "block_causal")
     kind = "Autoregressive" if config.objective == "autoregressive" else f"{config.noise['process'].capitalize()} {block}diffusion"
     made = "trained with dlm" if config.family == "dlm" else f"converted from a {config.family} checkpoint by dlm"
     return (
         f"---\nlibrary_name: dlm\npipeline_tag: text-generation\n---\n# {name}\n\n{kind} language model, "
         f"{parameters:,} parameters, window {config.network.window}, context {config.context}, {made}.\n\n"
-        f"```python\nimport dlm\n\nprint(dlm.load({json.dumps(name)}).generate(length=256, seed=0).text)\n```\n"
+        f"```python\nimport dlm\n\nprint(dlm.load({json.dumps(place or name)}).generate(length=256, seed=0).text)\n```\n"
     )
 
 

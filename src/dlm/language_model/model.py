@@ -18,6 +18,7 @@ from torch import Tensor
 from dlm.adapters import attach, lora, medusa
 from dlm.calibration.table import Calibration
 from dlm.errors import InputError
+from dlm.files import write_text
 from dlm.formats import bridge as bridges
 from dlm.formats import huggingface, native
 from dlm.formats.families import known
@@ -112,7 +113,8 @@ class LanguageModel:
             raise InputError(f"{self.name} was loaded with quantized weights: save it from float32 or bfloat16")
         if isinstance(self.network, CanvasNetwork):
             raise InputError(f"{self.name} is a network of transformers: copy its own files")
-        native.save(directory, self.network.state_dict(), self.config, files=self.files() | {"README.md": self.card()}, dtype=dtype)
+        files = self.files() | {"README.md": self.card(str(directory))}
+        native.save(directory, self.network.state_dict(), self.config, files=files, dtype=dtype)
 
     def files(self) -> dict[str, str]:
         """Tokenizer, generation defaults and chat template as files of a checkpoint, ours or Hugging Face's."""
@@ -129,12 +131,13 @@ class LanguageModel:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory)
+            write_text(Path(directory) / "README.md", self.card(repo_id))
             api.upload_folder(repo_id=repo_id, folder_path=directory)
         return str(url)
 
-    def card(self) -> str:
-        """The model card, Markdown with the hub's header."""
-        return native.card(self.config, self.name, self.network.parameters_count())
+    def card(self, place: str = "") -> str:
+        """The model card, Markdown with the hub's header. place: directory or hub id where the model is to be found, else its name."""
+        return native.card(self.config, self.name, self.network.parameters_count(), place)
 
     @property
     def is_diffusion(self) -> bool:

@@ -21,6 +21,7 @@ from dlm.train.loop import Figures, Update, Validation
 from dlm.train.objective import Objective, validate
 from dlm.train.setup import Setup
 
+MANY_EPOCHS, USUAL_EPOCHS = 250, 90  # the recipes of Shakespeare, of a million characters, take the latter
 Preview = Callable[[Transformer, ModelConfig, Tokenizer], str]
 """Text of the model in training, beside every validation."""
 
@@ -44,6 +45,7 @@ class Training:
         self.objective = Objective.of(config, setup.noise)
         self.passes = 1 if config.objective == "autoregressive" else config.eval_passes
         self.facts = {"parameters": self.learner.bare.parameters_count(), "tokens": len(setup.training.tokens_N)}
+        self.text = setup.training.fingerprint()
         self.model = ModelConfig(
             network=setup.network,
             mask_token_id=setup.tokenizer.mask_id,
@@ -62,7 +64,17 @@ class Training:
         size = f"{self.facts['parameters']:,} parameters, {self.facts['tokens']:,} training tokens"
         epochs = f"{self.config.steps * self.epochs_per_step:.1f} epochs"
         where = f"{self.accelerator.num_processes} process(es) on {self.accelerator.device}, into {self.out}"
-        return f"{size} (sha256 {self.setup.training.fingerprint()}), {epochs}, {where}"
+        return f"{size} (sha256 {self.text}), {epochs}, {where}"
+
+    def warning(self) -> str:
+        """A line where the settings read a small text very often; empty where they do not."""
+        if (epochs := self.config.steps * self.epochs_per_step) <= MANY_EPOCHS:
+            return ""
+        fewer = max(1, round(USUAL_EPOCHS / self.epochs_per_step))
+        return (
+            f"warning: {self.config.steps} steps are {epochs:,.0f} epochs of {self.facts['tokens']:,} tokens, which are learned by heart: "
+            f"--set steps={fewer} makes {USUAL_EPOCHS}, or give more text"
+        )
 
     def update(self, step: int) -> Update:
         return self.learner.update(step)
@@ -88,14 +100,29 @@ class Training:
         if main:  # the export first: whatever can be resumed can also be loaded
             native.save(self.out, average, self.model, files=self._files())
         meta = {"verb": "train", "step": step, "best": self.best, "recent": recent, "config": self.config.to_dict()}
+        meta["text"] = self.text
         state.save(self.out / state.FILE, learner.network, learner.optimizer, average, meta, main=main)
 
     def _files(self) -> dict[str, str]:
         return {
             "tokenizer.json": self.setup.tokenizer.inner.to_str(),
             "generation_config.json": json.dumps(native.generation_defaults(self.model), indent=2) + "\n",
-            "README.md": native.card(self.model, self.out.resolve().name, self.facts["parameters"]),
+            "README.md": native.card(self.model, self.out.resolve().name, self.facts["parameters"], str(self.out)),
         }
+
+
+FIXED = {"objective", "noise", "noise_schedule", "clusters", "head", "init", "tokenizer", "val_fraction"}
+"""Settings besides those of the network that a run keeps from its first step: the noise and the vocabulary are read from its directory,
+and another split would validate on text that was trained on."""
+
+
+def check_text(setup: Setup, data: str, meta: state.Meta, out: Path) -> None:
+    """InputError where a run that is resumed would go on with another text; the same one may lie elsewhere by now."""
+    was, now = meta.get("text"), setup.training.fingerprint()  # before the first release a state did not have it
+    if was not in (None, now):
+        raise InputError(
+            f"{out} was begun with another text than {data} holds now (sha256 {was}, not {now}): give that one, or another --out"
+        )
 
 
 def changes(config: TrainConfig, meta: state.Meta, out: Path) -> str:
@@ -107,7 +134,7 @@ def changes(config: TrainConfig, meta: state.Meta, out: Path) -> str:
     now = json.loads(json.dumps(config.to_dict()))
     old, new = ({key: value for key, value in c.items() if key != "network"} | c["network"] for c in (before, now))
     changed = [key for key, value in old.items() if new.get(key) != value]
-    fixed = before["network"].keys() - {"vocab_size", "dropout", "backend"} | {"objective", "noise", "clusters", "head", "init"}
+    fixed = before["network"].keys() - {"vocab_size", "dropout", "backend"} | FIXED
     wrong = [f"{key}={old[key]}" for key in changed if key in fixed]
     if wrong:
         raise InputError(f"{out} was begun with {', '.join(wrong)}: resume with --set {' --set '.join(wrong)}")

@@ -119,7 +119,7 @@ def _is_autoregressive(lm: LanguageModel) -> bool:
 
 
 def _save_full(lm: LanguageModel, out: Path, made: dict[str, Any]) -> None:
-    files = lm.files() | {"README.md": lm.card()}
+    files = lm.files() | {"README.md": lm.card(str(out))}
     native.save(out, lm.network.state_dict(), replace(lm.config, training=made), files=files)
 
 

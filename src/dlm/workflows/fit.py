@@ -62,7 +62,9 @@ def fit(
     accelerator = processes.accelerate(config.batch, bf16=config.bf16)
     meta = state.begin(out, "train", resume=resume, optimizer=config.optimizer)
     changed = training.changes(config, meta, out) if resume else ""
-    task = training.Training(config, setup.resolve(config, out if resume else None), accelerator, out, meta, preview)
+    found = setup.resolve(config, out if resume else None)
+    training.check_text(found, config.data, meta, out)
+    task = training.Training(config, found, accelerator, out, meta, preview)
     if accelerator.is_main_process:
         state.clear(out)
     first = meta.get("step", 0)
@@ -70,6 +72,8 @@ def fit(
     with log, shown(progress) as tell:
         loop = Loop(task, config, log, Processes(accelerator), tell, "training", first, meta.get("recent", []))
         loop.say(task.describe())
+        if warned := task.warning():
+            loop.say(warned)
         if changed:
             loop.say(f"changed since the last save: {changed}")
         return Fit(out, **loop.run(stop_after))
