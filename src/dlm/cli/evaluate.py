@@ -131,6 +131,10 @@ def evaluate(
     found = Evaluations(own, one(against, None, own=False) if against else None)
     rows = [*found.own, *([found.against] if found.against else [])]
     console(as_json).print(_table(rows))
+    for row in rows:
+        if row.nats_per_predicted_token is not None:
+            first = f"{row.model} reads no start token: the first token of a window has no condition and counts as uniform"
+            console(as_json).print(f"{first}; {row.nats_per_predicted_token:.4f} nats per token without those", highlight=False)
     _tell([row.card for row in rows if row.card is not None])
     if as_json:
         print(dumps(found.record()))

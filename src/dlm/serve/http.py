@@ -109,7 +109,9 @@ class Service:
 
         answer = await asyncio.to_thread(prepare)
         reply = Reply(self.engine)
-        reply.submit(answer.plan.jobs(answer.canvases, reply.deliver, records=answer.records, seconds=self.limits.deadline))
+        jobs = answer.plan.jobs(answer.written, reply.deliver, records=answer.records, seconds=self.limits.deadline)
+        jobs += answer.plan.scorings(answer.scored, len(jobs), reply.deliver, records=answer.records or 0, seconds=self.limits.deadline)
+        reply.submit(jobs)
         if not asked.stream:
             try:
                 return JSONResponse(await _unless_gone(self._whole(answer, reply), request))
@@ -137,9 +139,9 @@ class Service:
 
     def _took(self, answer: openai.Answer, reply: Reply, index: int, happened: Event) -> Iterator[dict[str, Any]]:
         """The chunks that an event gives; a row whose text has ended is freed."""
-        before = answer.rows[index].done
+        before = answer.is_done(index)
         yield from answer.take(index, happened)
-        if answer.rows[index].done and not before and answer.early(index):
+        if answer.is_done(index) and not before and answer.early(index):
             reply.free(index)
 
     async def _stream(self, reply: Reply, request: Request, chunks: Callable[[Events], AsyncIterator[bytes]]) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ class Evaluation(likelihood.Likelihood):
     """The figures of `Likelihood`, and how they came about. block_length: of block diffusion, else 0; steps: of the discrete estimator.
 
     source, split, fingerprint, windows, window: the text, its tokens and how it was cut. card: the file with all of it.
+    nats_per_predicted_token: of a model without start token, whose first token of a window has no condition and counts as uniform; without
+    those tokens, as other tools leave them out.
     """
 
     model: str
@@ -35,11 +38,13 @@ class Evaluation(likelihood.Likelihood):
     block_length: int = 0
     steps: int | None = None
     card: Path | None = None
+    nats_per_predicted_token: float | None = None
 
     def figures(self) -> dict[str, object]:
         """Nats per token, bits per character and their errors, with the name of the model."""
         every = asdict(self)
         names = [*likelihood.Likelihood.__dataclass_fields__, "model", *(["block_length"] if self.block_length else [])]
+        names += ["nats_per_predicted_token"] if self.nats_per_predicted_token is not None else []
         return {name: every[name] for name in names}
 
     def record(self) -> dict[str, object]:
@@ -128,10 +133,19 @@ def evaluate(
         block_length=length,
         steps=steps if found.estimator == "discrete" else None,
         card=None if card is None else Path(card),
+        nats_per_predicted_token=_predicted(lm, found, len(text.windows_WT)),
     )
     if made.card is not None:
         made.save(made.card)
     return made
+
+
+def _predicted(lm: LanguageModel, found: likelihood.Likelihood, windows: int) -> float | None:
+    """Nats of a token that the network predicts; None where it predicts all of them."""
+    if lm.is_diffusion or lm.config.start_token_id is not None:
+        return None
+    first = math.log(lm.config.network.vocab_size - 1)  # uniform, without the mask
+    return (found.nats_per_token * found.tokens - windows * first) / (found.tokens - windows)
 
 
 def _block_length(lm: LanguageModel, asked: int | None) -> int:

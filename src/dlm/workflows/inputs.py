@@ -19,6 +19,7 @@ from dlm.language_model import LanguageModel, load
 from dlm.model_scheduling.trial import Figures
 from dlm.noise import loss
 from dlm.noise.masked import MaskedNoise
+from dlm.spelling import Spelling
 from dlm.train import data as reading
 from dlm.train import grids
 from dlm.trajectory import Trajectory
@@ -125,7 +126,7 @@ def _is_ours(model: Model) -> bool:
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of a text in the tokens of a model. source: where it was read."""
+    """Windows of a text in the tokens of a model. source: where it was read; characters: that begin in the windows."""
 
     source: str
     stream: reading.Stream
@@ -148,8 +149,14 @@ class Text:
         source = str(lm.config.training.get("data", "") if data is None else data)
         stream = _stream(lm, source, split, val_fraction, window or lm.window)
         windows_WT = stream.windows(max_windows)
-        characters = sum(len(lm.tokenizer.decode(row)) for row in windows_WT.tolist())
-        return cls(source, stream, windows_WT.to(lm.network.device), characters)
+        return cls(source, stream, windows_WT.to(lm.network.device), characters(lm.tokenizer.spelling, windows_WT))
+
+
+def characters(spelling: Spelling, windows_WT: Tensor) -> int:
+    """How many characters begin in these windows: each counts once, also where a window or a token cuts it."""
+    tokens, counts = torch.unique(windows_WT, return_counts=True)
+    begun = (sum(byte & 0xC0 != 0x80 for byte in spelling.part(token).inner) for token in tokens.tolist())  # not the rest of one in UTF-8
+    return sum(count * each for count, each in zip(counts.tolist(), begun, strict=True))
 
 
 def _stream(lm: LanguageModel, source: str, split: str, val_fraction: float, window: int) -> reading.Stream:

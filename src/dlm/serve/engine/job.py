@@ -5,6 +5,7 @@ Shapes: L positions of the row, C changed positions, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -19,18 +20,24 @@ from dlm.protocols import Sampler
 from dlm.sampling.batching import WrittenDistribution
 from dlm.trajectory import Canvas, Frame
 
+CHUNK_POSITIONS = 256  # whose distributions are normalised at once
 FAULT = "the server failed on this request; its log says more"
 
 
 @dataclass(frozen=True)
 class Change:
-    """A position that was written, taken back or settled. confidence: p(token) at that time; alternatives: (token, p), best first."""
+    """A position that was written, taken back or settled. logp: log p(token) at that time; alternatives: (token, log p), best first."""
 
     position: int
     token: int
     settled: bool
-    confidence: float | None = None
+    logp: float | None = None
     alternatives: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def confidence(self) -> float | None:
+        """p(token) at that time."""
+        return None if self.logp is None else math.exp(self.logp)
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ class Job:
 
     deliver: takes the events, called from the engine's thread; records: alternatives to record, None for no confidence either.
     deadline: of `time.monotonic`. cost: the rows without draft tokens whose forward pass takes as long.
+    writes: whether it writes a text; else it scores one, by a sampler of its own.
     """
 
     lane: Hashable
@@ -87,6 +95,7 @@ class Job:
     records: int | None = None
     deadline: float = float("inf")
     cost: int = 1
+    writes: bool = True
     cancelled: bool = False
     enough: bool = False  # its text has ended before its row
     forwards: int = 0
@@ -133,16 +142,21 @@ class Job:
         self.tell(Stepped(self.forwards, float(frame.t_B[row]), frame.model, changes, drafts))
 
     def _confidences(self, distribution: WrittenDistribution, row: int, at_C: Tensor, token_C: Tensor) -> list[tuple[Any, ...]]:
-        """(confidence, alternatives) of each changed position, (None, ()) where the forward pass wrote nothing."""
-        score_CV, known_C = distribution.at(row, at_C)
-        score_CV = score_CV.float().cpu()
-        score_CV[:, self.mask_id] = -torch.inf
-        p_CV = score_CV.softmax(-1)
-        best = p_CV.topk(min(self.records or 0, p_CV.shape[1] - 1), -1) if self.records else None
-        inside = (known_C.cpu() & (token_C != self.mask_id)).tolist()
-        p_C = p_CV.gather(1, token_C[:, None]).squeeze(1).tolist()
-        others = [tuple(zip(i, p, strict=True)) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)] if best else None
-        return [(p_C[c], others[c] if others else ()) if inside[c] else (None, ()) for c in range(len(at_C))]
+        """(logp, alternatives) of each changed position, (None, ()) where the forward pass wrote nothing."""
+        found: list[tuple[Any, ...]] = []
+        for begin in range(0, len(at_C), CHUNK_POSITIONS):
+            score_CV, known_C = distribution.at(row, at_C[begin : begin + CHUNK_POSITIONS])
+            chosen_C = token_C[begin : begin + CHUNK_POSITIONS]
+            score_CV = score_CV.double().cpu()
+            score_CV[:, self.mask_id] = -torch.inf
+            logp_CV = score_CV.log_softmax(-1)
+            best = logp_CV.topk(min(self.records or 0, logp_CV.shape[1] - 1), -1)
+            inside = (known_C.cpu() & (chosen_C != self.mask_id)).tolist()
+            own = logp_CV.gather(1, chosen_C[:, None]).squeeze(1).tolist()
+            others = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            rows = zip(inside, own, others, strict=True)
+            found += [(logp, tuple(zip(*pair, strict=True))) if known else (None, ()) for known, logp, pair in rows]
+        return found
 
     def end(self) -> None:
         self.tell(Ended(time.monotonic() - self.submitted))

@@ -200,6 +200,8 @@ class Engine:
             self._finished(lost)
 
     def _sampler(self, key: Hashable, job: Job) -> Sampler:
+        if not job.writes:
+            return job.make()
         if key not in self._samplers:
             self._samplers[key] = job.make()
         self._samplers.move_to_end(key)
@@ -223,6 +225,8 @@ class Engine:
 
     def _count(self, job: Job) -> None:
         counts, seconds = self.counts, time.monotonic() - job.submitted
+        if not job.writes:
+            return
         counts.finished += 1
         counts.tokens += int((job.canvas.free_BT[0] & (job.tokens_L != job.mask_id)).sum())
         self.observe(None if job.first is None else job.first - job.submitted, seconds)

@@ -17,6 +17,7 @@ from dlm.sampling import registry
 from dlm.sampling.autoregressive.draft import Draft
 from dlm.serve.engine import cost
 from dlm.serve.engine.job import Event, Job
+from dlm.serve.engine.scoring import Scorer
 from dlm.serve.protocol import schema
 from dlm.spelling import REPLACEMENT
 from dlm.trajectory import Canvas
@@ -66,6 +67,18 @@ class Plan:
             )
             for index, canvas in enumerate(canvases)
         ]
+
+    def scorings(self, texts: Sequence[tuple[int, ...]], first: int, deliver: Deliver, *, records: int, seconds: float) -> list[Job]:
+        """A row for each text of an autoregressive model, which gives the log-probabilities of its tokens. first: its number."""
+        lm, now = self.model, time.monotonic()
+        mask_id = lm.tokenizer.mask_id
+        made = []
+        for index, tokens in enumerate(texts, first):
+            make = partial(Scorer, lm.predict, tokens, mask_id, lm.name, lm.config.start_token_id is None)
+            canvas = Canvas.from_rows([[None] * len(tokens)], fill=mask_id)
+            lane = lm.name, object()
+            made.append(Job(lane, make, canvas, 0, mask_id, partial(deliver, index), records, now + seconds, writes=False))
+        return made
 
 
 class Shelf:

@@ -6,6 +6,7 @@ c settled before, x a rejected draft token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,7 +107,7 @@ class Narrator:
     def _changed(self, change: Change) -> list[Any]:
         noise = change.token == self.mask_id
         state = "f" if change.settled else "n" if noise else "d"
-        others = [[self.spelling.alone(token, mask=""), round(p, 5)] for token, p in change.alternatives]
+        others = [[self.spelling.alone(token, mask=""), round(math.exp(logp), 5)] for token, logp in change.alternatives]
         confidence = None if change.confidence is None else round(change.confidence, 5)
         return [change.position, change.token, "", state, confidence, others or None]
 

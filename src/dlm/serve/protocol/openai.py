@@ -5,7 +5,6 @@ Chunks hold settled text alone, to be appended; with `diffusing` each holds the 
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -14,12 +13,12 @@ from typing import Any
 
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel
-from dlm.serve.engine.job import Began, Event
+from dlm.serve.engine.job import Began, Change, Event, Stepped
 from dlm.serve.engine.shelf import Plan
-from dlm.serve.protocol import schema
+from dlm.serve.protocol import logprobs, schema
+from dlm.serve.protocol.logprobs import Entry
 from dlm.serve.protocol.reply import Row
 from dlm.serve.protocol.writer import Piece, Writer
-from dlm.spelling import Spelling
 from dlm.trajectory import Canvas
 
 _ERROR: dict[str, Any] = {
@@ -50,7 +49,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {status: _ERROR for status in (400, 40
 
 @dataclass
 class Answer:
-    """One request under way. rows: of each choice; prompts: their beginnings as text; records: of `Job`."""
+    """One request under way. rows: of each choice; prompts: their beginnings as text; records: of `Job`.
+
+    scored: the tokens of each prompt whose log-probabilities were asked for; scores: the changes that give them, by position.
+    """
 
     plan: Plan
     asked: schema.CompletionRequest | schema.ChatRequest
@@ -59,6 +61,8 @@ class Answer:
     rows: list[Row]
     records: int | None
     ident: str = ""
+    scored: list[tuple[int, ...]] = field(default_factory=list)
+    scores: dict[int, dict[int, Change]] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
@@ -76,17 +80,23 @@ class Answer:
         if len(canvases) > schema.MAX_CHOICES:
             raise InputError(f"{len(canvases)} choices were asked for, {schema.MAX_CHOICES} is the limit of a request")
         stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
-        rows = []
-        for canvas in canvases:
-            before = canvas.tokens_BT[0, : int(canvas.free_BT[0].int().argmax())].tolist()
-            rows.append(Row(canvas, Writer(lm.tokenizer, before, lm.stops, stops)))
+        rows = [Row(canvas, Writer(lm.tokenizer, _before(canvas), lm.stops, stops)) for canvas in canvases]
         prompts = [prompt for _, prompt in made for _ in range(n)]
-        return cls(plan, asked, canvases, prompts, rows, records, ident + secrets.token_hex(12))
+        answer = cls(plan, asked, canvases, prompts, rows, records, ident + secrets.token_hex(12))
+        if answer._echo and records is not None:
+            _check_scoring(lm, asked, canvases)
+            answer.scored = [tuple(_before(canvas)) for canvas, _ in made]
+            answer.prompts = ["".join(answer._drawn(index // n)) for index in range(len(canvases))]
+        return answer
 
     # --- chunks ------------------------------------------------------------------------------------------------------
 
     def take(self, index: int, event: Event) -> Iterator[dict[str, Any]]:
-        """The chunks that an event of this row gives."""
+        """The chunks that an event of this row, or of the scoring of a prompt, gives."""
+        if (prompt := self._score_of(index)) is not None:
+            if isinstance(event, Stepped):
+                self.scores[prompt] = {change.position: change for change in event.changes}
+            return
         row, chat = self.rows[index], isinstance(self.asked, schema.ChatRequest)
         if row.done:
             return
@@ -110,7 +120,11 @@ class Answer:
 
     def early(self, index: int) -> bool:
         """Whether the row's text ended before the engine was done with it."""
-        return bool(self.rows[index].writer.finished) and self.rows[index].seconds == 0
+        return self._score_of(index) is None and bool(self.rows[index].writer.finished) and self.rows[index].seconds == 0
+
+    def is_done(self, index: int) -> bool:
+        """Whether the text of the row has ended; the scoring of a prompt ends by itself."""
+        return self._score_of(index) is None and self.rows[index].done
 
     def last(self) -> Iterator[dict[str, Any]]:
         """The chunk after the last choice, if one was asked for."""
@@ -147,7 +161,7 @@ class Answer:
         """The answer once every row has ended."""
         choices = []
         for index, row in enumerate(self.rows):
-            logprobs = self._logprobs(row, row.writer.pieces, len(self._echoed(index)))
+            logprobs = self._logprobs(row, row.writer.pieces, len(self._echoed(index)), self._given(index))
             choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": row.finish_reason}
             if isinstance(self.asked, schema.ChatRequest):
                 choice["message"] = {"role": "assistant", "content": row.writer.text, "refusal": None}
@@ -184,56 +198,41 @@ class Answer:
             "tokens_per_forward": round(new / max(1, forwards), 4),
         }
 
-    def _logprobs(self, row: Row, pieces: Sequence[Piece], begin: int = 0) -> dict[str, Any] | None:
-        """Log-probabilities of tokens at the forward pass that wrote them, before temperature."""
+    def _logprobs(self, row: Row, pieces: Sequence[Piece], begin: int = 0, given: Sequence[Entry] = ()) -> dict[str, Any] | None:
+        """Log-probabilities of tokens at the forward pass that wrote them, before temperature; given: those of the prompt."""
         if self.records is None:
             return None
-        spelling, first = self.plan.model.tokenizer.spelling, {id(piece): k for k, piece in enumerate(row.writer.pieces)}
-        lines = []
-        for piece in pieces:
-            change = row.written.get(row.first + first[id(piece)])
-            value = None if change is None or change.confidence is None else math.log(max(change.confidence, 1e-38))
-            others = [(token, math.log(max(p, 1e-38))) for token, p in (change.alternatives if change else ())]
-            lines.append((piece, value, others))
+        spelling, at = self.plan.model.tokenizer.spelling, {id(piece): k for k, piece in enumerate(row.writer.pieces)}
+        changes = (row.written.get(row.first + at[id(piece)]) for piece in pieces)
+        new = [Entry(piece.token, piece.text, begin + piece.offset, change) for piece, change in zip(pieces, changes, strict=True)]
         if isinstance(self.asked, schema.ChatRequest):
-            return {"content": [_line(spelling, piece, value, others) for piece, value, others in lines], "refusal": None}
-        return {
-            "tokens": [piece.text for piece, _, _ in lines],
-            "token_logprobs": [value for _, value, _ in lines],
-            "top_logprobs": [_best(spelling, piece, value, others) for piece, value, others in lines] if self.records else None,
-            "text_offset": [begin + piece.offset for piece, _, _ in lines],
-        }
+            return logprobs.of_chat(spelling, new)
+        return logprobs.of_completion(spelling, [*given, *new], self.records)
 
+    # --- the prompt --------------------------------------------------------------------------------------------------
 
-def _line(spelling: Spelling, piece: Piece, value: float | None, others: list[tuple[int, float]]) -> dict[str, Any]:
-    """A token with its own bytes, which joined are the text, and the likeliest ones at its place."""
+    @property
+    def written(self) -> list[Canvas]:
+        """The canvases that have a hole: the jobs of the rows, in their order, before those of `scored`."""
+        return [canvas for canvas in self.canvases if bool(canvas.free_BT.any())]
 
-    def entry(token: int, text: str, value: float | None) -> dict[str, Any]:
-        return {"token": text, "logprob": -9999.0 if value is None else value, "bytes": list(spelling.part(token).inner)}
+    def _score_of(self, index: int) -> int | None:
+        """The prompt that a job scores; None for the job of a row."""
+        number = index - len(self.written)
+        return number if number >= 0 else None
 
-    best = [entry(token, _name(spelling, token), logprob) for token, logprob in others]
-    return entry(piece.token, piece.text, value) | {"top_logprobs": best}
+    def _given(self, index: int) -> list[Entry]:
+        """The tokens of a row's prompt, where they were scored."""
+        if not self.scored:
+            return []
+        prompt, found, offset = index // (self.asked.n or 1), list[Entry](), 0
+        for at, (token, text) in enumerate(zip(self.scored[prompt], self._drawn(prompt), strict=True)):
+            found.append(Entry(token, text, offset, self.scores[prompt].get(at)))
+            offset += len(text)
+        return found
 
-
-def _best(spelling: Spelling, piece: Piece, value: float | None, others: list[tuple[int, float]]) -> dict[str, float]:
-    """The likeliest tokens by their text, as many as asked for, and the drawn one: in the place of the last, or beside a single one."""
-    if value is not None and piece.token not in dict(others):
-        others = [*others[: max(1, len(others) - 1)], (piece.token, value)]
-    named: dict[str, float] = {}
-    for token, logprob in others:
-        name = _name(spelling, token)
-        named[name if name not in named else _bytes(spelling, token)] = logprob
-    return named
-
-
-def _name(spelling: Spelling, token: int) -> str:
-    """Its text, or its bytes where they are no text by themselves."""
-    return spelling.alone(token) if spelling.is_whole(token) else _bytes(spelling, token)
-
-
-def _bytes(spelling: Spelling, token: int) -> str:
-    """As OpenAI writes them: `bytes:\\xe5\\xa4`."""
-    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling.part(token).inner)
+    def _drawn(self, prompt: int) -> list[str]:
+        return self.plan.model.tokenizer.spelling.draw(self.scored[prompt], mask="")
 
 
 def texts(asked: schema.CompletionRequest | schema.ChatRequest) -> Iterator[str]:
@@ -256,8 +255,33 @@ def _prompts(asked: schema.CompletionRequest) -> list[str | list[int]]:
     return [prompt] if alone else list(prompt)
 
 
+def _before(canvas: Canvas) -> list[int]:
+    """The tokens before the first hole."""
+    free = canvas.free_BT[0].tolist()
+    tokens: list[int] = canvas.tokens_BT[0, : free.index(True) if True in free else len(free)].tolist()
+    return tokens
+
+
+def _check_scoring(lm: LanguageModel, asked: schema.CompletionRequest | schema.ChatRequest, canvases: Sequence[Canvas]) -> None:
+    """InputError where a prompt has no log-probabilities."""
+    if lm.is_diffusion:
+        raise InputError(f"{lm.name} is a diffusion model, which has a bound for a text and no logprobs of its tokens: leave echo away")
+    if asked.stream:
+        raise InputError("the logprobs of a prompt come with the whole answer: leave stream away, or echo")
+    longest = max(len(_before(canvas)) for canvas in canvases)
+    if not 0 < longest <= lm.window:
+        raise InputError(f"the prompt has {longest} tokens: for its logprobs give 1 .. {lm.window}, the window of {lm.name}")
+
+
 def _text(lm: LanguageModel, asked: schema.CompletionRequest, prompt: str | list[int]) -> tuple[Canvas, str]:
     """(the canvas, the prompt as text)."""
+    if asked.max_tokens == 0:
+        if not asked.echo or asked.suffix or asked.stream:
+            raise InputError("max_tokens 0 writes nothing: it goes with echo, without suffix and stream")
+        ids = lm.tokenizer.encode(prompt) if isinstance(prompt, str) else lm.known(prompt)
+        if not ids:
+            raise InputError("there is no prompt to echo")
+        return Canvas.from_rows([ids], fill=lm.tokenizer.mask_id), prompt if isinstance(prompt, str) else lm.tokenizer.decode(prompt)
     canvas = lm.canvas([prompt], max_new_tokens=asked.max_tokens, suffix=asked.suffix or "")
     return canvas, prompt if isinstance(prompt, str) else lm.tokenizer.decode(prompt)
 

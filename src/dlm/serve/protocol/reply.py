@@ -25,7 +25,7 @@ class Row:
     """One text as it stands.
 
     first, last: columns of the first hole and after the last. settled: the column up to which the text is final, without a hole before
-    it. written: for each position the change that wrote its token, with its confidence.
+    it. written: for each position the change that wrote its token, with its confidence. A canvas without a hole is done at once.
     """
 
     canvas: Canvas
@@ -38,9 +38,11 @@ class Row:
 
     def __post_init__(self) -> None:
         free = self.canvas.free_BT[0].tolist()
-        self.first, self.last = free.index(True), len(free) - free[::-1].index(True)
+        self.first = free.index(True) if True in free else len(free)
+        self.last = len(free) - free[::-1].index(True) if True in free else len(free)
         self.settled = self.first
         self.open = {i for i, hole in enumerate(free) if hole}
+        self.done = not self.open
 
     def take(self, event: Event) -> str:
         """The text that the event settles, from the left."""
@@ -50,7 +52,7 @@ class Row:
             self.forwards = event.forwards
             for change in event.changes:
                 self.tokens[change.position] = change.token
-                if change.confidence is not None or change.position not in self.written:
+                if change.logp is not None or change.position not in self.written:
                     self.written[change.position] = change
                 if change.settled:
                     self.open.discard(change.position)

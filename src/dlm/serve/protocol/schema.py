@@ -66,6 +66,7 @@ class CompletionRequest(OpenAI):
         | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICES)]
         | None
     ) = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = Field(None, description="Tokens to add at most; 0 goes with echo.")
     suffix: Text | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
