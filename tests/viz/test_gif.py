@@ -94,3 +94,14 @@ def test_without_the_extra_the_message_says_what_to_install(tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match=r"needs the viz extra: pip install 'dlm\[viz\]'"):
         write_gif([("", run())], tmp_path / "run.gif")
+
+
+def test_a_combining_mark_stands_on_its_letter(tmp_path: Path) -> None:
+    """Whether it is a token of its own or not: the end looks as the composed character does."""
+    ends = []
+    for text in ("cafe\u0301 au lait", "caf\u00e9 au lait"):
+        write_gif([("", run(text, given=text.index(" "), steps=3))], tmp_path / "run.gif", **SMALL)
+        with Image.open(tmp_path / "run.gif") as image:
+            image.seek(frames(image) - 1)
+            ends.append(image.convert("RGB").tobytes())
+    assert ends[0] == ends[1]

@@ -162,3 +162,10 @@ def test_the_line_below_tells_tokens_a_pass_and_acceptance() -> None:
     replay([("", drafting())], console, seconds=0.1)
     end = ESCAPES.sub("", output(console)).replace("\r", "")
     assert end.endswith("O: Hear me now.\n5 steps, 5 passes, 12 tokens in 0.50 s, 2.4 tok/pass, 78% of 9 draft tokens accepted, 24 tok/s\n")
+
+
+def test_a_combining_mark_takes_the_cell_of_its_letter() -> None:
+    assert layout.glyphs("e\u0301x\n") == (("\u00e9", 1), ("x", 1), ("\n", 0))
+    assert layout.glyphs("q\u0301") == (("q\u0301", 1),)
+    [line] = layout.wrap(["ab", "e\u0301", "x"], 4)
+    assert [glyph.char for glyph in line] == ["a", "b", "\u00e9", "x"]

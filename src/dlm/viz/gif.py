@@ -7,6 +7,7 @@ quantisation, share their colours exactly and compress well.
 from __future__ import annotations
 
 import math
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -260,7 +261,7 @@ class _Stage:
         used = [0] * len(pieces)  # glyphs of the position's present piece that are placed
         cells: dict[tuple[int, int], Cell] = {}
         for y, line in enumerate(lines):
-            x = 0
+            x, before = 0, (-1, -1)
             for glyph in line:
                 position, width = glyph.position, max(glyph.width, glyph.char == "\n")
                 n = used[position]
@@ -270,5 +271,9 @@ class _Stage:
                 char = ("" if glyph.char == "\n" else "\u21b5") if char == "\n" else char
                 if top <= y < top + self.rows and char and width and x + width <= self.columns[i]:
                     cells[x, y - top] = (char, width, look)
+                    before = x, y - top
+                elif before in cells and not width and char.strip():  # a combining mark in a token of its own
+                    marked, span, own = cells[before]
+                    cells[before] = (unicodedata.normalize("NFC", marked + char), span, own)
                 x += width
         return cells

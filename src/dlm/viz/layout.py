@@ -21,7 +21,7 @@ Pane = tuple[str, Trajectory]
 
 
 class Glyph(NamedTuple):
-    """A visible character, the position whose token it belongs to, and its width in cells."""
+    """A visible character with its combining marks, the position whose token it belongs to, and its width in cells."""
 
     position: int
     char: str
@@ -186,9 +186,15 @@ def visible(char: str) -> str:
 
 @cache
 def glyphs(piece: str) -> tuple[tuple[str, int], ...]:
-    """(character, cells) of the visible part of one piece; a line break takes no cell."""
-    shown = [visible(char) for char in piece.replace("\t", "    ")]
-    return tuple((char, 0 if char == "\n" else get_character_cell_size(char)) for char in shown)
+    """(character, cells) of the visible part of one piece; a line break takes no cell, a combining mark that of the character before it."""
+    shown: list[tuple[str, int]] = []
+    for char in map(visible, piece.replace("\t", "    ")):
+        cells = 0 if char == "\n" else get_character_cell_size(char)
+        if not cells and char != "\n" and shown and shown[-1][0] != "\n":
+            shown[-1] = unicodedata.normalize("NFC", shown[-1][0] + char), shown[-1][1]
+        else:
+            shown.append((char, cells))
+    return tuple(shown)
 
 
 def wrap(shown: Sequence[str], columns: int, *, words: bool = False) -> list[list[Glyph]]:

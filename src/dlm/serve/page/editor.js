@@ -31,28 +31,38 @@ export function places(row, begin) {
   return locked;
 }
 
+// The tokens that share a character with token i: all but the last show nothing
+export function character(trace, i) {
+  const part = j => { const { text, mask } = trace.final(j); return !text && !mask; };
+  let first = i, end = i;
+  while (first > 0 && part(first - 1)) first--;
+  while (part(end) && end + 1 < trace.length && !trace.final(end + 1).mask) end++;
+  return Array.from({ length: end - first + 1 }, (_, j) => first + j);
+}
+
 export const given = begin => new Set([...begin.states].flatMap((state, i) => state === "g" ? [i] : []));
 
 export function toggle(pane, i) {
-  if (pane.edited.has(i)) { // letting go of a rewritten token brings back what stood there
-    pane.edited.delete(i);
-    pane.locked.delete(i);
-  } else if (pane.locked.has(i)) pane.locked.delete(i);
-  else pane.locked.add(i);
+  const free = pane.edited.has(i) || pane.locked.has(i); // letting go of a rewritten token brings back what stood there
+  for (const j of character(pane.trace, i)) {
+    pane.edited.delete(j);
+    if (free) pane.locked.delete(j); else pane.locked.add(j);
+  }
 }
 
 export function rewrite(pane, i, text) {
-  if (text === pane.trace.final(i).text && !pane.edited.has(i)) pane.locked.add(i);
-  else {
-    pane.edited.set(i, text);
-    pane.locked.add(i);
+  const all = character(pane.trace, i), end = all.at(-1), same = text === pane.trace.final(end).text && !pane.edited.has(end);
+  for (const j of all) {
+    pane.locked.add(j);
+    if (!same) pane.edited.set(j, j === end ? text : "");
   }
 }
 
 // An input in the place of token i; `done` is called with the text, or with null when it was given up.
 export function edit(pane, i, done) {
   const span = pane.spans[i], box = document.createElement("input");
-  const before = pane.edited.get(i) ?? (pane.trace.final(i).mask ? "" : pane.trace.final(i).text);
+  const { text: final, mask } = pane.trace.final(character(pane.trace, i).at(-1));
+  const before = pane.edited.get(i) ?? (mask ? "" : final);
   box.className = "rewrite";
   box.value = visible(before);
   box.spellcheck = false;
