@@ -87,14 +87,39 @@ def test_d20_a_terminal_of_another_encoding_shows_escapes(
     assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("unbuffered", [False, True])
-def test_d20_a_reader_that_leaves(unbuffered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line itself, with a closed pipe for a standard output."""
+def piped(stdout: int, *options: str) -> subprocess.CompletedProcess[bytes]:
+    """The command line itself, with this standard output."""
     script = "import sys; from dlm.cli import main; sys.argv = ['dlm', 'samplers']; main()"
+    words = [sys.executable, *options, "-c", script]
+    return subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("options", [(), ("-u",)], ids=["buffered", "unbuffered"])
+def test_d20_a_reader_that_leaves(options: tuple[str, ...]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    words = [sys.executable, *["-u"] * unbuffered, "-c", script]
-    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, timeout=120, check=False)
+    done = piped(writing, *options)
     os.close(writing)
-    assert done.returncode in (0, 141)
+    assert done.returncode == 141
     assert done.stderr == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is missing")
+def test_a_full_disk_behind_standard_output_is_told() -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    done = piped(full)
+    os.close(full)
+    assert done.returncode == 2
+    assert done.stderr.decode().startswith("dlm: No space left on device")
+    assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])
+def test_a_stream_that_the_shell_closed_is_an_empty_one(closed: str, of_bytes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a"), encoding="utf-8"))
+    monkeypatch.setattr(sys, closed, None)
+    monkeypatch.setattr(sys, "argv", ["dlm", "generate", "-", str(of_bytes), "--max-new-tokens", "2", "--steps", "1"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 0
+    getattr(sys, closed).close()

@@ -443,37 +443,44 @@ def main() -> None:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         code = _run()
-        sys.stdout.flush()
     except BrokenPipeError:
-        _reader_gone()
+        code = READER_GONE
     except SystemExit as end:
-        if isinstance(end.__context__, BrokenPipeError):  # rich and typer end in 1
-            _reader_gone()
-        raise
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        code = READER_GONE  # rich and typer end in 1
+    finally:
+        _close_streams()
     sys.exit(code)
 
 
 def _open_streams() -> None:
     """Any bytes can be read, so that a text says by itself that it is not UTF-8; any text can be written, as escapes in the worst case."""
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):
+    for name, mode, errors in (("stdin", "r", "surrogateescape"), ("stdout", "w", "backslashreplace"), ("stderr", "w", "backslashreplace")):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
 
 
-def _reader_gone() -> NoReturn:
+def _close_streams() -> None:
+    """Nothing is left to write when the interpreter ends: it would complain of a reader that has left, and of a full disk again."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):  # the interpreter flushes again when it ends
+        except (OSError, ValueError):
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    sys.exit(READER_GONE)
 
 
 def _run() -> int:
     """The exit code. SystemExit for errors, after their line."""
     try:
         code = app(prog_name="dlm", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
     except (InputError, ModuleNotFoundError) as error:
         fail(str(error), 2)
     except typer.TyperException as error:
