@@ -76,6 +76,10 @@ def dense(noise: Any, t: float | Tensor) -> Tensor:
     law: Tensor
     if name in ("MaskedNoise", "ScoreNoise"):
         law = alpha * one + (1 - alpha) * mask
+    elif name == "GenMD4Noise":
+        share = (1 - alpha) ** torch.tensor(noise.weights, dtype=torch.float64)[:, None]
+        law = (1 - share) * one + share * mask
+        law[..., vocab, :] = mask[vocab]
     elif name == "UniformNoise":
         law = alpha * one + (1 - alpha) * uniform
     elif name == "GiddNoise":

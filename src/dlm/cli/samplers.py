@@ -12,7 +12,12 @@ from dlm.cli.app import Json, app
 from dlm.cli.tables import console, table
 from dlm.sampling import registry
 
-MODELS: dict[registry.Noise | None, str] = {"masked": "masked noise", "replacement": "replacement noise", None: "autoregressive models"}
+MODELS: dict[registry.Noise | None, str] = {
+    "masked": "masked noise",
+    "replacement": "replacement noise",
+    "genmd4": "GenMD4's noise",
+    None: "autoregressive models",
+}
 
 
 @app.command()

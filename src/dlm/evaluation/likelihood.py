@@ -49,8 +49,9 @@ class Likelihood:
 
 
 def resolve(estimator: str, noise: NoiseProcess, *, blocks: bool, reads_time: bool) -> str:
-    """The estimator that a word means for this noise, `auto` resolved: any-order for masks, else counted, or continuous where the
-    schedule does not run from 1 to 0; block-wise for block diffusion. InputError for one that is unknown or does not apply."""
+    """The estimator that a word means for this noise, `auto` resolved: any-order for masks, counted for replacement noise, continuous for
+    others and where the schedule does not run from 1 to 0; block-wise for block diffusion. InputError for one that is unknown or does not
+    apply."""
     if estimator not in (*ESTIMATORS, BLOCKWISE):
         raise InputError(f"unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
     if blocks and estimator not in ("auto", BLOCKWISE):
@@ -64,7 +65,9 @@ def resolve(estimator: str, noise: NoiseProcess, *, blocks: bool, reads_time: bo
         raise InputError("only replacement noise has a counted form: use --estimator any-order")
     if estimator == "score-entropy" and not isinstance(noise, ScoreNoise):
         raise InputError("score entropy is the bound of networks of scores, such as SEDD: use --estimator continuous")
-    if estimator == "auto":
+    if estimator == "auto" and not isinstance(noise, MaskedNoise | ReplacementNoise):
+        estimator = "continuous"  # which needs no more of a process than its protocol
+    elif estimator == "auto":
         estimator = loss.best(noise.schedule, masked=masked, reads_time=reads_time).replace("_", "-")
     if estimator == "any-order" and reads_time:
         raise InputError("the any-order form is for networks that do not read the time: use --estimator continuous")

@@ -39,6 +39,7 @@ from dlm.models.pattern import reading
 from dlm.models.shifted import Shifted, shift
 from dlm.models.transformer import Transformer, predict_beside, predict_next
 from dlm.noise import process
+from dlm.noise.learned import LearnedNoise
 from dlm.protocols import Denoiser, Sampler
 from dlm.sampling import registry
 from dlm.sampling.autoregressive.draft import Draft
@@ -69,6 +70,11 @@ class LanguageModel:
             self.noise = process.make(config.noise, config.network.vocab_size, config.mask_token_id)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{name}: its config.json describes no known noise ({error})") from None
+        if isinstance(self.noise, LearnedNoise):
+            try:
+                self.noise.check(config.network.window)
+            except ValueError as error:
+                raise InputError(f"{name}: its config.json has {error}") from None
         self.defaults: dict[str, Any] = {}
         self.path: Path | None = None
         self.chat = ChatTemplate()

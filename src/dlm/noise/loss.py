@@ -38,6 +38,25 @@ def bell(u_B: Tensor) -> Tensor:
     return 0.5 - ((1 - 2 * u_B).clamp(-1, 1).asin() / 3).sin()
 
 
+def count_masks(levels_B: Tensor, free_B: Tensor) -> Tensor:
+    """Of n free positions 1..n masks at levels from 0 to 1, int64 (B,)."""
+    return (levels_B * free_B).floor().long().clamp(max=free_B - 1) + 1
+
+
+def bell_density(t_B: Tensor) -> Tensor:
+    """Of Beta(2, 2) (B,)."""
+    return 6 * t_B * (1 - t_B)
+
+
+def early(u_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Times t = u^2 of uniform draws, and what each counts for, 2u (B,).
+
+    The integrand of a bound grows as 1/t in a share t of the rows, so that uniform times would give it infinite variance and a sample
+    error that is too small.
+    """
+    return u_B.square().clamp(1e-12, 1 - 1e-6), 2 * u_B
+
+
 def best(schedule: NoiseSchedule, *, masked: bool, reads_time: bool = False) -> str:
     """The estimator here with the least variance that applies, by its name."""
     if not is_whole(schedule) or (masked and reads_time):
@@ -61,14 +80,16 @@ def continuous(
 ) -> Tensor:
     """The continuous-time bound with one time a row (MD4 eq. 5 for masks). (B,) nats. u_B: uniform draws.
 
-    Times are t = u^2 with weight 2u: the integrand grows as 1/t in a share t of the rows, so that uniform times would give
-    it infinite variance and a sample error that is too small.
+    Times are those of `early`, unless the noise has a method `times` of its own; a method `control` gives a part of mean 0 to leave out.
     """
     u_B = draw_levels(len(x_BT), rng) if u_B is None else u_B
-    t_B = u_B.square().clamp(1e-12, 1 - 1e-6)
+    t_B, weight_B = getattr(noise, "times", early)(u_B)
     z_BT = torch.where(free_BT, noise.corrupt(x_BT, t_B, rng), x_BT)
     logp_BTV = noise.log_probs(predict(z_BT, t_B), z_BT, t_B)
-    diffusion_B = 2 * u_B * (noise.nelbo(logp_BTV, x_BT, z_BT, t_B) * free_BT).sum(-1)
+    nats_BT = noise.nelbo(logp_BTV, x_BT, z_BT, t_B)
+    if (control := getattr(noise, "control", None)) is not None:
+        nats_BT = nats_BT - control(x_BT, z_BT, t_B)
+    diffusion_B = weight_B * (nats_BT * free_BT).sum(-1)
     return diffusion_B + end_terms(noise, predict, x_BT, free_BT, rng)
 
 
@@ -77,9 +98,9 @@ def score_entropy(
 ) -> Tensor:
     """As `continuous`, with SEDD's own integrand, whose predictions are not normalised: never less, in expectation. (B,) nats."""
     u_B = draw_levels(len(x_BT), rng) if u_B is None else u_B
-    t_B = u_B.square().clamp(1e-12, 1 - 1e-6)
+    t_B, weight_B = early(u_B)
     z_BT = torch.where(free_BT, noise.corrupt(x_BT, t_B, rng), x_BT)
-    diffusion_B = 2 * u_B * (noise.score_entropy(predict(z_BT, t_B), x_BT, z_BT, t_B) * free_BT).sum(-1)
+    diffusion_B = weight_B * (noise.score_entropy(predict(z_BT, t_B), x_BT, z_BT, t_B) * free_BT).sum(-1)
     return diffusion_B + end_terms(noise, predict, x_BT, free_BT, rng)
 
 
@@ -110,20 +131,23 @@ def any_order(
 
     Given a mask pattern with k of n positions masked, the time is Beta distributed and E[1/t] P(k) = 1/k: the same
     expectation as `continuous` for any schedule from 1 to 0, with less variance (Rao-Blackwell), and equal to the mean
-    over all orders of the autoregressive loss. Only for a network that does not read t.
+    over all orders of the autoregressive loss. Only for a network that does not read t. Of ordered noise the orders are drawn, and the
+    masks weighted, by its race.
     teacher: a network whose predictions replace the text: the nats are then KL(teacher || network), the path KL of their chains.
     equal: levels from Beta(2, 2) and every masked token weighted alike. That is no bound, but its gradient has half the variance.
     """
     levels_B = draw_levels(len(x_BT), rng) if t_B is None else t_B
     levels_B = bell(levels_B) if equal else levels_B
     free_B = free_BT.sum(-1)
-    count_B = (levels_B * free_B).floor().long().clamp(max=free_B - 1) + 1
+    count_B = count_masks(levels_B, free_B)
     z_BT = noise.corrupt_count(x_BT, count_B, free_BT, rng)
     t_B = count_B / free_B.clamp(min=1)
     logits_BTV = predict(z_BT, t_B)
     nll_BT = noise.nll(logits_BTV, x_BT, z_BT) if teacher is None else noise.kl(teacher(z_BT, t_B), logits_BTV, z_BT)
-    usual_B = (free_B + 1) / 2 if equal else count_B.clamp(min=1)  # the mean count of Beta(2, 2) levels
-    return nll_BT.sum(-1) * free_B / usual_B  # a row with nothing to predict costs nothing
+    sum_B, left_B = noise.next_cost(nll_BT, z_BT, count_B.clamp(min=1))
+    if equal:
+        sum_B, left_B = nll_BT.sum(-1), (free_B + 1) / 2  # the mean count of Beta(2, 2) levels
+    return sum_B * free_B / left_B  # a row with nothing to predict costs nothing
 
 
 def blockwise(

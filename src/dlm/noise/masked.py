@@ -49,6 +49,20 @@ class MaskedNoise:
         rank_BT = order_BT.argsort(-1).argsort(-1)
         return torch.where(rank_BT < count_B[:, None], self.mask_id, x_BT)
 
+    @property
+    def uniform_order(self) -> bool:
+        """Whether every order in which masks are revealed is as likely as any other."""
+        return True
+
+    def next_cost(self, cost_BT: Tensor, z_BT: Tensor, count_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The costs of count_B masks (0 elsewhere) weighted by the chance of each to be the next that is revealed: a sum, and that of the
+        weights (B,)."""
+        return cost_BT.sum(-1), count_B
+
+    def revealed_at(self, u_BT: Tensor) -> Tensor:
+        """The alpha at which the reverse chain reveals each position, of uniform draws (B, T)."""
+        return u_BT
+
     def renoise(self, z_BT: Tensor, s_B: Tensor, t_B: Tensor, u_BT: Tensor) -> Tensor:
         """Draw z_t given z_s, s <= t, from one uniform a position. int64 (B, T)."""
         keep_B = self.schedule.alpha(t_B) / self.schedule.alpha(s_B)

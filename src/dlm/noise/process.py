@@ -9,15 +9,17 @@ from typing import Any, cast
 from dlm import plugins
 from dlm.errors import InputError, nearest
 from dlm.noise import schedule
+from dlm.noise.genmd4 import GenMD4Noise
 from dlm.noise.gidd import GiddNoise
 from dlm.noise.hybrid import HybridNoise
 from dlm.noise.masked import MaskedNoise
+from dlm.noise.ordered import OrderedNoise
 from dlm.noise.score import ScoreNoise
 from dlm.noise.semantic import SemanticNoise
 from dlm.noise.uniform import UniformNoise
 from dlm.protocols import NoiseProcess
 
-Process = MaskedNoise | UniformNoise | SemanticNoise | HybridNoise | GiddNoise
+Process = MaskedNoise | UniformNoise | SemanticNoise | HybridNoise | GiddNoise | GenMD4Noise
 PROCESSES: dict[str, type[Process]] = {
     "masked": MaskedNoise,
     "uniform": UniformNoise,
@@ -25,6 +27,8 @@ PROCESSES: dict[str, type[Process]] = {
     "hybrid": HybridNoise,
     "gidd": GiddNoise,
     "score": ScoreNoise,
+    "ordered": OrderedNoise,
+    "genmd4": GenMD4Noise,
 }
 SETTING = {"semantic": "lead", "hybrid": "share", "gidd": "p_uniform"}  # the field that the number after the colon sets
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dlm.sampling.diffusion.protocols import Rule
     from dlm.sampling.draw import Draw
 
-Noise = Literal["masked", "replacement"]
+Noise = Literal["masked", "replacement", "genmd4"]
 LOSSLESS = "lossless"  # the fastest drafter of an autoregressive model
 AUTO = "auto"  # the sampler that a measurement found best
 
@@ -475,6 +475,12 @@ BUILT_IN: tuple[SamplerInfo, ...] = (
         (Parameter("edits", 2.0, open_low=True),),
     ),
     SamplerInfo(
+        "ancestral",
+        "genmd4",
+        "dlm.sampling.diffusion.revealing:Revealing",
+        "Each mask at the rate of the tokens that the network expects there: the plain reverse process.",
+    ),
+    SamplerInfo(
         "autoregressive",
         None,
         "dlm.sampling.autoregressive.plain:AutoregressiveSampler",
@@ -578,8 +584,11 @@ def _plugged_drafter(name: str) -> SamplerInfo:
 
 def kind(noise: NoiseProcess) -> Noise:
     """Which samplers suit a noise process."""
+    from dlm.noise.genmd4 import GenMD4Noise
     from dlm.noise.masked import MaskedNoise
 
+    if isinstance(noise, GenMD4Noise):
+        return "genmd4"
     return "masked" if isinstance(noise, MaskedNoise) else "replacement"
 
 
@@ -687,6 +696,7 @@ def help_text() -> str:
     heads: tuple[tuple[Noise | None, str], ...] = (
         ("masked", "Masked noise"),
         ("replacement", "Replacement noise"),
+        ("genmd4", "GenMD4's noise"),
         (None, "Autoregressive models, all with the same text"),
     )
     parts = [f"{head}: {', '.join(one.usage for one in known(noise))}." for noise, head in heads]

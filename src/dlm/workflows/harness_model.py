@@ -209,9 +209,9 @@ class Harness(TemplateLM):  # type: ignore[misc]
     def _bound(self) -> Estimator:
         """InputError for a model that has no conditional bound here."""
         lm, network = self.lm, self.lm.config.network
-        if not isinstance(lm.noise, MaskedNoise) or network.time_conditioning:
+        if not isinstance(lm.noise, MaskedNoise) or network.time_conditioning or not lm.noise.uniform_order:
             raise InputError(
-                f"{lm.name}: tasks of likelihood are for autoregressive and masked models that do not read the time; "
+                f"{lm.name}: tasks of likelihood are for autoregressive models, and masked ones that read no time and learned no order; "
                 "tasks of generation (generate_until) work with every model"
             )
         blocks = (self.likelihood_blocks or network.block_length) if lm.is_causal else 0

@@ -64,9 +64,11 @@ def language_model(model: Model, device: str = "cpu") -> LanguageModel:
 
 
 def masked_noise(lm: LanguageModel, why: str) -> MaskedNoise:
-    """The noise of a masked diffusion model. InputError, which ends in `why`, for another model."""
+    """The noise of a masked diffusion model whose order is random. InputError, which ends in `why`, for another model."""
     if not (lm.is_diffusion and isinstance(lm.noise, MaskedNoise)):
         raise InputError(f"{lm.name} is no masked diffusion model: {why}")
+    if not lm.noise.uniform_order:
+        raise InputError(f"{lm.name} has learned an order of its positions, where a random one is needed: {why}")
     return lm.noise
 
 

@@ -145,7 +145,8 @@ class AnyOrderRun:
         self.start_B[active.rows_A] = active.start_A
         if bool(entered_A.any()):
             entered_B = active.rows_A[entered_A]
-            order_AT = beside(uniform([self.rng[b] for b in entered_B.tolist()], self.text.window), active.z_AT).argsort(-1)
+            u_AT = beside(uniform([self.rng[b] for b in entered_B.tolist()], self.text.window), active.z_AT)
+            order_AT = sampler.noise.revealed_at(u_AT).argsort(-1)
             if sampler.block_length:  # by blocks, and within each as before
                 number_AT = (order_AT - active.phase_A[entered_A][:, None]).div(sampler.block_length, rounding_mode="floor")
                 order_AT = order_AT.gather(1, number_AT.argsort(dim=-1, stable=True))

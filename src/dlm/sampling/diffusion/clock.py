@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dlm.noise.masked import MaskedNoise
 from dlm.noise.schedule import time_when
-from dlm.protocols import RNG, NoiseSchedule
+from dlm.protocols import RNG, NoiseProcess
 from dlm.sampling.batching import stacked
 from dlm.sampling.diffusion.protocols import PlannedRule
+from dlm.sampling.draw import beside, uniform
 
 NEVER_STEP = 2**62
 """The step at which a position moves that is not open."""
@@ -36,8 +38,8 @@ class Clock:
     due_BT: the step at which a planned rule moves each position; alpha_BT: the alpha at which it does where no grid says so, else nan.
     """
 
-    def __init__(self, schedule: NoiseSchedule, steps_B: Tensor, window: int) -> None:
-        self.schedule, self.steps_B, self.clock_B = schedule, steps_B, torch.zeros_like(steps_B)
+    def __init__(self, noise: NoiseProcess, steps_B: Tensor, window: int) -> None:
+        self.noise, self.schedule, self.steps_B, self.clock_B = noise, noise.schedule, steps_B, torch.zeros_like(steps_B)
         self.due_BT = steps_B.new_zeros(len(steps_B), window)
         self.alpha_BT = torch.full_like(self.due_BT, torch.nan, dtype=torch.float64)
         self._grids: dict[int, tuple[Tensor, Tensor]] = {}
@@ -64,8 +66,9 @@ class Clock:
         steps_A = self.steps_B[rows_A]
         for steps in set(steps_A.tolist()):
             at_A = steps_A == steps
-            chosen = [rng[a] for a in at_A.nonzero().squeeze(-1).tolist()]
-            self.due_BT[rows_A[at_A]], self.alpha_BT[rows_A[at_A]] = rule.plan(open_AT[at_A], self.alphas(steps), chosen)
+            drawn_BT = beside(uniform([rng[a] for a in at_A.nonzero().squeeze(-1).tolist()], open_AT.shape[1]), self.alphas(steps))
+            drawn_BT = self.noise.revealed_at(drawn_BT) if isinstance(self.noise, MaskedNoise) else drawn_BT
+            self.due_BT[rows_A[at_A]], self.alpha_BT[rows_A[at_A]] = rule.plan(open_AT[at_A], self.alphas(steps), drawn_BT)
 
     def next_planned(self, rows_A: Tensor, open_AT: Tensor) -> Move:
         """Jump to the next step in which a position of each row is due."""

@@ -146,7 +146,7 @@ class DiffusionRun:
         if not sampler.fills_window:  # the window is as wide as the batch: a row draws what it would draw alone
             self.rng = [OwnDraws.of(g, count) for g, count in zip(rng, canvas.valid_BT.sum(-1).tolist(), strict=True)]
         self.text = NoisyText(canvas, noise, window, sampler.phase(canvas), rng)
-        self.clock = Clock(noise.schedule, sampler.steps_of(canvas), window)
+        self.clock = Clock(noise, sampler.steps_of(canvas), window)
         self.place_B = torch.full((rows,), -1, device=device)
         self.t_B = torch.ones(rows, dtype=torch.float64, device=device)
         self.memory = RuleMemory(rows, window)

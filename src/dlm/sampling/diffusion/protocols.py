@@ -88,10 +88,11 @@ class EndingRule(Rule, Protocol):
 class PlannedRule(Rule, Protocol):
     """A rule that knows before any forward pass which position moves when; the loop skips the steps in which none does."""
 
-    def plan(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> tuple[Tensor, Tensor]:
+    def plan(self, open_BT: Tensor, alphas_N: Tensor, drawn_BT: Tensor) -> tuple[Tensor, Tensor]:
         """The step at which each open position moves, int64 (B, T), and the alpha at which it does where no grid says so, else nan.
 
-        alphas_N: the probability that a position masked at t = 1 is revealed by the end of each step.
+        alphas_N: the probability that a position masked at t = 1 is revealed by the end of each step, under noise that treats all alike.
+        drawn_BT: a draw of the alpha at which the noise reveals each position.
         """
 
 

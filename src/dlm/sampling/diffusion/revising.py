@@ -23,7 +23,7 @@ PART_NUMBERS = 2**20
 """Probabilities that are worked on at once: those of a window of a large vocabulary take gigabytes, several times over."""
 
 
-def _reverse(step: Step, draw: Draw, to_B: Tensor, rng: RNG) -> Tensor:
+def reverse(step: Step, draw: Draw, to_B: Tensor, rng: RNG) -> Tensor:
     """z at `to_B` from the plug-in posterior; the final token where that is 0."""
     u_BT = uniform(rng, step.z_BT.shape[1])
     width = len(step.z_BT) * step.logp_BTV.shape[-1]
@@ -32,7 +32,7 @@ def _reverse(step: Step, draw: Draw, to_B: Tensor, rng: RNG) -> Tensor:
 
 
 def _reverse_part(step: Step, draw: Draw, to_B: Tensor, z_BT: Tensor, logp_BTV: Tensor, u_BT: Tensor) -> Tensor:
-    """`_reverse` of some of the positions."""
+    """`reverse` of some of the positions."""
     # a shape that leaves only tokens which cannot have become z_i would leave nothing
     possible_BTV = step.noise.denoised(logp_BTV, z_BT, step.t_B) > -torch.inf
     logp_BTV = draw.shape(logp_BTV.masked_fill(~possible_BTV, -torch.inf))
@@ -49,7 +49,7 @@ class Reverse:
     draw: Draw = field(default_factory=Draw)
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
-        return torch.where(step.open_BT, _reverse(step, self.draw, step.s_B, rng), step.z_BT)
+        return torch.where(step.open_BT, reverse(step, self.draw, step.s_B, rng), step.z_BT)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class PredictorCorrector:
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         below_B = (step.s_B - self.corrector * (step.t_B - step.s_B)).clamp(min=0)
-        z_BT = _reverse(step, self.draw, below_B, rng)
+        z_BT = reverse(step, self.draw, below_B, rng)
         noised_BT = step.noise.renoise(z_BT, below_B, step.s_B, beside(uniform(rng, z_BT.shape[1]), z_BT))
         return torch.where(step.open_BT, torch.where((step.s_B > 0)[:, None], noised_BT, z_BT), step.z_BT)
 

@@ -15,7 +15,7 @@ from dlm.errors import InputError, in_range
 from dlm.protocols import RNG
 from dlm.sampling.diffusion.columns import Columns
 from dlm.sampling.diffusion.protocols import Step
-from dlm.sampling.draw import MAX_SETTING, Draw, beside, pick, ranked, uniform
+from dlm.sampling.draw import MAX_SETTING, Draw, pick, ranked
 
 
 def entropy(logp_BTV: Tensor) -> Tensor:
@@ -56,10 +56,9 @@ class Ancestral:
     pointwise: ClassVar[bool] = True
     draw: Draw = field(default_factory=Draw)
 
-    def plan(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> tuple[Tensor, Tensor]:
-        """First step whose alpha exceeds a uniform draw; all that is left goes in the last step."""
-        u_BT = beside(uniform(rng, open_BT.shape[1]), alphas_N)
-        return torch.searchsorted(alphas_N, u_BT, right=True).clamp(max=len(alphas_N) - 1), torch.full_like(u_BT, torch.nan)
+    def plan(self, open_BT: Tensor, alphas_N: Tensor, drawn_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """First step whose alpha exceeds the draw; all that is left goes in the last step."""
+        return torch.searchsorted(alphas_N, drawn_BT, right=True).clamp(max=len(alphas_N) - 1), torch.full_like(drawn_BT, torch.nan)
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         return torch.where(step.open_BT, self.draw(step.logp_BTV, rng), step.z_BT)
@@ -70,17 +69,16 @@ class FirstHitting:
     """First-hitting sampler: the reverse chain without a grid, one token a forward pass, in random order, exact (Zheng et al. 2409.02908,
     section 4).
 
-    The network sees the alpha at which each position is reached, uniform on 0 .. 1; the budget of steps does not matter.
+    The network sees the alpha at which each position is reached, of masked noise uniform on 0 .. 1; the budget of steps does not matter.
     """
 
     revises: ClassVar[bool] = False
     pointwise: ClassVar[bool] = True
     draw: Draw = field(default_factory=Draw)
 
-    def plan(self, open_BT: Tensor, alphas_N: Tensor, rng: RNG) -> tuple[Tensor, Tensor]:
-        """The order of uniform draws, and the draws themselves."""
-        u_BT = beside(uniform(rng, open_BT.shape[1]), alphas_N)
-        return u_BT.masked_fill(~open_BT, 2.0).argsort(-1).argsort(-1), u_BT
+    def plan(self, open_BT: Tensor, alphas_N: Tensor, drawn_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The order of the draws, and the draws themselves."""
+        return drawn_BT.masked_fill(~open_BT, 2.0).argsort(-1).argsort(-1), drawn_BT
 
     def __call__(self, step: Step, rng: RNG) -> Tensor:
         return torch.where(step.open_BT, self.draw(step.logp_BTV, rng), step.z_BT)
