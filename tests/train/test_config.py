@@ -54,7 +54,14 @@ class Plain:
     schedule: NoiseSchedule
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name in ("nll", "kl", "corrupt_count"):  # none of the protocol's
+        if name.startswith("_") or name in (
+            "nll",
+            "kl",
+            "corrupt_count",
+            "next_cost",
+            "uniform_order",
+            "revealed_at",
+        ):  # none of the protocol's
             raise AttributeError(name)
         return getattr(MaskedNoise(self.vocab_size, self.mask_id, self.schedule), name)
 

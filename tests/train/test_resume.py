@@ -40,6 +40,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("estimator=continuous", "noise_schedule=log-linear", "time_conditioning=true"),
         ("tied=true", "bf16=true"),
         ("optimizer=muon", "conv=3", "weights=equal"),
+        ("noise=ordered", "weights=anneal"),
+        ("noise=genmd4", "time_conditioning=true"),
     ],
     ids=" ".join,
 )

@@ -13,6 +13,7 @@ from dlm.errors import InputError, nearest, unknown
 from dlm.grids import grid, kinds
 from dlm.models.config import TransformerConfig
 from dlm.noise import loss, process, schedule
+from dlm.noise.learned import COPIES, LearnedNoise
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.replacement import HEADS, ReplacementNoise
 from dlm.protocols import NoiseProcess, NoiseSchedule
@@ -36,7 +37,7 @@ class TrainConfig:
     tokenizer: str = "chars"  # chars | bytes | bpe:1024 (learned from the text) | path of a tokenizer.json
     network: TransformerConfig = field(default_factory=lambda: TransformerConfig(vocab_size=1, width=192, conv=5))
     objective: str = "diffusion"  # diffusion | autoregressive
-    noise: str | NoiseProcess | type[Any] = "masked"  # masked | uniform | semantic[:lead] | hybrid[:share of uniform noise]
+    noise: str | NoiseProcess | type[Any] = "masked"  # masked | uniform | semantic[:lead] | hybrid[:share of uniform noise] | ordered
     noise_schedule: str | NoiseSchedule = "linear"
     clusters: str = "classes"  # of semantic noise: classes | MODEL:COUNT (k-means of its output embedding) | a JSON file
     head: str = "leave-one-out"  # prediction of the network under replacement noise: leave-one-out | posterior
@@ -55,6 +56,7 @@ class TrainConfig:
     warmup: int = 100
     decay_share: float = 0.3
     betas: tuple[float, float] = (0.9, 0.99)
+    noise_lr: float = 1e-2  # of the weights of ordered noise and genmd4; 0 keeps them as they are
     weight_decay: float = 0.1
     clip: float = 1.0
     ema: float = 0.999
@@ -208,8 +210,23 @@ def _noise(c: TrainConfig) -> Iterator[str]:
 
 
 def _weighable(c: TrainConfig) -> bool:
-    """Whether tokens can be weighted alike: each mask ratio is drawn by count."""
+    """Whether tokens can be weighted alike: each mask ratio is drawn by count, or the noise says how."""
+    if issubclass(process.PROCESSES[c.process], LearnedNoise):
+        return c.objective == "diffusion" and c.estimator == "auto"
     return c.objective == "diffusion" and c.process == "masked" and (c.blocks or c.estimate == "any_order")
+
+
+def _learned(c: TrainConfig) -> Iterator[str]:
+    kind = process.PROCESSES[c.process]
+    if not issubclass(kind, LearnedNoise):
+        return
+    if c.objective != "diffusion" or c.blocks or c.teacher or c.levels != (0, 1) or c.estimator != "auto":
+        yield f"{c.process} noise has its own loss: leave objective, block diffusion, teacher, levels and estimator away"
+    if c.network.time_conditioning != kind.reads_time:
+        reads = "reads" if kind.reads_time else "does not read"
+        yield f"a network under {c.process} noise {reads} the time: --set time_conditioning={str(kind.reads_time).lower()}"
+    if c.batch % COPIES:
+        yield f"learned weights compare two draws of noise for each text: batch must be even, got {c.batch}"
 
 
 def _weights(c: TrainConfig) -> Iterator[str]:
@@ -236,7 +253,15 @@ def _distillation(c: TrainConfig) -> Iterator[str]:
         yield f"levels run from a share of masks to a higher one, as in 0.5,1; got {c.levels}"
 
 
-CHECKS: tuple[Callable[[TrainConfig], Iterator[str]], ...] = (_objective, _block_diffusion, _noise, _weights, _numbers, _distillation)
+CHECKS: tuple[Callable[[TrainConfig], Iterator[str]], ...] = (
+    _objective,
+    _block_diffusion,
+    _noise,
+    _learned,
+    _weights,
+    _numbers,
+    _distillation,
+)
 """Each yields an error in a line; the user reads the first one."""
 
 ABOVE_0, BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
@@ -244,6 +269,7 @@ FINITE = math.nextafter(math.inf, 0)
 RANGES: dict[str, tuple[float, float, str]] = {  # lowest, highest, and the same in words
     **dict.fromkeys(("steps", "batch", "log_every", "eval_every", "save_every", "eval_passes"), (1, math.inf, "be at least 1")),
     **dict.fromkeys(("warmup", "weight_decay"), (0, math.inf, "be at least 0")),
+    "noise_lr": (0, FINITE, "be at least 0"),
     "seed": (seeds.LOWEST, seeds.HIGHEST, "lie in -2**63 .. 2**63 - 1"),
     "eval_windows": (2, math.inf, "be at least 2"),
     **dict.fromkeys(("lr", "clip"), (ABOVE_0, FINITE, "be above 0")),

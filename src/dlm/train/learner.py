@@ -5,6 +5,8 @@ Everything random at step n is a function of (seed, n). Shapes: B rows of the ba
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -20,10 +22,12 @@ from dlm.models.block import Blocks
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 from dlm.noise import loss
+from dlm.noise.learned import COPIES, LearnedNoise
 from dlm.noise.process import Process
 from dlm.train.config import TrainConfig
 from dlm.train.data import Stream
 from dlm.train.loop import Update
+from dlm.train.noise_weights import NoiseWeights
 from dlm.train.objective import Objective, RowsOf, levels_on
 from dlm.train.optimisers import EMA, Settings, learning_rate, make, set_learning_rate
 
@@ -91,18 +95,45 @@ class Learner:
         share = config.batch // accelerator.num_processes
         self.own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
         teacher = teacher_of(config, network, noise.mask_id, self.device) if config.teacher else None
-        rows = cast(Process, RowsOf(noise, batch=config.batch, own=self.own))
-        self.objective = Objective.of(config, rows, teacher)
-        self.equal_steps, self.equal = config.equal_steps, Objective.of(config, rows, teacher, equal=True)
+        self.noise, self.noise_weights = noise, self._weights_of(noise, share)
+        if self.noise_weights is not None:
+            self.noise = cast(Process, cast(LearnedNoise, noise).learning(self.noise_weights.log_weights))
+        self.copies, learns = (1, False) if self.noise_weights is None else (COPIES, True)
+        rows = cast(Process, RowsOf(self.noise, batch=config.batch, own=self.own))
+        self.objective = Objective.of(config, rows, teacher, learns=learns)
+        self.equal_steps, self.equal = config.equal_steps, Objective.of(config, rows, teacher, equal=True, learns=learns)
         self.network.train()
+
+    def _weights_of(self, noise: Process, share: int) -> NoiseWeights | None:
+        """Of noise that has some to learn. InputError where the pairs of a batch do not divide over the processes."""
+        if not isinstance(noise, LearnedNoise):
+            return None
+        if share % COPIES:
+            raise InputError(f"learned weights compare two draws of noise for each text: {share} windows a process are odd, --set batch")
+        config = self.config
+        settings = {"lr": config.noise_lr, "betas": config.betas, "ema": config.ema}
+        return NoiseWeights(noise, config.network.window, self.device, **settings)  # type: ignore[arg-type]
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The network and the weights of the noise are the averages inside the block."""
+        with self.ema.swapped():
+            if self.noise_weights is None:
+                yield
+            else:
+                with self.noise_weights.ema.swapped():
+                    yield
 
     def update(self, step: int) -> Update:
         """Step `step` of the run."""
         config, own, device = self.config, self.own, self.device
         rng = step_generator(self.seed, step)
-        x_BT, t_B = self.stream.draw(config.batch, rng), loss.draw_levels(config.batch, rng)
+        windows = config.batch // self.copies
+        x_BT, t_B = self.stream.draw(windows, rng), loss.draw_levels(windows, rng)
         t_B = config.levels[0] + (config.levels[1] - config.levels[0]) * t_B
-        free_BT = self.stream.free(self.objective.free(config.batch, rng), config.context_share, rng)
+        free_BT = self.stream.free(self.objective.free(windows, rng), config.context_share, rng)
+        if self.copies > 1:
+            x_BT, t_B, free_BT = (rows.repeat_interleave(self.copies, 0) for rows in (x_BT, t_B, free_BT))
         block_length = self.objective.draw_block_length(rng)
         noise_rng = torch.Generator(device).manual_seed(step_generator(self.seed + 1, step).initial_seed())
         torch.manual_seed(self.seed * 7919 + step + self.accelerator.process_index * 1_000_000_007)  # dropout
@@ -117,4 +148,8 @@ class Learner:
         self.wrapped.step()
         self.wrapped.zero_grad()
         self.ema.update(step)
+        if self.noise_weights is not None:
+            weights = self.noise_weights.log_weights
+            weights.grad = self.accelerator.reduce(weights.grad, "mean")
+            self.noise_weights.update(step, lr / config.lr)
         return Update(nats_B.detach().mean().float(), norm.full_tensor() if isinstance(norm, DTensor) else norm, lr)

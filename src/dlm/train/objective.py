@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dlm.models.transformer import predict_beside
 from dlm.noise import loss
+from dlm.noise.learned import Drawn, training_loss
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.process import Process
 from dlm.train.config import TrainConfig
@@ -43,19 +44,32 @@ class RowsOf:
         return self.noise.corrupt(self._whole(x_BT), self._whole(t_B), rng)[self._own(x_BT)]
 
     def corrupt_count(self, x_BT: Tensor, count_B: Tensor, free_BT: Tensor, rng: torch.Generator) -> Any:
-        made = self.noise.corrupt_count(self._whole(x_BT), self._whole(count_B), self._whole(free_BT), rng)
+        return self._by_count("corrupt_count", x_BT, count_B, free_BT, rng)
+
+    def corrupt_order(self, x_BT: Tensor, count_B: Tensor, free_BT: Tensor, rng: torch.Generator) -> Any:
+        return self._by_count("corrupt_order", x_BT, count_B, free_BT, rng)
+
+    def _by_count(self, name: str, x_BT: Tensor, count_B: Tensor, free_BT: Tensor, rng: torch.Generator) -> Any:
+        made = getattr(self.noise, name)(self._whole(x_BT), self._whole(count_B), self._whole(free_BT), rng)
         own = self._own(x_BT)
         return made[own] if isinstance(made, Tensor) else tuple(part[own] for part in made)
+
+    def draw(self, *args: Any, **options: Any) -> Drawn:
+        """Of learned noise: its own, with the corruptions of the whole batch."""
+        drawn: Drawn = type(self.noise).draw(self, *args, **options)  # type: ignore[union-attr, arg-type]
+        return drawn
 
 
 Estimator = Callable[[nn.Module, Tensor, Tensor, torch.Generator, Tensor, int], Tensor]
 """(network, x_BT, free_BT, rng, t_B, block_length) -> (B,) nats summed over the free positions."""
 
 
-def estimator(config: TrainConfig, noise: Process, teacher: loss.Predict | None = None, *, equal: bool = False) -> Estimator:
+def estimator(
+    config: TrainConfig, noise: Process, teacher: loss.Predict | None = None, *, equal: bool = False, learns: bool = False
+) -> Estimator:
     """The bound of the noise process, the distance from a teacher, or the exact autoregressive loss, as the config has it.
 
-    equal: in training, every masked token weighted alike.
+    equal: in training, every masked token weighted alike. learns: in training, with the gradient of the weights of the noise.
     """
 
     def predict(network: nn.Module) -> loss.Predict:
@@ -68,7 +82,9 @@ def estimator(config: TrainConfig, noise: Process, teacher: loss.Predict | None 
     if config.objective == "autoregressive":
         return lambda network, x_BT, free_BT, _rng, _t_B, _length: loss.autoregressive(noise, predict(network), x_BT, free_BT)
     bound = ESTIMATORS[config.estimate]
-    if equal or teacher is not None:
+    if learns:
+        bound = partial(training_loss, equal=equal)
+    elif equal or teacher is not None:
         bound = partial(loss.any_order, teacher=teacher, equal=equal)
     return lambda network, x_BT, free_BT, rng, t_B, _length: bound(noise, predict(network), x_BT, free_BT, rng, t_B)
 
@@ -88,12 +104,15 @@ class Objective:
     block_lengths: tuple[int, ...]  # of training, one drawn each step
 
     @classmethod
-    def of(cls, config: TrainConfig, noise: Process, teacher: loss.Predict | None = None, *, equal: bool = False) -> Objective:
-        """noise: a process, or `RowsOf` one. equal: every masked token weighted alike."""
+    def of(
+        cls, config: TrainConfig, noise: Process, teacher: loss.Predict | None = None, *, equal: bool = False, learns: bool = False
+    ) -> Objective:
+        """noise: a process, or `RowsOf` one. equal, learns: as of `estimator`."""
         context = config.context if config.objective == "diffusion" else 0
         length = config.network.block_length
         lengths = config.block_lengths or (length,)
-        return cls(estimator(config, noise, teacher, equal=equal), config.network.window, context, config.context_share, length, lengths)
+        estimate = estimator(config, noise, teacher, equal=equal, learns=learns)
+        return cls(estimate, config.network.window, context, config.context_share, length, lengths)
 
     def __call__(
         self, network: nn.Module, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, t_B: Tensor, block_length: int = 0

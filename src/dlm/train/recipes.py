@@ -63,6 +63,16 @@ def shakespeare_hybrid() -> TrainConfig:
     return replace(_characters(), noise="hybrid:0.5")
 
 
+def shakespeare_ordered() -> TrainConfig:
+    """Masks with a learned weight for each position: which are written first."""
+    return replace(_characters(), noise="ordered", context=0)
+
+
+def shakespeare_genmd4() -> TrainConfig:
+    """Masks with a learned weight for each character: GenMD4."""
+    return replace(_characters(time_conditioning=True), noise="genmd4")
+
+
 def shakespeare_block() -> TrainConfig:
     """Block diffusion, one network for blocks of 1 to 256."""
     base = _characters(attention="block_causal", block_length=16)
@@ -144,6 +154,8 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "shakespeare-uniform": shakespeare_uniform,
     "shakespeare-semantic": shakespeare_semantic,
     "shakespeare-hybrid": shakespeare_hybrid,
+    "shakespeare-ordered": shakespeare_ordered,
+    "shakespeare-genmd4": shakespeare_genmd4,
     "shakespeare-block": shakespeare_block,
     "shakespeare-ar": shakespeare_ar,
     "shakespeare-words": shakespeare_words,

@@ -75,13 +75,23 @@ def averaged(network: nn.Module, ema: EMA) -> dict[str, Tensor]:
         return weights(network)
 
 
-def save(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor], meta: Meta, *, main: bool) -> None:
-    """Write everything that a resumed run needs; collective."""
+def save(
+    path: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    meta: Meta,
+    *,
+    main: bool,
+    more: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write everything that a resumed run needs; collective. more: tensors of other parts, by names with a prefix of their own."""
     moments: dict[str, Any] = get_optimizer_state_dict(network, optimizer, options=FULL)
     tensors = {f"model.{k}": v for k, v in weights(network).items()}
     tensors |= {f"ema.{k}": v for k, v in average.items()}
     for parameter, values in moments.get("state", {}).items():
         tensors |= {f"{MOMENT}{parameter}.{name}": value.contiguous() for name, value in values.items()}
+    tensors |= more or {}
     if main:
         write(path, tensors, meta)
 

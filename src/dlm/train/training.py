@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from dlm.errors import InputError
 from dlm.formats import native
 from dlm.formats.native import ModelConfig
 from dlm.models.transformer import Transformer
+from dlm.noise.learned import LearnedNoise
 from dlm.text.tokenizer import Tokenizer
 from dlm.train import state
 from dlm.train.config import TrainConfig
@@ -42,7 +45,9 @@ class Training:
         self.learner = Learner(config, setup.network, setup.noise, setup.training, accelerator, resume=bool(meta))
         if meta:
             state.load(out / state.FILE, self.learner.network, self.learner.optimizer, self.learner.ema)
-        self.objective = Objective.of(config, setup.noise)
+            if self.learner.noise_weights is not None:
+                self.learner.noise_weights.put_back(load_file(out / state.FILE))
+        self.objective = Objective.of(config, self.learner.noise)
         self.passes = 1 if config.objective == "autoregressive" else config.eval_passes
         self.facts = {"parameters": self.learner.bare.parameters_count(), "tokens": len(setup.training.tokens_N)}
         self.text = setup.training.fingerprint()
@@ -83,9 +88,9 @@ class Training:
         """Of the averaged weights."""
         learner = self.learner
         learner.network.eval()
-        with learner.ema.swapped():
+        with learner.averaged():
             nats, stderr = validate(self.objective, learner.network, self.setup.validation_WT, learner.device, self.passes)
-            text = self.preview(learner.bare, self.model, self.setup.tokenizer) if self.preview else ""
+            text = self.preview(learner.bare, self.described(), self.setup.tokenizer) if self.preview else ""
         learner.network.train()
         self.best = min(self.best, nats)
         return Validation(
@@ -94,14 +99,24 @@ class Training:
             text=f"validation {nats:.4f} +- {stderr:.4f} nats per token" + (f"\n{text}" if text else ""),
         )
 
+    def described(self) -> ModelConfig:
+        """config.json as it is now, with the weights of learned noise."""
+        noise = self.learner.noise
+        if not isinstance(noise, LearnedNoise):
+            return self.model
+        return replace(self.model, noise=self.setup.noise_settings | {"weights": list(noise.fixed())})
+
     def save(self, step: int, _figures: Figures, recent: list[float]) -> None:
         learner, main = self.learner, self.accelerator.is_main_process
         average = state.averaged(learner.network, learner.ema)
         if main:  # the export first: whatever can be resumed can also be loaded
-            native.save(self.out, average, self.model, files=self._files())
+            with learner.averaged():
+                model = self.described()
+            native.save(self.out, average, model, files=self._files())
         meta = {"verb": "train", "step": step, "best": self.best, "recent": recent, "config": self.config.to_dict()}
         meta["text"] = self.text
-        state.save(self.out / state.FILE, learner.network, learner.optimizer, average, meta, main=main)
+        more = learner.noise_weights.state() if learner.noise_weights is not None else {}
+        state.save(self.out / state.FILE, learner.network, learner.optimizer, average, meta, main=main, more=more)
 
     def _files(self) -> dict[str, str]:
         return {

@@ -128,6 +128,22 @@ def panels_plot(panels: Sequence[tuple[str, str, Mapping[str, Line]]], path: Pat
     _save(figure, axes, path)
 
 
+def weights_plot(weights: Mapping[str, float], what: str, path: Path) -> None:
+    """A bar for each weight of a noise process, from 1 on a logarithmic axis: what stands higher is written earlier. Written to a
+    temporary name first."""
+    check(path)
+    figure, axes = _figure(1)
+    axis, values = axes[0], list(weights.values())
+    colors = [COLORS[0] if value >= 1 else COLORS[1] for value in values]
+    axis.bar(range(len(values)), [value - 1 for value in values], bottom=1, color=colors, width=0.8)
+    axis.set_yscale("log")
+    every = 1 if what == "token" else max(1, len(values) // 16)
+    axis.set_xticks(range(0, len(values), every), list(weights)[::every], fontsize=8 if every > 1 or len(values) < 40 else 6)
+    axis.set_xlabel(f"{what}{', the first to be written at the left' if what == 'token' else ' in the window'}")
+    axis.set_ylabel("weight: high is written early, low late")
+    _save(figure, axes, path)
+
+
 MARKERS = "osD^v"
 
 
