@@ -1,13 +1,13 @@
 """Learned orders and schedules against the fixed linear one: the bound after equal steps, over several seeds.
 
-    OMP_NUM_THREADS=1 nice python benchmarks/orders.py                        # four kinds of noise, 3 seeds, 600 steps
+    OMP_NUM_THREADS=1 nice python benchmarks/orders.py                        # five kinds of noise, 3 seeds, 600 steps
     python benchmarks/orders.py --steps 20000 --set layers=6 --set width=192 --set window=128
     python benchmarks/orders.py --seeds 1 --first-seed 2                      # one seed, so that several processes share the work
     python benchmarks/orders.py --quick                                       # does it run?
 
 Every step reads the same number of windows: learned weights read half as many texts, each with two draws of noise. Bounds are of the
-averaged weights on the same held-out windows, in bits a character; `held` keeps the weights of GenMD4 at 1, which leaves masked noise
-whose network reads the time. Rows are kept in --rows, so that an interrupted call goes on. The result is appended to
+averaged weights on the same held-out windows, in bits a character. `held` keeps the weights at 1: ordered noise is then masked noise
+on half as many texts, GenMD4's masked noise whose network reads the time. Rows are kept in --rows, so that an interrupted call goes on. The result is appended to
 benchmarks/history.jsonl; the last line is one JSON object.
 """
 
@@ -38,11 +38,12 @@ HISTORY = Path(__file__).parent / "history.jsonl"
 SIZE = ["layers=2", "heads=4", "width=64", "window=64", "batch=16", "context=0", "warmup=50", "ema=0.99", "log_every=1000000"]
 KINDS = {
     "masked": [],
+    "ordered, held": ["noise=ordered", "noise_lr=0"],
     "ordered": ["noise=ordered"],
     "genmd4, held": ["noise=genmd4", "time_conditioning=true", "noise_lr=0"],
     "genmd4": ["noise=genmd4", "time_conditioning=true"],
 }
-PASSES = {"masked": 8, "ordered": 8}
+PASSES = dict.fromkeys(("masked", "ordered, held", "ordered"), 8)
 MANY_PASSES = 32  # a bound with a time in it is estimated with more error
 
 
