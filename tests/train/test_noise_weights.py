@@ -158,5 +158,6 @@ def test_the_verb_shows_a_table_a_picture_and_json(dlm: Dlm, genmd4: Path, order
     assert code == 0
     assert len(json.loads(out)["places"]) == 32
     assert "--html and --gif replay runs" in dlm.told("show", str(ordered), "--gif", "run.gif")
+    (tmp_path / "run.traj").touch()
     assert "one model" in dlm.told("show", "run.traj", "--plot", "weights.png")
     assert "a .png, .svg or .pdf file" in dlm.told("show", str(ordered), "--plot", "weights.txt")
