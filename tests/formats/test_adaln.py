@@ -433,12 +433,6 @@ def test_bad_checkpoints_get_one_line(case: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("option", [{"dtype": "int8"}, {"dtype": "int4"}, {"compile": True}])
-def test_options_that_it_does_not_have(option: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="of kind AdaLN"):
-        dlm.load(str(GOLDEN / "mdlm"), **option)
-
-
 def test_a_network_that_reads_the_level_wants_it() -> None:
     with pytest.raises(InputError, match="reads the noise level: give t"):
         load("gidd").logits(golden("gidd")["input_ids"])

@@ -25,6 +25,7 @@ from dlm.trajectory import Canvas
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOKENS = 60  # ids below the control tokens of every model here
+ADALN = ("mdlm", "bd3lm", "sedd", "duo", "gidd")
 DTYPES = ("bfloat16", "int8", "int4")
 NATS = {"bfloat16": 1e-3, "int8": 2e-3, "int4": 0.1}  # of mean KL from float32 for each token
 SAME = {"bfloat16": 0.98, "int8": 0.95, "int4": 0.7}  # share of tokens whose likeliest value stays
@@ -42,14 +43,15 @@ def half_masked(lm: LanguageModel, rows: int = 2, length: int = 64) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["llada", "dream", "shakespeare-mask", "shakespeare-block", "shakespeare-uniform"])
+@pytest.mark.parametrize("name", ["llada", "dream", "shakespeare-mask", "shakespeare-block", "shakespeare-uniform", *ADALN])
 def test_distributions_are_near(name: str, dtype: str) -> None:
     base, lm = loaded(name), loaded(name, dtype)
-    z_BT, t_B = half_masked(base), torch.full((2,), 0.5)
+    z_BT, t_B = half_masked(base, length=min(64, base.window)), torch.full((2,), 0.5)
     exact_BTV, near_BTV = (one.predict(z_BT, t_B).log_softmax(-1) for one in (base, lm))
     nats_BT = (exact_BTV.exp() * (exact_BTV - near_BTV)).sum(-1)
     assert 0 < nats_BT.mean() < NATS[dtype]
-    assert (exact_BTV.argmax(-1) == near_BTV.argmax(-1)).float().mean() > SAME[dtype]
+    ties = 0.06 if name in ADALN else 0.0  # 32 positions a row, of random weights
+    assert (exact_BTV.argmax(-1) == near_BTV.argmax(-1)).float().mean() > SAME[dtype] - ties
     assert lm.network.quantized == (dtype != "bfloat16")
 
 
@@ -137,6 +139,22 @@ def test_compiled_texts(attention: str, conv: int) -> None:
     made[0].generate("a", length=16, steps=4)
     assert len(texts) == 6 or attention == "full"  # block by block against an exact cache, which is not compiled
     assert len(texts) >= 10 or attention == "block_causal"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
+@pytest.mark.parametrize("name", ["gidd", "llada_moe"])
+def test_compiled_texts_told_a_level_and_with_experts(name: str) -> None:
+    """The noise level changes from row to row; experts are run by their tokens' choice, around compiled attention."""
+    plain, made, texts = loaded(name), load(str(GOLDEN / name), compile=True), []
+    assert isinstance(made.network.blocks, CompiledBlocks)
+    over = made.network.blocks.text
+    made.network.blocks.text = lambda *args: texts.append(1) or over(*args)  # type: ignore[method-assign, func-returns-value]
+    with torch.no_grad():
+        for rows, length in ((2, 16), (1, 24), (3, 8)):
+            z_BT, t_B = half_masked(plain, rows, length), torch.linspace(0.2, 0.8, rows)
+            torch.testing.assert_close(made.predict(z_BT, t_B), plain.predict(z_BT, t_B), atol=1e-4, rtol=1e-4)
+    assert len(texts) == 3
 
 
 def test_quantized_weights_are_neither_saved_nor_deterministic(tmp_path: Path) -> None:

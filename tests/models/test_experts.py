@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlm.errors import InputError
 from dlm.inference import prepare
 from dlm.models.block import Rotary, rotate
 from dlm.models.config import ExpertsConfig, TransformerConfig
@@ -144,8 +143,6 @@ def test_fused_experts_are_the_same() -> None:
     plain, made, z_BT = network(), prepare(network()), torch.arange(32).view(2, 16) % 20
     torch.testing.assert_close(made(z_BT), plain(z_BT), atol=1e-4, rtol=1e-4)
     assert made.get_submodule("blocks.1.mlp.experts.3.fused_in") is not None
-    with pytest.raises(InputError, match="with experts is not compiled"):
-        prepare(network(), compiled=True)
 
 
 @pytest.mark.parametrize(("bits", "near"), [(8, 0.05), (4, 0.3)])

@@ -84,6 +84,7 @@ UNREAD: dict[str, object] = {  # keys that change the text and are not read, wit
     "forced_eos_token_id": [],
 }
 PRECISE = (".router.weight", ".router.correction")  # in float32 whatever the others are: few numbers, on which a choice depends
+QUANTIZED = ("q", "k", "v", "out", "gate", "up", "down")  # layers of a block that are quantized, of the type of the file until then
 SHARD = "14MB"  # below the size that code hosts and mail gateways reject
 
 
@@ -341,8 +342,6 @@ def assemble(
     ready: Ready | None = None,
 ) -> Transformer:
     """The network around these tensors, read and cast one by one. Takes them out of `stored`."""
-    if ready is not None and (kind := networks.name_of(config.network)) != "Transformer":
-        raise InputError(f"{path}: a network of kind {kind} is not quantized: leave int8 and int4 away")
     _check_counts(config.network, stored, path)
     try:
         with without_weights():
@@ -363,11 +362,11 @@ def assemble(
         elif ready is None:
             tensor = tensor.to(device, dtype)
         elif name != "head.weight":  # a copy, or it would hold its file open; what a block quantizes keeps its type until then
-            quantized = name.startswith("blocks.") and tensor.ndim > 1
+            quantized = name.startswith("blocks.") and tensor.ndim > 1 and name.split(".")[-2] in QUANTIZED
             tensor = tensor.to(device, tensor.dtype if quantized else dtype, copy=True)
         network.load_state_dict({name: tensor}, assign=True, strict=False)
         left[part] -= 1
-        if ready is not None and part not in ("embed", "group_embed", "norm", "time") and not left[part]:
+        if ready is not None and (part == "head" or part.startswith("blocks.")) and not left[part]:
             network.requires_grad_(False)
             ready(network, part)
     if config.network.tied:
@@ -386,5 +385,5 @@ def _check_counts(shape: TransformerConfig, stored: dict[str, Stored], path: Pat
 
 
 def _part(name: str) -> str:
-    """`blocks.N`, `embed`, `group_embed`, `head`, `norm` or `time`."""
+    """`blocks.N`, `embed`, `head`, or another module outside of the blocks."""
     return ".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1])

@@ -35,8 +35,6 @@ def compile(network: Transformer) -> Transformer:
     """
     if network.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
         raise InputError("a network is compiled with a C++ compiler, and there is none: install g++, or decode without compiling")
-    if network.config.experts is not None:
-        raise InputError("a network with experts is not compiled, for its tokens choose what is run: leave compiling away")
     if network.config.sliding_layers:
         raise InputError("a network whose attention slides in some layers is not compiled: leave compiling away")
     fuse(network)
@@ -45,7 +43,10 @@ def compile(network: Transformer) -> Transformer:
 
 
 class CompiledBlocks(Blocks):
-    """`Blocks`, compiled for decoding. An adapter that acts has a compilation of its own, for nothing else tells them apart."""
+    """`Blocks`, compiled for decoding. An adapter that acts has a compilation of its own, for nothing else tells them apart.
+
+    Of blocks with experts, whose tokens choose what is run, attention and norms alone are.
+    """
 
     def __init__(self, blocks: Iterable[Block]) -> None:
         super().__init__(blocks)
@@ -53,13 +54,17 @@ class CompiledBlocks(Blocks):
         self.together = next(n for n in range(BLOCKS_PER_GRAPH, 0, -1) if len(self) % n == 0)  # no graph is made for a rest
         self.plain = _compile(_over)
         self.reads_texts = next(iter(self)).attention.config.attention != "causal"
+        self.experts = next(iter(self)).attention.config.experts is not None
+        if self.experts:
+            self.together = 1
         self.texts: dict[bool, Callable[..., Tensor]] = {}  # of whole texts, by whether there is no mask
         self.adapted: weakref.WeakKeyDictionary[nn.Module, Callable[..., Tensor]] = weakref.WeakKeyDictionary()  # by adapter
 
     def forward(self, x: Tensor, forward_pass: ForwardPass) -> Tensor:
         cache, few = forward_pass.cache, x.shape[0] * x.shape[1] <= POSITIONS
         span = None
-        if few and isinstance(cache, Memory) and not forward_pass.is_causal and not torch.is_grad_enabled():
+        plain = forward_pass.level is None and not self.experts
+        if few and plain and isinstance(cache, Memory) and not forward_pass.is_causal and not torch.is_grad_enabled():
             span = cache.span(x.shape[1])
         if span is not None and isinstance(cache, Memory):
             return self.over(x, forward_pass, cache, span)
@@ -72,19 +77,21 @@ class CompiledBlocks(Blocks):
     def text(self, x: Tensor, forward_pass: ForwardPass, mask_B1QT: Tensor | None) -> Tensor:
         """x (B, Q, D) of whole texts after the blocks. mask: which positions each reads, bool; None for all."""
         if (mask_B1QT is None) not in self.texts:
-            self.texts[mask_B1QT is None] = _compile(_text)
+            self.texts[mask_B1QT is None] = _compile(_before_mlp if self.experts else _text)
         run = self.texts[mask_B1QT is None]
         cos, sin = (turn.expand(len(x), -1, -1, -1).contiguous() for turn in forward_pass[:2])
-        near = _of_each_row(forward_pass.neighbours, len(x))
+        near, level = _of_each_row(forward_pass.neighbours, len(x)), forward_pass.level
         if mask_B1QT is not None:
             mask_B1QT = mask_B1QT.expand(len(x), -1, -1, -1).contiguous()
         masks = [] if mask_B1QT is None else [(mask_B1QT, 0), (mask_B1QT, 2), (mask_B1QT, 3)]
-        taps = [(tensor, axis) for tensor in near or () for axis in (0, 1)]
+        taps = [(tensor, axis) for tensor in near or () for axis in (0, 1)] + [(level, 0)] * (level is not None)
         for tensor, axis in [(x, 0), (x, 1), (cos, 0), (cos, 2), (sin, 0), (sin, 2), *masks, *taps]:
             torch._dynamo.maybe_mark_dynamic(tensor, axis)
         blocks = list(self)
         for first in range(0, len(blocks), self.together):
-            x = run(blocks[first : first + self.together], x, cos, sin, mask_B1QT, near)
+            x = run(blocks[first : first + self.together], x, cos, sin, mask_B1QT, near, level)
+            if self.experts:
+                x = x + blocks[first].mlp(blocks[first].mlp_norm(x))
         return x
 
     def over(self, x: Tensor, forward_pass: ForwardPass, memory: Memory, span: tuple[int, int]) -> Tensor:
@@ -151,17 +158,33 @@ def _over(
     return x
 
 
-def _text(blocks: Sequence[Block], x: Tensor, cos: Tensor, sin: Tensor, mask_B1QT: Tensor | None, near: Neighbours | None) -> Tensor:
+def _text(
+    blocks: Sequence[Block],
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask_B1QT: Tensor | None,
+    near: Neighbours | None,
+    level_BC: Tensor | None,
+) -> Tensor:
     """`Blocks` over whole texts."""
     for block in blocks:
-        attention: Any = block.attention
-        read = block.attention_norm(x)
-        if block.conv is not None:
-            read = block.conv(read, near, read)
-        read = attention.attend(*attention.heads(read, cos, sin, None), mask_B1QT, False)
-        x = x + block.dropout(attention.project_out(read, None))
-        x = x + block.dropout(block.mlp(block.mlp_norm(x), None))
+        x = block(x, ForwardPass(cos, sin, mask_B1QT, neighbours=near, level=level_BC))
     return x
+
+
+def _before_mlp(
+    blocks: Sequence[Block],
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask_B1QT: Tensor | None,
+    _near: Neighbours | None,
+    _level_BC: Tensor | None,
+) -> Tensor:
+    """Of one block over whole texts, the part before its MLP."""
+    (block,) = blocks
+    return x + block.attention(block.attention_norm(x), ForwardPass(cos, sin, mask_B1QT))
 
 
 def _of_each_row(near: Neighbours | None, rows: int) -> Neighbours | None:

@@ -175,7 +175,7 @@ class FusedHead(Head):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.tied = base.weight, tied
-        self.register_parameter("bias", None)
+        self.bias = base.bias
         self.fused = FusedLinear((self,))
         self.draft_copy: nn.Module | None = None
         self._copied = -1  # version of the weights that the copy was made of
@@ -191,7 +191,7 @@ class FusedHead(Head):
             return super().draft(hidden)
         version = _version([self.weight])
         if self.draft_copy is None or self._copied != version:
-            self.draft_copy, self._copied = quantized_head(self.weight, tied=self.tied), version
+            self.draft_copy, self._copied = quantized_head(self.weight, self.bias, tied=self.tied), version
         logits: Tensor = self.draft_copy(hidden)
         return logits
 

@@ -8,7 +8,6 @@ from dlm.inference.deterministic import make_batch_invariant
 from dlm.inference.fused import RotaryTable, fuse
 from dlm.inference.packed import prepacked_bytes
 from dlm.inference.quantize import quantize
-from dlm.models import networks
 from dlm.models.transformer import Transformer
 
 
@@ -19,10 +18,8 @@ def prepare(network: Transformer, *, bits: int | None = None, batch_invariant: b
     made anew may be attached later.
     bits: 8 or 4 quantize the weights (CPU). batch_invariant: logits of a position are bitwise identical in every batch, for causal
     networks. compiled: blocks by torch.compile, as `dlm.inference.compiled` says. InputError for a network that is batch-invariant and
-    compiled, and for one of another kind than `Transformer`.
+    compiled.
     """
-    if (kind := networks.name_of(network.config)) != "Transformer":
-        raise InputError(f"a network of kind {kind} is decoded as it is: leave int8, int4 and --compile away")
     if batch_invariant and compiled:
         raise InputError("a compiled network rounds as its compiler likes: choose deterministic or compiled decoding")
     fuse(network)

@@ -36,7 +36,7 @@ def quantize(network: Transformer, bits: int = 8) -> Transformer:
     for block in network.blocks:
         _quantize_block(block, bits)
     if isinstance(network.head, FusedHead):
-        network.head = QuantizedHead(quantized_head(network.head.weight, tied=network.head.tied))  # type: ignore[assignment]
+        network.head = QuantizedHead(quantized_head(network.head.weight, network.head.bias, tied=network.head.tied))  # type: ignore[assignment]
     packs = may_prepack(network, torch.bfloat16)
     for module in network.modules():
         if isinstance(module, QuantizedLinear):
@@ -48,7 +48,7 @@ def quantize(network: Transformer, bits: int = 8) -> Transformer:
 def quantize_part(network: Transformer, part: str, bits: int) -> None:
     """Quantize one block, `blocks.N`, or a head of its own, `head`, while the weights of others are still on disk; then `quantize`."""
     if part == "head":
-        network.head = QuantizedHead(quantized_head(network.head.weight, tied=False))  # type: ignore[assignment]
+        network.head = QuantizedHead(quantized_head(network.head.weight, network.head.bias, tied=False))  # type: ignore[assignment]
     else:
         block = network.blocks[int(part.partition(".")[2])]
         assert isinstance(block, Block)

@@ -199,6 +199,6 @@ def is_large_head(weight_VD: Tensor) -> bool:
     return weight_VD.numel() >= LARGE_HEAD_WEIGHTS
 
 
-def quantized_head(weight_VD: Tensor, *, tied: bool) -> nn.Module:
+def quantized_head(weight_VD: Tensor, bias_V: Tensor | None = None, *, tied: bool) -> nn.Module:
     """In four bits with its greatest logits exact, if it is large and the embedding keeps its weights anyway; else in eight bits."""
-    return Shortlist(weight_VD) if tied and is_large_head(weight_VD) else Int8Linear(weight_VD)
+    return Shortlist(weight_VD) if tied and bias_V is None and is_large_head(weight_VD) else Int8Linear(weight_VD, bias_V)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlm.models.block import AnyCache, Attention, Blocks, Embedding, ForwardPass, Head, Linear, MaskTokens, Rotary
+from dlm.models.block import MLP, AnyCache, Attention, Block, Blocks, Embedding, ForwardPass, Head, Linear, Rotary
 from dlm.models.cache import KVCache, RaggedCache
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
@@ -78,36 +78,35 @@ class NoiseLevel(nn.Module):
         return F.silu(self.outer(F.silu(self.inner(wave))))
 
 
-class MLP(nn.Module):
+class GELUMLP(MLP):
     """down(gelu(up x)), the tanh form of GELU, with biases."""
 
     def __init__(self, config: AdaLNConfig) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        self.gate = None
         self.up = Linear(config.width, config.mlp_width)
         self.down = Linear(config.mlp_width, config.width)
-
-    def forward(self, x: Tensor, mask_tokens: MaskTokens | None = None) -> Tensor:
-        y: Tensor = self.down(F.gelu(self.up(x, mask_tokens), approximate="tanh"), mask_tokens)
-        return y
+        self.ungated = nn.GELU(approximate="tanh")
 
 
 def modulate(x_BQD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
     return x_BQD * (1 + scale_B1D) + shift_B1D
 
 
-class AdaLNBlock(nn.Module):
+class AdaLNBlock(Block):
     """x + gate * attention(modulated norm(x)), then the same with the MLP; shifts, scales and gates are linear in the noise level."""
 
     def __init__(self, config: AdaLNConfig, layer: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.attention_norm = LayerNorm(config)
+        self.conv = None
         self.attention = Attention(config, layer)
         self.mlp_norm = LayerNorm(config)
-        self.mlp = MLP(config)
+        self.mlp = GELUMLP(config)
         self.modulation = nn.Linear(config.level_width, 6 * config.width)
 
-    def forward(self, x: Tensor, forward_pass: ForwardPass, level_BC: Tensor) -> Tensor:
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(level_BC)[:, None].chunk(6, -1)
+    def forward(self, x: Tensor, forward_pass: ForwardPass) -> Tensor:
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(forward_pass.level)[:, None].chunk(6, -1)
         x = x + gate * self.attention(modulate(self.attention_norm(x), shift, scale), forward_pass)
         y: Tensor = x + mlp_gate * self.mlp(modulate(self.mlp_norm(x), mlp_shift, mlp_scale), forward_pass.mask_tokens)
         return y
@@ -155,9 +154,7 @@ class AdaLN(Transformer):
         level_B = self.told(t_B, len(z_BQ))
         level_BC, x_BQD = self.level(level_B), self.embed(z_BQ)
         cos, sin = self.rotary(pos_BQ)
-        forward_pass = ForwardPass(cos, sin, mask, is_causal, cache)
-        for block in self.blocks:
-            x_BQD = block(x_BQD, forward_pass, level_BC)
+        x_BQD = self.blocks(x_BQD, ForwardPass(cos, sin, mask, is_causal, cache, level=level_BC))
         if isinstance(cache, KVCache | RaggedCache):
             cache.advance(z_BQ.shape[1])
         if pattern == "clean":

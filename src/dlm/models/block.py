@@ -46,6 +46,7 @@ class ForwardPass(NamedTuple):
     mask_tokens: MaskTokens | None = None
     neighbours: Neighbours | None = None  # which a short convolution reads; None: those of plain whole rows
     sliding: Tensor | None = None  # mask (B, 1, Q, T) of the layers that slide
+    level: Tensor | None = None  # (B, C), which `dlm.models.adaln` shifts, scales and gates by
 
     def mask_of(self, attends: Attention) -> tuple[attention.Mask, bool]:
         """The mask of a layer's attention, and whether it is plainly causal."""
@@ -199,6 +200,11 @@ class Attention(nn.Module):
         return y_BQD
 
 
+class SquaredReLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
 class MLP(nn.Module):
     """down(silu(gate x) * up x), or down(relu(up x)^2) where there is no gate."""
 
@@ -208,6 +214,7 @@ class MLP(nn.Module):
         self.up = Linear(config.width, config.mlp_width, bias=False)
         self.down = Linear(config.mlp_width, config.width, bias=False)
         self.silu: nn.Module = nn.SiLU()
+        self.ungated: nn.Module = SquaredReLU()
 
     @property
     def inputs(self) -> tuple[Linear, ...]:
@@ -216,7 +223,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, mask_tokens: MaskTokens | None = None) -> Tensor:
         *gate, up = self.project_in(x, mask_tokens)
-        return self.project_out(self.silu(gate[0]) * up if gate else F.relu(up).square(), mask_tokens)
+        return self.project_out(self.silu(gate[0]) * up if gate else self.ungated(up), mask_tokens)
 
     def project_in(self, x: Tensor, mask_tokens: MaskTokens | None) -> Sequence[Tensor]:
         """Features of gate, if there is one, and up."""
@@ -232,10 +239,10 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.attention_norm: nn.Module = RMSNorm(config.width, eps=config.norm_eps)
         self.conv = ShortConvolution(config) if config.conv else None
         self.attention = Attention(config, layer)
-        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.mlp_norm: nn.Module = RMSNorm(config.width, eps=config.norm_eps)
         self.mlp: nn.Module = MLP(config)  # or `dlm.models.experts.Experts`
         self.dropout = nn.Dropout(config.dropout)
 

@@ -35,7 +35,7 @@ def blocks_at(blocks: Blocks, x_BQD: Tensor, forward_pass: ForwardPass, index_BC
 
 def _at(block: Block, x_BQD: Tensor, forward_pass: ForwardPass, index_BC: Tensor) -> Tensor:
     """`Block.forward` of these positions (B, C, D): they read keys and values of all."""
-    cos, sin, _, _, cache, _, near, _ = forward_pass
+    cos, sin, _, _, cache, _, near, *_ = forward_pass
     attention, read_BQD = block.attention, block.attention_norm(x_BQD)
     mask, _ = forward_pass.mask_of(attention)
     if block.conv is not None:
