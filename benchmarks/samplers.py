@@ -27,6 +27,7 @@ from dlm.evaluation import card
 from dlm.evaluation.statistics import Mean
 from dlm.formats import native
 from dlm.workflows.calibrate import judging, writing
+from dlm.workflows.inputs import judge_figures
 
 BUDGETS = ("calls:16", "calls:32", "calls:64", "seconds:1", "bits:0.1")
 USUAL: dict[str, dict[str, Any]] = {
@@ -90,7 +91,7 @@ def main() -> None:
 
 
 def _measured(model: dlm.LanguageModel, twin: dlm.LanguageModel, options: Options, args: argparse.Namespace) -> Row:
-    generate, judge = writing(model, args.samples, temperature=1.0), judging(twin)
+    generate, judge = writing(model, args.samples, model.window, temperature=1.0), judging(judge_figures(twin, model))
     return next(iter(measure.measure(generate, judge, [options], seed=args.seed)))
 
 

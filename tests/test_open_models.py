@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from dlm.formats import gguf
 from dlm.formats.families.known import FAMILIES
 from dlm.language_model import LanguageModel, load
 from dlm.workflows.evaluate import evaluate
+from dlm.workflows.inputs import Text
 from dlm.workflows.verify import verify
 from formats import test_by_hand as by_hand
 from formats import test_experts as experts
@@ -175,6 +177,12 @@ def as_gguf(row: Row, tmp_path: Path) -> str:
     return "yes"
 
 
+def spelt_bytes(lm: LanguageModel, text: Path, windows: int) -> int:
+    """Of the windows that are measured, spread over the text."""
+    read = Text.read(lm, text, split="all", max_windows=windows)
+    return sum(len(lm.tokenizer.decode(row).encode()) for row in read.windows_WT.tolist())
+
+
 def bound(row: Row, tmp_path: Path) -> str:
     """`yes` for a finite bound with its error, `exact` for a likelihood."""
     lm = row.load(tmp_path)
@@ -184,8 +192,12 @@ def bound(row: Row, tmp_path: Path) -> str:
     text = tmp_path / "text.txt"
     ids = torch.randint(1, 100, (3 * lm.window,), generator=torch.Generator().manual_seed(0)).tolist()
     text.write_text(lm.tokenizer.decode([i for i in ids if i != lm.tokenizer.mask_id]), encoding="utf-8")
-    found = evaluate(lm, text, split="all", passes=2, max_windows=1, card=None)
+    found = evaluate(lm, text, split="all", passes=2, max_windows=2, card=None)
     assert 0 < found.nats_per_token < 100
+    assert 0 < found.stderr < found.nats_per_token
+    assert found.samples == (2 if found.is_bound else 1)
+    assert found.estimator
+    assert found.bits_per_byte == pytest.approx(found.nats_per_token / math.log(2) * found.tokens / spelt_bytes(lm, text, found.windows))
     return "yes" if found.is_bound else "exact"
 
 

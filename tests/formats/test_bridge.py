@@ -131,7 +131,7 @@ def test_what_is_refused(write: Write, tmp_path: Path) -> None:
         library.load(str(path), bridge="transformer")
     with pytest.raises(library.InputError, match="add --bridge transformers"):
         library.load(str(path))
-    with pytest.raises(library.InputError, match="give bridge as well"):
+    with pytest.raises(library.InputError, match="add --bridge transformers"):
         library.load(str(path), device_map="auto")
     with pytest.raises(library.InputError, match="alone"):
         bridged(path, dtype="int8")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dlm.models.transformer import Transformer
 from dlm.protocols import PickingDenoiser
-from dlm.sampling.diffusion.cache_policies import BeforeToo, Delayed, Drift
+from dlm.sampling.diffusion.cache_policies import BeforeToo, CausalText, Delayed, Drift
 from dlm.sampling.diffusion.loop import DiffusionSampler
 from dlm.sampling.draw import generators
 from dlm.trajectory import Frame
@@ -27,6 +27,8 @@ BY_BLOCKS: list[tuple[str, dict[str, Any]]] = [
     ("a2d_qwen3", {"sampler": "bd3lm", "block_length": 4}),
     ("a2d_qwen2", {"sampler": "bd3lm", "block_length": 8, "guidance": 2.0}),
     ("llada", {"sampler": "bd3lm", "block_length": 4}),
+    ("nemotron_labs_diffusion", {"sampler": "topk"}),
+    ("nemotron_labs_diffusion", {"sampler": "nemotron:0.5", "block_length": 4, "guidance": 1.5}),
 ]
 
 
@@ -124,3 +126,19 @@ def test_the_row_of_a_shifted_token_is_read_with_it(before: bool) -> None:
     found = denoiser(z_BT[:, pos_BQ[0]], pos_BQ=pos_BQ, cache=cache.of(torch.tensor([0])), index_BC=torch.arange(4)[None] + before)
     assert torch.allclose(found[:, 1:], whole[:, first + 1 : first + 4], atol=1e-5)
     assert torch.allclose(found[:, 0], whole[:, first], atol=1e-5) == before
+
+
+def test_a_finished_block_is_read_again_as_text(monkeypatch: pytest.MonkeyPatch, read: list[int]) -> None:
+    """Nemotron's blocks are read fully, its text causally: with the keys of a block that was read fully, the text is another one."""
+
+    def written(*, cache: bool = True) -> list[int]:
+        found = model("nemotron_labs_diffusion").generate([list(range(5, 12))], max_new_tokens=40, sampler="topk", steps=10, cache=cache)
+        ids: list[int] = found[0].trajectory.current_BT[0].tolist()
+        return ids
+
+    exact = written()
+    assert set(read) == {15, 9, 16}  # prompt and block; the block and the row before it; two blocks
+    assert exact == written(cache=False)
+    policy = CausalText.__call__
+    monkeypatch.setattr(CausalText, "__call__", lambda self, view: policy(self, replace(view, entered_B=view.entered_B & False)))
+    assert exact != written()

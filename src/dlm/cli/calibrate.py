@@ -18,9 +18,13 @@ if TYPE_CHECKING:
 
 @app.command()
 def calibrate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name or directory of a masked model.")],
-    judge: Annotated[str, typer.Option(help="An autoregressive model of the same vocabulary.")] = "shakespeare-ar",
-    samples: Annotated[int, typer.Option("--samples", "-n", callback=between(2), help="Texts for each setting, a window long.")] = 8,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name, directory or hub id of a masked model.")],
+    judge: Annotated[str, typer.Option(help="An autoregressive model; one of another vocabulary reads the text.")] = "shakespeare-ar",
+    samples: Annotated[int, typer.Option("--samples", "-n", callback=between(2), help="Texts for each setting.")] = 8,
+    length: Annotated[
+        int,
+        typer.Option(callback=between(0), show_default="a window, of other projects' models at most 128", help="Tokens of a text."),
+    ] = 0,
     temperature: Annotated[float, typer.Option(callback=between(0), help="Of every setting.")] = 1.0,
     retime: Annotated[bool, typer.Option(help="Only measure the seconds of the table that is there again, in turns.")] = False,
     quick: Annotated[bool, typer.Option(help="Three settings only.")] = False,
@@ -47,6 +51,7 @@ def calibrate(
             lm,
             judge,
             samples=samples,
+            length=length,
             temperature=temperature,
             quick=quick,
             retime=retime,

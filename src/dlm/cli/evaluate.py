@@ -82,7 +82,7 @@ def evaluate(
     device: Device = "cpu",
     family: FamilyOption = "",
 ) -> None:
-    """Measure nats per token and bits per character of a text, or run tasks of lm-evaluation-harness.
+    """Measure nats per token, bits per character and per byte of a text, or run tasks of lm-evaluation-harness.
 
     A bound for diffusion models, exact for autoregressive ones.
     """
@@ -190,10 +190,10 @@ def _lengths(words: str) -> list[int]:
 
 
 def _table(found: Sequence[Evaluation]) -> Table:
-    made = table("model", "nats per token", "bits per char", "stderr", "kind")
+    made = table("model", "nats per token", "bits per char", "per byte", "stderr", "samples", "estimator")
     for one in found:
         sign = "<= " if one.is_bound else ""
         label = f"{one.model}, blocks of {one.block_length}" if one.block_length else one.model
-        figures = f"{sign}{one.nats_per_token:.4f}", f"{sign}{one.bits_per_char:.4f}", f"{one.stderr:.4f}"
-        made.add_row(label, *figures, one.estimator)
+        figures = f"{sign}{one.nats_per_token:.4f}", f"{sign}{one.bits_per_char:.4f}", f"{sign}{one.bits_per_byte:.4f}"
+        made.add_row(label, *figures, f"{one.stderr:.4f}", str(one.samples), one.estimator)
     return made

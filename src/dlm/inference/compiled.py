@@ -96,7 +96,7 @@ class CompiledBlocks(Blocks):
 
     def over(self, x: Tensor, forward_pass: ForwardPass, memory: Memory, span: tuple[int, int]) -> Tensor:
         """x (B, Q, D) after the blocks, new positions in this span of the memory."""
-        cos, sin, mask, _, _, mask_tokens, near, _ = forward_pass
+        cos, sin, mask, _, _, mask_tokens, near, *_ = forward_pass
         assert mask is None or isinstance(mask, Tensor)
         run = self.plain if mask_tokens is None else self._adapted(mask_tokens, x.dtype)
         kept, slot_Q, mask_B1QT = memory.whole(*span, mask)
@@ -184,7 +184,8 @@ def _before_mlp(
 ) -> Tensor:
     """Of one block over whole texts, the part before its MLP."""
     (block,) = blocks
-    return x + block.attention(block.attention_norm(x), ForwardPass(cos, sin, mask_B1QT))
+    y: Tensor = x + block.attention(block.attention_norm(x), ForwardPass(cos, sin, mask_B1QT))
+    return y
 
 
 def _of_each_row(near: Neighbours | None, rows: int) -> Neighbours | None:

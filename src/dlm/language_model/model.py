@@ -25,6 +25,7 @@ from dlm.formats.families import known
 from dlm.formats.families import load as foreign
 from dlm.formats.native import ModelConfig
 from dlm.inference import prepare, quantize
+from dlm.inference.spread import spread
 from dlm.language_model.companions import Companions, denoisers, fingerprints
 from dlm.language_model.generation import Generation, Run, trajectory
 from dlm.language_model.options import DecodingKeywords, DecodingOptions, LayoutKeywords, TextKeywords, check_dtype, separate
@@ -101,6 +102,7 @@ class LanguageModel:
             base = read(device=device, dtype=dtype, ready=ready)
             model = cls(base.network, base.config, base.tokenizer, name=path.stem if path.is_file() else Path(name).name)
             model.defaults, model.chat = base.defaults, base.chat
+            model.path = path if path.is_dir() else None
             return model
         network, config = native.load(path, device=device, dtype=dtype, ready=ready)
         ids = config.network.vocab_size
@@ -119,6 +121,8 @@ class LanguageModel:
             raise InputError(f"{self.name} was loaded with quantized weights: save it from float32 or bfloat16")
         if isinstance(self.network, CanvasNetwork):
             raise InputError(f"{self.name} is a network of transformers: copy its own files")
+        if any(tensor.is_meta for tensor in self.network.parameters()):
+            raise InputError(f"{self.name} lies partly on disk: load it without device_map to save it")
         files = self.files() | {"README.md": self.card(str(directory))}
         native.save(directory, self.network.state_dict(), self.config, files=files, dtype=dtype)
 
@@ -453,6 +457,8 @@ def load(
     family: str = "",
     bridge: str = "",
     device_map: str = "",
+    max_memory: Mapping[int | str, int | str] | None = None,
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Load a checkpoint: a directory, a GGUF file, a bundled name (`shakespeare-mask`), a pulled one (`smollm2-135m`) or a hub id.
 
@@ -462,12 +468,18 @@ def load(
     passes of few positions of an autoregressive model, those of a diffusion model without an approximate cache; the first ones take
     seconds. family: of another project's checkpoint whose plain config does not say it: `open-dcoder`, `diffullama`, `i-dlm`.
     bridge: `transformers`, for DiffusionGemma: the class that transformers ships in place of a network of ours; device_map: `auto`, of a
-    bridge, spreads it over GPUs, memory and disk. InputError for the adapter of another base, and for settings that do not go together.
+    diffusion model, spreads it over GPUs, memory and disk; max_memory: what each may hold (`dlm.inference.spread`). trust_remote_code: of a
+    bridge, whose class then comes from the checkpoint's own code. InputError for the adapter of another base, and for settings that do not
+    go together.
     """
     if isinstance(dtype, str):
         check_dtype(dtype)
-    if bridge or device_map:
-        return _bridged(name, bridge, device, dtype, device_map, others=bool(adapter or deterministic or compile or family))
+    if trust_remote_code and not bridge:
+        raise InputError("a network of dlm's runs no code of a checkpoint: --trust-remote-code goes with --bridge transformers alone")
+    if bridge:
+        others = bool(adapter or deterministic or compile or family or max_memory)
+        return _bridged(name, bridge, device, dtype, device_map, others=others)
+    _check_map(device_map, device, dtype, spread=bool(max_memory), others=bool(adapter or deterministic or compile))
     bits = quantize.BITS.get(str(dtype))
     if bits and torch.device(device).type != "cpu":
         raise InputError(f"{dtype} is for the CPU: use --dtype bfloat16 on other devices")
@@ -480,14 +492,26 @@ def load(
             attach.with_adapter(model, path)
     if deterministic and model.is_diffusion:
         raise InputError(f"{name} is a diffusion model: deterministic decoding is for autoregressive models")
-    if bits or compile or not model.is_diffusion:
+    if device_map:
+        if not model.is_diffusion:
+            raise InputError(f"{name} is autoregressive: device_map spreads diffusion models")
+        spread(model.network, max_memory)
+    elif bits or compile or not model.is_diffusion:
         prepare(model.network, bits=bits, batch_invariant=deterministic, compiled=compile)
     return model
 
 
+def _check_map(device_map: str, device: str, dtype: torch.dtype | str, *, spread: bool, others: bool) -> None:
+    """InputError for a map that is unknown or does not go with the other settings."""
+    if device_map not in ("", "auto"):
+        raise InputError(f"unknown device_map {device_map!r}; known: auto")
+    if spread and not device_map:
+        raise InputError("max_memory is for device_map='auto'")
+    if device_map and (others or dtype in quantize.BITS or device != "cpu"):
+        raise InputError("device_map chooses the devices, of float32 or bfloat16: leave device, int8, int4, adapters and compile away")
+
+
 def _bridged(name: str, bridge: str, device: str, dtype: torch.dtype | str, device_map: str, *, others: bool) -> LanguageModel:
-    if not bridge:
-        raise InputError("device_map spreads networks of a bridge: give bridge as well")
     if others or dtype in quantize.BITS:
         raise InputError("a bridge takes device, dtype (float32 or bfloat16) and device_map alone")
     kept = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16 if dtype == "bfloat16" else torch.float32

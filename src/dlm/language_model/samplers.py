@@ -123,8 +123,9 @@ def _policy(plan: DecodingPlan, model: Model, *, by_blocks: bool) -> CachePolicy
     """by_blocks: whether no position reads a later block."""
     if isinstance(plan.cache, str):
         policy = cache_policies.make(plan.cache)
-    elif plan.cache and by_blocks and model.config.network.attention != "causal_text":  # which reads a finished block anew
-        policy = cache_policies.Exact(plan.block_length)
+    elif plan.cache and by_blocks:
+        causal_text = model.config.network.attention == "causal_text"
+        policy = (cache_policies.CausalText if causal_text else cache_policies.Exact)(plan.block_length)
     else:
         return None
     return cache_policies.BeforeToo(policy) if model.config.shift else policy

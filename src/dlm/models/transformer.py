@@ -229,7 +229,7 @@ class Transformer(nn.Module):
         if pattern:
             return self._halves(z_BQ, pos_BQ, pattern, block_length, phase_B)
         if isinstance(cache, WindowCache):
-            return self._window(pos_BQ, cache, block_length)
+            return self._window(pos_BQ, cache, block_length, begin_B1)
         return self._text(z_BQ, pos_BQ, valid_BT, cache, block_length, begin_B1)
 
     def _continues(self, pos_BQ: Tensor | None, own_BQQ: Tensor, cache: AnyCache | None) -> Attends:
@@ -255,14 +255,17 @@ class Transformer(nn.Module):
             mask_BQT = attention.beside_shadow(half, device)
         return Attends(torch.cat([half_BT, half_BT], 1), mask_BQT[:, None], False)
 
-    def _window(self, pos_BQ: Tensor | None, cache: WindowCache, block_length: int) -> Attends:
+    def _window(self, pos_BQ: Tensor | None, cache: WindowCache, block_length: int, begin_B1: Tensor | None) -> Attends:
         """Some positions of a window, computed anew."""
         assert pos_BQ is not None
         slots_BT, filled_BT = cache.begin(pos_BQ)
         if filled_BT is None and self.config.attention == "full":
             return Attends(pos_BQ, None, False, slots_BT)
         block_length = block_length or self.config.block_length
-        mask_BQT = attention.allowed(self.config.attention, pos_BQ[:, :, None], slots_BT[:, None, :], block_length)
+        if begin_B1 is None:
+            mask_BQT = attention.allowed(self.config.attention, pos_BQ[:, :, None], slots_BT[:, None, :], block_length)
+        else:
+            mask_BQT = attention.causal_text(pos_BQ, slots_BT, begin_B1, block_length)
         return Attends(pos_BQ, (mask_BQT if filled_BT is None else mask_BQT & filled_BT[:, None])[:, None], False, slots_BT)
 
     def _text(

@@ -12,11 +12,13 @@ from torch import Tensor
 from dlm.calibration import measure
 from dlm.calibration.table import Calibration, Options
 from dlm.errors import InputError
-from dlm.evaluation import generative
 from dlm.evaluation.card import device_name
 from dlm.evaluation.statistics import Mean
 from dlm.language_model import LanguageModel
-from dlm.workflows.inputs import Counter, Model, Progress, judge_beside, language_model, masked_noise, silent
+from dlm.model_scheduling.trial import Figures
+from dlm.workflows.inputs import Counter, Model, Progress, judge_figures, language_model, masked_noise, silent
+
+FOREIGN_LENGTH = 128  # tokens of a text of a model that was not trained on full windows, which may be very long
 
 
 def calibrate(
@@ -24,6 +26,7 @@ def calibrate(
     judge: Model = "shakespeare-ar",
     *,
     samples: int = 8,
+    length: int = 0,
     temperature: float = 1.0,
     quick: bool = False,
     retime: bool = False,
@@ -34,30 +37,33 @@ def calibrate(
 ) -> Calibration:
     """Forward passes, seconds, bits under a judge and diversity of every sampler of a masked model, with the same seeds.
 
-    judge: an autoregressive model of the same vocabulary; samples: texts for each setting, a window long; quick: three settings only.
+    judge: an autoregressive model, of the same vocabulary or one that reads the text; samples: texts for each setting. length: of a text,
+    0: a window, of another project's model at most 128 tokens. quick: three settings only.
     retime: measure only the seconds of the table that is there already, in turns. out: directory that the table is written to; for
-    `--sampler auto` that of the checkpoint. progress counts settings. InputError for other noise, another vocabulary, or one text.
+    `--sampler auto` that of the checkpoint. progress counts settings. InputError for other noise, a judge that cannot read the texts, or
+    one text.
     """
     if samples < 2:
         raise InputError(f"--samples must be at least 2, to have an error, got {samples}")
     lm = language_model(model, device)
     masked_noise(lm, "there is nothing to calibrate")
-    twin = judge_beside(judge, lm, device)
+    length = length or (lm.window if lm.config.fills_window else min(lm.window, FOREIGN_LENGTH))
+    figures, named = judge_figures(judge, lm), judge.name if isinstance(judge, LanguageModel) else str(judge)
     if out is not None and not (Path(out).is_dir() and os.access(out, os.W_OK)):  # before the work, not after it
         raise InputError(f"{out} is no directory that can be written: name another one (--out)")
     where = {"device": device_name(lm.network.device)}
     if retime:
         found = lm.calibration()
         count = Counter(progress, measure.ROUNDS * len(found.rows))
-        rows = measure.retime(pace(lm, samples, temperature, seed), found.rows, progress=count.add)
+        rows = measure.retime(pace(lm, samples, length, temperature, seed), found.rows, progress=count.add)
         made = found.made | where
     else:
-        settings = measure.candidates(window=lm.window, causal=lm.is_causal, quick=quick)
+        settings = measure.candidates(window=length, causal=lm.is_causal, quick=quick)
         count, rows = Counter(progress, len(settings)), []
-        for row in measure.measure(writing(lm, samples, temperature), judging(twin), settings, seed=seed):
+        for row in measure.measure(writing(lm, samples, length, temperature), judging(figures), settings, seed=seed):
             rows.append(row)
             count.add()
-        made = {"model": lm.name, "judge": twin.name, "texts": samples, "length": lm.window, "temperature": temperature, "seed": seed}
+        made = {"model": lm.name, "judge": named, "texts": samples, "length": length, "temperature": temperature, "seed": seed}
         made |= where
     table = Calibration(rows, made)
     if out is not None:
@@ -65,30 +71,30 @@ def calibrate(
     return table
 
 
-def writing(lm: LanguageModel, samples: int, temperature: float) -> measure.Generate:
-    """The model writes so many texts, each a window long."""
+def writing(lm: LanguageModel, samples: int, length: int, temperature: float) -> measure.Generate:
+    """The model writes so many texts of `length` tokens."""
 
     def generate(options: Options, seed: int) -> tuple[Tensor, float, float]:
-        results = lm.generate([""] * samples, length=lm.window, seed=seed, temperature=temperature, **options)
+        results = lm.generate([""] * samples, length=length, seed=seed, temperature=temperature, **options)
         return results[0].trajectory.current_BT, results[0].forwards, results[0].seconds
 
     return generate
 
 
-def judging(twin: LanguageModel) -> measure.Judge:
-    """Bits per token under an autoregressive model of the same vocabulary."""
+def judging(figures: Figures) -> measure.Judge:
+    """Bits per token under an autoregressive model."""
 
     def judge(samples_NT: Tensor) -> Mean:
-        return generative.judge_bits(twin.noise, twin.predict, samples_NT.to(twin.network.device))
+        return Mean.of(figures(samples_NT)["bits"])
 
     return judge
 
 
-def pace(lm: LanguageModel, samples: int, temperature: float, seed: int) -> measure.Pace:
+def pace(lm: LanguageModel, samples: int, length: int, temperature: float, seed: int) -> measure.Pace:
     """Seconds of the first forward passes, for each text."""
 
     def seconds(options: Options, calls: int) -> float:
-        frames = lm.stream([""] * samples, length=lm.window, seed=seed, temperature=temperature, **options)
+        frames = lm.stream([""] * samples, length=length, seed=seed, temperature=temperature, **options)
         clock = time.perf_counter()
         done = sum(1 for _ in itertools.islice(frames, calls))
         return (time.perf_counter() - clock) / done / samples

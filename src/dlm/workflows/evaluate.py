@@ -21,11 +21,13 @@ CALL_WINDOWS = 32
 class Evaluation(likelihood.Likelihood):
     """The figures of `Likelihood`, and how they came about. block_length: of block diffusion, else 0; steps: of the discrete estimator.
 
-    source, split, fingerprint, windows, window: the text, its tokens and how it was cut. card: the file with all of it.
+    bits_per_byte: of UTF-8, which compares models of any tokenizer. source, split, fingerprint, windows, window: the text, its tokens and
+    how it was cut. card: the file with all of it.
     nats_per_predicted_token: of a model without start token, whose first token of a window has no condition and counts as uniform; without
     those tokens, as other tools leave them out.
     """
 
+    bits_per_byte: float
     model: str
     source: str
     split: str
@@ -41,9 +43,9 @@ class Evaluation(likelihood.Likelihood):
     nats_per_predicted_token: float | None = None
 
     def figures(self) -> dict[str, object]:
-        """Nats per token, bits per character and their errors, with the name of the model."""
+        """Nats per token, bits per character and per byte and their errors, with the name of the model."""
         every = asdict(self)
-        names = [*likelihood.Likelihood.__dataclass_fields__, "model", *(["block_length"] if self.block_length else [])]
+        names = [*likelihood.Likelihood.__dataclass_fields__, "bits_per_byte", "model", *(["block_length"] if self.block_length else [])]
         names += ["nats_per_predicted_token"] if self.nats_per_predicted_token is not None else []
         return {name: every[name] for name in names}
 
@@ -121,6 +123,7 @@ def evaluate(
     )
     made = Evaluation(
         **asdict(found),
+        bits_per_byte=found.bits_per_char * text.characters / text.utf8_bytes,
         model=lm.name,
         source=text.source,
         split=split,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import mul
 from pathlib import Path
 
 import torch
@@ -128,12 +129,13 @@ def _is_ours(model: Model) -> bool:
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of a text in the tokens of a model. source: where it was read; characters: that begin in the windows."""
+    """Windows of a text in the tokens of a model. source: where it was read; characters: that begin in the windows; utf8_bytes: in them."""
 
     source: str
     stream: reading.Stream
     windows_WT: Tensor
     characters: int
+    utf8_bytes: int
 
     @classmethod
     def read(
@@ -151,14 +153,16 @@ class Text:
         source = str(lm.config.training.get("data", "") if data is None else data)
         stream = _stream(lm, source, split, val_fraction, window or lm.window)
         windows_WT = stream.windows(max_windows)
-        return cls(source, stream, windows_WT.to(lm.network.device), characters(lm.tokenizer.spelling, windows_WT))
+        return cls(source, stream, windows_WT.to(lm.network.device), *characters_and_bytes(lm.tokenizer.spelling, windows_WT))
 
 
-def characters(spelling: Spelling, windows_WT: Tensor) -> int:
-    """How many characters begin in these windows: each counts once, also where a window or a token cuts it."""
+def characters_and_bytes(spelling: Spelling, windows_WT: Tensor) -> tuple[int, int]:
+    """How many characters begin in these windows, and bytes of UTF-8: each counts once, also where a window or a token cuts it."""
     tokens, counts = torch.unique(windows_WT, return_counts=True)
-    begun = (sum(byte & 0xC0 != 0x80 for byte in spelling.part(token).inner) for token in tokens.tolist())  # not the rest of one in UTF-8
-    return sum(count * each for count, each in zip(counts.tolist(), begun, strict=True))
+    inner = [spelling.part(token).inner for token in tokens.tolist()]
+    begun = (sum(byte & 0xC0 != 0x80 for byte in part) for part in inner)  # not the rest of one in UTF-8
+    times = counts.tolist()
+    return sum(count * each for count, each in zip(times, begun, strict=True)), sum(map(mul, times, map(len, inner)))
 
 
 def _stream(lm: LanguageModel, source: str, split: str, val_fraction: float, window: int) -> reading.Stream:

@@ -1,7 +1,8 @@
 """Cache policies: which positions of a window a forward pass reads anew, the others being cached.
 
-`Exact` is exact for block-causal networks. The others approximate: they are for bidirectional networks, where every key and value changes
-with every token, and leave some of these changes out. Shapes: B rows, T positions of the window.
+`Exact` is exact for block-causal networks, `CausalText` for those that read the text before a block causally. The others approximate: they
+are for bidirectional networks, where every key and value changes with every token, and leave some of these changes out.
+Shapes: B rows, T positions of the window.
 """
 
 from __future__ import annotations
@@ -27,6 +28,14 @@ def _begin(view: View) -> Tensor:
     return view.block_BT.int().argmax(-1, keepdim=True)
 
 
+def _blocks(view: View, length: int) -> tuple[Tensor, Tensor]:
+    """The number of the block that each position is in (B, T), the first one 0, whole or not; and of the one that is worked on (B, 1)."""
+    pos_T = torch.arange(view.z_BT.shape[1], device=view.z_BT.device)
+    number_BT = (pos_T - view.phase_B[:, None]).div(length, rounding_mode="floor")
+    number_BT = number_BT - number_BT[:, :1]
+    return number_BT, number_BT.gather(1, _begin(view))
+
+
 @dataclass(frozen=True)
 class Exact:
     """For a block-causal network: the block that is worked on, and blocks before it whose text changed since they were read."""
@@ -37,12 +46,30 @@ class Exact:
         in_range(self.block_length, 1, MAX_SETTING, "the block length")
 
     def __call__(self, view: View) -> Tensor:
-        pos_T = torch.arange(view.z_BT.shape[1], device=view.z_BT.device)
-        number_BT = (pos_T - view.phase_B[:, None]).div(self.block_length, rounding_mode="floor")
-        number_BT = number_BT - number_BT[:, :1]  # the first block is 0, whole or not
-        here_B1, stale_BT = number_BT.gather(1, _begin(view)), view.seen_BT != view.z_BT
+        number_BT, here_B1 = _blocks(view, self.block_length)
+        stale_BT = view.seen_BT != view.z_BT
         stale_BN = torch.zeros_like(number_BT).scatter_add(1, number_BT, stale_BT.long()) > 0
         return (number_BT == here_B1) | (number_BT < here_B1) & stale_BN.gather(1, number_BT)
+
+
+@dataclass(frozen=True)
+class CausalText:
+    """For a network that reads the text causally and one block after it fully: the block, and the position before it.
+
+    The row before predicts the first token. When a block begins, the one before it is read once more: it was read fully, and is text now.
+    """
+
+    block_length: int
+
+    def __post_init__(self) -> None:
+        in_range(self.block_length, 1, MAX_SETTING, "the block length")
+
+    def __call__(self, view: View) -> Tensor:
+        number_BT, here_B1 = _blocks(view, self.block_length)
+        stale_BT = (view.seen_BT != view.z_BT) | view.entered_B[:, None] & (number_BT == here_B1 - 1)
+        in_block_BT = number_BT == here_B1
+        before_BT = torch.cat([in_block_BT[:, 1:], torch.zeros_like(in_block_BT[:, :1])], 1) & ~in_block_BT
+        return in_block_BT | before_BT | (number_BT < here_B1) & stale_BT
 
 
 @dataclass(frozen=True)

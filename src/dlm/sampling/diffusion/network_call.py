@@ -153,10 +153,11 @@ class NetworkCall:
         begin_A = described["pos_BQ"][:, 0] if "pos_BQ" in described else None
         pos_AQ = slot_AQ if begin_A is None else slot_AQ + begin_A[:, None]
         inner = None if columns is None else columns.among(read_AT)
+        block = {"begin_B1": described["begin_B1"]} if "begin_B1" in described else {}
         found: list[Tensor] = []
         for cache, z_AT, t_A in zip(self.caches, z_MT.split(len(rows_A)), t_M.split(len(rows_A)), strict=False):
             token_AQ = torch.where(reads.real_BC, reads.take(z_AT), self.mask_id)
-            logits = read_at(self.denoiser, token_AQ, t_A, inner, pos_BQ=pos_AQ, cache=cache.of(rows_A, begin_A))
+            logits = read_at(self.denoiser, token_AQ, t_A, inner, pos_BQ=pos_AQ, cache=cache.of(rows_A, begin_A), **block)
             if columns is None:
                 whole_ATV = logits.new_zeros(len(z_AT), window + 1, logits.shape[-1])
                 logits = whole_ATV.scatter_(1, slot_AQ[..., None].expand_as(logits), logits)[:, :window]
