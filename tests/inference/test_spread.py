@@ -45,7 +45,8 @@ def test_logits_and_texts_are_those_of_one_in_memory(name: str) -> None:
     assert any(tensor.is_meta for tensor in lm.network.blocks.parameters())
     assert lm.network.device == torch.device("cpu")
     z_BT, t_B = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.8])
-    assert torch.equal(lm.predict(z_BT, t_B), whole.predict(z_BT, t_B))
+    apart = float((lm.predict(z_BT, t_B) - whole.predict(z_BT, t_B)).abs().max())
+    assert apart <= (1e-5 if whole.config.network.experts else 0.0)  # an expert's few rows: sums depend on where its weights lie
     assert all(map(torch.equal, written(lm), written(whole)))
 
 

@@ -190,6 +190,12 @@ BridgeOption = Annotated[
 ]
 Split = Annotated[str, typer.Option(callback=one_of("train", "val", "all"), help="train | val | all.")]
 ValFraction = Annotated[float, typer.Option(callback=between(0, 1), help="Last part of the text that is `val`.")]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="With --bridge transformers: run the code that a checkpoint brings.", rich_help_panel="Machine"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object.")]
 SAMPLING, DRAFTING = "Sampling", "Speculative decoding (autoregressive models)"  # panels of the help
 OWN = "the model's own, else all"  # the default of an option that generation_config.json may set
@@ -356,6 +362,7 @@ def load(
     compile: bool = False,
     family: str = "",
     bridge: str = "",
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
     """InputError for a model, device or dtype that is not there, or an adapter of another base."""
     check_names([name], dtype)
@@ -364,6 +371,7 @@ def load(
 
     check_device(device)
     how: dict[str, Any] = {"deterministic": deterministic, "compile": compile, "family": family, "bridge": bridge}
+    how["trust_remote_code"] = trust_remote_code
     return load(name, device=device, dtype=dtype, adapter=adapter, **how)
 
 

@@ -23,6 +23,7 @@ from dlm.cli.app import (
     Threads,
     TopK,
     TopP,
+    TrustOption,
     app,
     between,
     drafting,
@@ -65,6 +66,7 @@ def chat(
     compile: Compile = False,
     family: FamilyOption = "",
     bridge: BridgeOption = "",
+    trust_remote_code: TrustOption = False,
     threads: Threads = 0,
 ) -> None:
     """Talk to a model, line by line; /help lists the commands.
@@ -76,7 +78,7 @@ def chat(
         raise InputError("--lossless chooses the drafter: leave --draft away")
     from dlm.language_model.options import DecodingOptions
 
-    lm = load(model, device, dtype, adapter, compile=compile, family=family, bridge=bridge)
+    lm = load(model, device, dtype, adapter, compile=compile, family=family, bridge=bridge, trust_remote_code=trust_remote_code)
     set_threads(threads, [lm])
     if lossless:
         lm.prepare_lossless()

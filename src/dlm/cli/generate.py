@@ -34,6 +34,7 @@ from dlm.cli.app import (
     Threads,
     TopK,
     TopP,
+    TrustOption,
     app,
     between,
     drafting,
@@ -201,6 +202,7 @@ def generate(
     compile: Compile = False,
     family: FamilyOption = "",
     bridge: BridgeOption = "",
+    trust_remote_code: TrustOption = False,
     threads: Threads = 0,
 ) -> None:
     """Write text: continue a prompt, fill holes, or lead to a suffix.
@@ -239,7 +241,7 @@ def generate(
     _hint(prompt, name or model)
 
     def opened(wanted: str) -> LanguageModel:
-        lm = load(wanted, device, dtype, adapter, deterministic, compile, family, bridge)
+        lm = load(wanted, device, dtype, adapter, deterministic, compile, family, bridge, trust_remote_code)
         _hint_chat(lm, wanted, prompt)
         return lm
 

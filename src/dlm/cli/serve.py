@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from dlm import bundled
-from dlm.cli.app import AllThreads, BridgeOption, Compile, Deterministic, Device, Dtype, FamilyOption, app, check_names, is_adapter, load
+from dlm.cli.app import (
+    AllThreads,
+    BridgeOption,
+    Compile,
+    Deterministic,
+    Device,
+    Dtype,
+    FamilyOption,
+    TrustOption,
+    app,
+    check_names,
+    is_adapter,
+    load,
+)
 from dlm.errors import InputError
 
 
@@ -41,6 +54,7 @@ def serve(
     compile: Compile = False,
     family: FamilyOption = "",
     bridge: BridgeOption = "",
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Serve models by the OpenAI protocol, with a page to watch.
 
@@ -62,7 +76,8 @@ def serve(
 
     keys = tuple(key.strip() for key in [*(api_key or []), *os.environ.get("DLM_API_KEYS", "").split(",")] if key.strip())
     engine = Engine(max_batch=max_batch, max_queue=max_queue, threads=threads, device=device)
-    loaded = [load(name, device, dtype, adapter, deterministic, compile, family, bridge) for name in names]
+    how = (device, dtype, adapter, deterministic, compile, family, bridge, trust_remote_code)
+    loaded = [load(name, *how) for name in names]
     shelf = Shelf(loaded, max_length, max_steps, CostLimits(max_positions))
     local = host in LOCAL
     limits = Limits(keys=keys, max_body_bytes=max_body, hosts=LOCAL if local else (), deadline=deadline)

@@ -37,6 +37,7 @@ from dlm.models.attention import BLOCKWISE
 from dlm.models.canvas import CanvasNetwork
 from dlm.models.causal_text import AfterText
 from dlm.models.pattern import reading
+from dlm.models.remote import RemoteNetwork
 from dlm.models.shifted import Shifted, shift
 from dlm.models.transformer import Transformer, predict_beside, predict_next
 from dlm.noise import process
@@ -119,7 +120,7 @@ class LanguageModel:
         """
         if self.network.quantized:
             raise InputError(f"{self.name} was loaded with quantized weights: save it from float32 or bfloat16")
-        if isinstance(self.network, CanvasNetwork):
+        if isinstance(self.network, CanvasNetwork | RemoteNetwork):
             raise InputError(f"{self.name} is a network of transformers: copy its own files")
         if any(tensor.is_meta for tensor in self.network.parameters()):
             raise InputError(f"{self.name} lies partly on disk: load it without device_map to save it")
@@ -478,7 +479,7 @@ def load(
         raise InputError("a network of dlm's runs no code of a checkpoint: --trust-remote-code goes with --bridge transformers alone")
     if bridge:
         others = bool(adapter or deterministic or compile or family or max_memory)
-        return _bridged(name, bridge, device, dtype, device_map, others=others)
+        return _bridged(name, bridge, device, dtype, device_map, others=others, trust_remote_code=trust_remote_code)
     _check_map(device_map, device, dtype, spread=bool(max_memory), others=bool(adapter or deterministic or compile))
     bits = quantize.BITS.get(str(dtype))
     if bits and torch.device(device).type != "cpu":
@@ -511,11 +512,14 @@ def _check_map(device_map: str, device: str, dtype: torch.dtype | str, *, spread
         raise InputError("device_map chooses the devices, of float32 or bfloat16: leave device, int8, int4, adapters and compile away")
 
 
-def _bridged(name: str, bridge: str, device: str, dtype: torch.dtype | str, device_map: str, *, others: bool) -> LanguageModel:
+def _bridged(
+    name: str, bridge: str, device: str, dtype: torch.dtype | str, device_map: str, *, others: bool, trust_remote_code: bool
+) -> LanguageModel:
     if others or dtype in quantize.BITS:
         raise InputError("a bridge takes device, dtype (float32 or bfloat16) and device_map alone")
     kept = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    base = bridges.load(native.find(name), bridge, device=device, dtype=kept, device_map=device_map)
+    how = {"device": device, "dtype": kept, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    base = bridges.load(native.find(name), bridge, **how)  # type: ignore[arg-type]
     model = LanguageModel(base.network, base.config, base.tokenizer, name=Path(name).name)
     model.defaults, model.chat = base.defaults, base.chat
     return model
