@@ -97,7 +97,7 @@ def _remote(data: Mapping[str, Any], path: Path, device: torch.device | str, dty
     network = RemoteNetwork(_network(kind, path, device, dtype, device_map, {"trust_remote_code": True}), shape)
     tokenizer = Tokenizer.with_mask(inner, shape.vocab_size, mask)
     noise = {"process": "masked", "schedule": "linear", "tokens": max(inner.get_vocab().values()) + 1}
-    ends = stops(native.read_defaults(path).get("eos_token_id"), data.get("eos_token_id"), chat, tokenizer)
+    ends = stops(native.read_defaults(path).get("eos_token_id"), data.get("eos_token_id"), chat, tokenizer, path)
     config = ModelConfig(shape, mask, noise=noise, family="remote", fills_window=False, block_phase="prompt")
     return Base(network, config, tokenizer, {"sampler": "topk", "steps": STEPS, "eos_token_id": ends}, chat)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import mul
 from pathlib import Path
 
 import torch
@@ -153,16 +152,23 @@ class Text:
         source = str(lm.config.training.get("data", "") if data is None else data)
         stream = _stream(lm, source, split, val_fraction, window or lm.window)
         windows_WT = stream.windows(max_windows)
-        return cls(source, stream, windows_WT.to(lm.network.device), *characters_and_bytes(lm.tokenizer.spelling, windows_WT))
+        sizes = (count(lm.tokenizer.spelling, windows_WT) for count in (characters, utf8_bytes))
+        return cls(source, stream, windows_WT.to(lm.network.device), *sizes)
 
 
-def characters_and_bytes(spelling: Spelling, windows_WT: Tensor) -> tuple[int, int]:
-    """How many characters begin in these windows, and bytes of UTF-8: each counts once, also where a window or a token cuts it."""
+def characters(spelling: Spelling, windows_WT: Tensor) -> int:
+    """How many characters begin in these windows: each counts once, also where a window or a token cuts it."""
+    return _count(spelling, windows_WT, lambda inner: sum(byte & 0xC0 != 0x80 for byte in inner))  # not the rest of one in UTF-8
+
+
+def utf8_bytes(spelling: Spelling, windows_WT: Tensor) -> int:
+    """How many bytes of UTF-8 these windows spell."""
+    return _count(spelling, windows_WT, len)
+
+
+def _count(spelling: Spelling, windows_WT: Tensor, each: Callable[[bytes], int]) -> int:
     tokens, counts = torch.unique(windows_WT, return_counts=True)
-    inner = [spelling.part(token).inner for token in tokens.tolist()]
-    begun = (sum(byte & 0xC0 != 0x80 for byte in part) for part in inner)  # not the rest of one in UTF-8
-    times = counts.tolist()
-    return sum(count * each for count, each in zip(times, begun, strict=True)), sum(map(mul, times, map(len, inner)))
+    return sum(count * each(spelling.part(token).inner) for token, count in zip(tokens.tolist(), counts.tolist(), strict=True))
 
 
 def _stream(lm: LanguageModel, source: str, split: str, val_fraction: float, window: int) -> reading.Stream:
