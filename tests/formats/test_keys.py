@@ -24,6 +24,8 @@ from dlm.errors import InputError
 from dlm.formats import gguf as reader
 from dlm.formats import huggingface, native
 from dlm.formats.families.known import FAMILIES
+from dlm.formats.families.load import read_shape
+from dlm.formats.families.record import Family
 from dlm.formats.keys import HARMLESS, Keys
 from dlm.language_model import load
 from formats.test_gguf import write
@@ -362,18 +364,62 @@ def test_a_custom_class_is_told(tiny: Callable[[str], Tiny]) -> None:
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*/config.json"))
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.parent.name)
-def test_an_unknown_key_of_a_family_is_told(path: Path, tmp_path: Path) -> None:
-    """Every family, without its weights: the shape is read before them."""
+def of_family(path: Path) -> tuple[dict[str, Any], Family]:
+    """A golden config and its family."""
     data = json.loads(path.read_text())
     found = [family for family in FAMILIES if family.recognises(data)]
     if not found:
         pytest.skip("read by the bridge to transformers")
-    from dlm.formats.families.load import read_shape
+    return data, found[0]
 
-    read_shape(data, found[0], tmp_path)
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.parent.name)
+def test_an_unknown_key_of_a_family_is_told(path: Path) -> None:
+    """Every family, without its weights: the shape is read before them."""
+    data, family = of_family(path)
+    read_shape(data, family, path.parent)
     with pytest.raises(InputError, match=r"dlm does not know the key logit_cap = 30\.0"):
-        read_shape(data | {"logit_cap": 30.0}, found[0], tmp_path)
+        read_shape(data | {"logit_cap": 30.0}, family, path.parent)
+
+
+def others(value: Any) -> list[Any]:
+    """Other values in place of one, of its type and of another."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int | float):
+        return [value * 2, value + 1, value / 2, "x"]
+    if isinstance(value, dict):
+        return [value | {key: one} for key in value for one in others(value[key])]
+    return [f"{value}x"] if isinstance(value, str) else [1, True, "x", 0.5] if value is None else ["x"]
+
+
+UNUSED = {  # in the golden configs: layer_types are all full, no window is beyond the original one, YaRN shortens
+    "max_window_layers",
+    "rope_parameters.llama_4_scaling_beta",
+    "rope_parameters.mscale",
+    "rope_parameters.mscale_all_dim",
+    "sliding_window",
+    "use_sliding_window",
+}
+SAME = [("router_num_group", 1), ("router_num_group", True)]
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.parent.name)
+def test_another_value_of_a_key_makes_another_network_or_is_told(path: Path) -> None:
+    """What is read is used: no key of a family is looked at and forgotten."""
+    data, family = of_family(path)
+    shape, tried = read_shape(data, family, path.parent), 0
+    skipped = {*HARMLESS, *family.harmless, *family.noise_keys, *UNUSED}
+    for key, value in [(name, value) for name in sorted(data.keys() - skipped) for value in others(data[name])]:
+        if isinstance(value, dict) and all(f"{key}.{name}" in skipped for name in value if value[name] != data[key][name]):
+            continue
+        tried += 1
+        try:
+            found = read_shape(data | {key: value}, family, path.parent)
+        except InputError:
+            continue
+        assert found != shape or (key, value) in SAME, (key, value)
+    assert tried > 10
 
 
 def test_a_key_counts_as_read_once_it_is_read() -> None:

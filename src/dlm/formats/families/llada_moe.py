@@ -37,7 +37,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 def shape(config: Config) -> TransformerConfig:
     require(config, SUPPORTED)
-    if not all(config.get("moe_layer_freq") or [1]):
+    if config.get("moe_layer_freq") not in (None, 1, [1] * config["num_hidden_layers"]):
         raise InputError(f"moe_layer_freq = {config['moe_layer_freq']!r} is not supported (only layers that all have experts)")
     return TransformerConfig(
         vocab_size=config["vocab_size"],
