@@ -12,12 +12,20 @@ from dlm.errors import InputError
 PACKAGE = Path(str(resources.files("dlm")))
 CHECKPOINTS, DATASETS = PACKAGE / "checkpoints", PACKAGE / "datasets"
 BASES = ("smollm2-135m",)  # the bases that `dlm pull` fetches by name
+CHAT_SAMPLING = {"smollm2-135m": {"temperature": 0.2, "top_p": 0.9}}
+"""How the answers of those bases are drawn, whose files do not say it: the settings of their model cards."""
 ADAPTER = "adapter.json"
 
 
 def models() -> dict[str, Path]:
     """Directories of bundled checkpoints."""
     return {file.parent.name: file.parent for file in sorted(CHECKPOINTS.glob("*/config.json"))}
+
+
+def chat_sampling(path: Path) -> dict[str, float]:
+    """Of the fetched base at this path; nothing for another file."""
+    named = path.suffix == ".gguf" and path.parent == cache_directory()
+    return dict(CHAT_SAMPLING.get(path.stem, {})) if named else {}
 
 
 def adapters() -> dict[str, Path]:

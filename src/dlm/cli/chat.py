@@ -50,7 +50,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(callback=between(1), help="Tokens of an answer at most.")] = 512,
     temperature: Annotated[
         float | None,
-        typer.Option(callback=between(0), show_default="that of the preset, else 0", help="0 takes the likeliest token."),
+        typer.Option(callback=between(0), show_default="that of the base, else 0", help="0 takes the likeliest token."),
     ] = None,
     preset: Preset = None,
     top_p: TopP = None,
@@ -83,9 +83,8 @@ def chat(
     if lossless:
         lm.prepare_lossless()
     sampler = "lossless" if lossless else None
-    if temperature is None and (not lm.is_diffusion or lm.config.family == "dlm"):
-        temperature = 0.0
-    options = DecodingOptions(temperature=temperature, top_p=top_p, top_k=top_k, sampler=sampler, preset=preset, draft=drafter)
+    given = DecodingOptions(temperature=temperature, top_p=top_p, top_k=top_k, sampler=sampler, preset=preset, draft=drafter)
+    options = lm.for_chat(given)
     lm.build(lm.resolve(options))  # an error of the options is told before the first question
     messages = [{"role": "system", "content": system}] if system else []
     lm.prompting.conversation([*messages, {"role": "user", "content": ""}])  # so are template and system prompt
@@ -139,7 +138,8 @@ def _ask() -> str | None:
 
 def _answer(lm: LanguageModel, canvas: Canvas, options: DecodingOptions, seed: int) -> str:
     """Print the answer as it comes, from left to right and up to its end or to Ctrl-C, and return it."""
-    shown, first = "", int(canvas.free_BT[0].int().argmax())
+    text = shown = ""
+    first = int(canvas.free_BT[0].int().argmax())
     run = lm.run(canvas, options, seed=seed)
     with interrupts() as stopped:
         while not stopped() and (frame := run.step()) is not None:
@@ -149,7 +149,7 @@ def _answer(lm: LanguageModel, canvas: Canvas, options: DecodingOptions, seed: i
             if not text.endswith("\ufffd"):  # half a character: its other bytes are still to come
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
-        print()
+        print(text[len(shown) :])  # parts of a character whose rest did not come
         if stopped():
             _say("stopped; what stands there is kept as the answer")
-    return shown
+    return text

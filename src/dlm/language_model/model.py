@@ -15,6 +15,7 @@ from typing import Any, Unpack, overload
 import torch
 from torch import Tensor
 
+from dlm import bundled
 from dlm.adapters import attach, lora, medusa
 from dlm.calibration.table import Calibration
 from dlm.errors import InputError
@@ -80,6 +81,7 @@ class LanguageModel:
         self.defaults: dict[str, Any] = {}
         self.path: Path | None = None
         self.chat = ChatTemplate()
+        self.chat_sampling: dict[str, Any] = {}  # of answers, by the record of a fetched base
         self.heads: medusa.Heads | None = None
         self.draft_lengths: dict[tuple[Draft, bool], AdaptiveDraftLength] = {}  # learned by adaptive drafts, with and without adapter
         self.pass_seconds: dict[tuple[int, bool], float] = {}  # measured, by positions, with and without adapter
@@ -104,6 +106,7 @@ class LanguageModel:
             model = cls(base.network, base.config, base.tokenizer, name=path.stem if path.is_file() else Path(name).name)
             model.defaults, model.chat = base.defaults, base.chat
             model.path = path if path.is_dir() else None
+            model.chat_sampling = bundled.chat_sampling(path)
             return model
         network, config = native.load(path, device=device, dtype=dtype, ready=ready)
         ids = config.network.vocab_size
@@ -249,6 +252,18 @@ class LanguageModel:
     def build(self, plan: DecodingPlan) -> Sampler:
         """The sampler of a plan. InputError for a rule, cache or draft model that cannot be used."""
         return build(plan, self)
+
+    def for_chat(self, options: DecodingOptions) -> DecodingOptions:
+        """The options of an answer in a conversation, in chat, on the server and on its page.
+
+        generation_config.json, or the settings of another project's sampler, say how it is drawn; else the record of a fetched base; else
+        it takes the likeliest tokens. Options that are given stand.
+        """
+        said = any(self.defaults.get(name) is not None for name in ("temperature", "top_p", "top_k", "do_sample"))
+        if said or options.preset is not None or (self.is_diffusion and self.config.family != "dlm"):
+            return options
+        usual = self.chat_sampling or {"temperature": 0.0}
+        return replace(options, **{name: value for name, value in usual.items() if getattr(options, name) is None})
 
     def facts(self, options: DecodingOptions) -> Facts:
         """The facts about this model that a plan for these options depends on."""

@@ -74,14 +74,15 @@ class Service:
 
         def prepare() -> tuple[Plan, Canvas]:
             self.shelf.check_counts(asked)
-            self.shelf.check_text([asked.prompt, asked.suffix, *(part for part in asked.canvas or [] if isinstance(part, str))])
+            said = (schema.content(message) for message in asked.messages or [])
+            self.shelf.check_text([asked.prompt, asked.suffix, *said, *(part for part in asked.canvas or [] if isinstance(part, str))])
             plan = self.shelf.plan(asked, seed)
             return plan, self.shelf.check(plan, native.canvas(plan.model, asked))
 
         plan, canvas = await asyncio.to_thread(prepare)
         reply = Reply(self.engine)
         row = Row(canvas, Writer(plan.model.tokenizer, [], plan.model.stops))
-        narrator = native.Narrator("dlm-" + secrets.token_hex(12), plan, row)
+        narrator = native.Narrator("dlm-" + secrets.token_hex(12), plan, row, answers=asked.messages is not None)
         reply.submit(plan.jobs([canvas], reply.deliver, records=asked.alternatives, seconds=self.limits.deadline))
 
         async def chunks(events: Events) -> AsyncIterator[bytes]:

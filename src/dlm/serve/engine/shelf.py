@@ -132,6 +132,8 @@ class Shelf:
             schedule=request.schedule,
             light=request.light,
         )
+        if getattr(request, "messages", None) is not None:
+            options = lm.for_chat(options)
         plan = lm.resolve(options)
         if request.lossless and not plan.exact:
             raise InputError(f"the sampler {plan.word!r} approximates: lossless goes with {', '.join(lm.exact_samplers)}")

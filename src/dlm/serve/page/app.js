@@ -6,7 +6,7 @@ import * as examples from "./examples.js";
 import { inspect, leave } from "./inspect.js";
 import * as link from "./link.js";
 import * as prompt from "./prompt.js";
-import { body, run } from "./run.js";
+import { run } from "./run.js";
 import { Settings } from "./settings.js";
 import { models, setKey } from "./stream.js";
 import { Transport } from "./transport.js";
@@ -106,7 +106,7 @@ async function generate(rows = [null, null], only = null) {
   page.link = link.write($("prompt").value, values.map((value, j) => ({ value, canvas: rows[j] })));
   say("Generating.");
   const runs = chosen.map(j => {
-    const request = body(values[j], $("prompt").value, rows[j], settings[j].model);
+    const request = prompt.body(values[j], $("prompt").value, rows[j], settings[j].model);
     return run(page.panes[j], request, settings[j].model, stopper.signal, trace => {
       page.panes[j].root.classList.remove("waiting");
       if (trace.last || trace.over) transport.add(traces());

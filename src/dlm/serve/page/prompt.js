@@ -36,3 +36,17 @@ export function hint(parts, model) {
   const count = sizes.length === 1 ? "One hole" : `${sizes.length} holes`;
   return { text: `${count}, ${total} ${total === 1 ? "token" : "tokens"} to fill.`, wrong: false };
 }
+
+// The body of a request: a message to answer, a text to continue, a text with holes, or a canvas of the tokens that are kept.
+export function body(value, text, row, model) {
+  const parts = parse(text), { length, ...rest } = value;
+  const all = { ...rest, alternatives: 3 };
+  if (row) return { ...all, canvas: row };
+  if (holes(parts).length) return { ...all, canvas: canvas(parts) };
+  if (model.dlm.chat) { // through its template
+    const room = length === undefined ? {} : { max_tokens: length };
+    return { ...all, messages: [{ role: "user", content: parts.join("") }], ...room };
+  }
+  const size = length === undefined ? {} : model.dlm.characters || model.dlm.kind === "diffusion" ? { length } : { max_tokens: length };
+  return { ...all, prompt: parts.join(""), ...size };
+}

@@ -1,19 +1,8 @@
 // One request under way in one pane.
 
 import * as editor from "./editor.js";
-import * as prompt from "./prompt.js";
 import { ApiError, events } from "./stream.js";
 import { Trace } from "./trace.js";
-
-// The body of a request: a text to continue, a text with holes, or a canvas of the tokens that are kept.
-export function body(value, text, row, model) {
-  const parts = prompt.parse(text), { length, ...rest } = value;
-  const all = { ...rest, alternatives: 3 };
-  if (row) return { ...all, canvas: row };
-  if (prompt.holes(parts).length) return { ...all, canvas: prompt.canvas(parts) };
-  const size = length === undefined ? {} : model.dlm.characters || model.dlm.kind === "diffusion" ? { length } : { max_tokens: length };
-  return { ...all, prompt: parts.join(""), ...size };
-}
 
 // Streams into the pane; `tell` is called after every event. Resolves to the trace, also when it was stopped.
 export async function run(pane, request, model, signal, tell) {

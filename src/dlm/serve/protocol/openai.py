@@ -239,14 +239,10 @@ def texts(asked: schema.CompletionRequest | schema.ChatRequest) -> Iterator[str]
     """All texts of a request that are to be encoded."""
     if isinstance(asked, schema.ChatRequest):
         for message in asked.messages:
-            yield _content(message)
+            yield schema.content(message)
     else:
         yield asked.suffix or ""
         yield from (prompt for prompt in _prompts(asked) if isinstance(prompt, str))
-
-
-def _content(message: schema.Message) -> str:
-    return message.content if isinstance(message.content, str) else "".join(part.text for part in message.content or [])
 
 
 def _prompts(asked: schema.CompletionRequest) -> list[str | list[int]]:
@@ -287,6 +283,6 @@ def _text(lm: LanguageModel, asked: schema.CompletionRequest, prompt: str | list
 
 
 def _conversation(lm: LanguageModel, asked: schema.ChatRequest) -> tuple[Canvas, str]:
-    messages = [{"role": message.role, "content": _content(message)} for message in asked.messages]
+    messages = [{"role": message.role, "content": schema.content(message)} for message in asked.messages]
     max_new_tokens = asked.max_completion_tokens or asked.max_tokens
     return lm.chat_canvas(messages, **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})), ""

@@ -86,6 +86,11 @@ class Message(BaseModel):
     content: Text | Annotated[list[Part], Field(max_length=1000)] | None = None
 
 
+def content(message: Message) -> str:
+    """Its text."""
+    return message.content if isinstance(message.content, str) else "".join(part.text for part in message.content or [])
+
+
 class TextFormat(Strict):
     type: Literal["text"]
 
@@ -97,14 +102,18 @@ class ChatRequest(OpenAI):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
     response_format: TextFormat | None = None
     metadata: dict[str, Any] | None = None
     store: Literal[False] | None = None
 
 
 class GenerateRequest(Decoding):
-    """POST /v1/dlm/generate. canvas: a token to keep by its id, null for a hole, a text to keep; instead of prompt and suffix."""
+    """POST /v1/dlm/generate. canvas: a token to keep by its id, null for a hole, a text to keep; instead of prompt and suffix.
+    messages: a conversation to answer, instead of either."""
 
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)] | None = None
     prompt: Text | None = None
     suffix: Text | None = None
     canvas: Annotated[list[Token | Text | None], Field(min_length=1)] | None = None

@@ -41,6 +41,7 @@ class Writer:
             if self.finished:
                 break
             if token in self.ends:
+                self._flush()
                 self.finished = "stop"
                 break
             self.ids.append(token)
@@ -49,10 +50,15 @@ class Writer:
 
     def finish(self) -> str:
         """The rest: nothing follows."""
-        if not self.finished and (rest := self._decoded(final=True)):
+        if not self.finished:
+            self._flush()
+        return self._give(final=True)
+
+    def _flush(self) -> None:
+        """Show the parts of a character whose rest does not come."""
+        if rest := self._decoded(final=True):
             last = self.pieces.pop()
             self._put(last.token, rest)
-        return self._give(final=True)
 
     def _decoded(self, final: bool) -> str:
         """The text of the tokens that have none yet."""
