@@ -123,7 +123,7 @@ def read_shape(keys: Keys, kind: str, *, is_causal: tuple[bool | None, ...] = (N
     InputError for what the backbone does not have; KeyError, TypeError, ValueError or ArithmeticError for what is no config.
     """
     if keys.get("quantization_config") is not None:
-        raise InputError("its weights are quantized: take the unquantized ones, or a GGUF file")
+        raise InputError("one with quantized weights: take the unquantized one, or a GGUF file")
     require(keys, ONLY)
     if (stated := keys.get("is_causal")) not in is_causal:
         way = "no autoregressive model: --family NAME reads it as a diffusion model" if True in is_causal else "no diffusion model"
