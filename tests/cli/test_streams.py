@@ -14,6 +14,7 @@ import pytest
 from bases import publish, transformer
 from conftest import Dlm, make_model
 from dlm import cli
+from dlm.text.chat import ChatTemplate
 from dlm.text.tokenizer import Tokenizer
 
 BROKEN = os.fsdecode(b"hi \xff\xfe")  # as the shell hands it over
@@ -66,6 +67,22 @@ def test_a_prompt_from_standard_input(dlm: Dlm, of_bytes: Path, monkeypatch: pyt
         assert code == 0
         assert json.loads(out)["text"].startswith(prompt)
         assert dlm("generate", prompt, *how)[1].split('"seconds"')[0] == out.split('"seconds"')[0]
+
+
+def test_an_answer_that_ends_in_half_a_character_is_shown_to_its_end(dlm: Dlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = make_model("autoregressive", tokenizer=Tokenizer.bytes())
+    lm.chat = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}:")
+    lm.save_pretrained(tmp_path / "bytes")
+    halves = 0
+    for tokens in range(1, 8):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("日本\n".encode()), encoding="utf-8"))
+        code, out, _ = dlm("chat", str(tmp_path / "bytes"), "--max-new-tokens", str(tokens), "--temperature", "1", "--seed", "3")
+        canvas = lm.chat_canvas([{"role": "user", "content": "日本"}], max_new_tokens=tokens)
+        *_, frame = lm.stream(canvas=canvas, temperature=1.0, seed=3)
+        text = lm.tokenizer.decode(frame.tokens_BT[0, canvas.given_BT[0].sum() :].tolist())
+        assert (code, out) == (0, text + "\n")
+        halves += text.endswith("\ufffd")
+    assert halves
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
