@@ -17,7 +17,7 @@ from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 from dlm.text.tokenizer import Tokenizer
 from dlm.workflows.evaluate import evaluate
-from dlm.workflows.inputs import Text, characters
+from dlm.workflows.inputs import Text, characters, utf8_bytes
 from kinds import kinds
 
 CHINESE = [chr(0x5929 + k) for k in range(40)]
@@ -72,3 +72,10 @@ def test_tokens_without_a_condition_are_told(dlm: Dlm, text: Path, tmp_path: Pat
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["nats_per_predicted_token"] == pytest.approx(found.nats_per_predicted_token)
     assert "the first token of a window has no condition" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("name", [name for name in kinds() if name not in ("words", "numbers")])
+def test_bytes_are_those_of_the_text_for_every_tokenizer(name: str) -> None:
+    tokenizer, written = kinds()[name], "ROMEO: the light breaks. " + ("天地🙂" if "sentencepiece" not in name else "soft")
+    ids = tokenizer.encode(written)
+    assert abs(utf8_bytes(tokenizer.spelling, torch.tensor([ids])) - len(written.encode())) <= 1  # some put a space before a text

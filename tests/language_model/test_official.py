@@ -286,3 +286,15 @@ def test_sdar_generates_and_ends_with_a_block_that_holds_a_stop() -> None:
         official.plan(model("llada"), {}, "sdar")
     with pytest.raises(InputError, match="remasking_strategy is"):
         official.plan(lm, {"remasking_strategy": "x"})
+
+
+@pytest.mark.parametrize("word", ["revoke:0.3", "planner:1"])
+def test_a_row_that_is_checked_alone_and_in_a_batch(word: str) -> None:
+    """Rows of several lengths: padding is neither text nor mask to a shadow."""
+    lm, options = load(str(GOLDEN / "llada")), {"max_new_tokens": 16, "sampler": word, "steps": 8, "temperature": 0.8}
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14]]
+    both = lm.generate(prompts, seed=1, **options)  # type: ignore[call-overload]
+    for row, prompt in enumerate(prompts):
+        alone = lm.generate([prompt], seed=1 + row, **options)[0]  # type: ignore[call-overload]
+        assert both[row].text == alone.text
+        assert both[row].trajectory.current_BT[0].tolist()[: len(prompt) + 16] == alone.trajectory.current_BT[0].tolist()

@@ -150,7 +150,8 @@ class Transformer(nn.Module):
         own_BQQ: bool, for a RaggedCache: the new positions that each new one reads, besides all that its row holds.
         pattern `clean`: z is [noisy | clean] (B, 2T) and every noisy block reads the clean blocks before it; logits of the noisy half.
         pattern `shadow`: z is [text | masks] (B, 2T) and a mask predicts its position without reading the text there (deeper
-        layers read other positions, which have read it, as those beside it have by a short convolution); logits of both.
+        layers read other positions, which have read it, as those beside it have by a short convolution); logits of both. valid_BT: of
+        the text.
         pattern `introspective`: z is [masks | text] (B, 2T), causal; a mask reads its block of masks and the text before the block;
         logits of both. phase_B: the offset in its block at which each row begins.
         block_length: of block-causal attention, in place of the network's own. begin_B1: with attention `causal_text`, the position of
@@ -227,7 +228,7 @@ class Transformer(nn.Module):
         if own_BQQ is not None:
             return self._continues(pos_BQ, own_BQQ, cache)
         if pattern:
-            return self._halves(z_BQ, pos_BQ, pattern, block_length, phase_B)
+            return self._halves(z_BQ, pos_BQ, pattern, block_length, phase_B, valid_BT)
         if isinstance(cache, WindowCache):
             return self._window(pos_BQ, cache, block_length, begin_B1)
         return self._text(z_BQ, pos_BQ, valid_BT, cache, block_length, begin_B1)
@@ -242,7 +243,9 @@ class Transformer(nn.Module):
         scores_BQT = torch.zeros(mask.shape, dtype=self.embed.weight.dtype, device=mask.device)  # made once, not in every layer
         return Attends(pos_BQ, scores_BQT.masked_fill_(~mask, -torch.inf)[:, None], False)
 
-    def _halves(self, z_BQ: Tensor, pos_BT: Tensor | None, pattern: str, block_length: int, phase_B: Tensor | None) -> Attends:
+    def _halves(
+        self, z_BQ: Tensor, pos_BT: Tensor | None, pattern: str, block_length: int, phase_B: Tensor | None, valid_BT: Tensor | None
+    ) -> Attends:
         """Two halves that stand at the same positions."""
         half, device = z_BQ.shape[1] // 2, z_BQ.device
         half_BT = torch.arange(half, device=device)[None] if pos_BT is None else pos_BT
@@ -253,6 +256,8 @@ class Transformer(nn.Module):
             mask_BQT = attention.introspective(half_BT, block_length, phase_B)
         else:
             mask_BQT = attention.beside_shadow(half, device)
+            if valid_BT is not None:
+                mask_BQT = attention.text_only(mask_BQT.expand(len(z_BQ), -1, -1), torch.cat([valid_BT, valid_BT], 1))
         return Attends(torch.cat([half_BT, half_BT], 1), mask_BQT[:, None], False)
 
     def _window(self, pos_BQ: Tensor | None, cache: WindowCache, block_length: int, begin_B1: Tensor | None) -> Attends:

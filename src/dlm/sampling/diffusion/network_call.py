@@ -105,10 +105,10 @@ class NetworkCall:
         return self.guidance(read, z_AT, t_A, active.given_AT), None
 
     def _with_shadow(self, z_AT: Tensor, t_A: Tensor, described: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        if described:
-            raise InputError("a sampler that checks what it wrote needs rows of one length, in blocks from zero: generate them one by one")
+        if described.keys() - {"valid_BT"}:
+            raise InputError("a sampler that checks what it wrote needs blocks from zero: leave --block-length away")
         both_AQ = torch.cat([z_AT, torch.full_like(z_AT, self.mask_id)], 1)
-        logits_AQV = read_at(self.denoiser, both_AQ, t_A, None, pattern="shadow")
+        logits_AQV = read_at(self.denoiser, both_AQ, t_A, None, pattern="shadow", **described)
         return logits_AQV[:, : z_AT.shape[1]], logits_AQV[:, z_AT.shape[1] :]
 
     def _whole(self, columns: Columns | None, described: Mapping[str, Tensor], z_MT: Tensor, t_M: Tensor) -> Tensor:
