@@ -17,6 +17,7 @@ QUICK = {
     "decoding_call": ["--quick"],
     "frontier": [],
     "granularity": ["--quick"],
+    "grids": ["--quick"],
     "loading": ["--gigabytes", "0.02"],
     "long": ["--quick"],
     "lossless": ["--quick"],

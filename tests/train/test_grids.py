@@ -66,9 +66,11 @@ def test_a_toy_run_of_sudoku_9_ends_in_a_model_that_draws_grids(dlm: Dlm, monkey
     assert json.loads(out)["is_bound"] is True
 
 
-def test_data_that_is_a_kind_of_grid_takes_its_recipe(dlm: Dlm) -> None:
+def test_data_that_is_a_kind_of_grid_takes_its_recipe(dlm: Dlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlm.train.training.MANY_EPOCHS", 0)
     code, _, err = dlm("train", "--data", "sudoku:4", "--out", "run", *TOY)
     assert code == 0, err
+    assert "warning" not in err  # for few grids, which come under many symmetries
     assert json.loads(Path("run/config.json").read_text())["training"]["weights"] == recipes.find("sudoku-4").weights
 
 

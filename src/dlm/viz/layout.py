@@ -121,9 +121,10 @@ def looks(run: Trajectory, row: int, *, pace: float = 1.0, after: float = 0.0) -
 
 
 def with_rejected(run: Trajectory, row: int, shown: Sequence[str], looks: Sequence[Look]) -> tuple[list[str], list[Look]]:
-    """The same pieces and looks with the rejected draft tokens of the last frame, struck out in front of the token that replaced them."""
+    """The same pieces and looks with the rejected draft tokens of the last frame, struck out in front of the token that replaced them,
+    in a text; the cells of a grid stay where they are."""
     rejected = at_row(run.rejected(len(run) - 1), row)
-    if not rejected:
+    if not rejected or "grid" in run.meta:
         return list(shown), list(looks)
     at = min(rejected)
     token_T = run.current_BT[row].clone()
