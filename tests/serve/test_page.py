@@ -16,7 +16,7 @@ from serve.visitor import CHROMIUM, User, browses
 
 pytestmark = pytest.mark.browser
 
-MODELS = ("shakespeare-mask", "shakespeare-uniform", "shakespeare-ar")
+MODELS = ("shakespeare-mask", "shakespeare-hybrid", "shakespeare-uniform", "shakespeare-ar")
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +168,65 @@ def test_locked_tokens_stay(visit: Callable[..., User]) -> None:
     assert all(before[i] == after[i] for i in (1, 5, 10, 11, 30))
     assert before != after
     assert user.states()[10] == "g"
+    assert "3 tokens locked" in str(user.tab.text_content(".act"))  # of the user; the prompt is locked by itself
+    link = user.tab.url
     user.tab.click("text=Regenerate the rest")  # what was kept is still kept
     assert all(before[i] == user.done()[i] for i in (10, 11, 30))
+    other = visit("#" + link.partition("/#")[2])
+    assert other.done() == after
+    assert "3 tokens locked" in str(other.tab.text_content(".act"))
+    other.tab.click("text=Unlock all")
+    assert other.tab.locator(".pane .locked").count() == 5  # the rest of the prompt
+
+
+@browses
+def test_tokens_clicked_quickly_one_after_another_are_all_locked(visit: Callable[..., User]) -> None:
+    user = visit()
+    user.generate("ROMEO:", length=48, steps=6, seed=2)
+    for i in (10, 20, 30, 40):  # nobody waits between two
+        user.token(i).click()
+    assert "4 tokens locked" in str(user.tab.text_content(".act"))
+    user.token(20).click()
+    assert "3 tokens locked" in str(user.tab.text_content(".act"))
+    user.token(25).dblclick()  # which is no lock
+    user.tab.locator(".rewrite").press("Escape")
+    assert "3 tokens locked" in str(user.tab.text_content(".act"))
+
+
+@browses
+def test_a_range_of_tokens_is_locked(visit: Callable[..., User]) -> None:
+    user = visit()
+    user.generate("ROMEO:", length=48, steps=6, seed=2)
+    user.token(12).click()
+    user.token(20).click(modifiers=["Shift"])
+    assert "9 tokens locked" in str(user.tab.text_content(".act"))
+    user.tab.click("text=Unlock all")
+    user.token(30).focus()
+    user.tab.keyboard.press("Space")
+    user.token(34).focus()
+    user.tab.keyboard.press("Shift+Space")
+    assert "5 tokens locked" in str(user.tab.text_content(".act"))
+    assert user.tab.is_hidden("[data-act=range]")
+    user.tab.evaluate(
+        """() => {
+            const at = i => document.querySelector(`.pane [data-i='${i}']`).firstChild;
+            getSelection().setBaseAndExtent(at(8), 0, at(10), 1);
+        }"""
+    )
+    user.tab.click("text=Lock the selection")
+    assert "8 tokens locked" in str(user.tab.text_content(".act"))
+    user.tab.click("text=Regenerate the rest")
+    user.done()
+    kept = [i for i, token in enumerate(user.sent[1]["canvas"]) if token is not None]
+    assert kept == [0, 1, 2, 3, 4, 5, 8, 9, 10, 30, 31, 32, 33, 34]
+
+
+@browses
+def test_two_noises_are_masks_and_the_uniform_one(visit: Callable[..., User]) -> None:
+    user = visit()
+    user.tab.click("text=two noises")
+    user.done()
+    assert [body["model"] for body in user.sent] == ["shakespeare-mask", "shakespeare-uniform"]
 
 
 @browses

@@ -108,6 +108,18 @@ def test_the_page_needs_no_network(tmp_path: Path) -> None:
     assert len(text) < 40_000
 
 
+def test_the_legend_has_every_look(tmp_path: Path) -> None:
+    """Each state stands in the legend in the class that draws it, and each class has a rule."""
+    write_html([("", run())], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    legend = re.search(r'id="states">(.*?)</div>', text, re.S)
+    assert legend is not None
+    looks = dict(re.findall(r'<span class="(\w+)">(\w+)</span>', legend[1]))
+    assert set(looks) == {"m", "d", "f0", "g"}
+    for look in [*looks, "p", "x"]:
+        assert re.search(rf"\.{look}[ ,{{]", text.partition("</style>")[0]), look
+
+
 def test_draft_tokens_of_each_frame(tmp_path: Path) -> None:
     write_html([("", drafting()), ("", run())], tmp_path / "page.html")
     ours, plain = json.loads(Page((tmp_path / "page.html").read_text()).data)

@@ -16,7 +16,7 @@ import * as theme from "./theme.js";
 const $ = id => document.getElementById(id);
 const LETTERS = ["A", "B"];
 const [PRESS, TWICE] = matchMedia("(pointer: coarse)").matches ? ["Tap", "double-tap"] : ["Click", "double-click"];
-const HOW = `${PRESS} a token to keep it, ${TWICE} to rewrite it.`;
+const HOW = `${PRESS} a token to keep it, ${TWICE} to rewrite it; Shift or a selection locks several.`;
 const page = { settings: [], panes: [], running: null, waiting: false, heat: false, compare: false, link: null };
 const transport = new Transport(draw);
 transport.ended = () => settle();
@@ -42,7 +42,7 @@ function draw(motion = false) {
     if (!pane.trace) continue;
     pane.draw(frame(pane), page.heat && pane.trace.over, transport.rest, motion);
     pane.facts.textContent = facts(pane);
-    const locked = [...pane.locked].filter(i => pane.trace.begin.states[i] !== "g" || pane.edited.has(i)).length;
+    const locked = [...pane.locked].filter(i => editor.yours(pane, i)).length;
     const rest = !page.running && pane.editable;
     pane.act.hidden = !rest;
     pane.act.querySelector("[data-act=free]").hidden = !locked;
@@ -103,15 +103,15 @@ async function generate(rows = [null, null], only = null) {
   page.panes.forEach(({ trace }, j) => { if (!chosen.includes(j) && trace && values[j]) values[j].seed = trace.begin.seed; });
   setHeat(false);
   page.waiting = true;
-  page.link = link.write($("prompt").value, values.map((value, j) => ({ value, canvas: rows[j] })));
+  page.link = link.write($("prompt").value, values.map((value, j) => ({ value, ...rows[j] })));
   say("Generating.");
   const runs = chosen.map(j => {
-    const request = prompt.body(values[j], $("prompt").value, rows[j], settings[j].model);
+    const request = prompt.body(values[j], $("prompt").value, rows[j]?.canvas ?? null, settings[j].model);
     return run(page.panes[j], request, settings[j].model, stopper.signal, trace => {
       page.panes[j].root.classList.remove("waiting");
       if (trace.last || trace.over) transport.add(traces());
       else { transport.follow(traces()); preview(); }
-    });
+    }, rows[j]?.own);
   });
   const ends = await Promise.allSettled(runs);
   if (page.running !== stopper) return;
@@ -214,7 +214,16 @@ function flash(button, word) { // a word in its place, for a moment
 
 const actions = {
   again: regenerate,
-  free: pane => { pane.edited.clear(); pane.locked = editor.given(pane.trace.begin); draw(); },
+  free: pane => {
+    pane.locked = new Set([...editor.given(pane.trace.begin)].filter(i => !editor.yours(pane, i)));
+    pane.edited.clear();
+    draw();
+  },
+  range: pane => {
+    if (pane.selected) editor.lock(pane, ...pane.selected);
+    getSelection().removeAllRanges();
+    draw();
+  },
   copy: async (pane, button) => flash(button, await link.copy(pane.trace.text()) ? "Copied" : "Not copied"),
 };
 
@@ -228,18 +237,22 @@ function addPane() {
     if (name) actions[name](pane, event.target);
   });
   const place = event => { const span = event.target.closest?.("[data-i]"); return span ? Number(span.dataset.i) : -1; };
-  let held = 0;
+  let last = null; // the token that was clicked last, as it stood before: a double click is no lock
+  pane.text.addEventListener("mousedown", event => { if (event.shiftKey) event.preventDefault(); }); // tokens are selected, not text
+  pane.act.querySelector("[data-act=range]").addEventListener("mousedown", event => event.preventDefault()); // the selection stays
   pane.text.addEventListener("click", event => {
     const i = place(event);
-    clearTimeout(held);
-    if (i < 0 || !pane.editable || event.detail > 1 || !getSelection().isCollapsed) return;
-    held = setTimeout(() => changeToken(pane, i, () => editor.toggle(pane, i)), event.detail ? 220 : 0); // a double click is no lock
+    if (i < 0 || !pane.editable || (event.detail > 1 && last?.i === i) || !getSelection().isCollapsed) return;
+    last = { i, was: editor.kept(pane, i) };
+    const range = event.shiftKey && pane.anchor >= 0;
+    changeToken(pane, i, () => range ? editor.lock(pane, pane.anchor, i) : editor.toggle(pane, i));
   });
   pane.text.addEventListener("dblclick", event => {
     const i = place(event);
-    clearTimeout(held);
     getSelection().removeAllRanges();
-    if (i >= 0 && pane.editable) rewrite(pane, i);
+    if (i < 0 || !pane.editable) return;
+    if (last?.i === i) editor.restore(pane, last.was);
+    rewrite(pane, i);
   });
   const over = event => { const i = place(event); if (i >= 0 && pane.trace) inspect(pane, i, frame(pane)); };
   pane.text.addEventListener("pointerover", over);
@@ -281,7 +294,7 @@ async function start() {
   preview();
   const missing = wanted?.runs.find(({ value }) => value.model && !found.some(model => model.id === value.model));
   if (missing) complain(`The model of this link, ${missing.value.model}, is not served here.`);
-  else if (wanted) generate(wanted.runs.map(({ canvas }) => canvas));
+  else if (wanted) generate(wanted.runs.map(({ canvas, own }) => canvas && { canvas, own }));
 }
 
 $("form").addEventListener("submit", event => { event.preventDefault(); if (page.settings.length) generate(); else start(); });
@@ -314,6 +327,9 @@ keys.listen({ transport, stop, generate: () => $("form").requestSubmit(), compar
 theme.listen();
 theme.ramp(document.querySelector(".swatches"));
 addEventListener("hashchange", start);
+document.addEventListener("selectionchange", () => {
+  for (const pane of page.panes) pane.act.querySelector("[data-act=range]").hidden = !pane.editable || !pane.selected;
+});
 LETTERS.forEach(addPane);
 page.panes[1].root.hidden = true;
 busy(false);

@@ -22,7 +22,9 @@ export class TextPane {
     this.text = root.querySelector(".text");
     this.trace = null;
     this.locked = new Set();
+    this.own = new Set(); // locked by the user in a run before this one
     this.edited = new Map();
+    this.anchor = -1; // the token that was locked or let go last, where a range begins
     this.spans = [];
     this.current = 0;
   }
@@ -55,8 +57,10 @@ export class TextPane {
     return span;
   }
 
-  show(trace, { characters, drafting }, locked = new Set()) {
+  show(trace, { characters, drafting }, locked = new Set(), own = new Set()) {
     this.trace = trace;
+    this.own = own;
+    this.anchor = -1;
     this.characters = characters;
     this.locked = locked;
     this.edited = new Map();
@@ -164,6 +168,14 @@ export class TextPane {
     if (entry.alternatives?.length) parts.push(`also possible: ${entry.alternatives.map(([text, p]) => `${visible(text) || "nothing"} ${Math.round(100 * p)} percent`).join(", ")}`);
     if (this.locked.has(i)) parts.push("locked");
     return parts.join(", ");
+  }
+
+  // The first and the last token of the text that is selected in this pane, null for none.
+  get selected() {
+    const { anchorNode, focusNode, isCollapsed } = getSelection();
+    if (isCollapsed || !this.text.contains(anchorNode) || !this.text.contains(focusNode)) return null;
+    const ends = [anchorNode, focusNode].map(node => (node.nodeType === Node.TEXT_NODE ? node.parentNode : node).closest?.("[data-i]"));
+    return ends.every(Boolean) ? ends.map(span => Number(span.dataset.i)) : null;
   }
 
   // Roving focus: one token can be reached by Tab, arrows move on.

@@ -2,28 +2,34 @@
 
 import { visible } from "./canvas.js";
 
-// The row of a request: ids of given and locked tokens, the text of rewritten ones, null for every other token.
+// Whether the user locked or rewrote a token, in this run or in one before it; those of the prompt are locked by themselves.
+export const yours = (pane, i) => pane.trace.begin.states[i] !== "g" || pane.edited.has(i) || pane.own.has(i);
+
+// The row of a request: ids of given and locked tokens, the text of rewritten ones, null for every other token; and which of its parts
+// are the user's own.
 export function canvas(pane) {
-  const { trace } = pane, row = [];
+  const { trace } = pane, row = [], own = new Set();
   for (let i = 0; i < trace.length; i++) {
     const entry = trace.final(i), edit = pane.edited.get(i);
-    if (edit !== undefined) { if (edit) row.push(edit); }
-    else row.push(pane.locked.has(i) && !entry.mask ? entry.id : null);
+    if (edit === "") continue;
+    if (pane.locked.has(i) && yours(pane, i)) own.add(row.length);
+    row.push(edit ?? (pane.locked.has(i) && !entry.mask ? entry.id : null));
   }
-  return row;
+  return { canvas: row, own };
 }
 
 // Where the locked tokens of a canvas lie in the text that came of it: a rewritten one may have become several tokens.
-export function places(row, begin) {
-  const locked = new Set();
+// only: the parts of the row that count, all of them by default
+export function places(row, begin, only = null) {
+  const locked = new Set(), add = (part, i) => { if (!only || only.has(part)) locked.add(i); };
   let at = 0;
-  for (const part of row) {
+  for (const [j, part] of row.entries()) {
     if (part === null) at++;
-    else if (typeof part === "number") locked.add(at++);
+    else if (typeof part === "number") add(j, at++);
     else {
       let text = "";
       do {
-        locked.add(at);
+        add(j, at);
         text += begin.tokens[at++]?.[1] ?? part;
       } while (text.length < part.length && at < begin.tokens.length && begin.states[at] === "g");
     }
@@ -42,7 +48,25 @@ export function character(trace, i) {
 
 export const given = begin => new Set([...begin.states].flatMap((state, i) => state === "g" ? [i] : []));
 
+// The tokens of a character as they stand, to put them back.
+export const kept = (pane, i) => character(pane.trace, i).map(j => ({ j, locked: pane.locked.has(j), text: pane.edited.get(j) }));
+
+export function restore(pane, was) {
+  for (const { j, locked, text } of was) {
+    if (locked) pane.locked.add(j); else pane.locked.delete(j);
+    if (text === undefined) pane.edited.delete(j); else pane.edited.set(j, text);
+  }
+}
+
+export function lock(pane, from, to) { // every written token of a range, in whole characters
+  for (let i = Math.min(from, to); i <= Math.max(from, to); i++) {
+    if (!pane.trace.final(i).mask || pane.edited.has(i)) for (const j of character(pane.trace, i)) pane.locked.add(j);
+  }
+  pane.anchor = to;
+}
+
 export function toggle(pane, i) {
+  pane.anchor = i;
   const free = pane.edited.has(i) || pane.locked.has(i); // letting go of a rewritten token brings back what stood there
   for (const j of character(pane.trace, i)) {
     pane.edited.delete(j);

@@ -7,7 +7,8 @@ const calm = model => model.dlm.kind === "diffusion" ? Math.min(64, model.dlm.st
 // page: {prompt(text), setting(j, value), compare(on), run()}
 export function show(root, models, page) {
   const mask = find(models, model => model.dlm.noise === "mask" && model.dlm.infills) || find(models, model => model.dlm.infills);
-  const other = mask && find(models, model => model.dlm.noise !== mask.dlm.noise && model.dlm.characters === mask.dlm.characters);
+  const alike = model => model.dlm.noise !== mask.dlm.noise && model.dlm.characters === mask.dlm.characters;
+  const other = mask && (find(models, model => alike(model) && model.dlm.noise === "uniform") || find(models, alike));
   const letters = mask?.dlm.characters, first = mask || models[0];
   const opening = letters ? "ROMEO:\nBut soft" : "Once upon a time";
   const offers = [["a beginning", () => {

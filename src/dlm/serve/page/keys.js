@@ -45,7 +45,8 @@ export function token(event, pane, i, { frame, regenerate, rewrite, change }) {
     ArrowRight: () => move(i + 1), ArrowLeft: () => move(i - 1), ArrowDown: () => move(pane.near(i, 1)), ArrowUp: () => move(pane.near(i, -1)),
     Home: () => move(0), End: () => move(pane.spans.length - 1),
   }[event.key] || (pane.editable && {
-    " ": () => change(pane, i, () => editor.toggle(pane, i)), Enter: () => rewrite(pane, i), r: () => regenerate(pane),
+    " ": () => change(pane, i, () => event.shiftKey && pane.anchor >= 0 ? editor.lock(pane, pane.anchor, i) : editor.toggle(pane, i)),
+    Enter: () => rewrite(pane, i), r: () => regenerate(pane),
   }[event.key]);
   if (act) {
     event.preventDefault();

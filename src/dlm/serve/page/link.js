@@ -5,13 +5,14 @@ import { file } from "./stream.js";
 const NAMES = ["model", "sampler", "steps", "temperature", "length", "seed"];
 const MAX_ADDRESS_CHARACTERS = 6000; // longer ones are cut by some programs
 
-// runs: one or two of {value, canvas}; canvas: the row of a request that kept tokens, else null
+// runs: one or two of {value, canvas, own}; canvas: the row of a request that kept tokens, own: its parts that the user locked
 export function write(prompt, runs) {
   const words = new URLSearchParams({ prompt });
-  runs.forEach(({ value, canvas }, j) => {
+  runs.forEach(({ value, canvas, own }, j) => {
     const mark = j ? "b." : "";
     for (const name of NAMES) if (value[name] !== undefined) words.set(mark + name, value[name]);
     if (canvas) words.set(`${mark}canvas`, JSON.stringify(canvas));
+    if (own?.size) words.set(`${mark}own`, [...own].join("."));
   });
   const hash = `#${words}`;
   if (hash.length <= MAX_ADDRESS_CHARACTERS) history.replaceState(null, "", hash);
@@ -31,7 +32,8 @@ export function read() {
     }
     let canvas = null;
     try { canvas = JSON.parse(words.get(`${mark}canvas`) || "null"); } catch { /* a damaged link: without its canvas */ }
-    return { value, canvas: Array.isArray(canvas) ? canvas : null };
+    const own = new Set((words.get(`${mark}own`) || "").split(".").filter(Boolean).map(Number));
+    return { value, canvas: Array.isArray(canvas) ? canvas : null, own };
   });
   return { prompt: words.get("prompt") || "", runs: words.has("b.model") ? runs : runs.slice(0, 1) };
 }

@@ -5,7 +5,8 @@ import { ApiError, events } from "./stream.js";
 import { Trace } from "./trace.js";
 
 // Streams into the pane; `tell` is called after every event. Resolves to the trace, also when it was stopped.
-export async function run(pane, request, model, signal, tell) {
+// own: the parts of the request's canvas that the user locked
+export async function run(pane, request, model, signal, tell, own = new Set()) {
   let trace = null;
   try {
     for await (const [name, data] of events(request, signal)) {
@@ -13,7 +14,8 @@ export async function run(pane, request, model, signal, tell) {
         trace = new Trace(data, model.dlm.kind === "diffusion" ? data.steps ?? model.dlm.steps : 0);
         const look = { characters: model.dlm.characters, drafting: model.dlm.kind === "autoregressive" };
         pane.model = model;
-        pane.show(trace, look, request.canvas ? editor.places(request.canvas, data) : editor.given(data));
+        if (request.canvas) pane.show(trace, look, editor.places(request.canvas, data), editor.places(request.canvas, data, own));
+        else pane.show(trace, look, editor.given(data));
       } else if (name === "step") trace?.add(data);
       else if (name === "end") { trace.end = data; }
       else if (name === "error") throw new ApiError(data.error?.message || "The run broke off.", 500);

@@ -101,7 +101,8 @@ export class Settings {
   other() { // another setting worth comparing: another noise if there is one, else half the steps
     const noises = [...this.field("noise").options].map(option => option.value);
     const here = this.field("noise").value, now = this.value;
-    const noise = noises.find(name => name !== here && name !== NONE);
+    const rest = noises.filter(name => name !== here && name !== NONE);
+    const noise = rest.includes("uniform") ? "uniform" : rest[0];
     return { noise, value: noise ? now : { ...now, steps: Math.max(1, Math.round((now.steps ?? this.model.dlm.steps ?? 64) / 4)) } };
   }
 }
