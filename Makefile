@@ -51,14 +51,18 @@ $(BIN)/python:
 # First the places that pip knows, then PyTorch's index; a mirror without CPU builds, and macOS, whose build is one, take what pip finds.
 $(VENV)/.torch: constraints.txt | $(BIN)/python
 ifeq ($(TORCH)-$(shell uname -s),cpu-Linux)
+	@echo "Installing PyTorch's CPU build, torch $(TORCH_VERSION)+cpu (TORCH=cuda: the build for GPUs, some gigabytes) ..."
 	$(PIP) torch==$(TORCH_VERSION)+cpu 2> /dev/null \
 		|| $(PIP) --retries 1 --extra-index-url $(TORCH_CPU_INDEX) torch==$(TORCH_VERSION)+cpu || $(PIP) torch
 else
+	@echo "Installing torch $(TORCH_VERSION) as the package index has it ..."
 	$(PIP) torch
 endif
+	@$(BIN)/python -c "import torch; print('Installed torch', torch.__version__)"
 	touch $@
 
 $(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.torch
+	@echo "Installing dlm and what it needs ..."
 	$(PIP) --editable .
 	touch $@
 

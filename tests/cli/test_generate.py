@@ -102,6 +102,12 @@ def test_bad_options_are_told_before_a_model_is_loaded(dlm: Dlm, words: tuple[st
     assert told in dlm.told("generate", "--model", "no-such-model", *words)
 
 
+def test_steps_are_refused_where_there_are_none(dlm: Dlm, autoregressive_dir: Path, masked_dir: Path) -> None:
+    assert "is autoregressive and writes one token" in dlm.told("generate", "R", str(autoregressive_dir), "--steps", "4")
+    words = ("generate", "R", "--compare", f"{autoregressive_dir},{masked_dir}", "--steps", "4", "--max-new-tokens", "6")
+    assert dlm(*words)[0] == 0  # in a comparison each model takes the options that it knows
+
+
 def test_compilation_is_an_option(dlm: Dlm, autoregressive_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert "install g" in dlm.told("generate", "R", str(autoregressive_dir), "--compile")

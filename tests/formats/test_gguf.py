@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from bases import LLAMA3, SPECIAL, TEMPLATE, tokenizer, transformer
+from conftest import Dlm
+from dlm.cli import app
 from dlm.errors import InputError
 from dlm.formats import gguf as reader
 from dlm.formats.huggingface import NAMES as OF_TRANSFORMERS
@@ -236,3 +238,19 @@ def test_the_scaling_of_llama_3_is_monotone_and_leaves_what_turns_fast() -> None
     assert bool((ratio.diff() > -1e-4).all())
     with pytest.raises(ValueError, match="rope_scaling"):
         TransformerConfig(vocab_size=4, rope_scaling=(1.0,))
+
+
+@pytest.mark.parametrize("quantisation", ["Q4_0", "Q8_0", "F32"])
+def test_a_file_of_few_bits_says_that_int4_takes_less(dlm: Dlm, tmp_path: Path, quantisation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits as the package's own reader counts bytes. In a model so small much is left in float32, so that the bound lies higher."""
+    import gguf
+
+    path = write(transformer("Llama"), tmp_path / "tiny.gguf", quantisation)
+    tensors = gguf.GGUFReader(path).tensors
+    bits = 8 * sum(int(one.n_bytes) for one in tensors) / sum(int(one.n_elements) for one in tensors)
+    assert reader.bits(path) == pytest.approx(bits)
+    monkeypatch.setattr(app, "FEW_BITS", 11.0)
+    words = ("generate", "the", str(path), "--max-new-tokens", "2")
+    hint = "and float32 spends 32: --dtype int4 takes about half the memory"
+    assert (hint in dlm(*words)[2]) == (quantisation == "Q4_0")
+    assert hint not in dlm(*words, "--dtype", "bfloat16")[2]

@@ -314,6 +314,8 @@ def _runs(
     for entry in entries:
         lm = opened(entry.model)
         own = options
+        if len(entries) == 1 and not lm.is_diffusion and options.steps is not None:
+            raise InputError(f"{lm.name} is autoregressive and writes one token a forward pass, from left to right: leave --steps away")
         if len(entries) > 1 and not lm.is_diffusion:
             own = DecodingOptions(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, budget=options.budget)
         if len(entries) > 1 and entry.sampler != "auto":

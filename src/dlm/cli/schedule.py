@@ -318,6 +318,7 @@ def _trials_table(rows: Sequence[TrialRow], found: SearchReport | None = None) -
     for row in sorted(rows, key=lambda row: (-row.texts, row.figures["bits"].value)):
         change = row.differences["bits"]
         cells = f"{row.saved:.1%}", f"{row.path_kl:.2f}", f"{row.figures['bits'].value:.3f}", f"{change.value:+.4f} +- {change.band95:.4f}"
-        mark = "" if found is None else "best" * (row.label == found.winner) + "*" * (row.label in found.front)
+        wins = found is not None and row.label == found.winner and found.shortfall is None  # one that saves less is not the best
+        mark = "" if found is None else "best" * wins + "*" * (row.label in found.front)
         made.add_row(row.label, str(row.texts), *cells, f"{row.figures['entropy'].value:.3f}", f"{row.seconds:.2f}", mark)
     return made

@@ -153,6 +153,18 @@ def _header(path: Path, until: str = "") -> Header:
         return Header(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), until)
 
 
+def bits(path: Path) -> float:
+    """Bits that the file spends on a weight, on average. InputError for a file that is no whole GGUF file."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    elements = stored = 0.0
+    for shape, kind, _ in _header(path).tensors.values():
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        elements += math.prod(shape)
+        stored += 8 * size * math.prod(shape) / block
+    return stored / max(1.0, elements)
+
+
 def architecture(path: Path) -> str:
     """general.architecture of a file; nothing for one that is not whole, which `read` tells."""
     try:
