@@ -12,8 +12,10 @@ import torch
 from conftest import make_model
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel, load
-from dlm.language_model.options import DecodingKeywords, DecodingOptions, Draft
+from dlm.language_model.options import DecodingKeywords, DecodingOptions, Draft, LayoutKeywords
 from dlm.sampling.autoregressive.draft import SHORT
+from dlm.sampling.diffusion.unmasking import TopScore
+from dlm.sampling.draw import Draw
 
 WORDS: list[tuple[str, Draft]] = [
     ("strided", Draft("adapter", tokens=3)),
@@ -129,7 +131,7 @@ WRONG_TYPES: list[tuple[dict[str, Any], str]] = [
     ({"steps": "four"}, "steps takes a whole number or None, got 'four'"),
     ({"length": 2.5}, "length takes a whole number or None, got 2.5"),
     ({"temperature": "warm"}, "temperature takes a number or None"),
-    ({"sampler": 3}, "sampler takes a text or None"),
+    ({"sampler": 3}, "sampler takes a text or a rule or None"),
     ({"prompt": 3}, "a prompt is a text, or a list"),
     ({"prompt": [3, 4]}, "a prompt is a text, or a list"),
 ]
@@ -173,3 +175,39 @@ def test_the_docstring_has_the_short_form_of_every_drafter() -> None:
 
 def test_keywords_and_fields_are_the_same() -> None:
     assert [*DecodingKeywords.__annotations__] == [*DecodingOptions.__dataclass_fields__]
+
+
+@pytest.mark.parametrize("score", ["confidence", "margin"])
+def test_a_rule_as_an_object_is_the_sampler_of_its_name(score: str) -> None:
+    """The text, the draw and what it keeps of a run."""
+    model = make_model()
+    word = {"confidence": "topk", "margin": "margin"}[score]
+    layout: LayoutKeywords = {"length": 20}
+    named = model.generate("R", **layout, sampler=word, steps=5, temperature=0.5, seed=3)
+    for found in (
+        model.generate("R", **layout, sampler=TopScore(Draw(0.5), score), steps=5, seed=3),
+        model.generate("R", **layout, sampler=TopScore(score=score), steps=5, temperature=0.5, seed=3),
+    ):
+        assert found.text == named.text
+        assert found.forwards == named.forwards
+        assert found.sampler == "TopScore"
+    assert model.generate("R", **layout, sampler=TopScore(score=score), steps=5, seed=3).text != named.text
+    assert model.generate("R", **layout, sampler=TopScore(), steps=5, until_settled=0, block_length=8).tokens == 19
+    assert model.resolve(DecodingOptions(sampler=TopScore())) == model.resolve(DecodingOptions(sampler=TopScore()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("objective", "noise", "options", "told"),
+    [
+        ("autoregressive", "masked", {"sampler": TopScore()}, "needs a diffusion model"),
+        ("diffusion", "uniform", {"sampler": TopScore()}, "needs masked noise"),
+        ("diffusion", "masked", {"sampler": TopScore}, "a rule as an object"),
+        ("diffusion", "masked", {"sampler": len}, "a rule as an object"),
+        ("diffusion", "masked", {"sampler": TopScore(), "preset": "official"}, "leave draft, preset"),
+        ("diffusion", "masked", {"sampler": 3}, "sampler takes"),
+    ],
+)
+def test_a_rule_that_cannot_be_used_is_told(objective: str, noise: str, options: dict[str, Any], told: str) -> None:
+    model = make_model(objective, noise={"process": noise, "schedule": "linear"})
+    with pytest.raises(InputError, match=told):
+        model.generate("R", length=10, **options)

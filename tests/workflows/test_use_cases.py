@@ -17,6 +17,7 @@ import pytest
 
 import dlm as library
 from conftest import Dlm, make_model
+from dlm.errors import InputError
 from dlm.evaluation.card import dumps
 
 ROOT = Path(__file__).parents[2]
@@ -270,3 +271,11 @@ def test_a_terminal_sees_progress(verb: str, masked_dir: Path, text_file: Path, 
     os.close(ours)
     assert process.returncode == 0
     assert label in shown.decode()
+
+
+@pytest.mark.parametrize("name", ["evaluate", "curse", "settle", "calibrate", "convert", "export", "fit"])
+def test_a_keyword_that_there_is_not_gets_one_line(name: str) -> None:
+    with pytest.raises(InputError, match=rf"^unknown option of dlm\.{name} 'devise'.* known: [^\n]*$"):
+        getattr(library, name)("shakespeare-mask", devise="cpu")
+    with pytest.raises(InputError, match="did you mean max_windows"):
+        library.evaluate("shakespeare-mask", "shakespeare", max_window=3)  # type: ignore[call-arg]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from types import NoneType
-from typing import TypedDict, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypedDict, cast, get_args, get_origin, get_type_hints
 
 from dlm.errors import InputError, unknown
 from dlm.sampling.autoregressive.draft import Draft
@@ -26,7 +26,7 @@ def check_dtype(word: str) -> None:
 class DecodingKeywords(TypedDict, total=False):
     """The keyword arguments of `LanguageModel.sampler`; `DecodingOptions` says what each means."""
 
-    sampler: str | None
+    sampler: str | Callable[..., Any] | None
     draft: Draft | str | None
     steps: int | None
     temperature: float | None
@@ -45,6 +45,7 @@ class DecodingKeywords(TypedDict, total=False):
     schedule: str | None
     light: str | Mapping[str, str] | None
     preset: str | None
+    rule: Callable[..., Any] | None
 
 
 class LayoutKeywords(TypedDict, total=False):
@@ -71,6 +72,8 @@ class DecodingOptions:
     calibrate` found best within `budget` (`calls:32`, `seconds:2`, `bits:0.1`). For an autoregressive model, one of the short forms of
     `draft` (`strided:4`, `strided:4x16`, `lookup:4`, `heads:4`, `draft:NAME:4`, `auto` for the number), or `lossless`: the drafter
     that is fastest for the model's adapter, heads or weights.
+    rule: a rule of your own in place of a name, as `dlm.TopScore()`; `sampler` takes it too. It keeps its own draw unless temperature,
+    top_p or top_k are given.
     draft: speculative decoding of an autoregressive model by this drafter; as a text, as of `Draft.parse` (`self:int4`, `ngram`).
     steps: denoising steps of each window. temperature, top_p, top_k: of every draw; temperature 0 takes the likeliest token.
     Of generation_config.json they are read too, and `do_sample: false` there is temperature 0; top_p 1 and top_k 0 keep every token.
@@ -108,8 +111,14 @@ class DecodingOptions:
     schedule: str | None = None
     light: str | Mapping[str, str] | None = None
     preset: str | None = None
+    rule: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.sampler is not None and not isinstance(self.sampler, str):
+            object.__setattr__(self, "rule", self.sampler)
+            object.__setattr__(self, "sampler", None)
+        if self.rule is not None and (isinstance(self.rule, type) or not hasattr(self.rule, "revises")):
+            raise InputError(f"a sampler is a name, or a rule as an object, as in sampler=dlm.TopScore(); got {self.rule!r}")
         if isinstance(self.draft, str):
             object.__setattr__(self, "draft", Draft.parse(self.draft))
 
@@ -138,6 +147,7 @@ KINDS = {
     NoneType: "None",
     Draft: "a Draft",
     Mapping: "a mapping",
+    Callable: "a rule",
 }
 
 

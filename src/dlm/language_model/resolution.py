@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from dlm.calibration.table import Calibration, Options
 from dlm.errors import InputError, unknown
@@ -80,6 +80,7 @@ class DecodingPlan:
     light: tuple[tuple[str, str], ...] | str | None = None
     draft: Draft | None = None
     adaptive: bool = False
+    rule: Callable[..., Any] | None = None
     exact: bool = False
     options: DecodingOptions = field(default_factory=DecodingOptions, compare=False, repr=False)
 
@@ -92,6 +93,8 @@ class DecodingPlan:
 
 def resolve(options: DecodingOptions, facts: Facts) -> DecodingPlan:
     """The plan that these options mean for a model. InputError for options that do not go with it or with one another."""
+    if options.rule is not None:
+        return _by_rule(options.rule, options, facts)
     if options.preset is not None:
         facts = preset(options, facts)
     options = choose(options, facts)
@@ -104,6 +107,22 @@ def resolve(options: DecodingOptions, facts: Facts) -> DecodingPlan:
     windows.check(facts.window, context)
     _check_schedule(options, facts)
     return (_left_to_right if facts.noise is None else _denoising)(options, facts, draw, context)
+
+
+def _by_rule(rule: Callable[..., Any], options: DecodingOptions, facts: Facts) -> DecodingPlan:
+    """The plan of the plain reverse process, which is there for every noise, with this rule in its place."""
+    name = type(rule).__name__
+    if facts.noise is None or (facts.noise == "replacement" and not rule.revises):  # type: ignore[attr-defined]
+        needs = "a diffusion model" if facts.noise is None else "masked noise: it writes each token once"
+        raise InputError(f"the rule {name} needs {needs}")
+    if options.draft is not None or options.preset is not None or options.budget is not None or options.greedy_tail:
+        raise InputError(f"the rule {name} is the sampler: leave draft, preset, budget and greedy_tail away")
+    plan = resolve(replace(options, rule=None, sampler="ancestral"), facts)
+    given = options.temperature is not None or options.top_p not in (None, 1) or bool(options.top_k)
+    if given and not hasattr(rule, "draw"):
+        raise InputError(f"the rule {name} has no draw: leave temperature, top_p and top_k away")
+    own: Any = replace(cast(Any, rule), draw=plan.draw) if given else rule
+    return replace(plan, word=name, draw=getattr(own, "draw", plan.draw), rule=own, exact=False, options=options)
 
 
 def preset(options: DecodingOptions, facts: Facts) -> Facts:

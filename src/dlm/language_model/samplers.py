@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ from dlm.sampling.diffusion.canvases import CanvasSampler
 from dlm.sampling.diffusion.constraints import AllowedTokens, Pattern, both
 from dlm.sampling.diffusion.guidance import ClassifierFree
 from dlm.sampling.diffusion.loop import DiffusionSampler
-from dlm.sampling.diffusion.protocols import CachePolicy, Constraint
+from dlm.sampling.diffusion.protocols import CachePolicy, Constraint, Rule
 from dlm.sampling.diffusion.revising import EntropyBound, StableBound
 from dlm.text.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ def build(plan: DecodingPlan, model: Model) -> Sampler:
     if isinstance(model.network, CanvasNetwork):
         return _canvases(plan, model, model.network)
     denoiser = _denoiser(plan, model)
-    info = registry.get(plan.word, registry.kind(model.noise))
+    info = registry.get("ancestral" if plan.rule is not None else plan.word, registry.kind(model.noise))
     if not info.rule and isinstance(model.noise, MaskedNoise):
         return _any_order(plan, model, denoiser, info.parse(plan.word))
     blockwise = info.blockwise and not model.is_causal
@@ -68,7 +68,7 @@ def build(plan: DecodingPlan, model: Model) -> Sampler:
         denoiser,
         model.noise,
         model.window,
-        registry.make(plan.word, plan.draw, model.noise, plan.greedy_tail),
+        registry.make(plan.word, plan.draw, model.noise, plan.greedy_tail) if plan.rule is None else cast(Rule, plan.rule),
         plan.steps,
         plan.context,
         model.name,

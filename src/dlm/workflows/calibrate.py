@@ -16,11 +16,12 @@ from dlm.evaluation.card import device_name
 from dlm.evaluation.statistics import Mean
 from dlm.language_model import LanguageModel
 from dlm.model_scheduling.trial import Figures
-from dlm.workflows.inputs import Counter, Model, Progress, judge_figures, language_model, masked_noise, silent
+from dlm.workflows.inputs import Counter, Model, Progress, judge_figures, language_model, masked_noise, silent, told
 
 FOREIGN_LENGTH = 128  # tokens of a text of a model that was not trained on full windows, which may be very long
 
 
+@told
 def calibrate(
     model: Model,
     judge: Model = "shakespeare-ar",

@@ -19,7 +19,7 @@ from dlm.train.log import Log
 from dlm.train.loop import Loop, Progress, Tell
 from dlm.train.processes import Processes
 from dlm.workflows.fit import shown
-from dlm.workflows.inputs import FORMAT, Model, language_model
+from dlm.workflows.inputs import FORMAT, Model, language_model, told
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Conversion:
         return train.describe(before), train.describe(after)
 
 
+@told
 def convert(
     model: Model,
     data: str | SelfDistillation | Rows,

@@ -17,7 +17,7 @@ from dlm.language_model import LanguageModel
 from dlm.sampling import registry
 from dlm.sampling.diffusion.protocols import Rule
 from dlm.sampling.draw import Draw
-from dlm.workflows.inputs import FORMAT, Counter, Model, Progress, Text, language_model, masked_noise, silent
+from dlm.workflows.inputs import FORMAT, Counter, Model, Progress, Text, language_model, masked_noise, silent, told
 
 DEFAULT_SIZES = (1, 4, 16, 64)  # tokens a step
 CPU_WINDOWS, GPU_WINDOWS = 4, 64  # of one batch
@@ -74,6 +74,7 @@ class CurseReport:
         return facts | found | {"curve": self.levels()}
 
 
+@told
 def curse(
     model: Model,
     data: str | Path | None = None,

@@ -11,7 +11,7 @@ from dlm.errors import InputError
 from dlm.evaluation import card as cards
 from dlm.evaluation import likelihood
 from dlm.language_model import LanguageModel
-from dlm.workflows.inputs import FORMAT, Counter, Model, Progress, Text, language_model, silent
+from dlm.workflows.inputs import FORMAT, Counter, Model, Progress, Text, language_model, silent, told
 
 CALL_LOGITS = 1 << 27  # logits of one forward pass at most: with a large vocabulary fewer windows are read at once
 CALL_WINDOWS = 32
@@ -75,6 +75,7 @@ class Evaluations:
         return found | ({"against": self.against.record()} if self.against else {})
 
 
+@told
 def evaluate(
     model: Model,
     data: str | Path,

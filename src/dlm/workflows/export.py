@@ -16,7 +16,7 @@ from dlm.formats.native import CONVERTIBLE
 from dlm.language_model import LanguageModel
 from dlm.models.canvas import CanvasNetwork
 from dlm.models.remote import RemoteNetwork
-from dlm.workflows.inputs import FORMAT, Model, language_model
+from dlm.workflows.inputs import FORMAT, Model, language_model, told
 
 LAYOUTS = ("hf", "gguf")
 _QUANTIZED = "{} was loaded with quantized weights: export it from float32 or bfloat16"
@@ -43,6 +43,7 @@ class Export:
         return facts | {"readers": list(self.readers), "parameters": self.parameters, "files": self.files}
 
 
+@told
 def export(model: Model, out: str | Path, *, to: str = "hf", dtype: str | None = None) -> Export:
     """Write a model for other libraries; `dlm.load` reads it again.
 

@@ -18,7 +18,7 @@ from dlm.train.display import Display
 from dlm.train.log import Log
 from dlm.train.loop import Loop, Tell
 from dlm.train.processes import Processes
-from dlm.workflows.inputs import FORMAT
+from dlm.workflows.inputs import FORMAT, told
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Fit:
         return {"format": FORMAT} | figures | {"model": str(self.out)}
 
 
+@told
 def fit(
     config: TrainConfig | str,
     out: str | Path,

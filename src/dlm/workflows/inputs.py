@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from dlm import bundled
-from dlm.errors import InputError, nearest
+from dlm.errors import InputError, nearest, unknown
 from dlm.evaluation import generative, judge
 from dlm.files import check_there
 from dlm.formats import native
@@ -28,6 +31,23 @@ FORMAT = 1  # of every record
 Model = str | Path | LanguageModel
 Progress = Callable[[int, int], None]
 """Called with (done, total) as the work goes on; the unit is the use case's own."""
+
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def told(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """A use case that tells the nearest name for a keyword that it does not have, as an InputError."""
+    known = [name for name, one in inspect.signature(function).parameters.items() if one.kind is not one.POSITIONAL_ONLY]
+
+    @wraps(function)
+    def call(*given: Parameters.args, **named: Parameters.kwargs) -> Result:
+        if strange := [name for name in named if name not in known]:
+            raise unknown(f"option of dlm.{function.__name__}", strange[0], known)
+        return function(*given, **named)
+
+    return call
 
 
 def silent(done: int, total: int) -> None:

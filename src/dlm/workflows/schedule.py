@@ -19,7 +19,7 @@ from dlm.model_scheduling.outcome import Outcome
 from dlm.model_scheduling.plan import HEAVY, ModelSchedule
 from dlm.model_scheduling.saved import SavedSchedule
 from dlm.sampling.draw import generators
-from dlm.workflows.inputs import FORMAT, Counter, Model, Progress, Text, silent
+from dlm.workflows.inputs import FORMAT, Counter, Model, Progress, Text, silent, told
 from dlm.workflows.model_pair import Light, ModelPair, Trials
 
 PLANNED = ("ancestral", "first-hitting")  # samplers whose order no logit decides
@@ -39,6 +39,7 @@ class CostReport:
         return {"format": FORMAT, "schedule": self.schedule, "steps": self.steps} | self.cost.record()
 
 
+@told
 def cost(heavy: Model, light: Light, schedule: str | ModelSchedule, *, steps: int | None = None) -> CostReport:
     """FLOPs by blocks alone, with the output head, and of the forward passes that happen.
 
@@ -85,6 +86,7 @@ def _curves(found: measure.Sensitivity) -> dict[str, object]:
     return {name: {key: curve.record() for key, curve in curves.items()} for name, curves in found.curves().items()}
 
 
+@told
 def sensitivity(
     heavy: Model,
     light: Light,
@@ -215,6 +217,7 @@ class SearchReport:
         return facts | found | rows
 
 
+@told
 def search(
     heavy: Model,
     light: Light,
@@ -343,6 +346,7 @@ class Comparison:
         return facts | {"kl": {key: list(nats) for key, nats in self.kl.items()}, "rows": [row.record() for row in self.rows]}
 
 
+@told
 def compare(
     heavy: Model,
     light: Light,

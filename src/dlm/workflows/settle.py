@@ -14,7 +14,7 @@ from dlm.evaluation.settling import Judge as Bits
 from dlm.evaluation.settling import Settling, label_of, settling
 from dlm.language_model import LanguageModel
 from dlm.trajectory import Trajectory
-from dlm.workflows.inputs import FORMAT, Counter, Model, Progress, judge_model, saved_run, silent
+from dlm.workflows.inputs import FORMAT, Counter, Model, Progress, judge_model, saved_run, silent, told
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class SettlingReport:
         return {"format": FORMAT, "runs": [one.record() for one in self.runs]}
 
 
+@told
 def settle(
     trajectories: Sequence[Trajectory | str | Path], judge: Model | None = None, *, device: str = "cpu", progress: Progress = silent
 ) -> SettlingReport:
