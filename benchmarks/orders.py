@@ -7,8 +7,8 @@
 
 Every step reads the same number of windows: learned weights read half as many texts, each with two draws of noise. Bounds are of the
 averaged weights on the same held-out windows, in bits a character. `held` keeps the weights at 1: ordered noise is then masked noise
-on half as many texts, GenMD4's masked noise whose network reads the time. Rows are kept in --rows, so that an interrupted call goes on. The result is appended to
-benchmarks/history.jsonl; the last line is one JSON object.
+on half as many texts, GenMD4's masked noise whose network reads the time. Rows are kept in --rows, so that an interrupted call
+goes on. The result is appended to benchmarks/history.jsonl; the last line is one JSON object.
 """
 
 from __future__ import annotations
