@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import resource
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,6 +101,41 @@ def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
     (tmp_path / "whole").write_text("x")
     files.sweep(tmp_path)
     assert left(tmp_path) == ["whole"]
+
+
+def saving(path: Path) -> int:
+    """A process in the middle of a save of this file."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with files.replacing(path) as partial:
+            partial.write_text("half")
+            os.write(told, b"x")
+            time.sleep(60)
+        os._exit(0)
+    assert os.read(ready, 1) == b"x"
+    os.close(ready)
+    os.close(told)
+    return child
+
+
+def test_what_a_killed_save_left_is_swept_at_the_next_save_of_the_same_file_alone(tmp_path: Path) -> None:
+    """Not while the process lives, and not what another run left."""
+    children = [saving(tmp_path / name) for name in ("run.traj", "other.traj")]
+    try:
+        assert len(left(tmp_path)) == 2
+        files.sweep(tmp_path)
+        files.write_text(tmp_path / "run.traj", "whole")
+        assert len(left(tmp_path)) == 3
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    files.write_text(tmp_path / "run.traj", "whole")
+    (other,) = [name for name in left(tmp_path) if name.startswith(files.PREFIX)]
+    assert (tmp_path / other / "other.traj").read_text() == "half"
+    files.sweep(tmp_path)
+    assert left(tmp_path) == ["run.traj"]
 
 
 @pytest.mark.parametrize(

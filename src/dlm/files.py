@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 import dlm
 from dlm.errors import InputError
@@ -24,18 +32,21 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The file is on disk before it gets its name. It has the permissions of the file that it replaces, else those of any new file.
     """
-    with replacing_files(path.parent) as temporary:
+    with replacing_files(path.parent, of=path.name) as temporary:
         yield temporary / path.name
 
 
 @contextmanager
-def replacing_files(directory: Path, order: Callable[[Path], Any] = str) -> Iterator[Path]:
+def replacing_files(directory: Path, order: Callable[[Path], Any] = str, of: str = "") -> Iterator[Path]:
     """A temporary directory inside `directory`, from which all files move out at the end, each as with `replacing`.
 
-    order: key of the files' order, so that a reader who finds the last one finds all others. InputError where there is no such directory.
+    order: key of the files' order, so that a reader who finds the last one finds all others. of: the name of what is saved; what a
+    killed process left of an earlier save of it is removed first. InputError where there is no such directory.
     """
     check_directory(directory)
-    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=directory) as temporary:
+    prefix = f"{PREFIX}{hashlib.sha256(of.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}-"
+    sweep(directory, prefix)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=directory) as temporary, _held(Path(temporary)):
         probe = Path(temporary) / ".mode"
         probe.touch()
         mode = probe.stat().st_mode
@@ -93,10 +104,34 @@ def _install(partial: Path, path: Path, mode: int) -> None:
     os.replace(partial, path)
 
 
-def sweep(directory: Path) -> None:
-    """Remove the temporary files of a process that was killed while it saved."""
-    for left in directory.glob(f"{PREFIX}*"):
-        shutil.rmtree(left, ignore_errors=True)
+def sweep(directory: Path, prefix: str = PREFIX) -> None:
+    """Remove the temporary files of processes that were killed while they saved; a process that saves now holds its own."""
+    for left in directory.glob(f"{prefix}*"):
+        with _held(left) as ours:
+            if ours:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[bool]:
+    """Holds a lock on a directory, which ends with the process at the latest. Gives whether it was free."""
+    if fcntl is None:
+        yield True
+        return
+    try:
+        file = os.open(directory, os.O_RDONLY)
+    except OSError:  # another process has removed it, or owns it
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except OSError:
+            free = False
+        yield free
+    finally:
+        os.close(file)
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
@@ -113,13 +148,21 @@ def write_bytes(path: Path, data: bytes) -> None:
 def read_json(path: Path) -> Any:
     """The value that a JSON file holds. InputError where it is missing or damaged, nested too deep, or has an integer too long."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"), path)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    except RecursionError:
-        raise InputError(f"{path} is damaged (it is nested too deep)") from None
-    except ValueError as error:  # damaged JSON or UTF-8, and integers of more than 4,300 digits
+    except UnicodeDecodeError as error:
         raise InputError(f"{path} is damaged ({error})") from None
+
+
+def parse_json(text: str, where: str | Path) -> Any:
+    """The value of a JSON text, the one place where JSON of other hands is parsed. InputError as `read_json`. where: names it."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise InputError(f"{where} is damaged (it is nested too deep)") from None
+    except ValueError as error:  # damaged JSON, and integers of more than 4,300 digits
+        raise InputError(f"{where} is damaged ({error})") from None
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -128,6 +171,38 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{path} is damaged (it holds a {type(data).__name__})")
     return data
+
+
+def check_types(kind: type, data: Mapping[str, Any], where: str | Path, fault: str = "is damaged") -> None:
+    """InputError for a value of JSON whose type is not that of the field of this dataclass which it is to be."""
+    hints = get_type_hints(kind)
+    for name in hints.keys() & data.keys():
+        if not _is(data[name], hints[name]):
+            told = repr(data[name])
+            raise InputError(f"{where} {fault} ({name} is {told if len(told) < 60 else told[:60] + ' ...'}, not of type {hints[name]})")
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is of this type; a whole number is a float, a truth value no number, a list a tuple."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if is_dataclass(hint):
+        return isinstance(value, dict)
+    if kind is Literal:
+        return value in inner
+    if kind in (Union, UnionType):
+        return any(_is(value, one) for one in inner)
+    if kind is dict:
+        return isinstance(value, dict) and all(_is(key, inner[0]) and _is(one, inner[1]) for key, one in value.items())
+    if kind in (list, tuple, Sequence):
+        several = [one for one in inner if one is not Ellipsis]
+        fits = len(several) == 1 or not isinstance(value, list | tuple) or len(several) == len(value)
+        hints = several * len(value) if len(several) == 1 and isinstance(value, list | tuple) else several
+        return isinstance(value, list | tuple) and fits and all(map(_is, value, hints))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, kind or hint)
 
 
 def stamp(number: int) -> dict[str, Any]:

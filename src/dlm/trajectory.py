@@ -6,6 +6,7 @@ Shapes: B rows, T positions, E changes, S frames.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.files import check_stamp, replacing, stamp
+from dlm.files import check_stamp, check_types, parse_json, replacing, stamp
 from dlm.spelling import MASK, Spelling
 
 KIND = "dlm-trajectory-1"  # tells the file from other safetensors files
@@ -236,8 +237,9 @@ class Trajectory:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != KIND:
                     raise InputError(f"{path} is not a trajectory saved by dlm")
-                header = json.loads(metadata["header"])
+                header = parse_json(metadata["header"], path)
                 check_stamp(header, FORMAT, path)
+                check_types(_Header, header, path)
                 tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
             return cls._from_file(tensors, header)
         except InputError:
@@ -248,6 +250,7 @@ class Trajectory:
 
     @classmethod
     def _from_file(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Trajectory:
+        _check_tensors(tensors)
         start_BT = tensors["start"].long()
         self = cls(
             start_BT,
@@ -267,12 +270,46 @@ class Trajectory:
             self._tally(self.current_BT)
             self._drafts.append(drafted)
         self.settled_BT = tensors["settled"].long()
+        if self.settled_BT.numel() and int(self.settled_BT.max()) > len(events):
+            raise ValueError("a token settled after the last frame")
+        if not all(map(math.isfinite, header["seconds"])):
+            raise ValueError("a time is no number")
         self.t_SB, self.models = tensors["t"].tolist(), header["models"]
         self.forwards, self.seconds = header["forwards"], header["seconds"]
         lengths = {len(column) for column in (self.t_SB, self.models, self.forwards, self.seconds)}
         if lengths != {len(events) + 1} or self.settled_BT.shape != start_BT.shape or tensors["t"].shape[1:] != start_BT.shape[:1]:
             raise ValueError("its parts differ in length")
         return self
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The types of the header of a file."""
+
+    pieces: dict[str, str]
+    bytes: dict[str, str]
+    first: dict[str, str]
+    mask_id: int | None
+    models: list[str]
+    forwards: list[int]
+    seconds: list[float]
+    meta: dict[str, Any]
+
+
+def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """ValueError for tensors that no run has written: of another type or shape, or with places or tokens that lie outside."""
+    rows, length = tensors["start"].shape
+    for name, tensor in tensors.items():
+        wanted = torch.bool if name in ("free", "valid") else torch.float64 if name == "t" else torch.int32
+        if tensor.dtype != wanted and not (name == "t" and tensor.dtype == torch.float32):
+            raise ValueError(f"{name} is of type {tensor.dtype}, not {wanted}")
+        limits = {"row": rows, "position": length}
+        most = limits.get(name.removeprefix("proposed_"), 2**31)
+        least = -1 if name == "settled" else 0
+        if wanted == torch.int32 and tensor.numel() and not (least <= int(tensor.min()) and int(tensor.max()) < most):
+            raise ValueError(f"{name} lies outside {least} .. {most - 1}")
+    if not bool(tensors["t"].isfinite().all()):
+        raise ValueError("a noise level is no number")
 
 
 def _nowhere() -> Places:

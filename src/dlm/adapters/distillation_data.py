@@ -19,7 +19,7 @@ from torch import Tensor
 from dlm import seeds
 from dlm.adapters import lora
 from dlm.errors import InputError
-from dlm.files import check_stamp, stamp, write_text
+from dlm.files import check_stamp, parse_json, stamp, write_text
 from dlm.formats.native import ModelConfig
 from dlm.models.transformer import Transformer
 from dlm.text.chat import ChatTemplate
@@ -95,7 +95,7 @@ def from_base(path: Path, start: int | None, length: int, *, val_fraction: float
     are then held back were never trained on.
     """
     try:
-        head, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        head, *lines = [parse_json(line, path) for line in path.read_text(encoding="utf-8").splitlines()]
         texts = [([int(i) for i in line["ids"]], int(line["given"])) for line in lines]
         made_by = str(head["made_by"])[:16]
         check_stamp(head, FORMAT, path)
@@ -210,8 +210,8 @@ def write(
 def _begins_with(line: str, head: dict[str, object], path: Path) -> bool:
     """Whether the first line of a file, of this format or the one before, says that it came of the same base and settings."""
     try:
-        found = json.loads(line)
-    except ValueError:
+        found = parse_json(line, path)
+    except InputError:
         return False
     if not isinstance(found, dict):
         return False

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.files import check_stamp, read_json, replacing_files, stamp
+from dlm.files import check_stamp, check_types, read_json, replacing_files, stamp
 
 Config = TypeVar("Config")
 FORMAT = 1
@@ -34,6 +34,7 @@ def read_config(about: Path, kind: type[Config], what: str) -> Config:
     if not isinstance(data, dict):
         raise InputError(f"{about} does not describe {what} (it holds a {type(data).__name__})")
     check_stamp(data, FORMAT, about)
+    check_types(kind, data, about, f"does not describe {what}")
     try:
         return kind(**{f.name: data[f.name] for f in fields(kind)})  # type: ignore[arg-type]
     except (KeyError, TypeError, AttributeError, InputError) as error:

@@ -26,6 +26,7 @@ from dlm.models.block import Embedding, Linear, LowRank, MaskTokens
 from dlm.models.meta import without_weights
 from dlm.models.transformer import Transformer
 
+MAX_SIZE = 65536  # of a rank or an inner width
 TARGETS = ("q", "k", "v", "out", "up", "down", "gate")  # linear layers of a block; not every network has a gate
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
 
@@ -46,6 +47,10 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))  # JSON has lists
+        if max(self.rank, self.chain, self.stride) > MAX_SIZE:
+            raise InputError(
+                f"rank, stride and chain of an adapter are at most {MAX_SIZE}, got {self.rank}, {self.stride} and {self.chain}"
+            )
         if self.rank < 1 or not 0 < self.alpha < math.inf:
             raise InputError(f"an adapter has a rank from 1 and an alpha above 0, got {self.rank} and {self.alpha}")
         if self.stride < 2:

@@ -21,6 +21,7 @@ from dlm.adapters.objective import Acceptance, Consistency, mean_acceptance, sum
 from dlm.errors import InputError
 from dlm.models.transformer import Transformer
 
+MAX_HEADS = 64  # each is a matrix, and drafts one token further than the one before
 WEIGHTS, CONFIG = "heads.safetensors", "heads.json"
 
 
@@ -34,8 +35,8 @@ class HeadsConfig:
     made: dict[str, Any] = field(default_factory=dict)  # how: settings and figures of their training
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise InputError(f"heads count from 1, got {self.count}")
+        if not 1 <= self.count <= MAX_HEADS:
+            raise InputError(f"heads count from 1 to {MAX_HEADS}, got {self.count}")
 
 
 class Heads(nn.Module):

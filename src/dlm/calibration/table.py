@@ -13,7 +13,7 @@ from typing import Any
 
 from dlm.errors import InputError
 from dlm.evaluation.statistics import pareto_front
-from dlm.files import check_stamp, read_json, stamp, write_text
+from dlm.files import check_stamp, check_types, read_json, stamp, write_text
 
 FILE, FORMAT = "calibration.json", 1
 ENTROPY, DISTINCT = 0.15, 0.9  # bits below the exact sampler, and share of its: less is dull
@@ -101,6 +101,8 @@ class Calibration:
         data, names = read_json(path), {f.name for f in fields(Row)}
         try:
             check_stamp(data, FORMAT, path)
+            for row in data["rows"]:
+                check_types(Row, row, path)
             found = cls([Row(**{k: v for k, v in row.items() if k in names}) for row in data["rows"]], dict(data["made"]))
             found.reference()
         except InputError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +11,7 @@ import typer
 from dlm.cli.app import Device, FamilyOption, Json, Seed, Split, ValFraction, app, between, check_names, err, is_card, is_text, load, one_of
 from dlm.cli.tables import console, table
 from dlm.errors import InputError
+from dlm.files import parse_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -153,8 +153,8 @@ def _model_args(words: str) -> dict[str, object]:
         if not sign or not name.isidentifier():
             raise InputError(f"--model-args {word}: give name=value with commas, as in steps=64,temperature=0.5")
         try:
-            found[name] = json.loads(value)
-        except ValueError:
+            found[name] = parse_json(value, "--model-args")
+        except InputError:
             found[name] = value
     return found
 

@@ -23,7 +23,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 
 from dlm.errors import InputError
-from dlm.files import check_stamp, read_json, read_object, replacing_files, stamp
+from dlm.files import check_stamp, check_types, read_json, read_object, replacing_files, stamp
 from dlm.formats.find import find as find
 from dlm.formats.stored import Stored
 from dlm.models import networks
@@ -49,6 +49,7 @@ IGNORED_KEYS = (
     "format",
     "dlm_version",
 )
+NO_MODEL = "does not describe a model"
 MOST = 1e9
 KIND_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
 GENERATION: dict[str, tuple[type, float, float]] = {  # keys of generation_config.json that are read: type, least and greatest value
@@ -132,6 +133,8 @@ class ModelConfig:
             raise InputError(f"{where}/config.json names an unknown network; known: {', '.join(networks.CONFIGS)}")
         for part, kind, harmless in ((data, cls, IGNORED_KEYS), (network if isinstance(network, dict) else {}, shape, ())):
             _refuse_unknown(part, [*(f.name for f in fields(kind)), *harmless], where)
+        check_types(cls, {key: value for key, value in data.items() if key != "network"}, f"{where}/config.json", NO_MODEL)
+        check_types(shape, network if isinstance(network, dict) else {}, f"{where}/config.json", NO_MODEL)
         try:
             own = {key: value for key, value in data.items() if key not in ("network", *IGNORED_KEYS)}
             return cls(network=shape(**data["network"]), **own)
@@ -364,6 +367,7 @@ def assemble(
         elif name != "head.weight":  # a copy, or it would hold its file open; what a block quantizes keeps its type until then
             quantized = name.startswith("blocks.") and tensor.ndim > 1 and name.split(".")[-2] in QUANTIZED
             tensor = tensor.to(device, tensor.dtype if quantized else dtype, copy=True)
+        _check_finite(tensor, name, path)
         network.load_state_dict({name: tensor}, assign=True, strict=False)
         left[part] -= 1
         if ready is not None and (part == "head" or part.startswith("blocks.")) and not left[part]:
@@ -382,6 +386,17 @@ def _check_counts(shape: TransformerConfig, stored: dict[str, Stored], path: Pat
     for what, (says, has) in stated.items():
         if says != has:
             raise InputError(f"the weights in {path} do not fit its config.json: it says that there are {says} {what}, they have {has}")
+
+
+def _check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
+    """InputError for weights that are NaN or infinite. A sum finds out, which reads them once and makes no copy."""
+    if tensor.is_floating_point() and not bool((tensor.float() if tensor.itemsize == 1 else tensor).sum().isfinite()):
+        wrong = int((~tensor.isfinite()).sum())
+        if wrong:
+            raise InputError(
+                f"{path}: {wrong} of the {tensor.numel()} weights of {name} are NaN or infinite: "
+                "the file is damaged, or its training diverged"
+            )
 
 
 def _part(name: str) -> str:

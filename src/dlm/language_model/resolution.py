@@ -180,9 +180,11 @@ def _calibrated(options: DecodingOptions, facts: Facts) -> DecodingOptions:
     plain = options.guidance == 1 and options.allow is None and options.pattern is None
 
     def usable(found: Options) -> bool:
-        return plain or registry.get(found["sampler"], "masked").rule
+        return plain or registry.get(str(found.get("sampler")), "masked").rule
 
-    return replace(options, budget=None, **facts.calibration.choose(options.budget or BUDGET, usable).options)
+    found = facts.calibration.choose(options.budget or BUDGET, usable).options
+    DecodingOptions.of(found)  # names and types of what a file says
+    return replace(options, budget=None, **found)
 
 
 def _check_schedule(options: DecodingOptions, facts: Facts) -> None:

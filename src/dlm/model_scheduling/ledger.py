@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from dlm.files import check_stamp, stamp
+from dlm.errors import InputError
+from dlm.files import check_stamp, check_types, parse_json, stamp
 from dlm.model_scheduling.outcome import Outcome
 
 FORMAT = 1
@@ -24,12 +25,19 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._known: dict[Key, Outcome] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        for number, line in enumerate(lines, 1):
             try:
-                data = json.loads(line)
-            except json.JSONDecodeError:
+                data = parse_json(line, path)
+            except InputError:
                 continue
+            where = f"{path}, line {number},"
+            if not isinstance(data, dict):
+                raise InputError(f"{where} is damaged (it holds a {type(data).__name__}): delete it")
             check_stamp(data, FORMAT, path)
+            check_types(Outcome, data, where)
+            if lacking := [name for name in ("schedule", "seeds", "figures", "blocks", "head", "seconds", "calls") if name not in data]:
+                raise InputError(f"{where} is damaged (it lacks {lacking[0]}): delete it")
             settings, seeds = data.pop("settings", None), data.pop("seeds")
             outcome = Outcome(seeds=(seeds[0], seeds[1]), **{name: value for name, value in data.items() if name in FIGURES})
             self._known.setdefault(self._key(settings, outcome.schedule, outcome.seeds), outcome)

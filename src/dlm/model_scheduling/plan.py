@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dlm.errors import InputError
+from dlm.sampling.diffusion.loop import MAX_STEPS
 
 HEAVY, LIGHT = "H", "L"
 GRAIN = 100  # segments of `alternate` and `random`
@@ -36,6 +37,8 @@ class ModelSchedule:
             raise InputError(f"{self}: give all lengths in steps (L125) or all as shares of the run (L0.125)")
         if self.steps is None and abs(sum(lengths) - 1) > 1e-6:
             raise InputError(f"{self}: the shares sum to {sum(lengths):.4g}, not to 1")
+        if (self.steps or 0) > MAX_STEPS:
+            raise InputError(f"a schedule has at most {MAX_STEPS} steps, got {self.steps}")
         groups = groupby(self.segments, key=lambda segment: segment[0])
         object.__setattr__(self, "segments", tuple((key, sum(length for _, length in group)) for key, group in groups))
 

@@ -6,9 +6,10 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dlm.errors import InputError
-from dlm.files import check_stamp, read_json, stamp, write_text
+from dlm.errors import InputError, in_range
+from dlm.files import check_stamp, check_types, read_json, stamp, write_text
 from dlm.model_scheduling.plan import ModelSchedule
+from dlm.sampling.diffusion.loop import MAX_STEPS
 
 FILE = "schedule.json"
 FORMAT = 1
@@ -39,8 +40,10 @@ class SavedSchedule:
         data = read_json(path)
         try:
             check_stamp(data, FORMAT, path)
+            check_types(cls, {"steps": data["steps"], "light": data["light"]}, path)
+            in_range(data["steps"], 1, MAX_STEPS, f"{path}: steps")
             light = {str(key): str(name) for key, name in data["light"].items()}
-            return cls(ModelSchedule.parse(data["schedule"]), light, int(data["steps"]), dict(data.get("made", {})))
+            return cls(ModelSchedule.parse(data["schedule"]), light, data["steps"], dict(data.get("made", {})))
         except InputError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:

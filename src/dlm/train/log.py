@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from dlm.errors import InputError
-from dlm.files import write_text
+from dlm.files import parse_json, write_text
 
 
 class Log:
@@ -50,12 +51,17 @@ class Log:
 def finished(out: Path, steps: int) -> bool:
     """Whether the run in `out` has come to that step."""
     path = out / "log.jsonl"
-    return path.is_file() and any(json.loads(line).get("step") == steps for line in path.read_text(encoding="utf-8").splitlines())
+    return path.is_file() and steps in [at for at, _ in _lines(path)]
 
 
 def _until(path: Path, step: int) -> list[str]:
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):
-            kept += [line] if json.loads(line)["step"] <= step else []
-    return kept
+    return [line for at, line in _lines(path) if at <= step]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that say at which step they were written, each with it; others were cut short by a kill."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(InputError):
+            found = parse_json(line, path)
+            if isinstance(found, dict) and isinstance(found.get("step"), int):
+                yield found["step"], line

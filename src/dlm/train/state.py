@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from dlm.errors import InputError
-from dlm.files import check_stamp, replacing, stamp, sweep
+from dlm.files import check_stamp, check_types, parse_json, replacing, stamp, sweep
 from dlm.train.optimisers import EMA
 
 FILE = "training.safetensors"
@@ -35,6 +36,17 @@ FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 Meta = dict[str, Any]
 """The header of a state: format, verb (train or convert), step, recent losses, config."""
+
+
+@dataclass(frozen=True)
+class _Meta:
+    """The types of its entries."""
+
+    verb: str
+    step: int
+    recent: list[float]
+    best: float
+    config: dict[str, Any]
 
 
 def begin(out: Path, verb: str, *, resume: bool, optimizer: str) -> Meta:
@@ -50,6 +62,8 @@ def begin(out: Path, verb: str, *, resume: bool, optimizer: str) -> Meta:
     if not resume:
         return {}
     meta = read_meta(saved)
+    if lacking := [name for name in ("step", "config") if name not in meta]:
+        raise InputError(f"{saved} is no whole training state (it lacks {lacking[0]}): delete it and train again")
     if meta["verb"] != verb:
         raise InputError(f"{out} holds a run of dlm {meta['verb']}, not of dlm {verb}: choose another --out")
     if (was := meta["config"].get("optimizer", "adamw")) != optimizer:
@@ -106,10 +120,13 @@ def read_meta(path: Path) -> Meta:
     """Step and config of a saved state. InputError where the file is damaged or of a later format."""
     try:
         with safe_open(path, framework="pt") as file:
-            meta: Meta = json.loads((file.metadata() or {})["meta"])
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            meta: Meta = parse_json((file.metadata() or {})["meta"], path)
+    except (SafetensorError, KeyError) as error:
         raise InputError(f"{path} is no whole training state ({error}): delete it and train again") from None
+    if not isinstance(meta, dict):
+        raise InputError(f"{path} is damaged (its meta is a {type(meta).__name__})")
     check_stamp(meta, FORMAT, path)
+    check_types(_Meta, meta, path)
     return {"verb": "convert" if "before" in meta else "train"} | meta  # before format 1 the verb was not written
 
 
