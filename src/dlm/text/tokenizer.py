@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,12 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from dlm.errors import InputError
+from dlm.files import parse_json
 from dlm.spelling import Spelling
+from dlm.text import growth
 from dlm.text.parts import Parts, Place, alphabet_of, placed
 
+FAILS = "the tokenizer of this model fails on this text"
 HOLE = re.compile(r"\\_|_|[^_\\]+|\\")
 
 
@@ -28,9 +32,24 @@ def read(path: str | Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise InputError(f"{path} does not exist; a tokenizer is 'chars', 'bytes', 'bpe:SIZE' or the path of a tokenizer.json")
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust side raises bare Exception
+        text = path.read_text(encoding="utf-8")
+        data = parse_json(text, "it")
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is not a tokenizer.json ({error})") from None
+    growth.check(data, path)  # added tokens are normalized when they are read
+    with telling(f"{path} is not a tokenizer.json"):
+        return tokenizers.Tokenizer.from_str(text)
+
+
+@contextmanager
+def telling(what: str) -> Iterator[None]:
+    """InputError, with the first line of the reason, for an error of the Rust side: a bare Exception, or a panic, which is none."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, InputError) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        raise InputError(f"{what} ({(str(error) or type(error).__name__).splitlines()[0]})") from None
 
 
 def numbers(count: int) -> tokenizers.Tokenizer:
@@ -147,7 +166,8 @@ class Tokenizer:
         """
         inner = self._at(place)
         self._check(text)
-        encoding = inner.encode(text, add_special_tokens=False)
+        with telling(FAILS):
+            encoding = inner.encode(text, add_special_tokens=False)
         read = {i for begin, end in encoding.offsets for i in range(begin, end)}
         if any(i not in read and not c.isspace() for i, c in enumerate(text)) and (lost := self._lost(text)):
             raise InputError(f"this model has no token for {', '.join(f'{c!r} (U+{ord(c):04X})' for c in lost[:5])}")
@@ -207,7 +227,8 @@ class Tokenizer:
             size = 65536 if self._separable else len(document) or 1
             chunks = [document[i : i + size] for i in range(0, len(document), size)]
             inner = self._at("inside" if number else "start")
-            encodings = inner.encode_batch_fast(chunks, add_special_tokens=False)
+            with telling(FAILS):
+                encodings = inner.encode_batch_fast(chunks, add_special_tokens=False)
             parts += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 

@@ -24,6 +24,7 @@ from dlm.models.config import TransformerConfig
 from dlm.text import byte_level, special_tokens
 from dlm.text.chat import ChatTemplate
 from dlm.text.tokenizer import Tokenizer, ascii_codes, numbers
+from dlm.text.tokenizer import read as read_file
 
 GPT2_TOKENS = 50_257
 
@@ -123,7 +124,7 @@ def read_tokenizer(path: Path, family: Family, shape: TransformerConfig) -> toke
     if shape.vocab_size < GPT2_TOKENS:
         return numbers(shape.vocab_size - 1)
     try:
-        return tokenizers.Tokenizer.from_file(hf_hub_download(family.tokenizer, "tokenizer.json"))
+        return read_file(Path(hf_hub_download(family.tokenizer, "tokenizer.json")))
     except Exception as error:  # of the hub, of the disk and of the Rust side
         reason = str(error).splitlines()[0]
         raise InputError(f"{path} has no tokenizer: put the tokenizer.json of {family.tokenizer} into it (the hub: {reason})") from None
