@@ -68,7 +68,7 @@ def test_options(name: str, conv: int, gpu: Accelerator) -> None:
 
 
 def test_stopping_early(gpu: Accelerator) -> None:
-    writes_the_same(gpu, 10, model={"noise": NOISES["uniform"]}, length=40, steps=6, until_settled=3)
+    writes_the_same(gpu, 10.5, model={"noise": NOISES["uniform"]}, length=40, steps=6, until_settled=3)
 
 
 def test_a_pattern(gpu: Accelerator) -> None:

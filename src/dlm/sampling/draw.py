@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dlm import seeds
 from dlm.errors import MAX_SETTING as MAX_SETTING
-from dlm.errors import in_range
+from dlm.errors import InputError, in_range
 from dlm.protocols import RNG, Draws, SomeDraws
 
 CHUNK_NUMBERS = 2**18
@@ -98,6 +98,23 @@ def _mix(x: Tensor) -> Tensor:
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
     return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+NO_PROBABILITIES = "the model gives no probabilities (nan) where a token is due: its weights, its guidance or the constraint are broken"
+
+
+def sound(logits: Tensor) -> Tensor:
+    """Whether all of these logits or log-probabilities (..., V) make distributions, bool (): none has a NaN, +inf, or -inf alone.
+
+    One pass over them and no copy: a greatest entry is NaN where one is NaN.
+    """
+    return logits.amax(-1).isfinite().all()
+
+
+def check_sound(logits: Tensor) -> None:
+    """InputError unless all of them are `sound`, before any token is drawn from them; every sampler asks it or `sound`."""
+    if logits.numel() and not bool(sound(logits)):
+        raise InputError(NO_PROBABILITIES)
 
 
 def pick(x_BTV: Tensor, token_BT: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from dlm.errors import InputError
 from dlm.protocols import RNG, Denoiser
 from dlm.sampling import windows
-from dlm.sampling.draw import Draw, race
+from dlm.sampling.draw import Draw, check_sound, race
 from dlm.trajectory import Canvas, Frame
 
 
@@ -91,6 +91,7 @@ class AutoregressiveSampler:
                 continue
             rows_A = torch.arange(rows, device=text_BL.device) if len(due) == rows else torch.tensor(due, device=text_BL.device)
             logits_AV = logits_BV if len(due) == rows else logits_BV[rows_A]
+            check_sound(logits_AV)
             logp_AV = logits_AV if self.draw.temperature == 0 else logits_AV.log_softmax(-1)
             drawn_A = self.draw(logp_AV[:, None], [rng[b] for b in due], race).squeeze(1)
             text_BL[rows_A, column] = input_BL[rows_A, column + 1] = drawn_A

@@ -31,7 +31,7 @@ from dlm.sampling.autoregressive.protocols import DraftContext, Drafter, Drafter
 from dlm.sampling.autoregressive.token_draw import TokenDraw
 from dlm.sampling.autoregressive.verification import COUPLINGS, CommonNumbers, FreshNumbers, Verification
 from dlm.sampling.batching import WrittenDistribution
-from dlm.sampling.draw import Draw
+from dlm.sampling.draw import Draw, check_sound
 from dlm.trajectory import Canvas, Frame
 
 
@@ -172,6 +172,8 @@ class SpeculativeRun:
         output = forward(self.text, self.drafts, self.tree, live_B, new_B, self.cache)
         self.forwards += 1
         place_B, token_B = self.verification.verify(output.logits_BPV, self.drafts, self.text.known_B, self.tree)
+        rows_B = torch.arange(len(place_B), device=place_B.device)
+        check_sound(output.logits_BPV[rows_B, place_B].masked_fill(~live_B[:, None], 0.0))  # which the last tokens are drawn from
         self._commit(output, live_B, held_B + new_B, place_B, token_B)
         if decoder.stride > 1:
             self.drafts = self._draft(output, place_B)

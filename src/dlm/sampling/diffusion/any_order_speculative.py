@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dlm.errors import InputError, in_range
+from dlm.errors import in_range
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.schedule import time_when
 from dlm.protocols import RNG, Denoiser, OwnDraws
@@ -21,7 +21,7 @@ from dlm.sampling.diffusion.columns import Columns
 from dlm.sampling.diffusion.network_call import read_at
 from dlm.sampling.diffusion.noisy_text import Active, Ends, NoisyText, check_order, described, phase
 from dlm.sampling.diffusion.protocols import Constraint, Guidance
-from dlm.sampling.draw import MAX_SETTING, Draw, beside, categorical, uniform
+from dlm.sampling.draw import MAX_SETTING, Draw, beside, categorical, check_sound, uniform
 from dlm.trajectory import Canvas, Frame
 
 MAX_DRAFT_TOKENS = 256
@@ -77,10 +77,9 @@ class AnyOrderSpeculativeSampler:
     def log_probs(self, logits_NKV: Tensor) -> Tensor:
         """The distributions that tokens at masks are drawn from, float64. InputError where the network gives none."""
         z_NK = torch.full_like(logits_NKV[..., 0], self.noise.mask_id, dtype=torch.long)
-        logp_NKV = self.draw.shape(self.noise.log_probs(logits_NKV.double(), z_NK))
-        if bool(logp_NKV.isnan().any()):
-            raise InputError("the model gives no probabilities (nan): its weights, its guidance or the constraint leave no token")
-        return logp_NKV
+        logp_NKV = self.noise.log_probs(logits_NKV.double(), z_NK)
+        check_sound(logp_NKV)  # at temperature 0 the shape would hide it
+        return self.draw.shape(logp_NKV)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from dlm.sampling.diffusion.protocols import (
 from dlm.sampling.diffusion.rule_memory import RuleMemory
 from dlm.sampling.diffusion.stopping import Stopping
 from dlm.sampling.diffusion.unmasking import Ancestral
+from dlm.sampling.draw import NO_PROBABILITIES, sound
 from dlm.trajectory import Canvas, Frame
 
 MAX_STEPS = 1_000_000
@@ -159,6 +160,7 @@ class DiffusionRun:
         self.constraint = WindowedConstraint(sampler.constraint, self.text) if sampler.constraint is not None else None
         self.forwards = 0
         self.distribution: WrittenDistribution | None = None
+        self.sound = torch.ones((), dtype=torch.bool)
 
     @property
     def live_B(self) -> Tensor:
@@ -243,6 +245,7 @@ class DiffusionRun:
         z, open_ = (z_AT, move.at_AT) if columns is None else (columns.take(z_AT), columns.real_BC)
         hidden = torch.where(open_, noise.mask_id, z) if isinstance(sampler.rule, EditingRule) else z
         logp = noise.log_probs(logits, hidden, move.t_A)
+        self.sound = sound(logp.amax(-1, keepdim=True).masked_fill(~open_[..., None], 0.0))
         if self.constraint is not None:
             logp = self.constraint.narrow(logp, active, columns)
         kept, valid_AT = self.memory.of(active.rows_A, columns), ~active.beyond_AT
@@ -260,14 +263,15 @@ class DiffusionRun:
         """(positions that are written, positions that are settled), bool (A, T). InputError where a token is due and none was drawn."""
         rule = self.sampler.rule
         if rule.revises:
+            if not bool(self.sound):
+                raise InputError(NO_PROBABILITIES)
             done_A = self.stopping(active.rows_A, step, next_AT, active.block_AT)
             if isinstance(rule, EndingRule):
                 done_A = done_A | rule.done(step, next_AT)
             return at_AT, active.block_AT & done_A[:, None]
         written_AT = at_AT & (next_AT != step.noise.mask_id)
-        waits = getattr(rule, "waits", False) and not bool(step.logp_BTV.isnan().any())
-        if not waits and not bool(written_AT.any(-1).all()):
-            raise InputError("the model gives no probabilities (nan) where a token is due: its weights or its guidance are broken")
+        if not bool(self.sound if getattr(rule, "waits", False) else self.sound & written_AT.any(-1).all()):
+            raise InputError(NO_PROBABILITIES)
         return written_AT, written_AT
 
     def join(self, other: DiffusionRun) -> None:
