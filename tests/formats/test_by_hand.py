@@ -104,7 +104,7 @@ def test_diffullama_is_read_fully_shifted_and_its_mask_is_a_token(tmp_path: Path
     assert apart(lm.predict(z_BT, torch.zeros(2))[:, 1:], expected_BTV[:, :-1]) < NEAR
     assert lm.tokenizer.mask_id == 11
     with pytest.raises(InputError, match="spells the mask"):
-        lm.canvas(lm.tokenizer.inner.id_to_token(11))
+        lm.canvas(str(lm.tokenizer.inner.id_to_token(11)))
     generation = lm.generate([[1, 2, 3]], max_new_tokens=8, steps=4)[0]
     assert generation.sampler == "ancestral"
     assert generation.forwards <= 4

@@ -37,7 +37,7 @@ class TrainConfig:
     tokenizer: str = "chars"  # chars | bytes | bpe:1024 (learned from the text) | path of a tokenizer.json
     network: TransformerConfig = field(default_factory=lambda: TransformerConfig(vocab_size=1, width=192, conv=5))
     objective: str = "diffusion"  # diffusion | autoregressive
-    noise: str | NoiseProcess | type[Any] = "masked"  # masked | uniform | semantic[:lead] | hybrid[:share of uniform noise] | ordered | genmd4
+    noise: str | NoiseProcess | type[Any] = "masked"  # masked | uniform | semantic[:lead] | hybrid[:uniform share] | ordered | genmd4
     noise_schedule: str | NoiseSchedule = "linear"
     clusters: str = "classes"  # of semantic noise: classes | MODEL:COUNT (k-means of its output embedding) | a JSON file
     head: str = "leave-one-out"  # prediction of the network under replacement noise: leave-one-out | posterior
