@@ -41,6 +41,7 @@ class DecodingKeywords(TypedDict, total=False):
     guidance: float
     allow: str | None
     pattern: str | None
+    answer: str | None
     budget: str | None
     schedule: str | None
     light: str | Mapping[str, str] | None
@@ -87,6 +88,8 @@ class DecodingOptions:
     context: tokens of a window that a long text carries into the next.
     guidance: the classifier-free guidance scale; 1: the conditional model itself.
     allow: the only characters that may be written. pattern: a regular expression that the whole text must match.
+    answer: a regular expression that the written part must match, given text apart; a diffusion model fills the rest of its place with
+    white space, an autoregressive one ends there.
     budget: of `sampler="auto"` alone.
     schedule: which model takes which step (`L0.5 H0.5`, `sandwich:0.25`); `auto`: what `dlm schedule search` found. This model is H.
     light: the name of model L, or names by key.
@@ -107,6 +110,7 @@ class DecodingOptions:
     guidance: float = 1.0
     allow: str | None = None
     pattern: str | None = None
+    answer: str | None = None
     budget: str | None = None
     schedule: str | None = None
     light: str | Mapping[str, str] | None = None

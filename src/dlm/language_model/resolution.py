@@ -76,6 +76,7 @@ class DecodingPlan:
     guidance: float = 1.0
     allow: str | None = None
     pattern: str | None = None
+    answer: str | None = None
     schedule: str | None = None
     light: tuple[tuple[str, str], ...] | str | None = None
     draft: Draft | None = None
@@ -177,7 +178,7 @@ def needs_calibration(options: DecodingOptions, facts: Facts) -> bool:
 def _calibrated(options: DecodingOptions, facts: Facts) -> DecodingOptions:
     if facts.calibration is None:
         raise InputError(f"{facts.name} is not on disk: save it, then run dlm calibrate")
-    plain = options.guidance == 1 and options.allow is None and options.pattern is None
+    plain = options.guidance == 1 and options.allow is None and options.pattern is None and options.answer is None
 
     def usable(found: Options) -> bool:
         return plain or registry.get(str(found.get("sampler")), "masked").rule
@@ -219,8 +220,11 @@ def _left_to_right(options: DecodingOptions, facts: Facts, draw: Draw, context: 
         named = named or "revising, guided or constrained text, an early stop, blocks or an approximate cache"
         raise InputError(f"{facts.name} is autoregressive: {named} needs a diffusion model")
     plan = DecodingPlan(word, draw, 0, context, cache=bool(options.cache), exact=True, options=options)
+    plan = replace(plan, answer=options.answer)
     if draft is None:
         return plan
+    if options.answer is not None:
+        raise InputError(f"a text of a given form is written token by token: leave the sampler {word!r} away")
     resolved = _with_numbers(draft, facts)
     word = replace(draft, model=resolved.model).word if options.draft is not None else word
     if not options.cache:
@@ -286,6 +290,7 @@ def _denoising(options: DecodingOptions, facts: Facts, draw: Draw, context: int)
         options.guidance,
         options.allow,
         options.pattern,
+        options.answer,
         options.schedule,
         light,
         exact=registry.is_exact(word, facts.noise, steps=steps, tokens=block_length or facts.window, cache=options.cache),

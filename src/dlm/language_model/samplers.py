@@ -36,6 +36,7 @@ from dlm.sampling.autoregressive.protocols import Drafter
 from dlm.sampling.autoregressive.speculative import SpeculativeDecoder
 from dlm.sampling.diffusion import cache_policies
 from dlm.sampling.diffusion.any_order_speculative import AnyOrderSpeculativeSampler
+from dlm.sampling.diffusion.automaton import Automaton
 from dlm.sampling.diffusion.canvases import CanvasSampler
 from dlm.sampling.diffusion.constraints import AllowedTokens, Pattern, both
 from dlm.sampling.diffusion.guidance import ClassifierFree
@@ -133,7 +134,7 @@ def _policy(plan: DecodingPlan, model: Model, *, by_blocks: bool) -> CachePolicy
 
 def _canvases(plan: DecodingPlan, model: Model, network: CanvasNetwork) -> CanvasSampler:
     """InputError for guidance, constraints and caches."""
-    if plan.guidance != 1 or plan.allow is not None or plan.pattern is not None or isinstance(plan.cache, str):
+    if plan.guidance != 1 or plan.allow is not None or plan.pattern is not None or plan.answer is not None or isinstance(plan.cache, str):
         raise InputError(f"{model.name} is denoised canvas by canvas: leave guidance, constraints and caches away")
     rule = registry.make(plan.word, plan.draw, model.noise, plan.greedy_tail)
     if isinstance(rule, EntropyBound):
@@ -144,7 +145,12 @@ def _canvases(plan: DecodingPlan, model: Model, network: CanvasNetwork) -> Canva
 def _plain(plan: DecodingPlan, model: Model) -> AutoregressiveSampler:
     cache, start = model.network.cache if plan.cache else None, model.config.start_token_id
     mask_id = model.tokenizer.mask_id
-    return AutoregressiveSampler(model.network, mask_id, model.window, cache, plan.draw, plan.context, model.name, start, model.stops)
+    form = None if plan.answer is None else _form(plan.answer, model)
+    return AutoregressiveSampler(model.network, mask_id, model.window, cache, plan.draw, plan.context, model.name, start, model.stops, form)
+
+
+def _form(answer: str, model: Model) -> Automaton:
+    return Automaton.written(answer, model.tokenizer.spelling, model.config.network.vocab_size)
 
 
 def _speculative(plan: DecodingPlan, draft: Draft, model: Model) -> SpeculativeDecoder:
@@ -255,7 +261,7 @@ def _denoiser(plan: DecodingPlan, model: Model) -> Denoiser:
 
 
 def _constraint(plan: DecodingPlan, model: Model) -> Constraint | None:
-    if plan.allow is None and plan.pattern is None:
+    if plan.allow is None and plan.pattern is None and plan.answer is None:
         return None
     tokenizer, size = model.tokenizer, model.config.network.vocab_size
     parts: list[AllowedTokens | Pattern] = []
@@ -266,10 +272,16 @@ def _constraint(plan: DecodingPlan, model: Model) -> Constraint | None:
             ids = [i for i, piece in tokenizer.pieces().items() if piece and set(piece) <= set(plan.allow)]
             parts.append(AllowedTokens(ids, size, tokenizer.mask_id))
     if plan.pattern is not None:
-        pattern = Pattern.compile(plan.pattern, tokenizer.spelling, size)
-        ends = model.stops | frozenset(tokenizer.control.values())  # a text that ended before its pattern does would not match
-        parts.append(pattern.restricted([i for i in range(size) if i not in ends]) if ends else pattern)
+        parts.append(_without_ends(Pattern.compile(plan.pattern, tokenizer.spelling, size), model))
+    if plan.answer is not None:
+        parts.append(_without_ends(Pattern(_form(f"(?:{plan.answer})[ \n]*", model)), model))
     return both(*parts)
+
+
+def _without_ends(pattern: Pattern, model: Model) -> Pattern:
+    """A text that ended before its pattern does would not match."""
+    ends = model.stops | frozenset(model.tokenizer.control.values())
+    return pattern.restricted([i for i in range(model.config.network.vocab_size) if i not in ends]) if ends else pattern
 
 
 def _in_parts(characters: str, tokenizer: Tokenizer) -> bool:

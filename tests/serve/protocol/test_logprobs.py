@@ -24,10 +24,10 @@ from serve.serving import Served, serving, shape, wait
 pytest.importorskip("fastapi")
 
 
-def of_bytes(start: int | None = -1, *, diffusion: bool = False) -> LanguageModel:
+def of_bytes(start: int | None = -1, *, diffusion: bool = False, window: int = 32) -> LanguageModel:
     """A model of byte-level BPE, most of whose tokens are parts of characters. start: its start token, -1 the mask, None none."""
     tokenizer = Tokenizer(byte_level())
-    network = TransformerConfig(tokenizer.ids, 32, 1, 2, width=32, attention="full" if diffusion else "causal")
+    network = TransformerConfig(tokenizer.ids, window, 1, 2, width=32, attention="full" if diffusion else "causal")
     made = Transformer(network)
     with torch.no_grad():
         for parameter in made.parameters():

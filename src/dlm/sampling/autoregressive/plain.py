@@ -17,6 +17,8 @@ import torch
 from dlm.errors import InputError
 from dlm.protocols import RNG, Denoiser
 from dlm.sampling import windows
+from dlm.sampling.autoregressive.guide import Guide
+from dlm.sampling.diffusion.automaton import Automaton
 from dlm.sampling.draw import Draw, check_sound, race
 from dlm.trajectory import Canvas, Frame
 
@@ -42,7 +44,7 @@ class AutoregressiveSampler:
     """Continue prompts. make_cache(rows, positions) gives an empty KV cache; without it every forward pass reads the whole window.
 
     start: the token that is read before a window, -1 for the mask, None for nothing. stop: tokens that end a row; positions after one
-    stay free. InputError for settings out of range.
+    stay free. form: of the text that each row writes. InputError for settings out of range.
     """
 
     denoiser: Denoiser
@@ -54,6 +56,7 @@ class AutoregressiveSampler:
     model: str = ""
     start: int | None = -1
     stop: frozenset[int] = frozenset()
+    form: Automaton | None = None
 
     def __post_init__(self) -> None:
         windows.check(self.window, self.context)
@@ -68,6 +71,7 @@ class AutoregressiveSampler:
         text_BL = torch.where(free_BL, self.mask_id, canvas.tokens_BT)
         input_BL = torch.cat([torch.full_like(text_BL[:, :1], self.mask_id), text_BL], 1)  # input j predicts text j
         open_BL, begin = free_BL.clone(), 0
+        guides = self._guides(canvas)
         done_B = torch.zeros_like(free_BL[:, 0])
         stop_S = torch.tensor(sorted(self.stop), dtype=torch.long, device=text_BL.device)
         cache, read = self._empty(rows, length), 0  # read: inputs of this window in the cache
@@ -86,6 +90,9 @@ class AutoregressiveSampler:
             logits_BV = self.denoiser(tokens, cache=cache, at_BQ=last_BQ)[:, -1].float().clone()
             read = column - begin + 1 if cache is not None else 0
             logits_BV[:, self.mask_id] = -torch.inf
+            for b, guide in enumerate(guides):
+                if bool(free_BL[b, column]) and not bool(done_B[b]):
+                    logits_BV[b, ~guide.allowed(int(free_BL[b, column + 1 :].sum())).to(logits_BV.device)] = -torch.inf
             due = [b for b, one in enumerate((free_BL[:, column] & ~done_B).tolist()) if one]
             if not due:  # all that are open here have ended; others begin later
                 continue
@@ -97,9 +104,19 @@ class AutoregressiveSampler:
             text_BL[rows_A, column] = input_BL[rows_A, column + 1] = drawn_A
             open_BL[rows_A, column] = False
             done_B[rows_A] = torch.isin(drawn_A, stop_S)
+            for b, token in zip(due if guides else (), drawn_A.tolist(), strict=False):
+                guides[b].take(token)
+                done_B[b] |= guides[b].ended
             yield Frame(text_BL.clone(), ~open_BL, open_BL.double().sum(-1) / length, self.model, forwards)
-            if self.stop and bool((done_B | ~(free_BL[:, column + 1 :].any(-1))).all()):
+            if (self.stop or guides) and bool((done_B | ~(free_BL[:, column + 1 :].any(-1))).all()):
                 return
+
+    def _guides(self, canvas: Canvas) -> list[Guide]:
+        """One a row, where the text has a form."""
+        if self.form is None:
+            return []
+        given_B, free_B = canvas.given_BT.any(1).tolist(), canvas.free_BT.sum(1).tolist()
+        return [Guide(self.form, free, prompted=given, stops=self.stop) for given, free in zip(given_B, free_B, strict=True)]
 
     def _empty(self, rows: int, length: int) -> Any:
         return self.make_cache(rows, min(self.window, length)) if self.make_cache else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ from dlm.errors import InputError
 from dlm.spelling import REPLACEMENT, Part, Spelling
 
 DEAD, START = 0, 1
+MAX_MOVES = 2**27
+"""Of an automaton, states times kinds of tokens, of eight bytes each."""
 
 CONTINUES = range(0x80, 0xC0)
 BYTES: dict[str, list[tuple[range, str]]] = {
@@ -223,6 +225,11 @@ class Automaton:
         return cls._made(regex, _letters(regex), pieces, vocab_size)
 
     @classmethod
+    def written(cls, regex: str, spelling: Spelling, vocab_size: int) -> Automaton:
+        """Written tokens together match an expression; given ones are free. InputError as of `compile`, and for one that is too large."""
+        return _written(regex, spelling, vocab_size)
+
+    @classmethod
     def of_set(cls, characters: str, pieces: Spelling | Mapping[int, str], vocab_size: int) -> Automaton:
         """Written tokens hold these characters alone; given ones are free, and stand between whole characters."""
         return cls._made(f"[{characters}]*", Letters.of_set(characters), pieces, vocab_size, skips_given=True)
@@ -243,6 +250,8 @@ class Automaton:
             first = inner if part.first is None else automaton.classes(part.first)
             kind_V[token] = column_of.setdefault((inner, first), len(column_of) + 1)
         size = len(automaton.accept_S)
+        if size * len(column_of) > MAX_MOVES:
+            raise InputError("the expression has too many states for this vocabulary: make it simpler")
         states_S = torch.arange(size)
         next_SK = torch.full((size + begins, len(column_of) + 1), DEAD)
         for (inner, first), column in column_of.items():
@@ -295,6 +304,11 @@ class Automaton:
         by_EK = torch.zeros(len(pair_E), kinds)
         by_EK[edge_N, kind_N] = 1
         return pair_E // states, pair_E % states, by_EK
+
+
+@lru_cache(maxsize=16)
+def _written(regex: str, spelling: Spelling, vocab_size: int) -> Automaton:
+    return Automaton._made(regex, _letters(regex), spelling, vocab_size, skips_given=True)
 
 
 def _usable(part: Part) -> bool:

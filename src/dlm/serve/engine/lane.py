@@ -29,18 +29,23 @@ class Solo:
 
     def __init__(self, sampler: Sampler, canvas: Canvas, rng: RNG, mask_id: int) -> None:
         self.frames = sampler.steps(canvas, rng=rng)
+        self.next: Frame | None = None
         tokens_BT = torch.where(canvas.free_BT, mask_id, canvas.tokens_BT)
         self.last = Frame(tokens_BT, ~canvas.free_BT, torch.ones(len(tokens_BT)), "", 0)
 
     @property
     def live_B(self) -> Tensor:
-        return (~self.last.settled_BT).any(-1)
+        open_B = (~self.last.settled_BT).any(-1)
+        if bool(open_B.any()) and self.next is None:  # a text may end before its place
+            self.next = next(self.frames, None)
+        return open_B if self.next is not None else torch.zeros_like(open_B)
 
     def frame(self) -> Frame:
         return self.last
 
     def step(self) -> Frame:
-        self.last = next(self.frames)
+        self.last = next(self.frames) if self.next is None else self.next
+        self.next = None
         return self.last
 
     def join(self, other: Solo) -> None:
@@ -112,6 +117,7 @@ class Lane:
         for group in self.groups:
             try:
                 frame = on_cpu(group.run.step())
+                live = group.run.live_B.cpu().tolist()
                 self.forwards += 1
                 self.rows += len(group.jobs)
             except Exception as error:
@@ -119,7 +125,7 @@ class Lane:
                 continue
             for row, job in enumerate(group.jobs):
                 job.step(frame, row, group.run.distribution)
-            done += self._leave(group, group.run.live_B.cpu().tolist())
+            done += self._leave(group, live)
         for job in done:
             job.end()
         self.groups = [group for group in self.groups if group.jobs]

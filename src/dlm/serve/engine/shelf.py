@@ -18,7 +18,7 @@ from dlm.sampling.autoregressive.draft import Draft
 from dlm.serve.engine import cost
 from dlm.serve.engine.job import Event, Job
 from dlm.serve.engine.scoring import Scorer
-from dlm.serve.protocol import schema
+from dlm.serve.protocol import json_schema, schema
 from dlm.spelling import REPLACEMENT
 from dlm.trajectory import Canvas
 
@@ -132,13 +132,15 @@ class Shelf:
             schedule=request.schedule,
             light=request.light,
         )
+        if isinstance(request, schema.ChatRequest):
+            options = replace(options, answer=_form(request.response_format))
         if getattr(request, "messages", None) is not None:
             options = lm.for_chat(options)
         plan = lm.resolve(options)
         if request.lossless and not plan.exact:
             raise InputError(f"the sampler {plan.word!r} approximates: lossless goes with {', '.join(lm.exact_samplers)}")
         word = plan.word
-        if plan.draft is None and not lm.is_diffusion:
+        if plan.draft is None and not lm.is_diffusion and plan.answer is None:
             plan = replace(plan, draft=ROW_BY_ROW)
         if plan.draft is None:
             lm.build(plan)  # raises now for options that do not go together
@@ -185,6 +187,13 @@ class Shelf:
             "infills": lm.is_diffusion and not lm.is_causal,
         }
         return {"id": lm.name, "object": "model", "created": self.created, "owned_by": "dlm", "dlm": facts}
+
+
+def _form(asked: schema.TextFormat | schema.ObjectFormat | schema.SchemaFormat | None) -> str | None:
+    """The expression of the answers that were asked for; None for any text."""
+    if isinstance(asked, schema.SchemaFormat):
+        return json_schema.expression(asked.json_schema.schema_)
+    return json_schema.any_object() if isinstance(asked, schema.ObjectFormat) else None
 
 
 def _draft_models(word: str | None) -> list[str]:

@@ -70,6 +70,8 @@ class Answer:
         """InputError for a prompt that cannot be continued as asked."""
         lm, n = plan.model, asked.n or 1
         if isinstance(asked, schema.ChatRequest):
+            if plan.decoding.answer is not None and asked.logprobs and not lm.is_diffusion:
+                raise InputError("an answer of a given form has no logprobs: leave logprobs or response_format away")
             made = [_conversation(lm, asked)]
             records = (asked.top_logprobs or 0) if asked.logprobs else None
             ident = "chatcmpl-"

@@ -95,6 +95,24 @@ class TextFormat(Strict):
     type: Literal["text"]
 
 
+class ObjectFormat(Strict):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Strict):
+    """A JSON schema, as OpenAI's clients send it."""
+
+    name: Word | None = None
+    description: Text | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
 class ChatRequest(OpenAI):
     """POST /v1/chat/completions."""
 
@@ -104,7 +122,7 @@ class ChatRequest(OpenAI):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    response_format: TextFormat | None = None
+    response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
     metadata: dict[str, Any] | None = None
     store: Literal[False] | None = None
 
