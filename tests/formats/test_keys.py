@@ -401,7 +401,7 @@ UNUSED = {  # in the golden configs: layer_types are all full, no window is beyo
     "sliding_window",
     "use_sliding_window",
 }
-SAME = [("router_num_group", 1), ("router_num_group", True)]
+SAME = [("router_num_group", 1)]
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.parent.name)

@@ -138,5 +138,6 @@ def told(value: Any) -> str:
 def require(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
     """InputError for a key with a value that the backbone does not have; an absent key has its default."""
     for key, values in allowed.items():
-        if config.get(key, values[0]) not in values:
-            raise InputError(f"{key} = {told(config[key])} is not supported (only {' or '.join(repr(value) for value in values)})")
+        found = config.get(key, values[0])
+        if not any(found == value and isinstance(found, bool) == isinstance(value, bool) for value in values):  # 0 is not false
+            raise InputError(f"{key} = {told(found)} is not supported (only {' or '.join(repr(value) for value in values)})")
