@@ -22,7 +22,7 @@ from tokenizers import models as bpe
 from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.formats.keys import Keys, require, told
+from dlm.formats.keys import Keys, require, shown, told
 from dlm.formats.names import Names
 from dlm.formats.native import CONVERTIBLE, KINDS
 from dlm.formats.stored import Stored
@@ -315,7 +315,7 @@ def _stored(header: Header, path: Path) -> dict[str, Stored]:
         try:
             own = names.ours(name)
         except KeyError:
-            raise InputError(f"{path} has a tensor {name}, which no {KINDS} model has: it is of another architecture") from None
+            raise InputError(f"{path} has a tensor {shown(name)}, which no {KINDS} model has: it is of another architecture") from None
         if own is not None:
             stored[own] = Stored(shape, partial(_tensor, header, name, path, groups.get(name.split(".")[-2])))
     return stored
@@ -340,9 +340,9 @@ def _tensor(header: Header, name: str, path: Path, interleaved: int | None = Non
         raw = np.frombuffer(header.data, dtype=np.uint8, count=count, offset=begin).reshape(row)
         values = quants.dequantize(raw, kind)
     except NotImplementedError as error:
-        raise InputError(f"{path}: {name} is quantized in a way that the gguf package cannot read ({error})") from None
-    except ValueError as error:
-        raise InputError(f"{path} is no whole GGUF file ({name}: {error}): fetch it again") from None
+        raise InputError(f"{path}: {shown(name)} is quantized in a way that the gguf package cannot read ({error})") from None
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"{path} is no whole GGUF file ({shown(name)}: {error}): fetch it again") from None
     tensor = torch.from_numpy(np.array(values, dtype=np.float32, copy=None if values.flags.writeable else True))
     del raw, values
     if hasattr(header.data, "madvise"):  # what has been read need not stay in memory
@@ -352,7 +352,7 @@ def _tensor(header: Header, name: str, path: Path, interleaved: int | None = Non
         try:
             return tensor.view(interleaved, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
         except (RuntimeError, TypeError) as error:
-            raise InputError(f"{path} contradicts itself ({name}: {str(error).splitlines()[0]})") from None
+            raise InputError(f"{path} contradicts itself ({shown(name)}: {str(error).splitlines()[0]})") from None
     return tensor
 
 

@@ -126,13 +126,18 @@ class Keys(Mapping[str, Any]):
         """InputError for the first key that was neither read nor is `harmless`, which says that it changes no logit."""
         for key, value in sorted(self.unread().items()):
             if key not in harmless:
-                raise InputError(f"{where}: dlm does not know the key {key} = {told(value)}: take it out if it changes no logit")
+                raise InputError(f"{where}: dlm does not know the key {shown(key)} = {told(value)}: take it out if it changes no logit")
+
+
+def shown(name: str) -> str:
+    """A name of a file as messages show it: on one line, without quotes."""
+    return repr(name)[1:-1]
 
 
 def told(value: Any) -> str:
     """A value as messages show it, on one line."""
-    shown = repr(value)
-    return shown if len(shown) <= SHOWN else shown[:SHOWN] + " .."
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[:SHOWN] + " .."
 
 
 def require(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dlm.errors import InputError
+from dlm.formats.keys import shown
 from dlm.formats.stored import Stored
 
 NUMBER = re.compile(r"\.(\d+)\.")
@@ -57,7 +58,7 @@ class Names:
             try:
                 own = self.ours(name)
             except KeyError:
-                raise InputError(f"{where} has a tensor {name}, which no {kinds} model has: it is of another architecture") from None
+                raise InputError(f"{where} has a tensor {shown(name)}, which no {kinds} model has: it is of another architecture") from None
             tensor = state.pop(name)
             if own is not None:
                 found[own] = tensor

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from dlm.errors import InputError
 from dlm.files import check_stamp, check_types, read_json, read_object, replacing_files, stamp
 from dlm.formats.find import find as find
+from dlm.formats.keys import shown
 from dlm.formats.stored import Stored
 from dlm.models import networks
 from dlm.models.config import TransformerConfig
@@ -302,7 +303,7 @@ def weights(path: Path, *, copied: bool = False) -> dict[str, Stored]:
     stored: dict[str, Stored] = {}
     for name in names:
         if Path(str(name)).name != name or not (path / name).is_file():
-            raise InputError(f"{path} lacks {name}: the checkpoint is not whole, fetch or train it again")
+            raise InputError(f"{path} lacks {shown(str(name))}: the checkpoint is not whole, fetch or train it again")
         try:
             file: Any = safe_open(path / name, framework="pt")
             for tensor in file.offset_keys():
@@ -311,7 +312,7 @@ def weights(path: Path, *, copied: bool = False) -> dict[str, Stored]:
         except SafetensorError as error:
             raise InputError(f"{path}/{name} is truncated or damaged ({error}): fetch or train it again") from None
     if lost := sorted(promised - stored.keys()):
-        raise InputError(f"{path} lacks the tensor {lost[0]}, which its index names: fetch the checkpoint again")
+        raise InputError(f"{path} lacks the tensor {shown(lost[0])}, which its index names: fetch the checkpoint again")
     for scaled in [name for name in stored if name + SCALE in stored]:
         stored[scaled] = stored[scaled].times(stored.pop(scaled + SCALE))
     return stored
@@ -356,7 +357,8 @@ def assemble(
     shapes = {name: tuple(p.shape) for name, p in network.state_dict().items() if not config.network.tied or name != "head.weight"}
     wrong = [n for n in shapes.keys() | stored.keys() if shapes.get(n) != (stored[n].shape if n in stored else None)]
     if wrong:
-        raise InputError(f"the weights in {path} do not fit its config.json (first: {sorted(wrong)[0]}); another vocabulary or size?")
+        first = shown(sorted(wrong)[0])
+        raise InputError(f"the weights in {path} do not fit its config.json (first: {first}); another vocabulary or size?")
     left = Counter(map(_part, stored))
     for name in list(stored):
         tensor, part = stored.pop(name).read(), _part(name)
