@@ -297,4 +297,4 @@ def test_a_row_that_is_checked_alone_and_in_a_batch(word: str) -> None:
     for row, prompt in enumerate(prompts):
         alone = lm.generate([prompt], seed=1 + row, **options)[0]  # type: ignore[call-overload]
         assert both[row].text == alone.text
-        assert both[row].trajectory.current_BT[0].tolist()[: len(prompt) + 16] == alone.trajectory.current_BT[0].tolist()
+        assert both[row].trajectory.current_BT[row].tolist()[: len(prompt) + 16] == alone.trajectory.current_BT[0].tolist()
