@@ -278,6 +278,14 @@ def test_an_expression_that_cannot_be_used_is_told_in_one_line(regex: str) -> No
     assert "\n" not in str(caught.value)
 
 
+def test_an_expression_whose_automaton_explodes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlm.sampling.diffusion.automaton.MAX_EVENTS", 10_000)  # the default takes seconds to reach
+    with pytest.raises(InputError, match="too many states, make it simpler"):
+        Pattern.compile("(a|b)*a(a|b){12}", PIECES, V)
+    assert sys.getprofile() is None
+    Pattern.compile("(a|b)*a", PIECES, V)
+
+
 def test_a_missing_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "interegular", None)
     with pytest.raises(InputError, match=re.escape("pip install 'dlm[constraints]'")):

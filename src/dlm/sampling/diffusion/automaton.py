@@ -10,7 +10,9 @@ E its edges.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -24,6 +26,9 @@ from dlm.spelling import REPLACEMENT, Part, Spelling
 DEAD, START = 0, 1
 MAX_MOVES = 2**27
 """Of an automaton, states times kinds of tokens, of eight bytes each."""
+
+MAX_EVENTS = 1_000_000
+"""Calls and returns of functions, Python's and C's, that the library may take for one expression: less than ten seconds."""
 
 CONTINUES = range(0x80, 0xC0)
 BYTES: dict[str, list[tuple[range, str]]] = {
@@ -88,6 +93,26 @@ def plain(regex: str) -> str:
     return item.sub(lambda one: re.sub(r"^\[(\^?)\]", r"[\1\\]", one[0]), regex[begin:after])  # []a] is a class of two
 
 
+@contextmanager
+def _bounded(events: int) -> Iterator[None]:
+    """Ends the work of this thread with an error after so many calls and returns: determinisation can take exponential time, and the
+    library knows no limit."""
+    before, left = sys.getprofile(), events
+
+    def count(*_event: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            sys.setprofile(before)
+            raise RuntimeError("it has too many states, make it simpler")
+
+    sys.setprofile(count)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
 def _letters(regex: str) -> Letters:
     """The automaton of an expression. InputError as `plain`."""
     try:
@@ -96,7 +121,8 @@ def _letters(regex: str) -> Letters:
         raise InputError("regular expressions need the constraints extra: pip install 'dlm[constraints]'") from None
     readable = plain(regex)
     try:
-        fsm = interegular.parse_pattern(readable).to_fsm()
+        with _bounded(MAX_EVENTS):
+            fsm = interegular.parse_pattern(readable).to_fsm()
     except Exception as error:  # it raises bare Exceptions, and others by mistake
         reason = str(error).partition("\n")[0] or "an automaton lacks something that it uses"
         raise InputError(f"{regex!r} cannot be used as a constraint: {reason}") from None
