@@ -15,7 +15,7 @@ LEVEL0 = {"trajectory", "protocols"}
 ALLOWED = {
     "errors": set(),
     "spelling": set(),
-    "bundled": {"errors"},
+    "bundled": {"errors", "files"},
     "files": {"errors"},
     "plugins": {"errors"},
     "seeds": {"errors"},

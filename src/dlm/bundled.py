@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from dlm.errors import InputError
+from dlm.files import read_json
 
 PACKAGE = Path(str(resources.files("dlm")))
 CHECKPOINTS, DATASETS = PACKAGE / "checkpoints", PACKAGE / "datasets"
@@ -20,6 +21,12 @@ ADAPTER = "adapter.json"
 def models() -> dict[str, Path]:
     """Directories of bundled checkpoints."""
     return {file.parent.name: file.parent for file in sorted(CHECKPOINTS.glob("*/config.json"))}
+
+
+def text_models() -> list[str]:
+    """Names of the bundled models that write text, `shakespeare-mask` first; the others fill in grids."""
+    grids = {name for name, path in models().items() if read_json(path / "config.json")["network"].get("axes")}
+    return sorted(models().keys() - grids, key=lambda name: (name != "shakespeare-mask", name))
 
 
 def chat_sampling(path: Path) -> dict[str, float]:

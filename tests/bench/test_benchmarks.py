@@ -25,6 +25,7 @@ QUICK = {
     "model_schedules": ["--quick"],
     "noise": ["steps", "--quick"],
     "open_models": ["--small", "--methods", "transformers,dlm,early-end,int4 dual"],
+    "orders": ["--quick"],
     "samplers": ["--quick"],
     "sampling": ["--quick"],
     "scaling": ["--quick"],

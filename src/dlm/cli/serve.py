@@ -30,7 +30,9 @@ from dlm.errors import InputError
 def serve(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MODELS", show_default="all bundled models", help="Bundled names, directories, GGUF files or hub ids."),
+        typer.Argument(
+            metavar="MODELS", show_default="the bundled models of text", help="Bundled names, directories, GGUF files or hub ids."
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
@@ -66,7 +68,7 @@ def serve(
         raise InputError("--family and --bridge say what one checkpoint is: name that model alone")
     if not 0 <= port <= 65535 or deadline <= 0 or min(max_body, max_length, max_steps, max_positions) < 1:
         raise InputError("--port lies in 0 .. 65535; --deadline and the other limits are above 0")
-    names = models or sorted(bundled.models(), key=lambda name: name != "shakespeare-mask")
+    names = models or bundled.text_models()
     check_names(names, dtype)
     from dlm.serve import run
     from dlm.serve.engine.cost import CostLimits
