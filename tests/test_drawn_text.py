@@ -293,13 +293,13 @@ const {{ events, lock, write, text }} = JSON.parse(readFileSync(0, "utf8"));
 const [[, begin], ...rest] = events, trace = new Trace(begin);
 for (const [name, data] of rest) if (name === "step") trace.add(data);
 trace.over = true;
-const pane = {{ trace, locked: editor.given(begin), edited: new Map() }};
+const pane = {{ trace, locked: editor.given(begin), edited: new Map(), own: new Set() }};
 for (const i of lock) if (!pane.locked.has(i)) editor.toggle(pane, i);
-const kept = editor.canvas(pane);
+const kept = editor.canvas(pane).canvas;
 editor.rewrite(pane, write, text);
-const rewritten = editor.canvas(pane);
+const rewritten = editor.canvas(pane).canvas;
 editor.toggle(pane, write);
-process.stdout.write(JSON.stringify({{ kept, rewritten, loose: editor.canvas(pane) }}));
+process.stdout.write(JSON.stringify({{ kept, rewritten, loose: editor.canvas(pane).canvas }}));
 """
 
 

@@ -284,7 +284,7 @@ def test_prompts(dlm: Dlm, tmp_path: Path) -> None:
     assert tuple(x_BT[0].tolist()) not in drawn
 
     (Path("out") / distillation_data.FILE).write_text("{}\n{]")
-    with pytest.raises(InputError, match=r"texts.jsonl is missing or damaged"):
+    with pytest.raises(InputError, match=r"texts.jsonl is damaged"):
         distillation_data.from_base(Path("out") / distillation_data.FILE, None, 60)
     plain = load(str(base))
     plain.chat = ChatTemplate()
@@ -331,12 +331,12 @@ def test_bad_input(dlm: Dlm, base_dir: Path, masked_dir: Path, text: Path) -> No
         ((base, "--self-distill", "9", "--length", "16", "--prompts", "nowhere"), "no prompts at nowhere"),
         ((base, "--self-distill", "9", "--length", "16", "--prompts", "empty.txt"), "empty.txt is empty"),
         ((base, *data), "length must lie in 6 (stride + 2) .. 32 (the window of tiny-base), got 256"),
-        ((base, *data, "--stride", "1"), "a stride counts from 2"),
-        ((base, *data, "--rank", "0"), "a rank from 1"),
+        ((base, *data, "--stride", "1"), "'--stride': must be at least 2"),
+        ((base, *data, "--rank", "0"), "'--rank': must be at least 1"),
         ((base, *data, "--targets", "q,w"), "adapter targets are some of q, k, v, out, up, down, gate; got q, w"),
         ((base, *data, "--loss", "mse"), "unknown loss 'mse'; known: kl, ce"),
         ((base, *data, "--lr", "0"), "lr must be above 0"),
-        ((base, *data, "--steps", "0"), "steps must be at least 1"),
+        ((base, *data, "--steps", "0"), "'--steps': must be at least 1"),
         ((base, "--data", "nowhere", "--length", "16"), "no data at nowhere"),
         ((str(masked_dir), *data), "is a diffusion model already: convert an autoregressive one"),
     ):

@@ -95,7 +95,7 @@ def test_convert_and_generate(dlm: Dlm, base_dir: Path, text: Path) -> None:  # 
     assert "has no heads to draft with: give --adapter DIRECTORY" in dlm.told("generate", "--model", str(base_dir), "--sampler", "heads:3")
     assert "resume with the same" in dlm.told(*words[:-4], "--steps", "130", "--out", "out", "--resume", "--heads", "3")
     assert "leave --full or --heads away" in dlm.told(*words, "--steps", "9", "--full")
-    assert "heads count from 1" in dlm.told(*words, "--steps", "9", "--heads", "-1")
+    assert "invalid value for '--heads': must be at least 0" in dlm.told(*words, "--steps", "9", "--heads", "-1")
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def test_it_serves_until_ctrl_c(masked_dir: Path) -> None:
         (["--port", "99999"], "--port"),
         (["--deadline", "0"], "--deadline"),
         (["--max-batch", "0"], "--max-batch"),
-        (["--adapter", "x"], "name that model alone"),
+        (["--adapter", "auto"], "name that model alone"),
     ],
     ids=str,
 )

@@ -250,7 +250,10 @@ def test_a_preview_may_hold_anything(text: Path, tmp_path: Path) -> None:
         ("estimator=any_order noise=uniform", "uniform noise has no estimator any_order: --set estimator=auto"),
         ("estimator=counted", "masked noise has no estimator counted: --set estimator=auto"),
         ("estimator=counted noise=uniform noise_schedule=log-linear", "does not run from 1 to 0"),
-        ("noise=odd", "unknown noise 'odd'; known: masked, uniform, semantic, hybrid, gidd, score"),
+        (
+            "noise=odd",
+            "unknown noise 'odd'; did you mean ordered[?] known: masked, .*, ordered, genmd4",
+        ),
         ("noise=uniform:2", "uniform noise has no setting, got 'uniform:2'"),
         ("noise=hybrid:x", "'x' is no number"),
         ("noise=uniform clusters=groups.json", "uniform noise has no clusters"),

@@ -267,7 +267,7 @@ def test_bad_input(dlm: Dlm, task_files: Path, masked_dir: Path) -> None:
     model = str(masked_dir)
     assert "give --data, a text to measure, or --tasks" in dlm.told("eval", model)
     assert "not both" in dlm.told("eval", model, "--tasks", "choice", "--data", "shakespeare")
-    assert "no directory nowhere" in dlm.told("eval", model, "--tasks", "choice", "--include-path", "nowhere")
+    assert "dir 'nowhere' does not exist" in dlm.told("eval", model, "--tasks", "choice", "--include-path", "nowhere")
     assert "name=value" in dlm.told("eval", model, "--tasks", "choice", "--model-args", "steps")
     assert "unknown option 'stepps'" in dlm.told("eval", model, "--tasks", "choice", "--model-args", "stepps=4")
     with pytest.raises(InputError, match="batch_size 'many'"):

@@ -95,6 +95,6 @@ def test_bad_files_get_one_line(dlm: Dlm, tmp_path: Path, case: str) -> None:
 
 
 def test_a_missing_file_and_a_model_without_reference(dlm: Dlm, tmp_path: Path, masked_dir: Path) -> None:
-    assert "no file" in dlm.told("verify", str(GOLDEN / "llada"), "--cases", str(tmp_path / "none.json"))
+    assert "none.json' does not exist" in dlm.told("verify", str(GOLDEN / "llada"), "--cases", str(tmp_path / "none.json"))
     told = dlm.told("verify", str(masked_dir), "--cases", str(GOLDEN / "llada" / "generations.json"))
     assert "has no reference sampler here" in told

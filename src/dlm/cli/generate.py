@@ -241,12 +241,12 @@ def generate(
     _hint(prompt, name or model)
 
     def opened(wanted: str) -> LanguageModel:
-        lm = load(wanted, device, dtype, adapter, deterministic, compile, family, bridge, trust_remote_code)
-        _hint_chat(lm, wanted, prompt)
-        return lm
+        return load(wanted, device, dtype, adapter, deterministic, compile, family, bridge, trust_remote_code)
 
     runs = _runs(entries, opened, [prompt] * samples if samples > 1 else prompt, layout, options, seed)
     paths = _paths(save, list(runs))
+    for entry, run in zip(entries, runs.values(), strict=False):  # a label that stands twice is one run
+        _hint_chat(run.model, entry.model, prompt)
     set_threads(threads, [run.model for run in runs.values()], rows=samples)
     console = Console(stderr=as_json)
     watching = watch and console.is_terminal

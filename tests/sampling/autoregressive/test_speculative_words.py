@@ -98,7 +98,7 @@ def test_bad_words_are_told(dlm: Dlm, autoregressive_dir: Path, masked_dir: Path
         "draft:a,b",
     ):
         assert "stride, floor" in dlm.told(*words, bad), bad
-    assert "floor lies in" in dlm.told(*words, "lookup:4,2")
+    assert "floor of a draft must be at least 0 and at most 1" in dlm.told(*words, "lookup:4,2")
     assert "must be autoregressive" in dlm.told(*words, f"draft:{masked_dir}")
     assert "another vocabulary" in dlm.told(*words, f"draft:{tmp_path / 'other'}")
     assert "against a cache" in dlm.told(*words, "lookup", "--cache", "none")

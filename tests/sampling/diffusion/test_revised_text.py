@@ -230,7 +230,7 @@ def test_words_become_rules() -> None:
         ("confidence:0", "masked", "threshold must be above 0 and at most 1"),
         ("predictor-corrector:-1", "masked", "corrector must be at least 0 and at most 1e.09, got -1.0"),
         ("predictor-corrector:inf", "uniform", "corrector must be at least 0 and at most 1e.09, got inf"),
-        ("entropy-bound:nan", "uniform", "entropy bound in nats must be at least 0 and at most 1e.09, got nan"),
+        ("entropy-bound:nan", "uniform", "bound must be at least 0 and at most 1e.09, got nan"),
         ("worst:0", "hybrid", "must be above 0 and at most 1e.09, got 0.0"),
     ],
 )
