@@ -240,13 +240,17 @@ def generate(
     entries = _entries(compare, name or model or DEFAULT, word)
     _hint(prompt, name or model)
 
+    loaded: list[tuple[LanguageModel, str]] = []
+
     def opened(wanted: str) -> LanguageModel:
-        return load(wanted, device, dtype, adapter, deterministic, compile, family, bridge, trust_remote_code)
+        lm = load(wanted, device, dtype, adapter, deterministic, compile, family, bridge, trust_remote_code)
+        loaded.append((lm, wanted))
+        return lm
 
     runs = _runs(entries, opened, [prompt] * samples if samples > 1 else prompt, layout, options, seed)
     paths = _paths(save, list(runs))
-    for entry, run in zip(entries, runs.values(), strict=False):  # a label that stands twice is one run
-        _hint_chat(run.model, entry.model, prompt)
+    for lm, wanted in loaded:
+        _hint_chat(lm, wanted, prompt)
     set_threads(threads, [run.model for run in runs.values()], rows=samples)
     console = Console(stderr=as_json)
     watching = watch and console.is_terminal
