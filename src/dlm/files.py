@@ -134,6 +134,14 @@ def _held(directory: Path) -> Iterator[bool]:
         os.close(file)
 
 
+def read_text(path: Path) -> str:
+    """A text of UTF-8, without a byte order mark. InputError for bytes that are none."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from None
+
+
 def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
     """UTF-8, by `replacing`. errors: as of `str.encode`."""
     write_bytes(path, text.encode("utf-8", errors))

@@ -29,7 +29,7 @@ from typer.models import CommandInfo
 import dlm
 from dlm import bundled, seeds
 from dlm.errors import InputError, nearest
-from dlm.files import check_target, check_there
+from dlm.files import check_target, check_there, read_text
 from dlm.sampling import registry
 
 if TYPE_CHECKING:
@@ -328,6 +328,18 @@ def listed(words: str, option: str) -> list[str]:
     return kept
 
 
+def note(text: str) -> None:
+    """Dim words beside the result, on standard error."""
+    err.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def one_name(name: str | None, model: str | None) -> str | None:
+    """The model, named behind the prompt or by --model. InputError for both."""
+    if name is not None and model is not None:
+        raise InputError(f"the model is given twice, {name} and --model {model}: leave one away")
+    return name or model
+
+
 def sampler_word(word: str | None) -> str | None:
     """A sampler with its settings after colons; after commas with a warning."""
     if word is None or "," not in word:
@@ -389,7 +401,7 @@ def _hint_bits(name: str) -> None:
     path = here(name)
     if path is not None and path.suffix == ".gguf" and (bits := gguf.bits(path)) < FEW_BITS:
         line = f"{path.name} spends {bits:.1f} bits on a weight, and float32 spends 32: --dtype int4 takes about half the memory"
-        err.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+        note(line)
 
 
 def set_threads(asked: int, models: Iterable[Model], rows: int = 1) -> None:
@@ -423,10 +435,7 @@ def prompt_lines(path: Path) -> list[str]:
     """The lines that hold something. InputError where there are none."""
     if not path.is_file():
         raise InputError(f"no prompts at {path}: give a text file with one on each line")
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise InputError(f"{path} is empty: give one prompt on each line")
     return lines

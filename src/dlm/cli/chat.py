@@ -27,9 +27,9 @@ from dlm.cli.app import (
     app,
     between,
     drafting,
-    err,
     interrupts,
     load,
+    note,
     renamed,
     set_threads,
 )
@@ -89,7 +89,7 @@ def chat(
     messages = [{"role": "system", "content": system}] if system else []
     lm.prompting.conversation([*messages, {"role": "user", "content": ""}])  # so are template and system prompt
     if sys.stdin.isatty():
-        _say(f"{lm.name}, {max_new_tokens} tokens an answer at most. {BANNER}")
+        note(f"{lm.name}, {max_new_tokens} tokens an answer at most. {BANNER}")
     try:
         _talk(lm, messages, options, max_new_tokens, seed)
     except KeyboardInterrupt:
@@ -100,10 +100,6 @@ COMMANDS = {"/help": "list the commands", "/clear": "begin a new conversation", 
 BANNER = "/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends."
 
 
-def _say(text: str) -> None:
-    err.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
-
-
 def _talk(lm: LanguageModel, messages: list[dict[str, str]], options: DecodingOptions, max_new_tokens: int, seed: int) -> None:
     """Questions and answers until the input ends. messages: what is said before the first question."""
     beginning = list(messages)
@@ -112,17 +108,17 @@ def _talk(lm: LanguageModel, messages: list[dict[str, str]], options: DecodingOp
             case "":
                 continue
             case "/help":
-                _say("\n".join(f"{name:8} {about}" for name, about in COMMANDS.items()) + f"\n{BANNER}")
+                note("\n".join(f"{name:8} {about}" for name, about in COMMANDS.items()) + f"\n{BANNER}")
                 continue
             case "/clear":
                 messages = list(beginning)
-                _say("a new conversation")
+                note("a new conversation")
                 continue
         messages.append({"role": "user", "content": line})
         try:
             canvas = lm.chat_canvas(messages, max_new_tokens=max_new_tokens)
         except InputError as error:
-            _say(f"{error}{' with /clear' if len(messages) > len(beginning) + 1 else ''}")
+            note(f"{error}{' with /clear' if len(messages) > len(beginning) + 1 else ''}")
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": _answer(lm, canvas, options, seed)})
@@ -151,5 +147,5 @@ def _answer(lm: LanguageModel, canvas: Canvas, options: DecodingOptions, seed: i
                 shown = text
         print(text[len(shown) :])  # parts of a character whose rest did not come
         if stopped():
-            _say("stopped; what stands there is kept as the answer")
+            note("stopped; what stands there is kept as the answer")
     return text

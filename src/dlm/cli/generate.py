@@ -46,6 +46,8 @@ from dlm.cli.app import (
     is_sampler,
     load,
     named_models,
+    note,
+    one_name,
     renamed,
     sampler_word,
     set_threads,
@@ -212,7 +214,8 @@ def generate(
     from dlm.language_model.options import DecodingOptions
 
     drafter = drafting(draft, draft_tokens, draft_tree)
-    _check(name, model, sampler, compare, lossless, drafter is not None)
+    named = one_name(name, model)
+    _check(sampler, compare, lossless, drafter is not None)
     if samples > 1 and template is not None:
         raise InputError("--samples counts texts, and a template makes one: leave one of them away")
     word, prompt = "lossless" if lossless else sampler_word(sampler), given_text(prompt)
@@ -237,8 +240,8 @@ def generate(
         light=None if light is None else named_models(light),
     )
     layout: LayoutKeywords = {"length": length, "max_new_tokens": max_new_tokens, "suffix": suffix, "template": template}
-    entries = _entries(compare, name or model or DEFAULT, word)
-    _hint(prompt, name or model)
+    entries = _entries(compare, named or DEFAULT, word)
+    _hint(prompt, named)
 
     loaded: list[tuple[LanguageModel, str]] = []
 
@@ -259,10 +262,8 @@ def generate(
     _save(runs, paths)
 
 
-def _check(name: str | None, model: str | None, sampler: str | None, compare: str | None, lossless: bool, drafts: bool) -> None:
+def _check(sampler: str | None, compare: str | None, lossless: bool, drafts: bool) -> None:
     """InputError for options that do not go together, before anything is loaded."""
-    if name is not None and model is not None:
-        raise InputError(f"the model is given twice, {name} and --model {model}: leave one away")
     for chooses, option in ((lossless, "--lossless"), (drafts, "--draft")):
         if chooses and (sampler is not None or compare is not None):
             raise InputError(f"{option} chooses the sampler: leave --sampler and --compare away")
@@ -273,19 +274,13 @@ def _check(name: str | None, model: str | None, sampler: str | None, compare: st
 def _hint(prompt: str, model: str | None) -> None:
     """A line for those who put the model where the prompt stands."""
     if model is None and prompt in bundled.models():
-        err.print(
-            f"{prompt} is the prompt here; to write with that model: dlm generate --model {prompt}",
-            style="dim",
-            highlight=False,
-            soft_wrap=True,
-        )
+        note(f"{prompt} is the prompt here; to write with that model: dlm generate --model {prompt}")
 
 
 def _hint_chat(lm: LanguageModel, name: str, prompt: str) -> None:
     """A line for those who ask a chat model as if it answered here; none for a prompt with control tokens, which knows better."""
     if prompt and lm.chat.source and "<|" not in prompt:
-        line = f"{lm.name} has a chat template, which generate leaves away: the text is continued. To ask the model: dlm chat {name}"
-        err.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
+        note(f"{lm.name} has a chat template, which generate leaves away: the text is continued. To ask the model: dlm chat {name}")
 
 
 def _entries(compare: str | None, model: str, sampler: str | None) -> list[Entry]:
@@ -380,7 +375,7 @@ def _report(runs: dict[str, Run], watched: bool, as_json: bool) -> None:
         sys.stdout.flush()
         for row in rows:
             if not shown or row.steps_saved is not None:
-                err.print(_figures(label, row), style="dim", highlight=False, markup=False, soft_wrap=True)
+                note(_figures(label, row))
     if as_json:
         records = [row.record() for rows in results.values() for row in rows]
         print(json.dumps(records[0] if len(records) == 1 else {"runs": records}))

@@ -12,9 +12,28 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from dlm.cli.app import SAMPLING, Device, Json, Seed, Threads, app, between, err, fail, interrupts, load, sampler_word, set_threads
+from dlm.cli.app import (
+    SAMPLING,
+    Device,
+    Json,
+    Seed,
+    Threads,
+    app,
+    between,
+    err,
+    fail,
+    given_text,
+    interrupts,
+    is_file_name,
+    is_sampler,
+    load,
+    note,
+    one_name,
+    sampler_word,
+    set_threads,
+)
 from dlm.errors import InputError
-from dlm.files import check_directory
+from dlm.files import read_text
 
 if TYPE_CHECKING:
     from dlm.workflows.solve import Solution, Solving
@@ -35,7 +54,12 @@ def solve(
     model: Annotated[str | None, typer.Option("--model", "-m", help="The same.")] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(show_default="margin", help="NAME or NAME:SETTING; dlm samplers says what each does.", rich_help_panel=SAMPLING),
+        typer.Option(
+            callback=is_sampler,
+            show_default="margin",
+            help="NAME or NAME:SETTING; dlm samplers says what each does.",
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
     steps: Annotated[
         int | None,
@@ -50,7 +74,9 @@ def solve(
     ] = 8,
     seed: Seed = 0,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="See the grid settle.")] = False,
-    save: Annotated[Path | None, typer.Option(help="Write the run of one puzzle as a .traj file for dlm show.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(callback=is_file_name, help="Write the run of one puzzle as a .traj file for dlm show.")
+    ] = None,
     as_json: Json = False,
     device: Device = "cpu",
     threads: Threads = 0,
@@ -63,16 +89,13 @@ def solve(
     from dlm.language_model.options import DecodingOptions
     from dlm.workflows.solve import Solving, usual_model
 
-    if name is not None and model is not None:
-        raise InputError(f"the model is given twice, {name} and --model {model}: leave one away")
+    named = one_name(name, model)
     texts = puzzles(_text(puzzle))
     if not texts:
         raise InputError("no puzzle: give its cells row by row, with . for a hole")
-    if save is not None:
-        check_directory(save.parent)
-        if len(texts) > 1:
-            raise InputError(f"--save keeps the run of one puzzle, and there are {len(texts)}: leave it away")
-    lm = load(name or model or usual_model(texts[0]), device)
+    if save is not None and len(texts) > 1:
+        raise InputError(f"--save keeps the run of one puzzle, and there are {len(texts)}: leave it away")
+    lm = load(named or usual_model(texts[0]), device)
     set_threads(threads, [lm])
     options = DecodingOptions(sampler=sampler_word(sampler), steps=steps, temperature=temperature)
     console = Console(stderr=as_json)
@@ -86,7 +109,7 @@ def solve(
     solved = sum(one.solved for one in found)
     if len(found) > 1:
         passes = sum(one.forwards for one in found)
-        err.print(f"{solved} of {len(found)} puzzles solved in {passes} forward passes", style="dim", highlight=False)
+        note(f"{solved} of {len(found)} puzzles solved in {passes} forward passes")
     if as_json:
         print(json.dumps(found[0].record() if len(found) == 1 else {"solved": solved, "puzzles": [one.record() for one in found]}))
     if solved < len(found):
@@ -95,14 +118,9 @@ def solve(
 
 def _text(puzzle: str) -> str:
     """The puzzles themselves: from a file of that name, from standard input for `-`, else the text that is given."""
-    try:
-        if puzzle == "-":
-            return sys.stdin.read()
-        if len(puzzle) < 256 and Path(puzzle).is_file():
-            return Path(puzzle).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{puzzle} is not UTF-8 text (byte {error.start})") from None
-    return puzzle
+    if len(puzzle) < 256 and Path(puzzle).is_file():
+        return read_text(Path(puzzle))
+    return given_text(puzzle)
 
 
 def _run(solving: Solving, save: Path | None, console: Console | None) -> None:
@@ -141,11 +159,7 @@ def _tell(found: Solution, as_json: bool, watched: bool) -> None:
         sys.stdout.flush()
     verdict = "solved" if found.solved else f"not solved, {found.conflicts} cells break a rule"
     tries = f" and {found.tries} tries" if found.tries > 1 else ""
-    err.print(
-        f"{found.model}, {found.sampler}: {verdict}; {found.holes} holes in {found.forwards} forward passes{tries}, {found.seconds:.2f} s",
-        style="dim",
-        highlight=False,
-        soft_wrap=True,
-    )
+    passes = f"{found.holes} holes in {found.forwards} forward passes{tries}"
+    note(f"{found.model}, {found.sampler}: {verdict}; {passes}, {found.seconds:.2f} s")
     if not found.unique:
         err.print("this puzzle has several solutions: one is shown", highlight=False, soft_wrap=True)

@@ -64,7 +64,25 @@ def trajectory(model: Model, canvas: Canvas, **meta: Any) -> Trajectory:
     return Trajectory(start_BT, canvas, pieces=tokenizer.spelling, mask_id=tokenizer.mask_id, meta={"model": model.name} | meta)
 
 
-class Run:
+class Stepping:
+    """A run under way: call `step` until it gives None. seconds: the time that this run alone has taken; last: its last frame."""
+
+    def __init__(self, trajectory: Trajectory, frames: Iterator[Frame]) -> None:
+        self.trajectory, self._frames = trajectory, frames
+        self.seconds, self.last = 0.0, None  # type: float, Frame | None
+
+    def step(self) -> Frame | None:
+        """The next frame, put into the trajectory; None at the end."""
+        begin = time.perf_counter()
+        frame = next(self._frames, None)
+        self.seconds += time.perf_counter() - begin
+        if frame is not None:
+            self.trajectory.append(frame, seconds=self.seconds)
+            self.last = frame
+        return frame
+
+
+class Run(Stepping):
     """A generation under way: call `step` until it gives None, then `results`. Several can take turns.
 
     Row i of the canvas draws with seed + i. plan: the resolved options; sampler: built from it.
@@ -74,20 +92,9 @@ class Run:
         self.model, self.canvas, self.seed, self.word = model, canvas, seed, plan.word
         revises = bool(getattr(sampler, "revises", False))
         about = {"seed": seed, "sampler": plan.word, "window": model.window, "revises": revises}
-        self.trajectory = trajectory(model, canvas, **about, **plan.record())
         rng = generators(seed, len(canvas.tokens_BT))
-        self._frames: Iterator[Frame] = sampler.steps(canvas.to(model.network.device), rng=rng)
-        self.seconds, self.last = 0.0, None  # type: float, Frame | None
-
-    def step(self) -> Frame | None:
-        """The next frame, put into the trajectory with the time that this run alone has taken; None at the end."""
-        begin = time.perf_counter()
-        frame = next(self._frames, None)
-        self.seconds += time.perf_counter() - begin
-        if frame is not None:
-            self.trajectory.append(frame, seconds=self.seconds)
-            self.last = frame
-        return frame
+        frames = sampler.steps(canvas.to(model.network.device), rng=rng)
+        super().__init__(trajectory(model, canvas, **about, **plan.record()), frames)
 
     def results(self) -> list[Generation]:
         """One for each row."""

@@ -38,9 +38,9 @@ from dlm.models.attention import BLOCKWISE
 from dlm.models.canvas import CanvasNetwork
 from dlm.models.causal_text import AfterText
 from dlm.models.pattern import reading
-from dlm.models.remote import RemoteNetwork
 from dlm.models.shifted import Shifted, shift
 from dlm.models.transformer import Transformer, predict_beside, predict_next
+from dlm.models.wrapped import WrappedNetwork
 from dlm.noise import process
 from dlm.noise.learned import LearnedNoise
 from dlm.protocols import Denoiser, Sampler
@@ -123,7 +123,7 @@ class LanguageModel:
         """
         if self.network.quantized:
             raise InputError(f"{self.name} was loaded with quantized weights: save it from float32 or bfloat16")
-        if isinstance(self.network, CanvasNetwork | RemoteNetwork):
+        if isinstance(self.network, WrappedNetwork):
             raise InputError(f"{self.name} is a network of transformers: copy its own files")
         if any(tensor.is_meta for tensor in self.network.parameters()):
             raise InputError(f"{self.name} lies partly on disk: load it without device_map to save it")

@@ -9,28 +9,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dlm.models.config import TransformerConfig
-from dlm.models.transformer import Transformer
+from dlm.models.wrapped import WrappedNetwork
 
 
-class CanvasNetwork(Transformer):
+class CanvasNetwork(WrappedNetwork):
     """`inner` is a DiffusionGemmaForBlockDiffusion; `config` describes it. temperatures: of the last step and before the first."""
 
     def __init__(self, inner: Any, config: TransformerConfig, temperatures: tuple[float, float]) -> None:
-        nn.Module.__init__(self)  # the parts of a Transformer are those of `inner`
-        self.inner, self.config, self.temperatures = inner, config, temperatures
+        super().__init__(inner, config)
+        self.temperatures = temperatures
         self.length: int = inner.config.canvas_length
-
-    @property
-    def device(self) -> torch.device:
-        found: torch.device = self.inner.device
-        return found
-
-    @property
-    def quantized(self) -> bool:
-        return False
 
     def forward(self, z_BQ: Tensor, t_B: Tensor | None = None, **_how: Any) -> Tensor:
         """The logits (B, C, V) of the last C tokens as a canvas beside the text before them, untempered and not conditioned."""

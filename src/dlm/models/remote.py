@@ -7,29 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dlm.errors import InputError
-from dlm.models.config import TransformerConfig
-from dlm.models.transformer import Transformer
+from dlm.models.wrapped import WrappedNetwork
 
 
-class RemoteNetwork(Transformer):
+class RemoteNetwork(WrappedNetwork):
     """`inner` takes `input_ids` and `attention_mask` and returns `logits`; `config` describes it."""
-
-    def __init__(self, inner: Any, config: TransformerConfig) -> None:
-        nn.Module.__init__(self)  # the parts of a Transformer are those of `inner`
-        self.inner, self.config = inner, config
-
-    @property
-    def device(self) -> torch.device:
-        found: torch.device = self.inner.device
-        return found
-
-    @property
-    def quantized(self) -> bool:
-        return False
 
     @property
     def embed(self) -> Any:  # type: ignore[override]

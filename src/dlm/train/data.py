@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dlm import bundled
 from dlm.errors import InputError
+from dlm.files import read_text
 from dlm.text.tokenizer import Tokenizer
 
 
@@ -36,13 +37,7 @@ def read(source: str) -> list[str]:
 
 
 def _read_files(source: str) -> list[str]:
-    documents = []
-    for file in bundled.text_files(source):
-        try:
-            documents.append(file.read_text(encoding="utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{file} is not UTF-8 text (byte {error.start})") from None
-    return documents
+    return [read_text(file) for file in bundled.text_files(source)]
 
 
 def _read_dataset(name: str, column: str, split: str) -> list[str]:

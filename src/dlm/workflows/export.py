@@ -14,8 +14,7 @@ from dlm.errors import InputError, unknown
 from dlm.formats import gguf_export, huggingface
 from dlm.formats.native import CONVERTIBLE
 from dlm.language_model import LanguageModel
-from dlm.models.canvas import CanvasNetwork
-from dlm.models.remote import RemoteNetwork
+from dlm.models.wrapped import WrappedNetwork
 from dlm.workflows.inputs import FORMAT, Model, language_model, told
 
 LAYOUTS = ("hf", "gguf")
@@ -82,7 +81,7 @@ def export(model: Model, out: str | Path, *, to: str = "hf", dtype: str | None =
 def _gguf(lm: LanguageModel, out: Path, dtype: str) -> Export:
     if out.suffix != ".gguf" or out.is_dir():
         raise InputError(f"--to gguf writes one file, whose name ends in .gguf: not {out}")
-    if isinstance(lm.network, CanvasNetwork | RemoteNetwork):
+    if isinstance(lm.network, WrappedNetwork):
         raise InputError(f"{lm.name} is a network of transformers: convert its own files")
     if lm.network.quantized:
         raise InputError(_QUANTIZED.format(lm.name))

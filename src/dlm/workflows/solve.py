@@ -6,7 +6,6 @@ Shapes: B = 1 row, T cells.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +19,7 @@ from dlm.files import read_json
 from dlm.grids import kinds
 from dlm.grids.grid import Cells, Grid, cells_of, parse, written
 from dlm.language_model import LanguageModel
-from dlm.language_model.generation import trajectory
+from dlm.language_model.generation import Stepping, trajectory
 from dlm.language_model.options import DecodingOptions
 from dlm.sampling.draw import generators
 from dlm.trajectory import Canvas, Frame, Trajectory
@@ -76,7 +75,7 @@ def usual_model(text: str) -> str:
     raise InputError("no bundled model has grids of this size: train one, as with dlm train sudoku-9, and give --model runs/sudoku-9")
 
 
-class Solving:
+class Solving(Stepping):
     """A puzzle under way: call `step` until it gives None, then `result`. Its trajectory joins all tries; a cell counts as settled once the
     rules have accepted the grid.
 
@@ -94,18 +93,9 @@ class Solving:
         self.word, self.sampler = plan.word, model.build(plan)
         self.canvas = Canvas.from_rows([self.cells], fill=model.tokenizer.mask_id)
         about = {"seed": seed, "sampler": plan.word, "window": model.window, "revises": True}
-        self.trajectory = trajectory(model, self.canvas, **about, grid={"axes": self.kind.axes, "tile": self.kind.groups[-1]})
-        self.solved, self.tried, self.seconds = not self.cells.count(None), 0, 0.0
-        self._frames = self._run()
-
-    def step(self) -> Frame | None:
-        """The next frame, put into the trajectory; None at the end."""
-        begin = time.perf_counter()
-        frame = next(self._frames, None)
-        self.seconds += time.perf_counter() - begin
-        if frame is not None:
-            self.trajectory.append(frame, seconds=self.seconds)
-        return frame
+        self.solved, self.tried = not self.cells.count(None), 0
+        grid = {"axes": self.kind.axes, "tile": self.kind.groups[-1]}
+        super().__init__(trajectory(model, self.canvas, **about, grid=grid), self._run())
 
     def _run(self) -> Iterator[Frame]:
         canvas, done = self.canvas, 0
