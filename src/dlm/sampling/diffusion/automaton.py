@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,8 +28,8 @@ DEAD, START = 0, 1
 MAX_MOVES = 2**27
 """Of an automaton, states times kinds of tokens, of eight bytes each."""
 
-MAX_EVENTS = 1_000_000
-"""Calls and returns of functions, Python's and C's, that the library may take for one expression: less than ten seconds."""
+MAX_SECONDS = 10.0
+"""CPU time that the library may take for one expression; that of any JSON object takes one."""
 
 CONTINUES = range(0x80, 0xC0)
 BYTES: dict[str, list[tuple[range, str]]] = {
@@ -94,19 +95,17 @@ def plain(regex: str) -> str:
 
 
 @contextmanager
-def _bounded(events: int) -> Iterator[None]:
-    """Ends the work of this thread with an error after so many calls and returns: determinisation can take exponential time, and the
-    library knows no limit."""
-    before, left = sys.getprofile(), events
+def _bounded(seconds: float) -> Iterator[None]:
+    """Ends the work of this thread with an error after so much CPU time: determinisation can take exponential time, and the library knows
+    no limit. The clock is read at calls and returns of functions, Python's and C's."""
+    before, end = sys.getprofile(), time.thread_time() + seconds
 
-    def count(*_event: object) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
+    def look(*_event: object) -> None:
+        if time.thread_time() > end:
             sys.setprofile(before)
             raise RuntimeError("it has too many states, make it simpler")
 
-    sys.setprofile(count)
+    sys.setprofile(look)
     try:
         yield
     finally:
@@ -121,11 +120,12 @@ def _letters(regex: str) -> Letters:
         raise InputError("regular expressions need the constraints extra: pip install 'dlm[constraints]'") from None
     readable = plain(regex)
     try:
-        with _bounded(MAX_EVENTS):
+        with _bounded(MAX_SECONDS):
             fsm = interegular.parse_pattern(readable).to_fsm()
     except Exception as error:  # it raises bare Exceptions, and others by mistake
         reason = str(error).partition("\n")[0] or "an automaton lacks something that it uses"
-        raise InputError(f"{regex!r} cannot be used as a constraint: {reason}") from None
+        shown = repr(regex if len(regex) < 200 else regex[:200] + " ...")
+        raise InputError(f"{shown} cannot be used as a constraint: {reason}") from None
     number = {state: n for n, state in enumerate(sorted(fsm.states), 1)}
     others = max(fsm.alphabet.values(), default=-1) + 1
     step_SC = torch.full((len(number) + 1, others + 1), DEAD)
