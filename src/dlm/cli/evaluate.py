@@ -190,10 +190,13 @@ def _lengths(words: str) -> list[int]:
 
 
 def _table(found: Sequence[Evaluation]) -> Table:
-    made = table("model", "nats per token", "bits per char", "per byte", "stderr", "samples", "estimator")
+    unit = found[0].unit
+    named = ["bits per char", "per byte"] if unit == "character" else [f"bits per {unit}"]
+    made = table("model", "nats per token", *named, "stderr", "samples", "estimator")
     for one in found:
         sign = "<= " if one.is_bound else ""
         label = f"{one.model}, blocks of {one.block_length}" if one.block_length else one.model
-        figures = f"{sign}{one.nats_per_token:.4f}", f"{sign}{one.bits_per_char:.4f}", f"{sign}{one.bits_per_byte:.4f}"
+        values = (one.nats_per_token, one.bits_per_char, one.bits_per_byte)[: 1 + len(named)]
+        figures = [f"{sign}{value:.4f}" for value in values]
         made.add_row(label, *figures, f"{one.stderr:.4f}", str(one.samples), one.estimator)
     return made

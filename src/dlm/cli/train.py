@@ -40,7 +40,7 @@ def train(
 
     if recipe is None and data is None:
         raise InputError(f"give a recipe ({', '.join(recipes.RECIPES)}) or --data FILE")
-    found = recipes.find(recipe) if recipe else recipes.of_grids(str(data))  # an unknown one is told before the rest is imported
+    found = recipes.find(recipe) if recipe else recipes.of_data(str(data))  # an unknown one is told before the rest is imported
     from dlm.train.config import TrainConfig
     from dlm.train.display import Display
     from dlm.workflows.fit import fit, sample

@@ -10,13 +10,13 @@ from typing import Any
 
 from dlm import seeds
 from dlm.errors import InputError, nearest, unknown
-from dlm.grids import grid, kinds
 from dlm.models.config import TransformerConfig
 from dlm.noise import loss, process, schedule
 from dlm.noise.learned import COPIES, LearnedNoise
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.replacement import HEADS, ReplacementNoise
 from dlm.protocols import NoiseProcess, NoiseSchedule
+from dlm.train import data_kinds
 from dlm.train.optimisers import OPTIMISERS
 
 OBJECTIVES = ("diffusion", "autoregressive")
@@ -32,7 +32,7 @@ class TrainConfig:
     own, or its class. InputError for settings that cannot work.
     """
 
-    data: str = ""  # shakespeare (bundled) | a text file | a folder of .txt files | hf:DATASET | sudoku[:size]
+    data: str = ""  # shakespeare (bundled) | a text file | a folder of .txt files | hf:DATASET | sudoku[:size] | a FASTA file
     val_fraction: float = 0.1
     tokenizer: str = "chars"  # chars | bytes | bpe:1024 (learned from the text) | path of a tokenizer.json
     network: TransformerConfig = field(default_factory=lambda: TransformerConfig(vocab_size=1, width=192, conv=5))
@@ -71,7 +71,7 @@ class TrainConfig:
     save_every: int = 250
 
     def __post_init__(self) -> None:
-        if (kind := kinds.find(self.data)) is not None:
+        if (kind := data_kinds.find(self.data)) is not None:
             self._fit_to(kind)
         try:
             noise = process.name_of(self.noise) if isinstance(self.noise, type) else self.noise
@@ -86,14 +86,16 @@ class TrainConfig:
         for wrong in chain.from_iterable(check(self) for check in CHECKS):
             raise InputError(wrong)
 
-    def _fit_to(self, kind: grid.Grid) -> None:
-        """Its shape is that of the window, and given cells take the place of a context."""
-        shape = {"window": grid.cells_of(kind), "axes": kind.axes, "groups": kind.groups, "conv": 0}
+    def _fit_to(self, kind: data_kinds.DataKind) -> None:
+        """Take the settings that the data decides."""
+        own = {f.name for f in fields(self)}
         try:
-            object.__setattr__(self, "network", self.network.with_(**shape))
+            network = self.network.with_(**{key: value for key, value in kind.settings.items() if key not in own})
         except ValueError as error:
             raise InputError(f"{self.data}: {error}") from None
-        object.__setattr__(self, "context", 0)
+        object.__setattr__(self, "network", network)
+        for key in own & kind.settings.keys():
+            object.__setattr__(self, key, kind.settings[key])
 
     @property
     def alpha(self) -> NoiseSchedule:

@@ -5,11 +5,14 @@ Shapes: B rows, T cells.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dlm.grids import kinds
 from dlm.grids.grid import Grid, cells_of
 from dlm.text.tokenizer import Tokenizer
 from dlm.train.data import Stream
@@ -19,12 +22,13 @@ from dlm.train.data import Stream
 class GridStream(Stream):
     """Grids one after another; a window is a grid, and a token the number of its symbol."""
 
+    varies: ClassVar[bool] = True
     kind: Grid | None = None
 
     @classmethod
     def of(cls, kind: Grid, part: str) -> GridStream:
         """part: `train`, `val` or `all`."""
-        return cls(kind.corpus(part).flatten().numpy(), cells_of(kind), f"{part} part", kind)
+        return cls(kind.corpus(part).flatten().numpy(), cells_of(kind), f"{part} part", kind=kind)
 
     def draw(self, batch: int, rng: torch.Generator) -> Tensor:
         """Random grids under random symmetries, int64 (B, T)."""
@@ -41,6 +45,27 @@ class GridStream(Stream):
         return free_BT & ~(given_B1 & self.kind.given(len(free_BT), rng))
 
 
-def tokenizer(kind: Grid) -> Tokenizer:
-    """A token for each symbol, in their order."""
-    return Tokenizer.characters(kind.symbols)
+@dataclass(frozen=True)
+class GridData:
+    """A kind of grid as data: its shape is that of the window, and given cells take the place of a context."""
+
+    kind: Grid
+    unit: ClassVar[str] = "cell"
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        kind = self.kind
+        return {"window": cells_of(kind), "axes": kind.axes, "groups": kind.groups, "conv": 0, "context": 0}
+
+    def tokenizer(self) -> Tokenizer:
+        """A token for each symbol, in their order."""
+        return Tokenizer.characters(self.kind.symbols)
+
+    def stream(self, part: str, window: int, val_fraction: float) -> GridStream:
+        """The grids of a part; their number and size are those of the kind."""
+        return GridStream.of(self.kind, part)
+
+
+def find(source: str) -> GridData | None:
+    """The kind of grid that a source names; None for another source."""
+    return None if (kind := kinds.find(source)) is None else GridData(kind)

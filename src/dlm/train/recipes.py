@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dlm.errors import InputError
+from dlm.train import data_kinds
 
 if TYPE_CHECKING:
     from dlm.models.config import TransformerConfig
@@ -175,9 +176,12 @@ GRIDS = {"sudoku:4": sudoku_4, "sudoku:9": sudoku_9, "sudoku": sudoku_9}
 """By the data, where a run is named by that alone."""
 
 
-def of_grids(data: str) -> TrainConfig | None:
-    """The recipe for grids of this kind; None for other data."""
-    return GRIDS[data]() if data in GRIDS else None
+def of_data(data: str) -> TrainConfig | None:
+    """The recipe for data of this kind; None for text."""
+    if data in GRIDS:
+        return GRIDS[data]()
+    kind = data_kinds.entry(data)
+    return RECIPES[kind.recipe]() if kind and kind.recipe else None
 
 
 def find(name: str) -> TrainConfig:

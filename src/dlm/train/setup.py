@@ -11,14 +11,13 @@ from torch import Tensor
 from dlm.errors import InputError
 from dlm.files import read_json
 from dlm.formats import native
-from dlm.grids import kinds
 from dlm.models.config import TransformerConfig
 from dlm.noise import clusters, process
 from dlm.noise.process import Process
 from dlm.noise.replacement import ReplacementNoise
 from dlm.text.tokenizer import Tokenizer
 from dlm.train import data as reading
-from dlm.train import grids
+from dlm.train import data_kinds
 from dlm.train.config import TrainConfig
 from dlm.train.data import Stream
 
@@ -52,8 +51,9 @@ def resolve(config: TrainConfig, resumed: Path | None = None) -> Setup:
 
 def _streams(config: TrainConfig, resumed: Path | None) -> tuple[Tokenizer, Stream, Stream]:
     """The tokenizer, and the parts to train and to validate on."""
-    if (kind := kinds.find(config.data)) is not None:
-        return grids.tokenizer(kind), grids.GridStream.of(kind, "train"), grids.GridStream.of(kind, "val")
+    if (kind := data_kinds.find(config.data)) is not None:
+        window, share = config.network.window, config.val_fraction
+        return kind.tokenizer(), kind.stream("train", window, share), kind.stream("val", window, share)
     parts = reading.split(reading.read(config.data), config.val_fraction)
     tokenizer = Tokenizer.load(resumed) if resumed else Tokenizer.make(config.tokenizer, *("\n".join(part) for part in parts))
     training, validation = (
