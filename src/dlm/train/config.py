@@ -15,6 +15,7 @@ from dlm.noise import loss, process, schedule
 from dlm.noise.learned import COPIES, LearnedNoise
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.replacement import HEADS, ReplacementNoise
+from dlm.noise.uniform import UniformNoise
 from dlm.protocols import NoiseProcess, NoiseSchedule
 from dlm.train import data_kinds
 from dlm.train.optimisers import OPTIMISERS
@@ -41,6 +42,7 @@ class TrainConfig:
     noise_schedule: str | NoiseSchedule = "linear"
     clusters: str = "classes"  # of semantic noise: classes | MODEL:COUNT (k-means of its output embedding) | a JSON file
     head: str = "leave-one-out"  # prediction of the network under replacement noise: leave-one-out | posterior
+    mixtures: float = 0.0  # of uniform noise: the network reads mixtures of tokens at a temperature that falls from here to 0; 0: tokens
     estimator: str = "auto"  # any_order (masks, no time input) | counted (replacement) | continuous | auto: the first that applies
     init: str = ""  # a checkpoint to begin with, instead of fresh weights: of the same shape, or deeper
     teacher: str = ""  # distillation: a masked model whose predictions take the place of the text
@@ -231,6 +233,11 @@ def _learned(c: TrainConfig) -> Iterator[str]:
         yield f"learned weights compare two draws of noise for each text: batch must be even, got {c.batch}"
 
 
+def _mixtures(c: TrainConfig) -> Iterator[str]:
+    if c.mixtures and (c.objective != "diffusion" or not issubclass(process.PROCESSES[c.process], UniformNoise)):
+        yield f"mixtures of tokens are inputs under uniform noise: --noise uniform, or leave --set mixtures={c.mixtures:g} away"
+
+
 def _weights(c: TrainConfig) -> Iterator[str]:
     if c.weights not in WEIGHTS:
         yield str(unknown("weights", c.weights, WEIGHTS))
@@ -260,6 +267,7 @@ CHECKS: tuple[Callable[[TrainConfig], Iterator[str]], ...] = (
     _block_diffusion,
     _noise,
     _learned,
+    _mixtures,
     _weights,
     _numbers,
     _distillation,
@@ -271,7 +279,7 @@ FINITE = math.nextafter(math.inf, 0)
 RANGES: dict[str, tuple[float, float, str]] = {  # lowest, highest, and the same in words
     **dict.fromkeys(("steps", "batch", "log_every", "eval_every", "save_every", "eval_passes"), (1, math.inf, "be at least 1")),
     **dict.fromkeys(("warmup", "weight_decay"), (0, math.inf, "be at least 0")),
-    "noise_lr": (0, FINITE, "be at least 0"),
+    **dict.fromkeys(("noise_lr", "mixtures"), (0, FINITE, "be at least 0")),
     "seed": (seeds.LOWEST, seeds.HIGHEST, "lie in -2**63 .. 2**63 - 1"),
     "eval_windows": (2, math.inf, "be at least 2"),
     **dict.fromkeys(("lr", "clip"), (ABOVE_0, FINITE, "be above 0")),
