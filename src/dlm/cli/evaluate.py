@@ -12,6 +12,7 @@ from dlm.cli.app import Device, FamilyOption, Json, Seed, Split, ValFraction, ap
 from dlm.cli.tables import console, table
 from dlm.errors import InputError
 from dlm.files import parse_json
+from dlm.train.data_kinds import SOURCES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,9 +29,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name, directory or hub id.")],
     data: Annotated[
         str | None,
-        typer.Option(
-            callback=is_text, help="Bundled data set (shakespeare), text file, folder of .txt files, hf:DATASET, or sudoku[:SIZE]."
-        ),
+        typer.Option(callback=is_text, help=f"Bundled data set (shakespeare), text file, folder of .txt files, hf:DATASET, {SOURCES}."),
     ] = None,
     split: Split = "val",
     val_fraction: ValFraction = 0.1,

@@ -51,6 +51,7 @@ class TrainConfig:
     block_lengths: tuple[int, ...] = ()  # of block diffusion (attention=block_causal), one drawn each step; none: block_length
     context: int = 64
     context_share: float = 0.5  # share of training windows whose first `context` tokens, or a puzzle's cells, are given
+    augment: bool = True  # training windows come under the symmetries of their data: those of a grid, either strand of DNA
     steps: int = 5000
     batch: int = 16  # windows per step over all processes
     optimizer: str = "muon"  # muon (AdamW beside it, at a tenth of its rate: lr) | adamw

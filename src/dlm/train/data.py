@@ -78,7 +78,8 @@ def select(documents: list[str], part: str, val_fraction: float) -> list[str]:
 class Stream:
     """A token stream and the windows cut from it.
 
-    pieces: lengths of the pieces that the tokens are, of which no window holds two; none: one piece. varies: whether draws of one window
+    pieces: lengths of the pieces that the tokens are, of which no window holds two; none: one piece. augment: whether a draw comes under
+    the symmetries of its kind of data, if it has any. varies: whether draws of one window
     differ so much that a small data set is not learned by heart.
     """
 
@@ -87,6 +88,7 @@ class Stream:
     window: int
     name: str = "data"
     pieces: tuple[int, ...] = ()
+    augment: bool = True
 
     def __post_init__(self) -> None:
         if max(self.lengths, default=0) < self.window:
@@ -112,8 +114,13 @@ class Stream:
         drawn_B = torch.randint(int(places_P[-1]), (batch,), generator=rng).numpy()
         piece_B = np.searchsorted(places_P, drawn_B, side="right")
         starts_B = drawn_B + self._begins()[piece_B] - np.append(0, places_P)[piece_B]
-        rows_BT = self.tokens_N[starts_B[:, None] + np.arange(self.window)]
-        return torch.from_numpy(rows_BT.astype(np.int64))
+        tokens_BT = self.tokens_N[starts_B[:, None] + np.arange(self.window)]
+        rows_BT = torch.from_numpy(tokens_BT.astype(np.int64))
+        return self.varied(rows_BT, rng) if self.augment else rows_BT
+
+    def varied(self, rows_BT: Tensor, rng: torch.Generator) -> Tensor:
+        """Each row under a random symmetry of its own; a text has none."""
+        return rows_BT
 
     def free(self, free_BT: Tensor, share: float, rng: torch.Generator) -> Tensor:
         """The positions to predict, of those that the objective leaves free: of a text all of them. share: of rows with a condition."""

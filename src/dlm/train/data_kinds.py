@@ -34,9 +34,10 @@ class DataKind(Protocol):
 @dataclass(frozen=True)
 class Entry:
     """words: `--data WORD` or `--data WORD:SETTING`; suffixes: of files, which may also end in .gz. make: from the whole source; None where
-    it names something else. recipe: for a run that is named by its data alone."""
+    it names something else. written: the source in a help text. recipe: for a run that is named by its data alone."""
 
     make: Callable[[str], DataKind | None]
+    written: str
     words: tuple[str, ...] = ()
     suffixes: tuple[str, ...] = ()
     recipe: str = ""
@@ -52,10 +53,20 @@ def _grid(source: str) -> DataKind | None:
     return grids.find(source)
 
 
+def _dna(source: str) -> DataKind:
+    from dlm.train import dna
+
+    return dna.find(source)
+
+
 KINDS: dict[str, Entry] = {
-    "grids": Entry(_grid, words=tuple(kinds.KINDS)),
+    "grids": Entry(_grid, "sudoku[:SIZE]", words=tuple(kinds.KINDS)),
+    "dna": Entry(_dna, "a .fa, .fasta or .fna file of DNA", suffixes=(".fa", ".fasta", ".fna"), recipe="dna"),
 }
 """A kind of data is one file and one entry."""
+
+SOURCES = ", ".join(kind.written for kind in KINDS.values())
+"""For a help text."""
 
 
 def entry(source: str) -> Entry | None:

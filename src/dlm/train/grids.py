@@ -31,10 +31,16 @@ class GridStream(Stream):
         return cls(kind.corpus(part).flatten().numpy(), cells_of(kind), f"{part} part", kind=kind)
 
     def draw(self, batch: int, rng: torch.Generator) -> Tensor:
-        """Random grids under random symmetries, int64 (B, T)."""
+        """Random grids, int64 (B, T)."""
         assert self.kind is not None
         grids_NT = torch.from_numpy(self.tokens_N).view(-1, self.window)
-        return self.kind.varied(grids_NT[torch.randint(len(grids_NT), (batch,), generator=rng)], rng)
+        rows_BT = grids_NT[torch.randint(len(grids_NT), (batch,), generator=rng)]
+        return self.varied(rows_BT, rng) if self.augment else rows_BT
+
+    def varied(self, rows_BT: Tensor, rng: torch.Generator) -> Tensor:
+        """Each grid under a random symmetry of its own."""
+        assert self.kind is not None
+        return self.kind.varied(rows_BT, rng)
 
     def free(self, free_BT: Tensor, share: float, rng: torch.Generator) -> Tensor:
         """In this share of the rows a puzzle's cells are given."""

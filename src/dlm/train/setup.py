@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def resolve(config: TrainConfig, resumed: Path | None = None) -> Setup:
     InputError for text, tokenizer, clusters or noise that do not fit together.
     """
     tokenizer, training, validation = _streams(config, resumed)
+    training = replace(training, augment=config.augment)
     network = config.network.with_(vocab_size=tokenizer.vocab_size + 1)
     validation_WT = validation.windows(config.eval_windows)
     if len(validation_WT) < 2:
