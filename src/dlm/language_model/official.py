@@ -34,7 +34,7 @@ OF_FAMILY = {
 class Plan:
     """A sampler and how many tokens it is to write.
 
-    whole_blocks: the reference writes up to the end of a block of this length and cuts the text afterwards; 0: it writes no more.
+    whole_blocks: the reference returns all tokens up to the end of a block of this length; 0: those that are asked for.
     ends: tokens after the first of which it cuts the text.
     """
 
@@ -45,12 +45,11 @@ class Plan:
 
     def room(self, prompt: int) -> int:
         """Positions after a prompt of so many tokens."""
-        total = prompt + self.max_new_tokens
-        return total - prompt + (-total % self.whole_blocks if self.whole_blocks else 0)
+        new = self.max_new_tokens
+        return new + (-(prompt + new) % self.whole_blocks if self.whole_blocks else 0)
 
     def cut(self, new: list[int]) -> list[int]:
         """The tokens after a prompt that the reference returns."""
-        new = new[: self.max_new_tokens]
         return next((new[: at + 1] for at, token in enumerate(new) if token in self.ends), new)
 
 
@@ -118,7 +117,7 @@ def _llada2(model: Model, settings: Settings) -> Plan:
     whole = _whole(model, {"steps": steps}, rule)
     sampler = replace(whole, denoiser=by_blocks(model, length), block_length=length, sees_ahead=False)
     sampler = replace(sampler, each_block=True, block_phase="zero", stops=stops, ends="text" if settings["eos_early_stop"] else "block")
-    return Plan(sampler, new, whole_blocks=length, ends=stops)
+    return Plan(sampler, new, ends=stops)
 
 
 def _dream(model: Model, settings: Settings) -> Plan:
@@ -159,7 +158,7 @@ def _sdar(model: Model, settings: Settings) -> Plan:
     steps = settings["denoising_steps"] * -(-new // length)
     whole = _whole(model, {"steps": steps}, rules[settings["remasking_strategy"]])
     sampler = replace(whole, denoiser=reading(model.network, "block_causal", length), block_length=length, sees_ahead=False)
-    return Plan(replace(sampler, block_phase="zero", stops=frozenset(settings["stopping_criteria_idx"] or ()), ends="block"), new)
+    return Plan(replace(sampler, block_phase="zero", stops=frozenset(settings["stopping_criteria_idx"] or ()), ends="block"), new, length)
 
 
 def _nemotron(model: Model, settings: Settings) -> Plan:
@@ -211,10 +210,6 @@ class WholeBlocks(Plan):
     def room(self, prompt: int) -> int:
         """As of `Plan`."""
         return (prompt // self.length + self.max_new_tokens // self.length) * self.length + 1 - prompt
-
-    def cut(self, new: list[int]) -> list[int]:
-        """As of `Plan`."""
-        return next((new[: at + 1] for at, token in enumerate(new) if token in self.ends), new)
 
 
 def _fast_dllm(model: Model, settings: Settings) -> Plan:

@@ -18,6 +18,7 @@ from dlm.formats.stored import Stored
 from dlm.models.config import ExpertsConfig, TransformerConfig
 
 BLOCK_LENGTH = 32  # of the reference's `generate`: no key of the config says it
+MOST_STEPS = 32_768  # 32 for each block of the longest text, of which each writes a mask at least, as the reference's steps do
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "use_bias": (False, None),
@@ -126,5 +127,5 @@ LLADA2 = Family(
     phase="zero",
     stop_texts=("<|endoftext|>", "<|role_end|>"),
     harmless=("max_window_layers", "sliding_window"),  # none slides
-    preset={"sampler": "llada2", "steps": 2048, "block_length": BLOCK_LENGTH, "temperature": 0.0},
+    preset={"sampler": "llada2", "steps": MOST_STEPS, "block_length": BLOCK_LENGTH, "temperature": 0.0},
 )

@@ -19,7 +19,7 @@ from dlm.protocols import RNG, Denoiser, OwnDraws
 from dlm.sampling import rejection, windows
 from dlm.sampling.diffusion.columns import Columns
 from dlm.sampling.diffusion.network_call import read_at
-from dlm.sampling.diffusion.noisy_text import Active, Ends, NoisyText, check_order, described, phase
+from dlm.sampling.diffusion.noisy_text import Active, Ends, NoisyText, check_order, described, phase, whole_blocks, width
 from dlm.sampling.diffusion.protocols import Constraint, Guidance
 from dlm.sampling.draw import MAX_SETTING, Draw, beside, categorical, check_sound, uniform
 from dlm.trajectory import Canvas, Frame
@@ -99,12 +99,14 @@ class AnyOrderRun:
 
     def __init__(self, sampler: AnyOrderSpeculativeSampler, canvas: Canvas, rng: RNG) -> None:
         self.sampler, self.canvas, self.rng, self.forwards = sampler, canvas, list(rng), 0
-        (rows, length), device = canvas.tokens_BT.shape, canvas.tokens_BT.device
-        window = sampler.window
+        rows, device = len(canvas.tokens_BT), canvas.tokens_BT.device
+        whole = whole_blocks(
+            sampler.block_length, sampler.block_phase, sees_ahead=sampler.sees_ahead, fills_window=sampler.fills_window
+        )
+        window = sampler.window if sampler.fills_window else width(canvas, sampler.window, whole)
+        self.text = NoisyText(canvas, sampler.noise, window, phase(canvas, sampler.block_length, sampler.block_phase), rng, whole)
         if not sampler.fills_window:
-            window = min(window, length)
-            self.rng = [OwnDraws.of(g, count) for g, count in zip(rng, canvas.valid_BT.sum(-1).tolist(), strict=True)]
-        self.text = NoisyText(canvas, sampler.noise, window, phase(canvas, sampler.block_length, sampler.block_phase), rng)
+            self.rng = [OwnDraws.of(g, count) for g, count in zip(rng, self.text.count_B.tolist(), strict=True)]
         self.start_B = torch.full((rows,), -1, device=device)
         self.order_BT = torch.zeros(rows, window, dtype=torch.long, device=device)
 
@@ -133,8 +135,8 @@ class AnyOrderRun:
 
     def frame(self) -> Frame:
         """The state as it is."""
-        open_BL = self.text.open_BL[:, : self.text.length]
-        return Frame(self.text.shown_BL, ~open_BL, open_BL.double().mean(-1), self.sampler.model, self.forwards)
+        settled_BL = self.text.settled_BL
+        return Frame(self.text.shown_BL, settled_BL, (~settled_BL).double().mean(-1), self.sampler.model, self.forwards)
 
     def _enter(self) -> Ahead:
         """The window of every row with masks left, and a new random order for rows that enter theirs."""
@@ -200,6 +202,7 @@ class AnyOrderRun:
         hole_PL = hole_PL & (z_PL == self.sampler.noise.mask_id)
         valid_PL = text.valid_BL[rows_P]
         allowed_PLV = constraint.allowed(z_PL[:, : text.length], hole_PL[:, : text.length], valid_PL)
+        allowed_PLV |= ~valid_PL[..., None]
         inside_PC = at_PL < text.length  # past the end nothing is forbidden
         at_PL = at_PL.clamp(max=text.length - 1)
         allowed_PCV = allowed_PLV[torch.arange(len(row_P), device=at_PL.device)[:, None], at_PL]

@@ -166,7 +166,7 @@ class WindowedConstraint:
         InputError where no token is left.
         """
         text, rows_A, self.start_A = self.text, active.rows_A, active.start_A
-        self.canvas = text.z_BL[rows_A, : text.length], text.open_BL[rows_A, : text.length], text.valid_BL[rows_A]
+        self.canvas = text.z_BL[rows_A, : text.length], ~text.settled_BL[rows_A], text.valid_BL[rows_A]
         self.given_AL = text.given_BL[rows_A, : text.length]
         if isinstance(self.constraint, Pattern):
             allowed_ALV = self.constraint.allowed(*self.canvas, self.given_AL)
@@ -189,6 +189,7 @@ class WindowedConstraint:
             keep_AL = self.constraint.agree(z_AL, hole_AL, next_AL, valid_AL, self.given_AL)
         else:
             keep_AL = self.constraint.agree(z_AL, hole_AL, next_AL, valid_AL)
+        keep_AL = keep_AL | ~valid_AL
         return torch.where(self._window(keep_AL), next_AT, z_AT)
 
     def _window(self, x_AL: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from dlm.sampling.diffusion.clock import Clock, Move
 from dlm.sampling.diffusion.columns import Columns
 from dlm.sampling.diffusion.constraints import WindowedConstraint
 from dlm.sampling.diffusion.network_call import NetworkCall
-from dlm.sampling.diffusion.noisy_text import Active, Ends, NoisyText, check_order, described, phase
+from dlm.sampling.diffusion.noisy_text import Active, Ends, NoisyText, check_order, described, phase, whole_blocks, width
 from dlm.sampling.diffusion.protocols import (
     Cache,
     CachePolicy,
@@ -59,6 +59,7 @@ class DiffusionSampler:
     fills_window: whether the network reads noise up to the end of the window, as in training; else it reads the text alone, `budget` are
     the steps of all that a row writes, and `window` is only a limit.
     block_phase: where blocks begin, at multiples of their length from `zero`, or at the first position that a row writes (`prompt`).
+    A causal network reads blocks from zero whole: masks that are not shown fill the last one, as in its training.
     stops, ends: tokens that end a text, and when (`noisy_text.Ends`); what follows is not computed.
     cache, make_cache: which positions a forward pass reads anew (`cache_policies.py`), and what holds the keys and values of the others.
     """
@@ -106,6 +107,11 @@ class DiffusionSampler:
         """Whether the rule may change a token again."""
         return self.rule.revises
 
+    @property
+    def whole_blocks(self) -> int:
+        """As of `NoisyText`."""
+        return whole_blocks(self.block_length, self.block_phase, sees_ahead=self.sees_ahead, fills_window=self.fills_window)
+
     def phase(self, canvas: Canvas) -> Tensor:
         """Position of each row at which some block begins, int64 (B,), below the block length."""
         return phase(canvas, self.block_length, self.block_phase)
@@ -142,11 +148,11 @@ class DiffusionRun:
 
     def __init__(self, sampler: DiffusionSampler, canvas: Canvas, rng: RNG) -> None:
         noise, device, (rows, length) = sampler.noise, canvas.tokens_BT.device, canvas.tokens_BT.shape
-        window = sampler.window if sampler.fills_window else min(sampler.window, length)
+        window = sampler.window if sampler.fills_window else width(canvas, sampler.window, sampler.whole_blocks)
         self.sampler, self.rng = sampler, list(rng)
+        self.text = NoisyText(canvas, noise, window, sampler.phase(canvas), rng, sampler.whole_blocks)
         if not sampler.fills_window:  # the window is as wide as the batch: a row draws what it would draw alone
-            self.rng = [OwnDraws.of(g, count) for g, count in zip(rng, canvas.valid_BT.sum(-1).tolist(), strict=True)]
-        self.text = NoisyText(canvas, noise, window, sampler.phase(canvas), rng)
+            self.rng = [OwnDraws.of(g, count) for g, count in zip(rng, self.text.count_B.tolist(), strict=True)]
         self.clock = Clock(noise, sampler.steps_of(canvas), window)
         self.place_B = torch.full((rows,), -1, device=device)
         self.t_B = torch.ones(rows, dtype=torch.float64, device=device)
@@ -171,7 +177,7 @@ class DiffusionRun:
         text, stopping = self.text, self.stopping
         adaptive = (stopping.saved_B.clone(), stopping.doubt_B.clone()) if self.sampler.until_settled else (None, None)
         model = getattr(self.sampler.denoiser, "taken", "") or self.sampler.model  # of several models, the one that was run
-        return Frame(text.shown_BL, ~text.open_BL[:, : text.length], self.t_B, model, self.forwards, *adaptive)
+        return Frame(text.shown_BL, text.settled_BL, self.t_B, model, self.forwards, *adaptive)
 
     @torch.no_grad()
     def step(self) -> Frame:

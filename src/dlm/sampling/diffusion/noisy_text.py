@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dlm.errors import InputError
@@ -48,9 +49,12 @@ class Active:
 class NoisyText:
     """z_BL: the state; open_BL: positions that are not settled; given_BL: prompt and suffix; beyond_BL: no part of the text, which is read
     as noise and, unless it is masked, denoised with it. phase_B: a position at which some block of each row begins.
+
+    whole_blocks: of a network that reads blocks of this length whole: masks fill the block in which a text ends with a hole. They are
+    written with it, and never shown.
     """
 
-    def __init__(self, canvas: Canvas, noise: NoiseProcess, window: int, phase_B: Tensor, rng: RNG) -> None:
+    def __init__(self, canvas: Canvas, noise: NoiseProcess, window: int, phase_B: Tensor, rng: RNG, whole_blocks: int = 0) -> None:
         past_BL = torch.zeros(len(canvas.tokens_BT), window, dtype=torch.bool, device=canvas.tokens_BT.device)
         self.tokens_BL, self.valid_BL, self.phase_B = canvas.tokens_BT, canvas.valid_BT, phase_B
         self.window, self.mask_id = window, noise.mask_id
@@ -58,6 +62,34 @@ class NoisyText:
         self.open_BL = torch.cat([canvas.free_BT, past_BL], 1)
         self.given_BL = torch.cat([canvas.given_BT, past_BL], 1)
         self.beyond_BL = torch.cat([~canvas.valid_BT, ~past_BL], 1)
+        if whole_blocks:
+            rest_BL = self._rest_of_blocks(whole_blocks)
+            self.open_BL |= rest_BL
+            self.beyond_BL &= ~rest_BL
+
+    def _rest_of_blocks(self, block_length: int) -> Tensor:
+        """The positions after a hole that ends a row, up to where its block ends, or the window."""
+        count_B1 = self.valid_BL.sum(-1, keepdim=True)
+        until_B1 = windows.block_end(count_B1 - 1, block_length, self.phase_B[:, None])
+        until_B1 = torch.where(count_B1 > self.window, until_B1, until_B1.clamp(max=self.window))
+        pos_L = torch.arange(self.z_BL.shape[1], device=self.z_BL.device)
+        rest_BL: Tensor = self.open_BL.gather(1, count_B1 - 1) & (pos_L >= count_B1) & (pos_L < until_B1)
+        return rest_BL
+
+    @property
+    def count_B(self) -> Tensor:
+        """Positions of each row that the network may read, int64 (B,)."""
+        return (~self.beyond_BL).sum(-1)
+
+    @property
+    def asked_BL(self) -> Tensor:
+        """The positions of the text that is asked for."""
+        return F.pad(self.valid_BL, (0, self.z_BL.shape[1] - self.length))
+
+    @property
+    def settled_BL(self) -> Tensor:
+        """Those of the canvas that do not change again."""
+        return ~(self.open_BL[:, : self.length] & self.valid_BL)
 
     @property
     def length(self) -> int:
@@ -82,16 +114,17 @@ class NoisyText:
         return Active(rows, rows_A, start_A, start_A + begin_A, z_AT, hole_AT, block_AT, given_AT, beyond_AT, phase_A)
 
     def write(self, active: Active, next_AT: Tensor, written_AT: Tensor, done_AT: Tensor) -> None:
-        """Put tokens where `written` says and settle positions where `done` says."""
+        """Put tokens where `written` says and settle positions where `done` says; a row is done with the text that is asked for."""
         windows.put(self.z_BL, active.rows_A, active.start_A, next_AT, written_AT)
         windows.put(self.open_BL, active.rows_A, active.start_A, torch.zeros_like(done_AT), done_AT)
+        self.open_BL &= ~self.settled_BL.all(-1, keepdim=True)
 
     def end(self, rows_A: Tensor, stops: frozenset[int], ends: Ends, block_length: int) -> None:
         """Settle the rest of the rows whose text has ended: all before a stop token that was written is settled."""
         pos_L = torch.arange(self.z_BL.shape[1], device=self.z_BL.device)
         open_AL, given_AL = self.open_BL[rows_A], self.given_BL[rows_A]
         stop_AL = torch.isin(self.z_BL[rows_A], torch.tensor(sorted(stops), device=pos_L.device))
-        stop_AL &= ~(open_AL | given_AL | self.beyond_BL[rows_A])
+        stop_AL &= self.asked_BL[rows_A] & ~(open_AL | given_AL | self.beyond_BL[rows_A])
         has_A1, first_A1 = stop_AL.any(-1, keepdim=True), stop_AL.int().argmax(-1, keepdim=True)
         if ends == "cut":
             last_A1 = (pos_L * given_AL).amax(-1, keepdim=True)  # what stands after the text is still read
@@ -120,6 +153,17 @@ def phase(canvas: Canvas, block_length: int, block_phase: str) -> Tensor:
     """Position of each row at which some block begins, int64 (B,), below the block length."""
     first_B = canvas.free_BT.int().argmax(-1)
     return first_B % block_length if block_length and block_phase == "prompt" else torch.zeros_like(first_B)
+
+
+def whole_blocks(block_length: int, block_phase: str, *, sees_ahead: bool, fills_window: bool) -> int:
+    """The length of the blocks that a network reads whole, as in its training; 0 where a text may end within one."""
+    return 0 if sees_ahead or fills_window or block_phase != "zero" else block_length
+
+
+def width(canvas: Canvas, window: int, whole_blocks: int) -> int:
+    """Positions that a network reads at once of texts that do not fill its window; whole_blocks as of `NoisyText`."""
+    length = canvas.tokens_BT.shape[1]
+    return min(window, -(-length // whole_blocks) * whole_blocks if whole_blocks else length)
 
 
 def check_order(canvas: Canvas, block_length: int, block_phase: str) -> None:

@@ -67,7 +67,7 @@ class CostLimits:
 def of(lm: LanguageModel, plan: DecodingPlan, canvas: Canvas) -> Cost:
     """Of one text on this canvas."""
     length, holes = canvas.tokens_BT.shape[1], int(canvas.free_BT.sum())
-    return _denoised(lm, plan, length, holes) if lm.is_diffusion else _written(lm, plan.draft, length, holes)
+    return _denoised(lm, plan, length, holes) if lm.is_diffusion and not plan.left_to_right else _written(lm, plan.draft, length, holes)
 
 
 def _bytes(lm: LanguageModel, positions: int, cached: int) -> int:
@@ -85,6 +85,8 @@ def _written(lm: LanguageModel, draft: Draft | None, length: int, holes: int) ->
 
 def _drafting_passes(draft: Draft) -> int:
     """Forward passes that draft for one that verifies."""
+    if draft.source == "block":
+        return 1
     return draft.tokens or 0 if draft.source not in ("adapter", "ngram", "heads") else 0
 
 
@@ -101,7 +103,8 @@ def _verified(draft: Draft) -> int:
 
 def _denoised(lm: LanguageModel, plan: DecodingPlan, length: int, holes: int) -> Cost:
     window, info = lm.window, registry.get(plan.word, lm.kind)
-    span = window if lm.config.fills_window else min(window, length)
+    whole = plan.block_length if lm.is_causal and lm.config.block_phase == "zero" else 1  # blocks that are read to their end
+    span = window if lm.config.fills_window else min(window, -(-length // whole) * whole)
     places = 1 if length <= window else -(-(length - plan.context) // (window - plan.context))
     each = 1 if info.rule else min(int(info.parse(plan.word).get("draft_tokens", 1)), span)
     forwards = holes if info.exact_by_default else places * max(plan.steps, 1)
