@@ -5,6 +5,7 @@ The one place where networks, noise, text and samplers meet.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -163,6 +164,25 @@ class LanguageModel:
         return self.is_diffusion and self.config.network.attention in BLOCKWISE
 
     @property
+    def reads_both_ways(self) -> bool:
+        """Whether it is an autoregressive model too: it reads its text causally, and fully the block that it writes."""
+        return self.is_diffusion and self.config.network.attention == "causal_text"
+
+    def left_to_right(self) -> LanguageModel:
+        """The autoregressive model that the causal reading of its weights is, of one that `reads_both_ways`."""
+        view = copy.copy(self)
+        view.network = reading(self.network, "causal")
+        context = self.context or foreign.carried(view.network.config)  # no text is longer than the window
+        view.config = replace(self.config, objective="autoregressive", start_token_id=None, context=context)
+        return view
+
+    @property
+    def samplers(self) -> list[registry.SamplerInfo]:
+        """Those that it can use by name alone."""
+        found = registry.usable(self.kind, bidirectional=not self.is_causal, heads=self.heads is not None)
+        return [*found, *registry.usable(None, heads=False, blocks=True)] if self.reads_both_ways else found
+
+    @property
     def kind(self) -> registry.Noise | None:
         """The noise that its samplers suit; None for an autoregressive model."""
         return registry.kind(self.noise) if self.is_diffusion else None
@@ -170,7 +190,7 @@ class LanguageModel:
     @property
     def exact_samplers(self) -> list[str]:
         """The names of its samplers whose distribution is that of one token a forward pass."""
-        return [one.name for one in registry.usable(self.kind, bidirectional=not self.is_causal) if registry.is_exact(one.name, self.kind)]
+        return [one.name for one in self.samplers if one.noise is None or registry.is_exact(one.name, self.kind)]
 
     @property
     def default_sampler(self) -> str:
@@ -242,6 +262,8 @@ class LanguageModel:
 
     def resolve(self, options: DecodingOptions) -> DecodingPlan:
         """The plan that these options mean for this model; nothing is attached or changed. InputError as `sampler`."""
+        if self.reads_both_ways and options.left_to_right:
+            return self.left_to_right().resolve(options)
         facts = self.facts(options)
         if options.schedule == registry.AUTO and options.light is None and self.path is not None:
             facts = replace(facts, saved_schedule=SavedSchedule.load(self.path))
@@ -251,7 +273,7 @@ class LanguageModel:
 
     def build(self, plan: DecodingPlan) -> Sampler:
         """The sampler of a plan. InputError for a rule, cache or draft model that cannot be used."""
-        return build(plan, self)
+        return build(plan, self.left_to_right() if self.is_diffusion and plan.left_to_right else self)
 
     def for_chat(self, options: DecodingOptions) -> DecodingOptions:
         """The options of an answer in a conversation, in chat, on the server and on its page.
@@ -287,6 +309,7 @@ class LanguageModel:
             official=known.preset(self.config.family),
             adapter_tokens=None if adapter is None else adapter.config.stride - 1,
             heads=None if self.heads is None else self.heads.config.count,
+            own_block=network.block_length if network.attention == "causal_text" and not self.is_diffusion else 0,
             draft_dtype=quantize.draft_dtype(self.network) if options.sampler == registry.LOSSLESS or drafts_itself else "",
         )
 

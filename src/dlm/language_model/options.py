@@ -9,7 +9,8 @@ from types import NoneType
 from typing import Any, TypedDict, cast, get_args, get_origin, get_type_hints
 
 from dlm.errors import InputError, unknown
-from dlm.sampling.autoregressive.draft import Draft
+from dlm.sampling import registry
+from dlm.sampling.autoregressive.draft import Draft, is_short
 
 __all__ = ["DTYPES", "DecodingKeywords", "DecodingOptions", "Draft", "LayoutKeywords", "TextKeywords", "check_dtype", "separate"]
 
@@ -125,6 +126,12 @@ class DecodingOptions:
             raise InputError(f"a sampler is a name, or a rule as an object, as in sampler=dlm.TopScore(); got {self.rule!r}")
         if isinstance(self.draft, str):
             object.__setattr__(self, "draft", Draft.parse(self.draft))
+
+    @property
+    def left_to_right(self) -> bool:
+        """Whether they ask for autoregressive decoding by name."""
+        named = self.sampler is not None and (self.sampler in (registry.PLAIN, registry.LOSSLESS) or is_short(self.sampler.split(":")[0]))
+        return self.draft is not None or named
 
     @classmethod
     def of(cls, options: Mapping[str, object]) -> DecodingOptions:

@@ -29,7 +29,8 @@ class Facts:
     fills_window: whether noise fills its windows to the end, as of all models that dlm trains. block_length: of block diffusion.
     default_*: what generation_config.json says. official: the settings of the model card of another project's checkpoint; None for ours.
     adapter_tokens: draft tokens that the attached adapter was taught; heads: how many there are; None without. draft_dtype: that of a
-    quantized copy that drafts and pays, empty where none does. calibration, saved_schedule: what `auto` chooses from, where asked for.
+    quantized copy that drafts and pays, empty where none does. own_block: tokens of the block that the network denoises beside its causal
+    reading, 0 for none. calibration, saved_schedule: what `auto` chooses from, where asked for.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Facts:
     adapter_tokens: int | None = None
     heads: int | None = None
     draft_dtype: str = ""
+    own_block: int = 0
     calibration: Calibration | None = None
     saved_schedule: SavedSchedule | None = None
     official: Mapping[str, Any] | None = None
@@ -84,6 +86,11 @@ class DecodingPlan:
     rule: Callable[..., Any] | None = None
     exact: bool = False
     options: DecodingOptions = field(default_factory=DecodingOptions, compare=False, repr=False)
+
+    @property
+    def left_to_right(self) -> bool:
+        """Whether it is autoregressive decoding."""
+        return self.draft is not None or self.word == registry.PLAIN
 
     def record(self) -> dict[str, object]:
         """The options that a saved run keeps: those that were set."""
@@ -157,6 +164,8 @@ def _fastest_drafter(facts: Facts) -> Draft:
     """The drafter that speeds decoding up most: the model's adapter, else its quantized copy, else n-grams of the text."""
     if facts.noise is not None:
         raise InputError(f"{facts.name} is a diffusion model: lossless decoding is for autoregressive ones")
+    if facts.own_block:
+        return Draft("block")
     if facts.adapter_tokens is not None:
         return Draft("adapter")
     if facts.heads is not None:
@@ -219,6 +228,8 @@ def _left_to_right(options: DecodingOptions, facts: Facts, draw: Draw, context: 
         named = f"the sampler {options.sampler!r}" if options.sampler else None
         named = named or "revising, guided or constrained text, an early stop, blocks or an approximate cache"
         raise InputError(f"{facts.name} is autoregressive: {named} needs a diffusion model")
+    if facts.own_block and options.steps is not None:
+        raise InputError(f"the sampler {word!r} writes from left to right: leave --steps away")
     plan = DecodingPlan(word, draw, 0, context, cache=bool(options.cache), exact=True, options=options)
     plan = replace(plan, answer=options.answer)
     if draft is None:
@@ -243,11 +254,13 @@ def _with_numbers(draft: Draft, facts: Facts) -> Draft:
     """The draft with its dtype and the most draft tokens of a forward pass."""
     if draft.source == "heads" and facts.heads is None:
         raise InputError(f"{facts.name} has no heads to draft with: give --adapter DIRECTORY of dlm convert {facts.name} --heads 3")
+    if draft.source == "block" and not facts.own_block:
+        raise InputError(f"{facts.name} denoises no block: the drafter block is for Nemotron-Labs-Diffusion, which reads text either way")
     if draft.source == "self" and not draft.model:
         draft = replace(draft, model=facts.draft_dtype or "int8")
     if draft.tokens is not None:
-        return draft
-    taught = {"adapter": facts.adapter_tokens, "heads": facts.heads}.get(draft.source)
+        return replace(draft, tokens=min(draft.tokens, facts.own_block - 1)) if draft.source == "block" else draft
+    taught = {"adapter": facts.adapter_tokens, "heads": facts.heads, "block": facts.own_block - 1}.get(draft.source)
     usual = AUTO_TOKENS.get(draft.source, USUAL_AUTO_TOKENS) if draft.source in SOURCES else USUAL_AUTO_TOKENS
     most = usual if taught is None else taught
     return replace(draft, tokens=min(most, draft.tree) if draft.tree else most)

@@ -30,7 +30,15 @@ from dlm.sampling import registry
 from dlm.sampling.autoregressive.draft import Draft, DraftFacts, factory, sources
 from dlm.sampling.autoregressive.draft_length import AdaptiveDraftLength
 from dlm.sampling.autoregressive.draft_tree import Tree
-from dlm.sampling.autoregressive.drafters import DraftModel, FittedVocabulary, MaskDrafter, MedusaDrafter, PromptLookup, SelfDraft
+from dlm.sampling.autoregressive.drafters import (
+    BlockDrafter,
+    DraftModel,
+    FittedVocabulary,
+    MaskDrafter,
+    MedusaDrafter,
+    PromptLookup,
+    SelfDraft,
+)
 from dlm.sampling.autoregressive.plain import AutoregressiveSampler
 from dlm.sampling.autoregressive.protocols import Drafter
 from dlm.sampling.autoregressive.speculative import SpeculativeDecoder
@@ -190,6 +198,8 @@ def _drafter(draft: Draft, tokens: int, model: Model) -> Drafter:
             return MedusaDrafter(model.heads, model.heads.config.count)
         case "self":
             return SelfDraft(model.quantized(draft.model), start)
+        case "block":
+            return BlockDrafter(network, model.tokenizer.mask_id, start)
         case "model":
             return _draft_model(draft.model, model)
     return factory(draft.source)(DraftFacts(network, model.config.network.vocab_size, model.tokenizer.mask_id, start, tokens))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Noise = Literal["masked", "replacement", "genmd4"]
 LOSSLESS = "lossless"  # the fastest drafter of an autoregressive model
+PLAIN = "autoregressive"  # one token a forward pass
 AUTO = "auto"  # the sampler that a measurement found best
 
 
@@ -481,10 +482,19 @@ BUILT_IN: tuple[SamplerInfo, ...] = (
         "Each mask at the rate of the tokens that the network expects there: the plain reverse process.",
     ),
     SamplerInfo(
-        "autoregressive",
+        PLAIN,
         None,
         "dlm.sampling.autoregressive.plain:AutoregressiveSampler",
         "One token a forward pass, from left to right.",
+        rule=False,
+        exact=_always,
+    ),
+    SamplerInfo(
+        "block",
+        None,
+        _SPECULATIVE,
+        "The same text in fewer forward passes: a block that the network denoises drafts, for nemotron.",
+        (replace(_STRIDE, default=drafts.BLOCK_TOKENS + 1), _FLOOR),
         rule=False,
         exact=_always,
     ),
@@ -657,13 +667,12 @@ def make(word: str, draw: Draw, noise: NoiseProcess, greedy_tail: int = 0) -> Ru
     return GreedyTail(rule, greedy_tail)
 
 
-def usable(noise: Noise | None, *, bidirectional: bool = True, heads: bool = True) -> list[SamplerInfo]:
-    """The samplers that a model can use by name alone. bidirectional: whether its network is; heads: whether it has some."""
-    return [
-        one
-        for one in known(noise)
-        if (bidirectional or not one.bidirectional) and not one.needs_a_name and (heads or (one.name, one.noise) != ("heads", None))
-    ]
+def usable(noise: Noise | None, *, bidirectional: bool = True, heads: bool = True, blocks: bool = False) -> list[SamplerInfo]:
+    """The samplers that a model can use by name alone. bidirectional: whether its network is; heads: whether it has some; blocks: whether
+    it reads its text causally and a block after it fully."""
+    lacks = [("heads", None)] * (not heads) + [("block", None)] * (not blocks)
+    fits = [one for one in known(noise) if (bidirectional or not one.bidirectional) and not one.needs_a_name]
+    return [one for one in fits if (one.name, one.noise) not in lacks]
 
 
 def lossless(noise: Noise | None, *, bidirectional: bool) -> SamplerInfo | None:

@@ -14,15 +14,16 @@ if TYPE_CHECKING:
     from dlm.protocols import Denoiser
     from dlm.sampling.autoregressive.protocols import Drafter
 
-SOURCES = ("adapter", "ngram", "heads", "self", "model")
+SOURCES = ("adapter", "ngram", "heads", "self", "block", "model")
 DTYPES = ("int8", "int4")  # of a quantized copy of the network that drafts for it
 BRANCHING = ("adapter", "heads")  # the drafters that know second choices, which a tree needs
 MAX_TREE_NODES = 64
 DEFAULT_TOKENS = 3  # of a short form without a number
+BLOCK_TOKENS = 31  # of the drafter `block`: its block of 32 begins with a known token
 MODEL = "model:"  # in front of a name that is also the name of a drafter
-WORDS = {"adapter": "strided", "ngram": "lookup", "heads": "heads", "self": "draft", "model": "draft"}
+WORDS = {"adapter": "strided", "ngram": "lookup", "heads": "heads", "self": "draft", "block": "block", "model": "draft"}
 """The name of each drafter in the short form, a word of `--sampler`."""
-SHORT = ("strided", "lookup", "draft", "heads")
+SHORT = ("strided", "lookup", "draft", "heads", "block")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Draft:
 
     source: `adapter`, masks of the same forward pass that a gated LoRA reads (I-DLM, arXiv 2604.11035); `ngram`, prompt lookup in the
     text so far; `heads`, Medusa heads (2401.10774); `self`, the network's own weights quantized to the dtype in `model`, int8 or int4
-    (empty: the one that suits the weights); `model`, another autoregressive model of the same vocabulary (2211.17192), in `model` its
+    (empty: the one that suits the weights); `block`, the network's own reading of a block of masks, where it has one beside its causal
+    reading (Nemotron-Labs-Diffusion); `model`, another autoregressive model of the same vocabulary (2211.17192), in `model` its
     directory or name; or the name of a registered drafter.
     tokens: draft tokens that one forward pass verifies; None: as many as pay, by measurement. 0 is plain decoding.
     tree: nodes of a draft tree (SpecInfer, 2305.09781), 0 for a chain. floor: no draft token after one whose running confidence, a
@@ -96,7 +98,7 @@ class Draft:
 
     @classmethod
     def parse(cls, text: str, *, tokens: int | None = None, tree: int = 0, floor: float = 0.0) -> Draft:
-        """From `adapter`, `ngram`, `heads`, `self`, `self:int4`, or a draft model's directory or name; `model:NAME` is always a model.
+        """From `adapter`, `ngram`, `heads`, `block`, `self`, `self:int4`, or a draft model's directory or name; `model:NAME` is a model.
 
         Nothing after a comma or an x is taken off a name. InputError as the constructor.
         """
@@ -128,7 +130,7 @@ class Draft:
         own = {"strided": "adapter", "lookup": "ngram", "draft": "self" if model in DTYPES else "model"}
         source = own.get(name, name)
         try:
-            tokens = None if count == "auto" else int(count or DEFAULT_TOKENS + 1) - 1
+            tokens = None if count == "auto" else int(count or (BLOCK_TOKENS if name == "block" else DEFAULT_TOKENS) + 1) - 1
             tree, least = int(nodes) if branches else 0, float(floor or 0)
             if more or (tokens is not None and tokens < 0) or bool(model) != (name == "draft"):
                 raise ValueError

@@ -1,4 +1,5 @@
-"""Drafters: where draft tokens come from. Masks in the same forward pass, heads, the text so far, a smaller or quantized network.
+"""Drafters: where draft tokens come from. Masks in the same forward pass or in one of their own, heads, the text so far, a smaller or
+quantized network.
 
 Shapes: B rows, L columns of the canvas, K draft tokens, N paths of a tree, M masks of a group, G groups, Q inputs of a forward pass,
 S places of a path, V vocabulary, D width.
@@ -246,3 +247,36 @@ class SelfDraft:
             going_B = going_B & (count_B < limit_B) & (lead_B1 >= self.lead).squeeze(1)
         cache.trim(held_B)
         return DraftTokens(torch.cat(tokens, 1), count_B, torch.cat(logq, 1) if logq else None)
+
+
+@dataclass(frozen=True)
+class BlockDrafter:
+    """The network itself, which denoises a block: one forward pass over the last token and masks that read one another fully, each for its
+    own token. The text is read causally, as when it verifies (the self-speculation of Nemotron-Labs-Diffusion).
+
+    Keys and values of the block are forgotten, for the text reads no block. start: as of the network.
+    """
+
+    reads_states: ClassVar[bool] = False
+    own_passes: ClassVar[int] = 1
+    denoiser: Denoiser
+    mask_id: int
+    start: int | None
+
+    groups = staticmethod(no_groups)
+
+    def __call__(self, context: DraftContext) -> DraftTokens:
+        text, request, cache = context.text, context.request, context.last.cache
+        held_B = cache.length_B
+        read_B = held_B == text.count(self.start) - 1  # a row that enters a window is not
+        limit_B = torch.where(read_B, request.limit_B, 0)
+        slot_Q = torch.arange(int(limit_B.max()) + 1, device=held_B.device)
+        if len(slot_Q) == 1:
+            return DraftTokens.none(held_B)
+        last_B1, inside_BQ = text.inputs(held_B[:, None], self.start), slot_Q <= limit_B[:, None]
+        z_BQ = torch.cat([last_B1, last_B1.new_full((len(held_B), len(slot_Q) - 1), self.mask_id)], 1)
+        own_BQQ = inside_BQ[:, None] | torch.eye(len(slot_Q), dtype=torch.bool, device=held_B.device)
+        at_BQ = inside_BQ & (slot_Q > 0)
+        logits_BQV = self.denoiser(z_BQ, pos_BQ=held_B[:, None] + slot_Q, own_BQQ=own_BQQ, at_BQ=at_BQ, cache=cache)
+        cache.trim(held_B)
+        return request.grow(lambda k, _path_BNS: logits_BQV[:, 1 + k, None], limit_B)

@@ -177,6 +177,7 @@ class SpeculativeRun:
         self._commit(output, live_B, held_B + new_B, place_B, token_B)
         if decoder.stride > 1:
             self.drafts = self._draft(output, place_B)
+            self.forwards += getattr(decoder.drafter, "own_passes", 0) * bool(self.drafts.token_BK.shape[1])
         if adaptive is not None and self.stride == before and int(new_B.max()) == 1:  # else it changed its stride, or read a prompt
             assert self.tally is not None
             accepted = self.tally.accepted_B[live_B].tolist()

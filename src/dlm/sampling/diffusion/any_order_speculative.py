@@ -100,9 +100,7 @@ class AnyOrderRun:
     def __init__(self, sampler: AnyOrderSpeculativeSampler, canvas: Canvas, rng: RNG) -> None:
         self.sampler, self.canvas, self.rng, self.forwards = sampler, canvas, list(rng), 0
         rows, device = len(canvas.tokens_BT), canvas.tokens_BT.device
-        whole = whole_blocks(
-            sampler.block_length, sampler.block_phase, sees_ahead=sampler.sees_ahead, fills_window=sampler.fills_window
-        )
+        whole = whole_blocks(sampler.block_length, sampler.block_phase, sees_ahead=sampler.sees_ahead, fills_window=sampler.fills_window)
         window = sampler.window if sampler.fills_window else width(canvas, sampler.window, whole)
         self.text = NoisyText(canvas, sampler.noise, window, phase(canvas, sampler.block_length, sampler.block_phase), rng, whole)
         if not sampler.fills_window:

@@ -170,14 +170,13 @@ class Shelf:
     def describe(self, lm: LanguageModel) -> dict[str, Any]:
         """The facts about a model for the page and other clients."""
         noise = lm.config.noise["process"] if lm.is_diffusion else None
-        usable = registry.usable(lm.kind, bidirectional=not lm.is_causal, heads=lm.heads is not None)
         kind = "diffusion" if lm.is_diffusion else "autoregressive"
         facts = {
             "kind": kind,
             "noise": {"masked": "mask"}.get(noise, noise) if noise else None,
             "window": lm.window,
             "vocab_size": lm.tokenizer.vocab_size,
-            "samplers": [{"name": info.name, "about": info.about} for info in usable],
+            "samplers": [{"name": info.name, "about": info.about} for info in lm.samplers],
             "default_sampler": lm.default_sampler,
             "steps": int(lm.defaults.get("steps", lm.window)) if lm.is_diffusion else lm.window,
             "characters": all(
