@@ -43,7 +43,6 @@ SECTIONS = [(page, heading) for page in PAGES for heading, blocks in sections(pa
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(ROOT / "src"),
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    "OMP_NUM_THREADS": "2",
 }
 
 

@@ -124,5 +124,7 @@ def test_figures_after_a_run(dlm: Dlm, masked_dir: Path, autoregressive_dir: Pat
     _, out, err = dlm("generate", "--model", str(masked_dir), "--length", "20", "--steps", "4")
     assert re.fullmatch(r"tiny-masked, ancestral, seed 0: 20 tokens in \d forward passe?s?, \d+\.\d a pass, \d+\.\d s\n", err)
     assert len(out) == 21
+    *_, err = dlm("generate", "--model", str(masked_dir), "--length", "20", "--steps", "4", "--sampler", "topk", "-n", "3")
+    assert re.fullmatch(r"tiny-masked, topk, seeds 0 to 2, each: 20 tokens in 4 forward passes, 5\.0 a pass, \d+\.\d s\n", err)
     _, _, err = dlm("generate", "R", str(autoregressive_dir), "--max-new-tokens", "12", "--draft", "ngram", "--draft-tokens", "2")
     assert re.search(r"; \d+% of \d+ draft tokens accepted\n", err)

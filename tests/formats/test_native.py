@@ -173,7 +173,7 @@ def test_a_save_without_space_leaves_the_former_checkpoint(saved: Path, monkeypa
     before = files_of(saved)
     with monkeypatch.context() as patch:
         if where == "weights":
-            patch.setattr(native, "save_torch_state_dict", failing(1, save_torch_state_dict))
+            patch.setattr("huggingface_hub.save_torch_state_dict", failing(1, save_torch_state_dict))
         elif where == "move":
             patch.setattr(os, "replace", failing(1, os.replace))
         else:
@@ -196,7 +196,7 @@ def test_a_save_that_stops_between_files_leaves_a_whole_checkpoint(saved: Path, 
 
 
 def test_a_first_save_that_fails_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "save_torch_state_dict", failing(1, save_torch_state_dict))
+    monkeypatch.setattr("huggingface_hub.save_torch_state_dict", failing(1, save_torch_state_dict))
     with pytest.raises(OSError, match="No space left"):
         made().save_pretrained(tmp_path / "new")
     assert not list((tmp_path / "new").iterdir())

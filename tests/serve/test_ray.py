@@ -43,7 +43,7 @@ def cluster(masked_dir: Path, autoregressive_dir: Path) -> Iterator[tuple[httpx.
         port = free.getsockname()[1]
     arguments = {"models": f"{masked_dir},{autoregressive_dir}", "replicas": "2", "cpus": "0.5"}  # texts, as a command line gives them
     command = [sys.executable, str(Path(__file__).with_name("cluster.py")), str(port), json.dumps(arguments)]
-    env = os.environ | {"PYTHONPATH": str(SOURCE), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": str(SOURCE), "RAY_USAGE_STATS_ENABLED": "0"}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdin is not None
         assert process.stdout is not None

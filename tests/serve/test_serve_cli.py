@@ -20,7 +20,7 @@ SOURCE = Path(__file__).parents[2] / "src"
 
 @pytest.mark.slow
 def test_it_serves_until_ctrl_c(masked_dir: Path) -> None:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCE), "DLM_API_KEYS": "one, two"}
+    env = os.environ | {"PYTHONPATH": str(SOURCE), "DLM_API_KEYS": "one, two"}
     command = [sys.executable, "-m", "dlm", "serve", str(masked_dir), "--port", "0", "--threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdout is not None

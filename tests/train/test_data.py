@@ -174,6 +174,16 @@ def test_a_stream_of_one_window() -> None:
         stream(7)
 
 
+def test_no_window_holds_two_pieces_and_each_place_is_as_likely() -> None:
+    parted = Stream(torch.arange(20, dtype=torch.int32).numpy(), 4, pieces=(9, 3, 8))  # 6 places, none, 5
+    counts = torch.bincount(parted.draw(11_000, torch.Generator().manual_seed(0))[:, 0], minlength=20)
+    assert (counts > 0).nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 12, 13, 14, 15, 16]
+    assert ((counts[counts > 0] - 1000).abs() < 150).all()  # 5 standard errors
+    assert parted.windows()[:, 0].tolist() == [0, 4, 12, 16]
+    with fails("5 tokens in its longest piece, less than one window of 6"):
+        Stream(np.arange(9, dtype=np.int32), 6, pieces=(5, 4))
+
+
 def test_fingerprint_follows_the_tokens() -> None:
     assert stream(50).fingerprint() == stream(50, window=4).fingerprint() != stream(51).fingerprint()
 

@@ -76,7 +76,7 @@ def test_data_that_is_a_kind_of_grid_takes_its_recipe(dlm: Dlm, monkeypatch: pyt
 
 @pytest.mark.parametrize("recipe", ["sudoku-4", "sudoku-9"])
 def test_a_recipe_is_found_by_its_data(recipe: str) -> None:
-    assert recipes.of_grids(recipe.replace("-", ":")) == recipes.find(recipe)
+    assert recipes.of_data(recipe.replace("-", ":")) == recipes.find(recipe)
 
 
 def test_text_models_and_grids_do_not_mix(dlm: Dlm, masked_dir: Path) -> None:

@@ -141,7 +141,7 @@ def test_the_launcher_passes_an_interrupt_on(text: Path, tmp_path: Path) -> None
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command += [tiny.__file__, str(out), str(text), json.dumps(settings), "{}"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         log = out / "log.jsonl"
         while not (log.is_file() and len(log.read_text().splitlines()) > 2):

@@ -42,6 +42,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("optimizer=muon", "conv=3", "weights=equal"),
         ("noise=ordered", "weights=anneal"),
         ("noise=genmd4", "time_conditioning=true"),
+        ("noise=uniform", "mixtures=0.3"),
     ],
     ids=" ".join,
 )

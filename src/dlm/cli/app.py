@@ -117,10 +117,10 @@ def is_plot(value: Path | None) -> Path | None:
 
 
 def is_text(value: str | None) -> str | None:
-    """A check as `between`, for the text of `--data`: its files are there. A data set of the hub is looked for later, as are grids."""
-    from dlm.train import recipes
+    """A check as `between`, for the text of `--data`: its files are there. A data set of the hub is looked for later."""
+    from dlm.train import data_kinds
 
-    if value is not None and value.partition(":")[0] not in {"hf", *(grid.partition(":")[0] for grid in recipes.GRIDS)}:
+    if value is not None and not value.startswith("hf:") and not data_kinds.is_word(value):
         bundled.text_files(value)
     return value
 

@@ -12,6 +12,7 @@ from dlm.cli.app import Device, FamilyOption, Json, Seed, Split, ValFraction, ap
 from dlm.cli.tables import console, table
 from dlm.errors import InputError
 from dlm.files import parse_json
+from dlm.train.data_kinds import SOURCES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,9 +29,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name, directory or hub id.")],
     data: Annotated[
         str | None,
-        typer.Option(
-            callback=is_text, help="Bundled data set (shakespeare), text file, folder of .txt files, hf:DATASET, or sudoku[:SIZE]."
-        ),
+        typer.Option(callback=is_text, help=f"Bundled data set (shakespeare), text file, folder of .txt files, hf:DATASET, {SOURCES}."),
     ] = None,
     split: Split = "val",
     val_fraction: ValFraction = 0.1,
@@ -190,10 +189,13 @@ def _lengths(words: str) -> list[int]:
 
 
 def _table(found: Sequence[Evaluation]) -> Table:
-    made = table("model", "nats per token", "bits per char", "per byte", "stderr", "samples", "estimator")
+    unit = found[0].unit
+    named = ["bits per char", "per byte"] if unit == "character" else [f"bits per {unit}"]
+    made = table("model", "nats per token", *named, "stderr", "samples", "estimator")
     for one in found:
         sign = "<= " if one.is_bound else ""
         label = f"{one.model}, blocks of {one.block_length}" if one.block_length else one.model
-        figures = f"{sign}{one.nats_per_token:.4f}", f"{sign}{one.bits_per_char:.4f}", f"{sign}{one.bits_per_byte:.4f}"
+        values = (one.nats_per_token, one.bits_per_char, one.bits_per_byte)[: 1 + len(named)]
+        figures = [f"{sign}{value:.4f}" for value in values]
         made.add_row(label, *figures, f"{one.stderr:.4f}", str(one.samples), one.estimator)
     return made

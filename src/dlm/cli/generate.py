@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import sys
@@ -373,19 +374,20 @@ def _report(runs: dict[str, Run], watched: bool, as_json: bool) -> None:
                 head = f"--- {label}, seed {row.seed}\n" if len(rows) > 1 else f"--- {label}\n"
                 sys.stdout.write((head if len(rows) > 1 or len(results) > 1 else "") + row.text + "\n")
         sys.stdout.flush()
-        for row in rows:
-            if not shown or row.steps_saved is not None:
-                note(_figures(label, row))
+        told = [row for row in rows if not shown or row.steps_saved is not None]
+        for facts, alike in itertools.groupby(told, _figures):
+            first, *others = alike
+            seeds = f"seeds {first.seed} to {others[-1].seed}, each" if others else f"seed {first.seed}"
+            note(f"{label}, {first.sampler}, {seeds}: {facts}")
     if as_json:
         records = [row.record() for rows in results.values() for row in rows]
         print(json.dumps(records[0] if len(records) == 1 else {"runs": records}))
 
 
-def _figures(label: str, row: Generation) -> str:
-    """One line: tokens, forward passes, seconds, and accepted draft tokens or saved steps."""
+def _figures(row: Generation) -> str:
+    """In a few words: tokens, forward passes, seconds, and accepted draft tokens or saved steps."""
     passes = f"{row.forwards} forward pass{'es' * (row.forwards != 1)}"
-    facts = f"{label}, {row.sampler}, seed {row.seed}: {row.tokens} tokens in {passes}"
-    facts += f", {row.tokens_per_forward:.1f} a pass, {row.seconds:.1f} s"
+    facts = f"{row.tokens} tokens in {passes}, {row.tokens_per_forward:.1f} a pass, {row.seconds:.1f} s"
     if row.proposed is not None:
         share = f"{row.accepted / row.proposed:.0%} of " if row.proposed and row.accepted is not None else ""
         facts += f"; {share}{row.proposed} draft tokens accepted"

@@ -11,6 +11,7 @@ import typer
 
 from dlm.cli.app import AllThreads, Json, app, err, fail, is_text, set_threads
 from dlm.errors import InputError
+from dlm.train.data_kinds import SOURCES
 
 
 @app.command()
@@ -18,7 +19,7 @@ def train(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name (dlm list), or none with --data.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(callback=is_text, help="shakespeare (bundled), a text file, a folder of .txt files, hf:DATASET, or sudoku[:SIZE]."),
+        typer.Option(callback=is_text, help=f"shakespeare (bundled), a text file, a folder of .txt files, hf:DATASET, {SOURCES}."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/RECIPE.")] = None,
     noise: Annotated[
@@ -40,7 +41,7 @@ def train(
 
     if recipe is None and data is None:
         raise InputError(f"give a recipe ({', '.join(recipes.RECIPES)}) or --data FILE")
-    found = recipes.find(recipe) if recipe else recipes.of_grids(str(data))  # an unknown one is told before the rest is imported
+    found = recipes.find(recipe) if recipe else recipes.of_data(str(data))  # an unknown one is told before the rest is imported
     from dlm.train.config import TrainConfig
     from dlm.train.display import Display
     from dlm.workflows.fit import fit, sample

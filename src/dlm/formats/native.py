@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 
 from dlm.errors import InputError
@@ -188,6 +187,8 @@ def write(
     dtype: torch.dtype | None = None,
 ) -> None:
     """`save` of any tensors and any config.json. dtype int8: matrices in eight bits, the rest in float16."""
+    from huggingface_hub import save_torch_state_dict  # 0.1 s, that loading a model of ours does without
+
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with replacing_files(directory, order=lambda file: (file.suffix != ".safetensors", file.name == "config.json")) as temporary:

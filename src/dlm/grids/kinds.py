@@ -1,13 +1,21 @@
-"""The kinds of grids by name, as `--data NAME` or `--data NAME:SETTING` takes them."""
+"""The kinds of grids by name, as `--data NAME` or `--data NAME:SETTING` takes them. Imports no torch until a kind is made."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from dlm.grids.grid import Grid
-from dlm.grids.sudoku import Sudoku
+if TYPE_CHECKING:
+    from dlm.grids.grid import Grid
 
-KINDS: dict[str, Callable[[str], Grid]] = {"sudoku": Sudoku.of}
+
+def _sudoku(setting: str) -> Grid:
+    from dlm.grids.sudoku import Sudoku
+
+    return Sudoku.of(setting)
+
+
+KINDS: dict[str, Callable[[str], Grid]] = {"sudoku": _sudoku}
 """By the word before the colon: a kind from the text after it, which may be empty."""
 
 

@@ -145,6 +145,7 @@ class AdaLN(Transformer):
         own_BQQ: Tensor | None = None,
         at_BQ: Tensor | None = None,
         index_BC: Tensor | None = None,
+        mixed_BQV: Tensor | None = None,
         logits: bool = True,
         states: list[Tensor] | None = None,
     ) -> Tensor:
@@ -152,7 +153,7 @@ class AdaLN(Transformer):
         attends = self._attends(z_BQ, pos_BQ, valid_BT, cache, pattern, block_length, phase_B, begin_B1, own_BQQ)
         pos_BQ, mask, is_causal, _ = attends
         level_B = self.told(t_B, len(z_BQ))
-        level_BC, x_BQD = self.level(level_B), self.embed(z_BQ)
+        level_BC, x_BQD = self.level(level_B), self.embed(z_BQ) if mixed_BQV is None else self.mix(mixed_BQV)
         cos, sin = self.rotary(pos_BQ)
         x_BQD = self.blocks(x_BQD, ForwardPass(cos, sin, mask, is_causal, cache, level=level_BC))
         if isinstance(cache, KVCache | RaggedCache):

@@ -105,6 +105,10 @@ class Transformer(nn.Module):
         logits_BQV: Tensor = self.head.draft(hidden_BQD) if draft else self.head(hidden_BQD)
         return logits_BQV
 
+    def mix(self, weights_BQV: Tensor) -> Tensor:
+        """Embeddings (B, Q, D) mixed by these weights of tokens."""
+        return weights_BQV.to(self.embed.weight.dtype) @ self.embed.weight
+
     def cache(self, batch: int, capacity: int | None = None) -> KVCache:
         """An empty cache for `batch` rows."""
         c = self.config
@@ -138,6 +142,7 @@ class Transformer(nn.Module):
         own_BQQ: Tensor | None = None,
         at_BQ: Tensor | None = None,
         index_BC: Tensor | None = None,
+        mixed_BQV: Tensor | None = None,
         logits: bool = True,
         states: list[Tensor] | None = None,
     ) -> Tensor:
@@ -159,12 +164,13 @@ class Transformer(nn.Module):
         A TextCache keeps the text of its first forward pass; later ones read it, and their own positions by own_BQQ, bool (B, Q, T + Q).
         at_BQ: bool, the only positions that get logits; those of the others are 0. index_BC: int64, places among the Q of each row that
         alone get logits, which are then (B, C, V): with a large vocabulary, zeros of all the others take time and memory.
+        mixed_BQV: weights of tokens, whose embeddings are read so mixed in place of those of z.
         logits: False returns the hidden states that the head reads instead, (B, Q, D); states: a list that they are appended to.
         """
         attends = self._attends(z_BQ, pos_BQ, valid_BT, cache, pattern, block_length, phase_B, begin_B1, own_BQQ)
         pos_BQ, mask, is_causal, _ = attends
         mask_tokens = self.embed.mask_tokens(z_BQ, pos_BQ)
-        x_BQD = self.embed(z_BQ, mask_tokens)
+        x_BQD = self.embed(z_BQ, mask_tokens) if mixed_BQV is None else self.mix(mixed_BQV)
         if self.group_embed is not None:
             x_BQD = x_BQD + self.group_embed(pos_BQ)
         if self.time is not None:

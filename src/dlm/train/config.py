@@ -10,13 +10,14 @@ from typing import Any
 
 from dlm import seeds
 from dlm.errors import InputError, nearest, unknown
-from dlm.grids import grid, kinds
 from dlm.models.config import TransformerConfig
 from dlm.noise import loss, process, schedule
 from dlm.noise.learned import COPIES, LearnedNoise
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.replacement import HEADS, ReplacementNoise
+from dlm.noise.uniform import UniformNoise
 from dlm.protocols import NoiseProcess, NoiseSchedule
+from dlm.train import data_kinds
 from dlm.train.optimisers import OPTIMISERS
 
 OBJECTIVES = ("diffusion", "autoregressive")
@@ -32,7 +33,7 @@ class TrainConfig:
     own, or its class. InputError for settings that cannot work.
     """
 
-    data: str = ""  # shakespeare (bundled) | a text file | a folder of .txt files | hf:DATASET | sudoku[:size]
+    data: str = ""  # shakespeare (bundled) | a text file | a folder of .txt files | hf:DATASET | sudoku[:size] | a FASTA file
     val_fraction: float = 0.1
     tokenizer: str = "chars"  # chars | bytes | bpe:1024 (learned from the text) | path of a tokenizer.json
     network: TransformerConfig = field(default_factory=lambda: TransformerConfig(vocab_size=1, width=192, conv=5))
@@ -41,6 +42,7 @@ class TrainConfig:
     noise_schedule: str | NoiseSchedule = "linear"
     clusters: str = "classes"  # of semantic noise: classes | MODEL:COUNT (k-means of its output embedding) | a JSON file
     head: str = "leave-one-out"  # prediction of the network under replacement noise: leave-one-out | posterior
+    mixtures: float = 0.0  # of uniform noise: the network reads mixtures of tokens at a temperature that falls from here to 0; 0: tokens
     estimator: str = "auto"  # any_order (masks, no time input) | counted (replacement) | continuous | auto: the first that applies
     init: str = ""  # a checkpoint to begin with, instead of fresh weights: of the same shape, or deeper
     teacher: str = ""  # distillation: a masked model whose predictions take the place of the text
@@ -49,6 +51,7 @@ class TrainConfig:
     block_lengths: tuple[int, ...] = ()  # of block diffusion (attention=block_causal), one drawn each step; none: block_length
     context: int = 64
     context_share: float = 0.5  # share of training windows whose first `context` tokens, or a puzzle's cells, are given
+    augment: bool = True  # training windows come under the symmetries of their data: those of a grid, either strand of DNA
     steps: int = 5000
     batch: int = 16  # windows per step over all processes
     optimizer: str = "muon"  # muon (AdamW beside it, at a tenth of its rate: lr) | adamw
@@ -71,7 +74,7 @@ class TrainConfig:
     save_every: int = 250
 
     def __post_init__(self) -> None:
-        if (kind := kinds.find(self.data)) is not None:
+        if (kind := data_kinds.find(self.data)) is not None:
             self._fit_to(kind)
         try:
             noise = process.name_of(self.noise) if isinstance(self.noise, type) else self.noise
@@ -86,14 +89,16 @@ class TrainConfig:
         for wrong in chain.from_iterable(check(self) for check in CHECKS):
             raise InputError(wrong)
 
-    def _fit_to(self, kind: grid.Grid) -> None:
-        """Its shape is that of the window, and given cells take the place of a context."""
-        shape = {"window": grid.cells_of(kind), "axes": kind.axes, "groups": kind.groups, "conv": 0}
+    def _fit_to(self, kind: data_kinds.DataKind) -> None:
+        """Take the settings that the data decides."""
+        own = {f.name for f in fields(self)}
         try:
-            object.__setattr__(self, "network", self.network.with_(**shape))
+            network = self.network.with_(**{key: value for key, value in kind.settings.items() if key not in own})
         except ValueError as error:
             raise InputError(f"{self.data}: {error}") from None
-        object.__setattr__(self, "context", 0)
+        object.__setattr__(self, "network", network)
+        for key in own & kind.settings.keys():
+            object.__setattr__(self, key, kind.settings[key])
 
     @property
     def alpha(self) -> NoiseSchedule:
@@ -229,6 +234,11 @@ def _learned(c: TrainConfig) -> Iterator[str]:
         yield f"learned weights compare two draws of noise for each text: batch must be even, got {c.batch}"
 
 
+def _mixtures(c: TrainConfig) -> Iterator[str]:
+    if c.mixtures and (c.objective != "diffusion" or not issubclass(process.PROCESSES[c.process], UniformNoise)):
+        yield f"mixtures of tokens are inputs under uniform noise: --noise uniform, or leave --set mixtures={c.mixtures:g} away"
+
+
 def _weights(c: TrainConfig) -> Iterator[str]:
     if c.weights not in WEIGHTS:
         yield str(unknown("weights", c.weights, WEIGHTS))
@@ -258,6 +268,7 @@ CHECKS: tuple[Callable[[TrainConfig], Iterator[str]], ...] = (
     _block_diffusion,
     _noise,
     _learned,
+    _mixtures,
     _weights,
     _numbers,
     _distillation,
@@ -269,7 +280,7 @@ FINITE = math.nextafter(math.inf, 0)
 RANGES: dict[str, tuple[float, float, str]] = {  # lowest, highest, and the same in words
     **dict.fromkeys(("steps", "batch", "log_every", "eval_every", "save_every", "eval_passes"), (1, math.inf, "be at least 1")),
     **dict.fromkeys(("warmup", "weight_decay"), (0, math.inf, "be at least 0")),
-    "noise_lr": (0, FINITE, "be at least 0"),
+    **dict.fromkeys(("noise_lr", "mixtures"), (0, FINITE, "be at least 0")),
     "seed": (seeds.LOWEST, seeds.HIGHEST, "lie in -2**63 .. 2**63 - 1"),
     "eval_windows": (2, math.inf, "be at least 2"),
     **dict.fromkeys(("lr", "clip"), (ABOVE_0, FINITE, "be above 0")),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -75,17 +76,31 @@ def select(documents: list[str], part: str, val_fraction: float) -> list[str]:
 
 @dataclass(frozen=True)
 class Stream:
-    """A token stream and the windows cut from it."""
+    """A token stream and the windows cut from it.
 
+    pieces: lengths of the pieces that the tokens are, of which no window holds two; none: one piece. augment: whether a draw comes under
+    the symmetries of its kind of data, if it has any. varies: whether draws of one window
+    differ so much that a small data set is not learned by heart.
+    """
+
+    varies: ClassVar[bool] = False
     tokens_N: np.ndarray
     window: int
     name: str = "data"
+    pieces: tuple[int, ...] = ()
+    augment: bool = True
 
     def __post_init__(self) -> None:
-        if len(self.tokens_N) < self.window:
+        if max(self.lengths, default=0) < self.window:
             raise InputError(
-                f"the {self.name} has {len(self.tokens_N)} tokens, less than one window of {self.window}: more text or a smaller window"
+                f"the {self.name} has {max(self.lengths, default=0)} tokens{' in its longest piece' if self.pieces else ''}, less than one "
+                f"window of {self.window}: more text or a smaller window"
             )
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of the pieces, in their order."""
+        return self.pieces or (len(self.tokens_N),)
 
     @classmethod
     def encode(cls, documents: list[str], tokenizer: Tokenizer, window: int, name: str = "data") -> Stream:
@@ -95,24 +110,39 @@ class Stream:
 
     def draw(self, batch: int, rng: torch.Generator) -> Tensor:
         """Windows at uniformly random places, int64 (B, T)."""
-        starts_B = torch.randint(len(self.tokens_N) - self.window + 1, (batch,), generator=rng).numpy()
-        rows_BT = self.tokens_N[starts_B[:, None] + np.arange(self.window)]
-        return torch.from_numpy(rows_BT.astype(np.int64))
+        places_P = np.maximum(np.array(self.lengths) - self.window + 1, 0).cumsum()  # in all pieces up to this one
+        drawn_B = torch.randint(int(places_P[-1]), (batch,), generator=rng).numpy()
+        piece_B = np.searchsorted(places_P, drawn_B, side="right")
+        starts_B = drawn_B + self._begins()[piece_B] - np.append(0, places_P)[piece_B]
+        tokens_BT = self.tokens_N[starts_B[:, None] + np.arange(self.window)]
+        rows_BT = torch.from_numpy(tokens_BT.astype(np.int64))
+        return self.varied(rows_BT, rng) if self.augment else rows_BT
+
+    def varied(self, rows_BT: Tensor, rng: torch.Generator) -> Tensor:
+        """Each row under a random symmetry of its own; a text has none."""
+        return rows_BT
 
     def free(self, free_BT: Tensor, share: float, rng: torch.Generator) -> Tensor:
         """The positions to predict, of those that the objective leaves free: of a text all of them. share: of rows with a condition."""
         return free_BT
 
     def windows(self, most: int | None = None) -> Tensor:
-        """Whole windows side by side from the start, int64 (W, T), `most` of them spread evenly over the text.
+        """Whole windows side by side from the start of each piece, int64 (W, T), `most` of them spread evenly over the text.
 
         The last tokens that fill no window are left out.
         """
-        count = len(self.tokens_N) // self.window
-        rows_WT = self.tokens_N[: count * self.window].reshape(count, self.window)
+        parts = [
+            self.tokens_N[begin : begin + length // self.window * self.window].reshape(-1, self.window)
+            for begin, length in zip(self._begins(), self.lengths, strict=True)
+        ]
+        rows_WT = np.concatenate(parts)
+        count = len(rows_WT)
         if most is not None and most < count:  # the beginning of a text is not like its end
             rows_WT = rows_WT[np.linspace(0, count - 1, most).round().astype(np.int64)]
         return torch.from_numpy(rows_WT.astype(np.int64))
+
+    def _begins(self) -> np.ndarray:
+        return np.cumsum((0, *self.lengths[:-1]))
 
     def fingerprint(self) -> str:
         """sha256 of the tokens, 16 hex digits."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -24,9 +24,11 @@ from dlm.models.transformer import Transformer
 from dlm.noise import loss
 from dlm.noise.learned import COPIES, LearnedNoise
 from dlm.noise.process import Process
+from dlm.noise.uniform import UniformNoise
 from dlm.train.config import TrainConfig
 from dlm.train.data import Stream
 from dlm.train.loop import Update
+from dlm.train.mixtures import Mixed, temperature
 from dlm.train.noise_weights import NoiseWeights
 from dlm.train.objective import Objective, RowsOf, levels_on
 from dlm.train.optimisers import EMA, Settings, learning_rate, make, set_learning_rate
@@ -142,7 +144,10 @@ class Learner:
         x_BT, free_BT = (rows[own].to(device, non_blocking=True) for rows in (x_BT, free_BT))
         t_B = levels_on(device, t_B[own])
         objective = self.equal if step < self.equal_steps else self.objective
-        nats_B = objective(self.network, x_BT, free_BT, noise_rng, t_B, block_length)
+        network: Any = self.network
+        if (warm := temperature(config, step)) > 0:
+            network = Mixed(network, cast(UniformNoise, self.noise), x_BT, free_BT, noise_rng, warm, config.batch, own)
+        nats_B = objective(network, x_BT, free_BT, noise_rng, t_B, block_length)
         self.accelerator.backward(nats_B.mean())
         norm = self.accelerator.clip_grad_norm_(self.network.parameters(), config.clip)
         self.wrapped.step()

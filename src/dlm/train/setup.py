@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,13 @@ from torch import Tensor
 from dlm.errors import InputError
 from dlm.files import read_json
 from dlm.formats import native
-from dlm.grids import kinds
 from dlm.models.config import TransformerConfig
 from dlm.noise import clusters, process
 from dlm.noise.process import Process
 from dlm.noise.replacement import ReplacementNoise
 from dlm.text.tokenizer import Tokenizer
 from dlm.train import data as reading
-from dlm.train import grids
+from dlm.train import data_kinds
 from dlm.train.config import TrainConfig
 from dlm.train.data import Stream
 
@@ -41,6 +40,7 @@ def resolve(config: TrainConfig, resumed: Path | None = None) -> Setup:
     InputError for text, tokenizer, clusters or noise that do not fit together.
     """
     tokenizer, training, validation = _streams(config, resumed)
+    training = replace(training, augment=config.augment)
     network = config.network.with_(vocab_size=tokenizer.vocab_size + 1)
     validation_WT = validation.windows(config.eval_windows)
     if len(validation_WT) < 2:
@@ -52,8 +52,9 @@ def resolve(config: TrainConfig, resumed: Path | None = None) -> Setup:
 
 def _streams(config: TrainConfig, resumed: Path | None) -> tuple[Tokenizer, Stream, Stream]:
     """The tokenizer, and the parts to train and to validate on."""
-    if (kind := kinds.find(config.data)) is not None:
-        return grids.tokenizer(kind), grids.GridStream.of(kind, "train"), grids.GridStream.of(kind, "val")
+    if (kind := data_kinds.find(config.data)) is not None:
+        window, share = config.network.window, config.val_fraction
+        return kind.tokenizer(), kind.stream("train", window, share), kind.stream("val", window, share)
     parts = reading.split(reading.read(config.data), config.val_fraction)
     tokenizer = Tokenizer.load(resumed) if resumed else Tokenizer.make(config.tokenizer, *("\n".join(part) for part in parts))
     training, validation = (

@@ -19,7 +19,6 @@ from dlm.noise.learned import LearnedNoise
 from dlm.text.tokenizer import Tokenizer
 from dlm.train import state
 from dlm.train.config import TrainConfig
-from dlm.train.grids import GridStream
 from dlm.train.learner import Learner
 from dlm.train.loop import Figures, Update, Validation
 from dlm.train.objective import Objective, validate
@@ -73,9 +72,9 @@ class Training:
         return f"{size} (sha256 {self.text}), {epochs}, {where}"
 
     def warning(self) -> str:
-        """A line where the settings read a small text very often; empty where they do not, and for grids, which come under symmetries."""
+        """A line where the settings read a small text very often; empty where they do not, and for draws that vary."""
         epochs = self.config.steps * self.epochs_per_step
-        if epochs <= MANY_EPOCHS or isinstance(self.setup.training, GridStream):
+        if epochs <= MANY_EPOCHS or self.setup.training.varies:
             return ""
         fewer = max(1, round(USUAL_EPOCHS / self.epochs_per_step))
         return (

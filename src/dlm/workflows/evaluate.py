@@ -22,7 +22,7 @@ class Evaluation(likelihood.Likelihood):
     """The figures of `Likelihood`, and how they came about. block_length: of block diffusion, else 0; steps: of the discrete estimator.
 
     bits_per_byte: of UTF-8, which compares models of any tokenizer. source, split, fingerprint, windows, window: the text, its tokens and
-    how it was cut. card: the file with all of it.
+    how it was cut. unit: what a character of it stands for. card: the file with all of it.
     nats_per_predicted_token: of a model without start token, whose first token of a window has no condition and counts as uniform; without
     those tokens, as other tools leave them out.
     """
@@ -37,6 +37,7 @@ class Evaluation(likelihood.Likelihood):
     seed: int
     device: str
     dtype: str
+    unit: str = "character"
     block_length: int = 0
     steps: int | None = None
     card: Path | None = None
@@ -45,7 +46,13 @@ class Evaluation(likelihood.Likelihood):
     def figures(self) -> dict[str, object]:
         """Nats per token, bits per character and per byte and their errors, with the name of the model."""
         every = asdict(self)
-        names = [*likelihood.Likelihood.__dataclass_fields__, "bits_per_byte", "model", *(["block_length"] if self.block_length else [])]
+        names = [
+            *likelihood.Likelihood.__dataclass_fields__,
+            "bits_per_byte",
+            "unit",
+            "model",
+            *(["block_length"] if self.block_length else []),
+        ]
         names += ["nats_per_predicted_token"] if self.nats_per_predicted_token is not None else []
         return {name: every[name] for name in names}
 
@@ -125,6 +132,7 @@ def evaluate(
     made = Evaluation(
         **asdict(found),
         bits_per_byte=found.bits_per_char * text.characters / text.utf8_bytes,
+        unit=text.unit,
         model=lm.name,
         source=text.source,
         split=split,

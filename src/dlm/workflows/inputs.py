@@ -17,14 +17,13 @@ from dlm.errors import InputError, nearest, unknown
 from dlm.evaluation import generative, judge
 from dlm.files import check_there
 from dlm.formats import native
-from dlm.grids import kinds
 from dlm.language_model import LanguageModel, load
 from dlm.model_scheduling.trial import Figures
 from dlm.noise import loss
 from dlm.noise.masked import MaskedNoise
 from dlm.spelling import Spelling
 from dlm.train import data as reading
-from dlm.train import grids
+from dlm.train import data_kinds
 from dlm.trajectory import Trajectory
 
 FORMAT = 1  # of every record
@@ -148,13 +147,15 @@ def _is_ours(model: Model) -> bool:
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of a text in the tokens of a model. source: where it was read; characters: that begin in the windows; utf8_bytes: in them."""
+    """Windows of a text in the tokens of a model. source: where it was read; characters: that begin in the windows; utf8_bytes: in them;
+    unit: what a character stands for."""
 
     source: str
     stream: reading.Stream
     windows_WT: Tensor
     characters: int
     utf8_bytes: int
+    unit: str
 
     @classmethod
     def read(
@@ -170,10 +171,12 @@ class Text:
         """data: as of `dlm.train.data.read`; None is the text that the model was trained on. window: tokens, by default the model's.
         max_windows: at most so many, spread evenly over the text. InputError where there is no text."""
         source = str(lm.config.training.get("data", "") if data is None else data)
-        stream = _stream(lm, source, split, val_fraction, window or lm.window)
+        kind = data_kinds.find(source)
+        stream = _stream(lm, source, kind, split, val_fraction, window or lm.window)
         windows_WT = stream.windows(max_windows)
-        sizes = (count(lm.tokenizer.spelling, windows_WT) for count in (characters, utf8_bytes))
-        return cls(source, stream, windows_WT.to(lm.network.device), *sizes)
+        spelling, unit = lm.tokenizer.spelling, kind.unit if kind else "character"
+        sizes = characters(spelling, windows_WT), utf8_bytes(spelling, windows_WT)
+        return cls(source, stream, windows_WT.to(lm.network.device), *sizes, unit)
 
 
 def characters(spelling: Spelling, windows_WT: Tensor) -> int:
@@ -191,12 +194,14 @@ def _count(spelling: Spelling, windows_WT: Tensor, each: Callable[[bytes], int])
     return sum(count * each(spelling.part(token).inner) for token, count in zip(tokens.tolist(), counts.tolist(), strict=True))
 
 
-def _stream(lm: LanguageModel, source: str, split: str, val_fraction: float, window: int) -> reading.Stream:
-    if (kind := kinds.find(source)) is None:
+def _stream(
+    lm: LanguageModel, source: str, kind: data_kinds.DataKind | None, split: str, val_fraction: float, window: int
+) -> reading.Stream:
+    if kind is None:
         return reading.Stream.encode(reading.select(reading.read(source), split, val_fraction), lm.tokenizer, window)
-    if lm.tokenizer.fingerprint() != grids.tokenizer(kind).fingerprint():
-        raise InputError(f"{lm.name} does not know the cells of {kind.word} grids: train a model with dlm train --data {kind.word}")
-    return grids.GridStream.of(kind, split)
+    if lm.tokenizer.fingerprint() != kind.tokenizer().fingerprint():
+        raise InputError(f"{lm.name} does not know the {kind.unit}s of {source}: train a model with dlm train --data {source}")
+    return kind.stream(split, window, val_fraction)
 
 
 def saved_run(path: str | Path) -> Trajectory:

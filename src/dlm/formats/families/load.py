@@ -9,7 +9,6 @@ from typing import Any
 
 import tokenizers
 import torch
-from huggingface_hub import hf_hub_download
 
 from dlm.errors import InputError
 from dlm.files import read_json
@@ -124,6 +123,8 @@ def read_tokenizer(path: Path, family: Family, shape: TransformerConfig) -> toke
     if shape.vocab_size < GPT2_TOKENS:
         return numbers(shape.vocab_size - 1)
     try:
+        from huggingface_hub import hf_hub_download
+
         return read_file(Path(hf_hub_download(family.tokenizer, "tokenizer.json")))
     except Exception as error:  # of the hub, of the disk and of the Rust side
         reason = str(error).splitlines()[0]
