@@ -109,6 +109,11 @@ def test_axes_that_cannot_be_are_refused(changes: dict[str, Any], words: str) ->
         network(**changes)
 
 
+def test_a_border_stands_around_boxes_or_the_whole() -> None:
+    assert axes.bordered((4, 6), ((1, 6), (2, 3), (4, 1))) == (2, 3)
+    assert axes.bordered((5, 5), ((1, 5), (5, 1))) == axes.bordered((5, 5), ()) == (5, 5)
+
+
 def test_the_network_of_other_projects_has_no_groups() -> None:
     with pytest.raises(ValueError, match="no embeddings of groups"):
         AdaLNConfig(vocab_size=7, heads=2, width=16, **GRID)

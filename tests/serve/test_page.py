@@ -489,3 +489,28 @@ def test_a_key(visit: Callable[..., User], models: list[LanguageModel]) -> None:
         assert len(refused) == 1
         user.complaints.remove(refused[0])
         user.context.close()
+
+
+@browses
+def test_a_puzzle_is_drawn_as_a_grid_that_settles(visit: Callable[..., User]) -> None:
+    from serve.serving import serving
+
+    with serving([dlm.load("sudoku-4")]) as made:
+        user = visit(at=made.url + "/")
+        user.set("1 2 | 3")
+        assert str(user.tab.text_content("#hint")).startswith("3 of 16 cells")
+        user.tab.click("#generate")
+        assert user.tab.locator("#error").text_content() == user.tab.text_content("#hint")
+        assert user.sent == []
+        user.set("")
+        user.tab.click("#try button")
+        assert re.fullmatch("[1-4]{16}", user.done())
+        assert user.sent[0]["canvas"] == [None if cell == "." else cell for cell in "1...2..1.14....."]
+        assert (user.sent[0]["sampler"], user.sent[0]["temperature"]) == ("margin", 0)
+        where = [user.token(i).bounding_box() for i in (0, 3, 4)]
+        assert where[0]["y"] == where[1]["y"] < where[2]["y"]
+        assert where[0]["x"] == where[2]["x"] < where[1]["x"]
+        weights = [user.token(i).evaluate("cell => getComputedStyle(cell).fontWeight") for i in (0, 1)]
+        assert weights == ["700", "400"]  # a given cell is bold
+        user.tab.locator("body").press("Home")
+        assert user.text() == "1███2██1█14█████"

@@ -35,6 +35,7 @@ from dlm.language_model.prompting import NEW_TOKENS, Prompting
 from dlm.language_model.resolution import DecodingPlan, Facts, needs_calibration, resolve
 from dlm.language_model.samplers import build
 from dlm.model_scheduling.saved import SavedSchedule
+from dlm.models import axes
 from dlm.models.attention import BLOCKWISE
 from dlm.models.canvas import CanvasNetwork
 from dlm.models.causal_text import AfterText
@@ -196,6 +197,12 @@ class LanguageModel:
     def default_sampler(self) -> str:
         """The sampler used when none is asked for."""
         return str(self.defaults.get("sampler", "ancestral" if self.is_diffusion else "autoregressive"))
+
+    @property
+    def grid(self) -> dict[str, list[int]] | None:
+        """Of a model of grids, its shape and the tile that pictures draw a border around, as `meta["grid"]` of a trajectory; else None."""
+        network = self.config.network
+        return {"axes": list(network.axes), "tile": list(axes.bordered(network.axes, network.groups))} if network.axes else None
 
     @property
     def stops(self) -> frozenset[int]:

@@ -37,6 +37,11 @@ def tiles(axes: Shape, tile: Shape) -> int:
     return math.prod(size // side for size, side in zip(axes, tile, strict=True))
 
 
+def bordered(axes: Shape, groups: Sequence[Shape]) -> Shape:
+    """The tile that pictures draw a border around: the last group of several rows and columns, as a box is; the whole grid without one."""
+    return next((tile for tile in reversed(groups) if min(tile) > 1), axes)
+
+
 def check(axes: Shape, groups: Sequence[Shape], window: int, rotated: int) -> None:
     """ValueError for axes or groups that do not fill a window. rotated: dimensions of a head that are divided among the axes."""
     if not axes:

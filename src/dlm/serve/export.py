@@ -112,7 +112,8 @@ def _run(begin: dict[str, Any], tokens: list[Any], states: str, steps: list[Any]
     moves, promise_T = _moves(steps, states, pieces, drafting)
     token_BT, free_BT = torch.tensor([start]), torch.tensor([[state != GIVEN for state in states]])
     canvas = Canvas(token_BT.clone(), free_BT, torch.ones_like(free_BT))
-    run = Trajectory(token_BT, canvas, pieces={number: text for text, number in pieces.texts.items()}, mask_id=0)
+    meta = {"grid": _grid(begin["grid"], len(states))} if begin.get("grid") is not None else {}
+    run = Trajectory(token_BT, canvas, pieces={number: text for text, number in pieces.texts.items()}, mask_id=0, meta=meta)
     forwards, seconds = 1, 0.0
     for k, move in enumerate(moves, 1):
         token_BT = _put(token_BT, move.written)
@@ -122,6 +123,20 @@ def _run(begin: dict[str, Any], tokens: list[Any], states: str, steps: list[Any]
         t_B = torch.tensor([1 - k / len(moves)])
         run.append(Frame(token_BT, settled_BT, t_B, move.model, forwards, draft_BT=draft_BT), seconds=seconds)
     return run
+
+
+def _grid(grid: object, cells: int) -> dict[str, list[int]]:
+    """Shape and bordered tile of a grid. InputError for a shape of another number of cells, or a tile that does not fill it."""
+    axes, tile = (_sides(grid.get(name)) if isinstance(grid, dict) else [] for name in ("axes", "tile"))
+    fills = len(axes) == len(tile) > 0 and not any(size % side for size, side in zip(axes, tile, strict=True))
+    if not fills or math.prod(axes) != cells:
+        raise InputError(f"begin.grid needs axes, whose product is the {cells} tokens, and a tile that fills them, got {str(grid)[:60]}")
+    return {"axes": axes, "tile": tile}
+
+
+def _sides(sides: object) -> list[int]:
+    """A list of whole numbers above 0 as it is, anything else as no side."""
+    return sides if isinstance(sides, list) and all(type(side) is int and side > 0 for side in sides) else []
 
 
 def _moves(steps: list[Any], states: str, pieces: _Pieces, drafting: bool) -> tuple[list[_Move], Tensor]:

@@ -94,8 +94,7 @@ class Solving(Stepping):
         self.canvas = Canvas.from_rows([self.cells], fill=model.tokenizer.mask_id)
         about = {"seed": seed, "sampler": plan.word, "window": model.window, "revises": True}
         self.solved, self.tried = not self.cells.count(None), 0
-        grid = {"axes": self.kind.axes, "tile": self.kind.groups[-1]}
-        super().__init__(trajectory(model, self.canvas, **about, grid=grid), self._run())
+        super().__init__(trajectory(model, self.canvas, **about, grid=model.grid), self._run())
 
     def _run(self) -> Iterator[Frame]:
         canvas, done = self.canvas, 0

@@ -184,6 +184,7 @@ class Shelf:
             ),
             "chat": bool(lm.chat.source),
             "infills": lm.is_diffusion and not lm.is_causal,
+            "grid": lm.grid and lm.grid | {"symbols": "".join(map(lm.tokenizer.piece, range(lm.tokenizer.mask_id)))},
         }
         return {"id": lm.name, "object": "model", "created": self.created, "owned_by": "dlm", "dlm": facts}
 

@@ -72,22 +72,24 @@ function title(pane, j) {
 function preview() {
   const parts = prompt.parse($("prompt").value), first = page.settings[0];
   if (!first?.model) return;
-  const { text, wrong } = prompt.hint(parts, first.model);
+  const { text, wrong } = prompt.hint(parts, first.model, $("prompt").value);
   $("hint").textContent = text;
   $("hint").classList.toggle("wrong", wrong);
   $("more").textContent = page.settings.slice(0, page.compare ? 2 : 1).map(one => one.digest).join("  |  ");
   shown().forEach((pane, j) => {
     pane.head.textContent = page.compare ? `${LETTERS[j]}  ${title(pane, j)}` : "";
     if (!pane.trace) {
-      const { model, value } = page.settings[j];
-      pane.preview(parts, value.length ?? Math.min(model.dlm.window, model.dlm.characters ? 256 : 64), model.dlm.characters);
+      const { model, value } = page.settings[j], { grid } = model.dlm;
+      if (grid) pane.previewPuzzle(prompt.puzzle($("prompt").value, grid).cells, grid);
+      else pane.preview(parts, value.length ?? Math.min(model.dlm.window, model.dlm.characters ? 256 : 64), model.dlm.characters);
     }
   });
 }
 
 async function generate(rows = [null, null], only = null) {
   complain("");
-  const settings = page.settings.slice(0, page.compare ? 2 : 1), wrong = settings.map(one => one.wrong).find(Boolean);
+  const settings = page.settings.slice(0, page.compare ? 2 : 1), typed = $("prompt").value;
+  const wrong = settings.map(({ wrong: field, model: { dlm: { grid } } }) => field || (grid ? prompt.puzzle(typed, grid).wrong : "")).find(Boolean);
   if (wrong) return complain(wrong);
   page.running?.abort();
   const stopper = page.running = new AbortController();

@@ -31,12 +31,41 @@ export class TextPane {
 
   get editable() { return Boolean(this.trace?.over); }
 
-  // The canvas of the next request: typed text and its holes. length: of the whole, in tokens
-  preview(parts, length, characters) {
+  blankSheet(grid, characters) {
     this.trace = null;
+    this.shape(grid);
     this.text.classList.toggle("letters", characters);
     this.text.classList.add("preview");
     this.text.removeAttribute("aria-label");
+  }
+
+  // Cells in rows of a square in place of lines of text; grid: {axes, tile} of the model, or nothing
+  shape(grid) {
+    this.grid = grid;
+    this.text.classList.toggle("cells", Boolean(grid));
+    if (grid) this.text.style.setProperty("--columns", grid.axes.at(-1));
+  }
+
+  // The last column and row of a tile have a border behind them
+  edges(i) {
+    const columns = this.grid.axes.at(-1), [height, width] = this.grid.tile.slice(-2);
+    const row = Math.floor(i / columns), column = i % columns, rows = this.grid.axes.at(-2) ?? 1;
+    return [(column + 1) % width || column + 1 === columns ? "" : "right", (row + 1) % height || row + 1 === rows ? "" : "below"].filter(Boolean);
+  }
+
+  previewPuzzle(cells, grid) {
+    this.blankSheet(grid, true);
+    this.text.replaceChildren(...cells.map((cell, i) => {
+      const span = cell === null ? this.blank(true) : document.createElement("span");
+      if (cell !== null) { span.className = "tok g"; span.textContent = cell; }
+      span.classList.add(...this.edges(i));
+      return span;
+    }));
+  }
+
+  // The canvas of the next request: typed text and its holes. length: of the whole, in tokens
+  preview(parts, length, characters) {
+    this.blankSheet(null, characters);
     const spans = parts.map(part => {
       const span = document.createElement("span");
       span.className = typeof part === "number" ? "tok n mask" : "tok g";
@@ -59,6 +88,7 @@ export class TextPane {
 
   show(trace, { characters, drafting }, locked = new Set(), own = new Set()) {
     this.trace = trace;
+    this.shape(trace.begin.grid);
     this.own = own;
     this.anchor = -1;
     this.characters = characters;
@@ -95,6 +125,7 @@ export class TextPane {
   }
 
   lay(k) {
+    if (this.grid) { this.broken = []; return; } // cells stay where they are
     const places = this.breaks(k), grid = !this.trace.over, old = this.broken;
     if (old && this.text.classList.contains("grid") === grid && places.length === old.length && places.every((p, j) => p === old[j])) return;
     const move = old && !still.matches && this.spans.length <= MAX_ANIMATED_TOKENS;
@@ -130,7 +161,7 @@ export class TextPane {
       let text = visible(edit ?? entry.text);
       if (entry.mask && edit === undefined) text = this.room(final);
       else if (breaks.has(i) && text.endsWith("↵")) text = `${text.slice(0, -1)} `;
-      const names = ["tok", entry.state];
+      const names = ["tok", entry.state, ...this.grid ? this.edges(i) : []];
       if (entry.mask) names.push("mask");
       if (this.locked.has(i)) names.push("locked");
       if (edit !== undefined) names.push("edited");

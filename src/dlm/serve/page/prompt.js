@@ -26,7 +26,23 @@ export const holes = parts => parts.filter(part => typeof part === "number");
 
 export const canvas = parts => parts.flatMap(part => typeof part === "number" ? Array(part).fill(null) : [part]);
 
-export function hint(parts, model) {
+// Of a model of grids the prompt is a puzzle: symbols row by row, a hole . or 0 or _, borders and spaces as one likes; nothing is all holes.
+export function puzzle(prompt, grid) { // -> {cells: [string | null, ...], wrong: a line or ""}
+  const found = [...prompt].filter(c => !/[\s|+│┃─━┼╋-]/.test(c)), size = grid.axes.reduce((a, b) => a * b, 1);
+  const strange = found.find(c => !grid.symbols.includes(c) && !".0_".includes(c));
+  const cells = Array.from({ length: size }, (_, i) => grid.symbols.includes(found[i] || ".") ? found[i] : null);
+  let wrong = "";
+  if (strange) wrong = `${strange} is no cell: write ${grid.symbols.length > 9 ? grid.symbols : [...grid.symbols].join(" ")}, and . for a hole.`;
+  else if (found.length && found.length !== size) wrong = `${found.length} of ${size} cells (${grid.axes.join(" × ")}): write row by row, . for a hole.`;
+  else if (!cells.includes(null)) wrong = "Every cell is given: leave holes to fill.";
+  return { cells, wrong };
+}
+
+export function hint(parts, model, prompt = "") {
+  if (model?.dlm.grid) {
+    const { cells, wrong } = puzzle(prompt, model.dlm.grid), open = cells.filter(cell => cell === null).length;
+    return { text: wrong || `${cells.length - open} cells given, ${open} to fill. A puzzle row by row, . for a hole.`, wrong: Boolean(wrong) };
+  }
   const sizes = holes(parts), total = sizes.reduce((sum, size) => sum + size, 0);
   if (!sizes.length) return { text: "___ or [12] is a hole of so many tokens.", wrong: false };
   const open = typeof parts.at(-1) !== "number" || sizes.length > 1;
@@ -41,6 +57,7 @@ export function hint(parts, model) {
 export function body(value, text, row, model) {
   const parts = parse(text), { length, ...rest } = value;
   const all = { ...rest, alternatives: 3 };
+  if (model.dlm.grid) return { temperature: 0, ...all, canvas: row || puzzle(text, model.dlm.grid).cells };
   if (row) return { ...all, canvas: row };
   if (holes(parts).length) return { ...all, canvas: canvas(parts) };
   if (model.dlm.chat) { // through its template

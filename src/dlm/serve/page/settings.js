@@ -50,7 +50,11 @@ export class Settings {
       const noises = [...new Set(this.models.map(noiseOf))], before = this.field("sampler").value;
       fill(this.field("noise"), noises.map(noise => [noise, noise]), noiseOf(model));
       const names = model.dlm.samplers.map(sampler => [sampler.name, sampler.name]);
-      const kept = names.some(([name]) => name === before) ? before : model.dlm.default_sampler;
+      const usual = model.dlm.grid && names.some(([name]) => name === "margin") ? "margin" : model.dlm.default_sampler; // of a puzzle the surest cell first
+      const kept = names.some(([name]) => name === before) && Boolean(model.dlm.grid) === this.cells ? before : usual;
+      this.cells = Boolean(model.dlm.grid);
+      this.field("temperature").placeholder = this.cells ? "0" : "usual";
+      this.field("length").disabled = this.cells;
       fill(this.field("sampler"), names, kept);
       this.field("steps").placeholder = model.dlm.kind === "autoregressive" ? "–" : model.dlm.steps ?? "usual";
       this.field("steps").disabled = model.dlm.kind === "autoregressive";

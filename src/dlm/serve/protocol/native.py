@@ -84,7 +84,7 @@ class Narrator:
             "mask_id": self.mask_id,
             "tokens": [[token, text] for token, text in zip(row.tokens, texts, strict=True)],
             "states": states,
-        }
+        } | ({"grid": lm.grid} if lm.grid else {})
 
     def _step(self, event: Stepped) -> Iterator[tuple[str, dict[str, Any]]]:
         facts = {"step": event.forwards, "forwards": event.forwards, "t": round(event.t, 6), "model": event.model}

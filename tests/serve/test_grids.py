@@ -1,0 +1,38 @@
+"""A model of grids on the server: a puzzle is a canvas, its run says that it is a grid, and what is kept of it is drawn as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import dlm
+from dlm.grids.grid import written
+from dlm.grids.sudoku import Sudoku
+
+pytest.importorskip("fastapi")
+pytest.importorskip("httpx")
+PUZZLE = "1...2..1.14....."
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Any]:
+    from serve.serving import serving
+
+    with serving([dlm.load("sudoku-4")]) as made:
+        yield made
+
+
+def test_a_puzzle_is_solved_and_its_run_is_a_grid(served: Any) -> None:
+    (model,) = served.client.get("/v1/models").json()["data"]
+    assert model["dlm"]["grid"] == {"axes": [4, 4], "tile": [2, 2], "symbols": "1234"}
+    canvas = [None if cell == "." else cell for cell in PUZZLE]
+    (_, begin), *steps, (last, end) = served.native({"canvas": canvas, "sampler": "margin", "temperature": 0, "seed": 1})
+    assert begin["grid"] == {"axes": [4, 4], "tile": [2, 2]}
+    assert begin["states"] == "".join("n" if cell == "." else "g" for cell in PUZZLE)
+    kind = Sudoku(4)
+    assert (last, end["text"]) == ("end", written(kind, next(kind.completions([None if c == "." else int(c) - 1 for c in PUZZLE]))))
+    trace = {"begin": begin, "steps": [step for _, step in steps]}
+    page = served.post("/v1/dlm/export", {"format": "html", "trace": trace})
+    assert '"cells":[0,-1,1,-1,2' in page.text
