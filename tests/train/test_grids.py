@@ -44,7 +44,7 @@ def test_draws_are_valid_grids_and_tokens_their_symbols() -> None:
 @pytest.mark.parametrize(("share", "low", "high"), [(0.0, 16, 16), (0.5, 5, 14), (1.0, 2, 10)])
 def test_in_a_share_of_the_rows_a_puzzle_is_given(share: float, low: float, high: float) -> None:
     stream, rng = GridStream.of(Sudoku(4), "train"), torch.Generator().manual_seed(0)
-    free = stream.free(torch.ones(400, 16, dtype=torch.bool), share, rng).sum(-1).float()
+    free = stream.free(stream.draw(400, rng), torch.ones(400, 16, dtype=torch.bool), share, rng).sum(-1).float()
     assert bool((free > 0).all())
     assert low <= float(free.mean()) <= high
 
@@ -74,7 +74,7 @@ def test_data_that_is_a_kind_of_grid_takes_its_recipe(dlm: Dlm, monkeypatch: pyt
     assert json.loads(Path("run/config.json").read_text())["training"]["weights"] == recipes.find("sudoku-4").weights
 
 
-@pytest.mark.parametrize("recipe", ["sudoku-4", "sudoku-9"])
+@pytest.mark.parametrize("recipe", ["sudoku-4", "sudoku-9", "maze-9"])
 def test_a_recipe_is_found_by_its_data(recipe: str) -> None:
     assert recipes.of_data(recipe.replace("-", ":")) == recipes.find(recipe)
 

@@ -22,8 +22,8 @@ RULES = "|-+ \t│┃─━┼╋"  # drawn between cells, and read as nothing
 
 
 class Grid(Protocol):
-    """A kind of grid. axes: its shape; groups: tiles of it, as of `dlm.models.axes`, whose embeddings a network learns; the last tile is
-    drawn with a border. symbols: one character for each symbol, in code point order, none of them in HOLES."""
+    """A kind of grid. axes: its shape; groups: tiles of it, as of `dlm.models.axes`, whose embeddings a network learns. symbols: one
+    character for each symbol, in code point order, none of them in HOLES. broken: the cells that break a rule, in words."""
 
     @property
     def word(self) -> str: ...
@@ -33,6 +33,8 @@ class Grid(Protocol):
     def groups(self) -> tuple[tuple[int, ...], ...]: ...
     @property
     def symbols(self) -> str: ...
+    @property
+    def broken(self) -> str: ...
 
     def conflicts(self, cells: Cells) -> list[int]:
         """The cells that break a rule together; a grid without holes and conflicts is valid."""
@@ -46,11 +48,11 @@ class Grid(Protocol):
     def varied(self, x_BT: Tensor, rng: torch.Generator) -> Tensor:
         """Each grid under a random symmetry of its own."""
 
-    def given(self, rows: int, rng: torch.Generator) -> Tensor:
-        """Cells that a puzzle might give, bool (B, T)."""
+    def given(self, x_BT: Tensor, rng: torch.Generator) -> Tensor:
+        """Cells of these grids that a puzzle might give, bool (B, T)."""
 
     def puzzle(self, seed: int, clues: int) -> list[int | None]:
-        """A puzzle with one solution and as few clues, `clues` at least."""
+        """A puzzle with one solution and `clues` given cells, or the fewest that the kind has, if those are more."""
 
 
 def cells_of(grid: Grid) -> int:
@@ -62,9 +64,7 @@ def parse(grid: Grid, text: str) -> list[int | None]:
     found = [c for c in text if c not in RULES and c not in "\r\n"]
     known, wanted = {symbol: i for i, symbol in enumerate(grid.symbols)}, cells_of(grid)
     if strange := [c for c in found if c not in known and c not in HOLES]:
-        raise InputError(
-            f"{strange[0]!r} is no cell of a {grid.word} grid: write {grid.symbols[0]} to {grid.symbols[-1]}, and . for a hole"
-        )
+        raise InputError(f"{strange[0]!r} is no cell of a {grid.word} grid: write {', '.join(grid.symbols)}, and . for a hole")
     if len(found) != wanted:
         shape = " x ".join(map(str, grid.axes))
         raise InputError(f"this grid has {len(found)} cells, a {grid.word} grid {wanted} ({shape}): write row by row, . for a hole")

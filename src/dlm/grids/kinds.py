@@ -15,7 +15,13 @@ def _sudoku(setting: str) -> Grid:
     return Sudoku.of(setting)
 
 
-KINDS: dict[str, Callable[[str], Grid]] = {"sudoku": _sudoku}
+def _maze(setting: str) -> Grid:
+    from dlm.grids.maze import Maze
+
+    return Maze.of(setting)
+
+
+KINDS: dict[str, Callable[[str], Grid]] = {"sudoku": _sudoku, "maze": _maze}
 """By the word before the colon: a kind from the text after it, which may be empty."""
 
 

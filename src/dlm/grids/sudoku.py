@@ -52,6 +52,10 @@ class Sudoku:
     def symbols(self) -> str:
         return "123456789"[: self.size]
 
+    @property
+    def broken(self) -> str:
+        return "the same symbol"
+
     @cached_property
     def units(self) -> list[list[int]]:
         """The cells of each row, column and box."""
@@ -148,9 +152,9 @@ class Sudoku:
         band_BN1 = torch.rand(rows, self.size // side, generator=rng).argsort(-1)[..., None]
         return (band_BN1 * side + torch.rand(rows, self.size // side, side, generator=rng).argsort(-1)).flatten(1)
 
-    def given(self, rows: int, rng: torch.Generator) -> Tensor:
+    def given(self, x_BT: Tensor, rng: torch.Generator) -> Tensor:
         """A random set of cells, from a fifth of them to all but one."""
-        cells = self.size**2
+        rows, cells = x_BT.shape
         count_B1 = torch.randint(cells // 5, cells, (rows, 1), generator=rng)
         return torch.rand(rows, cells, generator=rng).argsort(-1) < count_B1
 

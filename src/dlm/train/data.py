@@ -122,8 +122,8 @@ class Stream:
         """Each row under a random symmetry of its own; a text has none."""
         return rows_BT
 
-    def free(self, free_BT: Tensor, share: float, rng: torch.Generator) -> Tensor:
-        """The positions to predict, of those that the objective leaves free: of a text all of them. share: of rows with a condition."""
+    def free(self, x_BT: Tensor, free_BT: Tensor, share: float, rng: torch.Generator) -> Tensor:
+        """The positions of x to predict, of those that the objective leaves free: of a text all. share: of rows with a condition."""
         return free_BT
 
     def windows(self, most: int | None = None) -> Tensor:

@@ -60,7 +60,7 @@ def _dna(source: str) -> DataKind:
 
 
 KINDS: dict[str, Entry] = {
-    "grids": Entry(_grid, "sudoku[:SIZE]", words=tuple(kinds.KINDS)),
+    "grids": Entry(_grid, "sudoku[:SIZE], maze[:SIZE]", words=tuple(kinds.KINDS)),
     "dna": Entry(_dna, "a .fa, .fasta or .fna file of DNA", suffixes=(".fa", ".fasta", ".fna"), recipe="dna"),
 }
 """A kind of data is one file and one entry."""

@@ -42,13 +42,13 @@ class GridStream(Stream):
         assert self.kind is not None
         return self.kind.varied(rows_BT, rng)
 
-    def free(self, free_BT: Tensor, share: float, rng: torch.Generator) -> Tensor:
+    def free(self, x_BT: Tensor, free_BT: Tensor, share: float, rng: torch.Generator) -> Tensor:
         """In this share of the rows a puzzle's cells are given."""
         assert self.kind is not None
         if not share:
             return free_BT
         given_B1 = torch.rand(len(free_BT), 1, generator=rng) < share
-        return free_BT & ~(given_B1 & self.kind.given(len(free_BT), rng))
+        return free_BT & ~(given_B1 & self.kind.given(x_BT, rng))
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class Learner:
         windows = config.batch // self.copies
         x_BT, t_B = self.stream.draw(windows, rng), loss.draw_levels(windows, rng)
         t_B = config.levels[0] + (config.levels[1] - config.levels[0]) * t_B
-        free_BT = self.stream.free(self.objective.free(windows, rng), config.context_share, rng)
+        free_BT = self.stream.free(x_BT, self.objective.free(windows, rng), config.context_share, rng)
         if self.copies > 1:
             x_BT, t_B, free_BT = (rows.repeat_interleave(self.copies, 0) for rows in (x_BT, t_B, free_BT))
         block_length = self.objective.draw_block_length(rng)

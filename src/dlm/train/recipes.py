@@ -158,6 +158,12 @@ def dna() -> TrainConfig:
     return replace(base, steps=1500, eval_windows=128, eval_every=250, save_every=250)
 
 
+def maze_9() -> TrainConfig:
+    """Mazes of 9 x 9 whose walls, start and goal are given: the path is learned, some minutes on one core."""
+    base = _config(data="maze:9", network=_network(layers=4, heads=4, width=64, rope_base=100.0), batch=64, steps=1800)
+    return replace(base, context_share=1.0, ema=0.995, weight_decay=0.0, eval_every=600, eval_windows=64, save_every=300)
+
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "shakespeare-mask": shakespeare_mask,
     "shakespeare-uniform": shakespeare_uniform,
@@ -178,10 +184,11 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "sudoku-4": sudoku_4,
     "sudoku-9": sudoku_9,
     "dna": dna,
+    "maze-9": maze_9,
 }
 
 
-GRIDS = {"sudoku:4": sudoku_4, "sudoku:9": sudoku_9, "sudoku": sudoku_9}
+GRIDS = {"sudoku:4": sudoku_4, "sudoku:9": sudoku_9, "sudoku": sudoku_9, "maze:9": maze_9, "maze": maze_9}
 """By the data, where a run is named by that alone."""
 
 

@@ -201,6 +201,8 @@ def _stream(
         return reading.Stream.encode(reading.select(reading.read(source), split, val_fraction), lm.tokenizer, window)
     if lm.tokenizer.fingerprint() != kind.tokenizer().fingerprint():
         raise InputError(f"{lm.name} does not know the {kind.unit}s of {source}: train a model with dlm train --data {source}")
+    if (cells := kind.settings.get("window", lm.window)) != lm.window:
+        raise InputError(f"{lm.name} reads {lm.window} {kind.unit}s, {source} has {cells}: train a model with dlm train --data {source}")
     return kind.stream(split, window, val_fraction)
 
 

@@ -17,7 +17,7 @@ from dlm import bundled
 from dlm.errors import InputError
 from dlm.files import read_json
 from dlm.grids import kinds
-from dlm.grids.grid import Cells, Grid, cells_of, parse, written
+from dlm.grids.grid import HOLES, RULES, Cells, Grid, cells_of, parse, written
 from dlm.language_model import LanguageModel
 from dlm.language_model.generation import Stepping, trajectory
 from dlm.language_model.options import DecodingOptions
@@ -67,12 +67,13 @@ def kind_of(model: LanguageModel) -> Grid:
 
 
 def usual_model(text: str) -> str:
-    """The bundled model for a puzzle of so many cells. InputError where there is none."""
+    """The bundled model for a puzzle of so many cells and these symbols. InputError where there is none."""
+    found = [c for c in text if c not in RULES and c not in "\r\n"]
     for name, path in bundled.models().items():
         kind = kinds.find(str(read_json(path / "config.json").get("training", {}).get("data", "")))
-        if kind is not None and cells_of(kind) == sum(c.isalnum() or c in "._" for c in text):
+        if kind is not None and cells_of(kind) == len(found) and not set(found) - {*kind.symbols, *HOLES}:
             return name
-    raise InputError("no bundled model has grids of this size: train one, as with dlm train sudoku-9, and give --model runs/sudoku-9")
+    raise InputError("no bundled model has such grids: train one, as with dlm train maze-9, and give --model runs/maze-9")
 
 
 class Solving(Stepping):
@@ -123,11 +124,13 @@ class Solving(Stepping):
         return [None if token == mask else token for token in tokens_T.tolist()]
 
     def _opened(self, found_T: Tensor, conflicts: list[int], tried: int) -> Canvas:
-        """The grid with cells in conflict masked again, and a random part of the others that were written: one of them is wrong as well."""
+        """The grid with cells in conflict masked again, and a random part of the others that were written: one of them is wrong as well.
+        All of them where that would mask none, since a conflict may lie at given cells alone."""
         kept_T = torch.rand(len(found_T), generator=torch.Generator().manual_seed(self.seed + 1000 * tried + 1)) < KEPT
         kept_T[conflicts] = False
         kept_T &= found_T != self.model.tokenizer.mask_id
-        return replace(self.canvas, tokens_BT=found_T[None], free_BT=self.canvas.free_BT & ~kept_T)
+        free_BT = self.canvas.free_BT & ~kept_T
+        return replace(self.canvas, tokens_BT=found_T[None], free_BT=free_BT if free_BT.any() else self.canvas.free_BT)
 
     def result(self) -> Solution:
         """So far."""
@@ -153,7 +156,7 @@ def check(kind: Grid, cells: Cells) -> bool:
     """Whether a puzzle has one solution alone. InputError where it breaks a rule or has none."""
     if wrong := kind.conflicts(cells):
         places = ", ".join(f"row {cell // kind.axes[-1] + 1} column {cell % kind.axes[-1] + 1}" for cell in wrong[:2])
-        raise InputError(f"this puzzle breaks a rule already: the same symbol at {places}")
+        raise InputError(f"this puzzle breaks a rule already: {kind.broken} at {places}")
     found = list(itertools.islice(kind.completions(cells), 2))
     if not found:
         raise InputError("this puzzle has no solution: check its given cells")
