@@ -70,6 +70,7 @@ def test_data_that_is_a_kind_of_grid_takes_its_recipe(dlm: Dlm, monkeypatch: pyt
     monkeypatch.setattr("dlm.train.training.MANY_EPOCHS", 0)
     code, _, err = dlm("train", "--data", "sudoku:4", "--out", "run", *TOY)
     assert code == 0, err
+    assert "done; try: dlm solve PUZZLE --model run --watch" in err
     assert "warning" not in err  # for few grids, which come under many symmetries
     assert json.loads(Path("run/config.json").read_text())["training"]["weights"] == recipes.find("sudoku-4").weights
 

@@ -42,6 +42,7 @@ def train(
     if recipe is None and data is None:
         raise InputError(f"give a recipe ({', '.join(recipes.RECIPES)}) or --data FILE")
     found = recipes.find(recipe) if recipe else recipes.of_data(str(data))  # an unknown one is told before the rest is imported
+    from dlm.grids import kinds
     from dlm.train.config import TrainConfig
     from dlm.train.display import Display
     from dlm.workflows.fit import fit, sample
@@ -59,6 +60,7 @@ def train(
     except KeyboardInterrupt as stopped:
         fail(str(stopped) or "stopped", 130)
     if int(os.environ.get("RANK", "0")) == 0:
-        err.print(f"done; try: dlm generate --model {out} --watch", highlight=False)
+        verb = "solve PUZZLE" if kinds.find(config.data) is not None else "generate"
+        err.print(f"done; try: dlm {verb} --model {out} --watch", highlight=False)
         if as_json:
             print(json.dumps(result.record()))
