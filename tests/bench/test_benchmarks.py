@@ -15,6 +15,7 @@ QUICK = {
     "bundled": ["--quick"],
     "caches": ["--quick"],
     "decoding_call": ["--quick"],
+    "dna": ["--quick"],
     "frontier": [],
     "granularity": ["--quick"],
     "grids": ["--quick"],
