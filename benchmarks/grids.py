@@ -71,8 +71,7 @@ def main() -> None:
         raise SystemExit(f"puzzles by difficulty are made by {GENERATOR}: install it, or give numbers of cells")
     found: dict[str, Any] = {"rows": [], "clues": {}, "retried": {}, "generator": made_by}
     for clues in args.clues.split(","):
-        seeds = range(args.seeds)
-        puzzles = [(packaged if made_by == GENERATOR else own)(kind, seed, args.puzzles, clues) for seed in seeds]
+        puzzles = (packaged if made_by == GENERATOR else own)(kind, args.seeds, args.puzzles, clues)
         given = sum(len(cells) - cells.count(None) for part in puzzles for cells in part) / (args.seeds * args.puzzles)
         title = f"{lm.name}, {args.seeds} x {args.puzzles} puzzles by {made_by}, {given:.1f} given cells of {cells_of(kind)}"
         rows = measured(lm, names, puzzles, clues)
@@ -106,23 +105,25 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def own(kind: Grid, seed: int, count: int, clues: str) -> list[Puzzle]:
-    return [kind.puzzle(10_000 * (seed + 1) + i, int(clues)) for i in range(count)]
+def own(kind: Grid, seeds: int, count: int, clues: str) -> list[list[Puzzle]]:
+    """So many puzzles of each seed."""
+    return [[kind.puzzle(10_000 * (seed + 1) + i, int(clues)) for i in range(count)] for seed in range(seeds)]
 
 
-def packaged(kind: Grid, seed: int, count: int, clues: str) -> list[Puzzle]:
-    """Minimal puzzles of 9 x 9 by the packaged generator, of a difficulty or with random cells of their solutions up to `clues`."""
+def packaged(kind: Grid, seeds: int, count: int, clues: str) -> list[list[Puzzle]]:
+    """Minimal puzzles of 9 x 9 by the packaged generator, of a difficulty or with random cells of their solutions up to `clues`. All are
+    made in one call, since two calls within a second would make the same ones."""
     least, difficulty = (int(clues), "any") if clues.isdigit() else (0, clues)
-    command = [GENERATOR, "--generate", str(count), "--difficulty", difficulty, "--one-line", "--solution", "--csv"]
+    command = [GENERATOR, "--generate", str(seeds * count), "--difficulty", difficulty, "--one-line", "--solution", "--csv"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[1:]
-    rng, found = random.Random(seed), []
+    rng, found = random.Random(0), []
     for line in lines:
         cells, answer = (parse(kind, part) for part in line.split(",")[:2])
         holes = [i for i, cell in enumerate(cells) if cell is None]
         for cell in rng.sample(holes, max(0, least - len(cells) + len(holes))):
             cells[cell] = answer[cell]
         found.append(cells)
-    return found
+    return [found[seed * count :][:count] for seed in range(seeds)]
 
 
 def measured(lm: LanguageModel, names: Sequence[str], puzzles: Sequence[Sequence[Puzzle]], clues: str) -> list[Row]:

@@ -19,10 +19,12 @@ from dlm.language_model import LanguageModel, load
 from dlm.language_model.options import DecodingOptions
 from dlm.sampling import registry
 from dlm.trajectory import Trajectory
-from dlm.workflows.solve import Solving, solve
+from dlm.workflows.solve import Solving, solve, usual_model
 
 FOUR = Sudoku(4)
 PUZZLE = "1...2..1.14....."
+NINE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+MAZE = ".#..S#.#..#.#.#.#....#......#######.G..#.....######.#....#...#.##.#.###........#."
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +133,19 @@ def test_the_verb_draws_the_grid_and_says_that_it_is_solved(dlm: Dlm) -> None:
     assert "sudoku-4, margin: solved; 11 holes in 11 forward passes" in err
 
 
+@pytest.mark.parametrize(
+    ("name", "puzzle", "answer"),
+    [
+        ("sudoku-9", NINE, "534678912672195348198342567859761423426853791713924856961537284287419635345286179"),
+        ("maze-9", MAZE, ":#**S#:#::#*#:#:#:***#:::::*#######:G::#:::::######:#::::#:::#:##:#:###::::::::#:"),
+    ],
+)
+def test_a_puzzle_finds_its_bundled_model_by_its_symbols(name: str, puzzle: str, answer: str) -> None:
+    assert usual_model(puzzle) == name
+    found = solve(load(name), puzzle)
+    assert (found.answer, found.solved, found.unique, found.tries) == (answer, True, True, 1)
+
+
 def test_files_and_standard_input_hold_several_puzzles(dlm: Dlm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     lines = f"{PUZZLE}\n\n...............1\n"
     (tmp_path / "puzzles.txt").write_text(lines)
@@ -159,7 +174,7 @@ def test_an_unsolved_puzzle_ends_in_1_and_bad_input_in_2(dlm: Dlm, tmp_path: Pat
     assert code == 1
     assert "not solved" in err
     assert "2 tries" in err
-    assert "no bundled model has such grids" in dlm.told("solve", "." * 81)
+    assert "no bundled model has such grids" in dlm.told("solve", "." * 36)
     assert "no solution" in dlm.told("solve", "123....4........")
     assert "no puzzle" in dlm.told("solve", "  ")
     assert "the sampler 'magic' is unknown" in dlm.told("solve", PUZZLE, "--sampler", "magic")
