@@ -15,10 +15,13 @@ from safetensors.torch import load_file
 
 from bases import publish, transformer
 from dlm.errors import InputError
+from dlm.formats import bridge as bridges
 from dlm.formats import gguf
 from dlm.formats.families.known import FAMILIES
 from dlm.language_model import LanguageModel, load
+from dlm.models.canvas import CanvasNetwork, ReadText
 from dlm.workflows.evaluate import evaluate
+from dlm.workflows.export import export
 from dlm.workflows.inputs import Text, utf8_bytes
 from dlm.workflows.verify import verify
 from formats import test_by_hand as by_hand
@@ -34,7 +37,8 @@ NEAR = 3e-5
 
 @dataclass(frozen=True)
 class Row:
-    """golden: the directory of a checkpoint and of its numbers; logits: their name there. family: forced. make: another directory."""
+    """golden: the directory of a checkpoint and of its numbers; logits: their name there. family: forced. make: another directory.
+    bridge: to a class of another library, in place of a network of ours."""
 
     record: str
     golden: str
@@ -42,10 +46,11 @@ class Row:
     forced: bool = False
     make: Callable[[Path], Path] | None = None
     gguf: Callable[[Path], Path] | None = None
+    bridge: str = ""
 
     def load(self, tmp_path: Path) -> LanguageModel:
         directory = self.make(tmp_path) if self.make is not None else GOLDEN / self.golden
-        return load(str(directory), family=self.record if self.forced else "")
+        return load(str(directory), family=self.record if self.forced else "", bridge=self.bridge)
 
 
 def diffullama(tmp_path: Path) -> Path:
@@ -81,6 +86,7 @@ ROWS = {
     "SEDD": Row("sedd", "sedd", "log_score"),
     "DUO": Row("duo", "duo"),
     "GIDD": Row("gidd", "gidd"),
+    "DiffusionGemma, by `--bridge transformers`": Row("diffusion_gemma", "diffusion_gemma", bridge="transformers"),
 }
 
 
@@ -102,6 +108,10 @@ def loads(row: Row, tmp_path: Path) -> str:
         return "yes"
     lm, path = row.load(tmp_path), GOLDEN / row.golden / "golden.safetensors"
     numbers = load_file(path)
+    if row.bridge:
+        both_BT = torch.cat([numbers["prompt_ids"], numbers["canvas_ids"]], 1)
+        assert float((lm.logits(both_BT) - numbers["logits"]).abs().max()) < NEAR
+        return "yes"
     if row.logits not in ("logits", "log_score", "training_logits_of_the_noisy_half"):
         assert float((lm.logits(numbers["input_ids"]) - numbers[row.logits]).abs().max()) < NEAR
         return "yes"
@@ -129,6 +139,8 @@ def sampler(row: Row, tmp_path: Path) -> str:
         return "equal"
     cases = GOLDEN / row.golden / "generations.json"
     lm = row.load(tmp_path)
+    if row.bridge:
+        return as_the_library_writes(lm)
     if row.golden and cases.is_file():
         assert verify(lm, cases).differ == []
         return "equal"
@@ -137,9 +149,33 @@ def sampler(row: Row, tmp_path: Path) -> str:
     return "random"
 
 
+def as_the_library_writes(lm: LanguageModel) -> str:
+    """`equal` where the library's own `generate`, given the random numbers of ours, writes the same ids."""
+    from formats.test_bridge import reference
+
+    (ours,) = lm.generate([[3, 4, 5, 90]], max_new_tokens=8, seed=5)
+    with pytest.MonkeyPatch.context() as patch:  # of its sources of random numbers
+        ids, _ = reference(lm, [3, 4, 5, 90], 8, 5, patch)
+    assert ours.trajectory.current_BT[0, 4:].tolist() == ids[:8]
+    return "equal"
+
+
+def read_once(lm: LanguageModel, golden: str) -> str:
+    """`exact` where a text that is read in parts, each once, leaves the logits of the canvas after it as they are."""
+    numbers = load_file(GOLDEN / golden / "golden.safetensors")
+    assert isinstance(lm.network, CanvasNetwork)
+    text = ReadText(lm.network)
+    text.add(numbers["prompt_ids"][:, :4])
+    text.add(numbers["prompt_ids"][:, 4:])
+    assert float((text.logits(numbers["canvas_ids"]) - numbers["logits"]).abs().max()) < NEAR
+    return "exact"
+
+
 def cache(row: Row, tmp_path: Path) -> str:
     """`approximate`: --cache works; `exact`: there is one, and the text is that without it; `no`: it is refused."""
     lm = row.load(tmp_path)
+    if row.bridge:
+        return read_once(lm, row.golden)
     word = {"masked": "topk", "replacement": "ancestral", None: "autoregressive"}[lm.kind]
     options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.0, "sampler": word} | ({"steps": 12} if lm.is_diffusion else {})
     prompt = [[1, 2, 3, 4, 5]]
@@ -158,6 +194,11 @@ def cache(row: Row, tmp_path: Path) -> str:
 
 def as_gguf(row: Row, tmp_path: Path) -> str:
     """`yes`: a GGUF file of its weights has its logits; `no`: neither llama.cpp's architectures nor a plain one stand for it."""
+    if row.bridge:
+        with pytest.raises(InputError, match="is a network of transformers"):
+            export(row.load(tmp_path), tmp_path / "out.gguf", to="gguf")
+        assert row.record not in gguf.DIFFUSION
+        return "no"
     record = next(family for family in FAMILIES if family.name == row.record)
     if row.gguf is None and row.make is None:
         assert record.name not in gguf.DIFFUSION
@@ -184,8 +225,12 @@ def spelt_bytes(lm: LanguageModel, text: Path, windows: int) -> int:
 
 
 def bound(row: Row, tmp_path: Path) -> str:
-    """`yes` for a finite bound with its error, `exact` for a likelihood."""
+    """`yes` for a finite bound with its error, `exact` for a likelihood, `no` where none is known."""
     lm = row.load(tmp_path)
+    if row.bridge:
+        with pytest.raises(InputError, match="no bound of it is known"):
+            lm.predict(torch.zeros(1, 12, dtype=torch.long), torch.ones(1))
+        return "no"
     if lm.window > 512:  # the same network, read in windows that a test has time for
         lm.network.config = lm.network.config.with_(window=64)
         lm.config = type(lm.config)(**{**lm.config.__dict__, "network": lm.network.config})
@@ -215,9 +260,11 @@ def test_the_table_has_a_row_for_every_family() -> None:
     assert list(table()) == list(ROWS)
     assert next(iter(table().values())).keys() == set(COLUMNS)
     several = {"a2d-qwen2", "a2d-llama"}  # members of the row of a2d
-    assert {family.name for family in FAMILIES} == {row.record for row in ROWS.values()} | several
+    assert {family.name for family in FAMILIES} == {row.record for row in ROWS.values() if not row.bridge} | several
+    assert [row.bridge for row in ROWS.values() if row.bridge] == list(bridges.BRIDGES) * len(bridges.CLASSES)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, which transformers asks about its steps
 @pytest.mark.parametrize(("family", "column"), CELLS, ids=[f"{family}: {column}" for family, column in CELLS])
 def test_a_cell_is_what_its_check_finds(family: str, column: str, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()

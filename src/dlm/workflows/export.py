@@ -61,7 +61,7 @@ def export(model: Model, out: str | Path, *, to: str = "hf", dtype: str | None =
     if adapter_of(lm.network) is not None:
         raise InputError(f"{lm.name} has an adapter attached, which is a directory of its own: export the base without it")
     if to == "gguf":
-        return _gguf(lm, out, dtype or ("bfloat16" if lm.network.embed.weight.dtype == torch.bfloat16 else "float32"))
+        return _gguf(lm, out, dtype)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: name a directory")
     stored = None if dtype is None else DTYPES[dtype]
@@ -78,7 +78,7 @@ def export(model: Model, out: str | Path, *, to: str = "hf", dtype: str | None =
     return Export(lm.name, to, out, kind, readers, lm.network.parameters_count(), files)
 
 
-def _gguf(lm: LanguageModel, out: Path, dtype: str) -> Export:
+def _gguf(lm: LanguageModel, out: Path, dtype: str | None) -> Export:
     if out.suffix != ".gguf" or out.is_dir():
         raise InputError(f"--to gguf writes one file, whose name ends in .gguf: not {out}")
     if isinstance(lm.network, WrappedNetwork):
@@ -86,6 +86,7 @@ def _gguf(lm: LanguageModel, out: Path, dtype: str) -> Export:
     if lm.network.quantized:
         raise InputError(_QUANTIZED.format(lm.name))
     out.parent.mkdir(parents=True, exist_ok=True)
+    dtype = dtype or ("bfloat16" if lm.network.embed.weight.dtype == torch.bfloat16 else "float32")
     kind = gguf_export.write(lm.network, lm.config, lm.tokenizer, out, stops=lm.stops, chat=lm.chat, dtype=dtype)
     return Export(lm.name, "gguf", out, kind, ("dlm", "llama.cpp"), lm.network.parameters_count(), {out.name: out.stat().st_size})
 
