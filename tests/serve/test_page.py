@@ -514,3 +514,30 @@ def test_a_puzzle_is_drawn_as_a_grid_that_settles(visit: Callable[..., User]) ->
         assert weights == ["700", "400"]  # a given cell is bold
         user.tab.locator("body").press("Home")
         assert user.text() == "1███2██1█14█████"
+
+
+@browses
+def test_a_model_of_another_project_and_characters_of_several_tokens(visit: Callable[..., User]) -> None:
+    """A golden LLaDA, whose tokens are bytes: CJK and emoji in the prompt, around holes and in a token that is written anew."""
+    from serve.serving import serving
+
+    with serving([dlm.load(str(Path(__file__).parents[1] / "golden" / "llada"))]) as made:
+        user = visit(at=made.url + "/")
+        text = user.generate("日本[6]語 🙂[4]🎉 end", steps=5, seed=1)
+        assert user.sent[0]["canvas"] == ["日本", *[None] * 6, "語 🙂", *[None] * 4, "🎉 end"]
+        assert re.fullmatch("日本.+語 🙂.+🎉 end", text, re.DOTALL)
+        user.lock(8)
+        user.token(7).dblclick()
+        user.tab.locator(".rewrite").fill("👩‍👧 書")
+        user.tab.locator(".rewrite").press("Enter")
+        user.tab.click("text=Regenerate the rest")
+        after = user.done()
+        assert "👩‍👧 書" in user.sent[1]["canvas"]
+        assert "👩‍👧 書" in after
+        assert after.startswith("日本")
+        assert after.endswith("🎉 end")
+        answer = user.generate("こんにちは 🙂", steps=4, length=12, seed=1)  # a message of its chat template
+        assert user.sent[2]["messages"] == [{"role": "user", "content": "こんにちは 🙂"}]
+        assert answer
+        user.context.close()
+        user.settled()
