@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import make_model
+from conftest import Dlm, make_model
 from dlm.errors import InputError
 from dlm.inference.spread import SpreadBlocks, spread
 from dlm.language_model import LanguageModel, load
@@ -59,6 +59,22 @@ def test_caches_and_other_patterns(tmp_path: Path) -> None:
         lm.save_pretrained(tmp_path)
 
 
+def test_an_autoregressive_model(dlm: Dlm) -> None:
+    """Plain and speculative decoding against the cache; no quantized copy of weights that lie on disk drafts."""
+    path, whole = str(GOLDEN / "sdar"), load(str(GOLDEN / "sdar"), family="i-dlm")
+    outside, block = sizes(whole)
+    lm = load(path, family="i-dlm", device_map="auto", max_memory={"cpu": outside + block + 1000})
+    assert isinstance(lm.network.blocks, SpreadBlocks)
+    assert any(tensor.is_meta for tensor in lm.network.blocks.parameters())
+    for word in ("autoregressive", "strided:3", "lookup:4", "lossless"):
+        assert all(map(torch.equal, written(lm, sampler=word), written(whole, sampler=word)))
+    with pytest.raises(InputError, match="are not all in memory"):
+        lm.generate([[5, 6, 7]], max_new_tokens=4, sampler="draft:int8:3")
+    words = ("generate", "ab", path, "--family", "i-dlm", "--max-new-tokens", "4", "--device-map")
+    assert dlm(*words, "auto")[:2] == dlm(*words[:-1])[:2]
+    assert "unknown device_map 'all'" in dlm.told(*words, "all")
+
+
 def test_blocks_stay_where_they_fit() -> None:
     network = make_model(layers=6, width=64).network
     outside = sum(tensor.nbytes for tensor in network.parameters()) - (blocks := sum(t.nbytes for t in network.blocks.parameters()))
@@ -84,7 +100,5 @@ def test_what_is_refused() -> None:
         load(path, max_memory={"cpu": 1000})
     with pytest.raises(InputError, match="device_map chooses the devices"):
         load(path, device_map="auto", dtype="int8")
-    with pytest.raises(InputError, match="is autoregressive: device_map spreads diffusion models"):
-        load(str(GOLDEN / "sdar"), family="i-dlm", device_map="auto")
     with pytest.raises(InputError, match="--trust-remote-code goes with --bridge transformers alone"):
         load(path, trust_remote_code=True)

@@ -196,6 +196,15 @@ TrustOption = Annotated[
         "--trust-remote-code", help="With --bridge transformers: run the code that a checkpoint brings.", rich_help_panel="Machine"
     ),
 ]
+DeviceMap = Annotated[
+    str,
+    typer.Option(
+        "--device-map",
+        show_default="none",
+        help="`auto`: spread the model over GPUs, memory and disk, as it fits.",
+        rich_help_panel="Machine",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object.")]
 SAMPLING, DRAFTING = "Sampling", "Speculative decoding (autoregressive models)"  # panels of the help
 OWN = "the model's own, else all"  # the default of an option that generation_config.json may set
@@ -375,6 +384,7 @@ def load(
     family: str = "",
     bridge: str = "",
     trust_remote_code: bool = False,
+    device_map: str = "",
 ) -> LanguageModel:
     """InputError for a model, device or dtype that is not there, or an adapter of another base."""
     check_names([name], dtype)
@@ -383,7 +393,7 @@ def load(
 
     check_device(device)
     how: dict[str, Any] = {"deterministic": deterministic, "compile": compile, "family": family, "bridge": bridge}
-    how["trust_remote_code"] = trust_remote_code
+    how |= {"trust_remote_code": trust_remote_code, "device_map": device_map}
     lm = load(name, device=device, dtype=dtype, adapter=adapter, **how)
     if (dtype, device, lm.is_diffusion) == ("float32", "cpu", False):
         _hint_bits(name)

@@ -12,6 +12,7 @@ from dlm.cli.app import (
     BridgeOption,
     Compile,
     Device,
+    DeviceMap,
     DraftOption,
     DraftTokens,
     DraftTree,
@@ -67,6 +68,7 @@ def chat(
     family: FamilyOption = "",
     bridge: BridgeOption = "",
     trust_remote_code: TrustOption = False,
+    device_map: DeviceMap = "",
     threads: Threads = 0,
 ) -> None:
     """Talk to a model, line by line; /help lists the commands.
@@ -78,7 +80,7 @@ def chat(
         raise InputError("--lossless chooses the drafter: leave --draft away")
     from dlm.language_model.options import DecodingOptions
 
-    lm = load(model, device, dtype, adapter, compile=compile, family=family, bridge=bridge, trust_remote_code=trust_remote_code)
+    lm = load(model, device, dtype, adapter, False, compile, family, bridge, trust_remote_code, device_map)
     set_threads(threads, [lm])
     if lossless:
         lm.prepare_lossless()

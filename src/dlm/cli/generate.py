@@ -23,6 +23,7 @@ from dlm.cli.app import (
     Compile,
     Deterministic,
     Device,
+    DeviceMap,
     DraftOption,
     DraftTokens,
     DraftTree,
@@ -206,6 +207,7 @@ def generate(
     family: FamilyOption = "",
     bridge: BridgeOption = "",
     trust_remote_code: TrustOption = False,
+    device_map: DeviceMap = "",
     threads: Threads = 0,
 ) -> None:
     """Write text: continue a prompt, fill holes, or lead to a suffix.
@@ -247,7 +249,7 @@ def generate(
     loaded: list[tuple[LanguageModel, str]] = []
 
     def opened(wanted: str) -> LanguageModel:
-        lm = load(wanted, device, dtype, adapter, deterministic, compile, family, bridge, trust_remote_code)
+        lm = load(wanted, device, dtype, adapter, deterministic, compile, family, bridge, trust_remote_code, device_map)
         loaded.append((lm, wanted))
         return lm
 

@@ -15,6 +15,7 @@ from dlm.cli.app import (
     Compile,
     Deterministic,
     Device,
+    DeviceMap,
     Dtype,
     FamilyOption,
     TrustOption,
@@ -57,6 +58,7 @@ def serve(
     family: FamilyOption = "",
     bridge: BridgeOption = "",
     trust_remote_code: TrustOption = False,
+    device_map: DeviceMap = "",
 ) -> None:
     """Serve models by the OpenAI protocol, with a page to watch.
 
@@ -78,7 +80,7 @@ def serve(
 
     keys = tuple(key.strip() for key in [*(api_key or []), *os.environ.get("DLM_API_KEYS", "").split(",")] if key.strip())
     engine = Engine(max_batch=max_batch, max_queue=max_queue, threads=threads, device=device)
-    how = (device, dtype, adapter, deterministic, compile, family, bridge, trust_remote_code)
+    how = (device, dtype, adapter, deterministic, compile, family, bridge, trust_remote_code, device_map)
     loaded = [load(name, *how) for name in names]
     shelf = Shelf(loaded, max_length, max_steps, CostLimits(max_positions))
     local = host in LOCAL

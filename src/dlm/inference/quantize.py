@@ -66,10 +66,14 @@ def _quantize_block(block: Block, bits: int) -> None:
             layer.register_parameter("bias", None)
 
 
+def _is_spread(network: Transformer) -> bool:
+    return any(tensor.is_meta for tensor in network.parameters())
+
+
 def draft_dtype(network: Transformer) -> str:
     """The dtype of a quantized copy that drafts for this network: `int4` where four bits reproduce the weights, as they do for those that
     came in four, else `int8`; nothing for a network that is small, quantized already, or not on a CPU."""
-    if network.quantized or network.device.type != "cpu" or not is_large_head(network.head.weight):
+    if network.quantized or network.device.type != "cpu" or _is_spread(network) or not is_large_head(network.head.weight):
         return ""
     weight_OI = network.get_parameter("blocks.0.mlp.up.weight").detach()[:OUTPUTS].float()
     error = Int4Linear(weight_OI).dense_weight()[: len(weight_OI), : weight_OI.shape[1]].float() - weight_OI
@@ -78,11 +82,13 @@ def draft_dtype(network: Transformer) -> str:
 
 def quantized_copy(network: Transformer, bits: int) -> Transformer:
     """A copy with `quantize`d weights, without the adapter, compiled if the network is; the embedding is held once. InputError for a
-    network whose weights are quantized already, or that is not on a CPU."""
+    network whose weights are quantized already, or that is not in memory as a whole."""
     if network.quantized:
         raise InputError("the weights are quantized already: there is nothing to quantize for a draft")
     if network.device.type != "cpu":
         raise InputError("int8 and int4 are for the CPU: draft with another model, or with heads or masks")
+    if _is_spread(network):
+        raise InputError("weights that device_map spreads are not all in memory to be quantized: draft with another model, or with ngram")
     with without_weights():
         copy = Transformer(network.config)
     copy.load_state_dict(network.state_dict(), assign=True)

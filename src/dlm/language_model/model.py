@@ -62,7 +62,10 @@ Callback = Callable[[Trajectory, Frame], None]
 class LanguageModel:
     """`dlm.load(name)` gives one. Attributes: network, config, tokenizer, noise, name."""
 
-    def __init__(self, network: Transformer, config: ModelConfig, tokenizer: Tokenizer, name: str = "model") -> None:
+    def __init__(
+        self, network: Transformer, config: ModelConfig, tokenizer: Tokenizer, name: str = "model", *, prepared: bool = True
+    ) -> None:
+        """prepared: whether an autoregressive network is prepared for decoding here."""
         if tokenizer.ids != config.network.vocab_size:
             raise InputError(
                 f"{name}: the tokenizer has {tokenizer.ids} ids, the mask among them, the network {config.network.vocab_size}; "
@@ -88,24 +91,32 @@ class LanguageModel:
         self.draft_lengths: dict[tuple[Draft, bool], AdaptiveDraftLength] = {}  # learned by adaptive drafts, with and without adapter
         self.pass_seconds: dict[tuple[int, bool], float] = {}  # measured, by positions, with and without adapter
         self.companions: Companions[LanguageModel] = Companions(self._load_beside)
-        if not self.is_diffusion:
+        if prepared and not self.is_diffusion:
             prepare(network)
 
     @classmethod
     def from_pretrained(
-        cls, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, ready: native.Ready | None = None, family: str = ""
+        cls,
+        name: str,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        ready: native.Ready | None = None,
+        family: str = "",
+        prepared: bool = True,
     ) -> LanguageModel:
         """Load a directory, a GGUF file, a bundled or pulled checkpoint or a hub id. InputError names the missing or wrong part.
 
         family: of `dlm.formats.families`, for a plain config that does not say it.
-        ready: quantizes parts of the network while others are still on disk.
+        ready: quantizes parts of the network while others are still on disk. prepared: as of the constructor.
         """
         path = native.find(str(name))
         record = known.of(path, family)
         if record is not None or native.is_foreign(path):
             read = partial(huggingface.load, path) if record is None else partial(foreign.load, path, record)
             base = read(device=device, dtype=dtype, ready=ready)
-            model = cls(base.network, base.config, base.tokenizer, name=path.stem if path.is_file() else Path(name).name)
+            called = path.stem if path.is_file() else Path(name).name
+            model = cls(base.network, base.config, base.tokenizer, name=called, prepared=prepared)
             model.defaults, model.chat = base.defaults, base.chat
             model.path = path if path.is_dir() else None
             model.chat_sampling = bundled.chat_sampling(path)
@@ -113,7 +124,7 @@ class LanguageModel:
         network, config = native.load(path, device=device, dtype=dtype, ready=ready)
         ids = config.network.vocab_size
         tokenizer = Tokenizer.load(path) if config.family == "dlm" else Tokenizer.with_mask(read_tokenizer(path), ids, config.mask_token_id)
-        model = cls(network, config, tokenizer, name=Path(name).name)
+        model = cls(network, config, tokenizer, name=Path(name).name, prepared=prepared)
         model.path, model.chat = path, ChatTemplate.load(path)
         model.defaults = native.read_defaults(path)
         return model
@@ -513,8 +524,8 @@ def load(
     logits of a position are bitwise identical in forward passes of any shape, at a cost in speed. compile: by torch.compile, forward
     passes of few positions of an autoregressive model, those of a diffusion model without an approximate cache; the first ones take
     seconds. family: of another project's checkpoint whose plain config does not say it: `open-dcoder`, `diffullama`, `i-dlm`.
-    bridge: `transformers`, for DiffusionGemma: the class that transformers ships in place of a network of ours; device_map: `auto`, of a
-    diffusion model, spreads it over GPUs, memory and disk; max_memory: what each may hold (`dlm.inference.spread`). trust_remote_code: of a
+    bridge: `transformers`, for DiffusionGemma: the class that transformers ships in place of a network of ours; device_map: `auto`
+    spreads the network over GPUs, memory and disk; max_memory: what each may hold (`dlm.inference.spread`). trust_remote_code: of a
     bridge, whose class then comes from the checkpoint's own code. InputError for the adapter of another base, and for settings that do not
     go together.
     """
@@ -532,15 +543,13 @@ def load(
     # an adapter is loaded onto the weights that it was made for, before they are quantized
     ready = partial(quantize.quantize_part, bits=bits) if bits and adapter is None else None
     kept = (torch.bfloat16 if dtype == "bfloat16" else torch.float32) if isinstance(dtype, str) else dtype
-    model = LanguageModel.from_pretrained(name, device=device, dtype=kept, ready=ready, family=family)
+    model = LanguageModel.from_pretrained(name, device=device, dtype=kept, ready=ready, family=family, prepared=not device_map)
     if adapter is not None:
         for path in [adapter] if isinstance(adapter, str | Path) else adapter:
             attach.with_adapter(model, path)
     if deterministic and model.is_diffusion:
         raise InputError(f"{name} is a diffusion model: deterministic decoding is for autoregressive models")
     if device_map:
-        if not model.is_diffusion:
-            raise InputError(f"{name} is autoregressive: device_map spreads diffusion models")
         spread(model.network, max_memory)
     elif bits or compile or not model.is_diffusion:
         prepare(model.network, bits=bits, batch_invariant=deterministic, compiled=compile)
