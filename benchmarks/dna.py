@@ -76,12 +76,12 @@ def trained(kind: str, genome: str, out: Path, settings: list[str]) -> dict[str,
     return {"seconds": round(time.process_time() - begun, 1), "steps": config.steps}
 
 
-def bound(lm: LanguageModel, genome: str, passes: int) -> dict[str, Any]:
+def bound(lm: LanguageModel, genome: str, passes: int, windows: int | None) -> dict[str, Any]:
     """Bits a base of the last tenth, and of lone masks for a model that sees both sides."""
-    found = evaluate(lm, genome, passes=passes)
+    found = evaluate(lm, genome, passes=passes, max_windows=windows)
     made = {"bits": found.bits_per_char, "stderr": found.stderr / math.log(2), "is_bound": found.is_bound}
     if lm.is_diffusion and lm.kind == "masked" and not lm.is_causal:
-        made |= lone(lm, dna.find(genome).stream("val", lm.window, 0.1).windows())
+        made |= lone(lm, dna.find(genome).stream("val", lm.window, 0.1).windows(windows))
     return made
 
 
@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--order", type=int, default=12, help="highest order of the counts")
     parser.add_argument("--passes", type=int, default=3, help="Monte-Carlo passes over the held-out part")
+    parser.add_argument("--windows", type=int, help="of the held-out part at most, spread over it; default: all")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=768, help="bases of a sample")
     parser.add_argument("--steps", type=int, default=128, help="of sampling, a window")
@@ -208,7 +209,7 @@ def measure(args: argparse.Namespace) -> None:
         cost = kept(out / "cost.json", lambda kind=kind, out=out: trained(kind, args.genome, out, args.settings))  # type: ignore[misc]
         lm = dlm.load(str(out))
         passes = args.passes * (4 if kind == "uniform" else 1)  # whose estimate has the larger error
-        rows[kind] = cost | kept(out / "bound.json", lambda lm=lm, passes=passes: bound(lm, args.genome, passes))  # type: ignore[misc]
+        rows[kind] = cost | kept(out / "bound.json", lambda lm=lm, passes=passes: bound(lm, args.genome, passes, args.windows))  # type: ignore[misc]
         print(f"{kind}: {rows[kind]}", flush=True)
         sampled = kept(
             out / "samples.json",
