@@ -129,6 +129,21 @@ class ReplacementBayes:
         return torch.einsum("bst,stv->btv", weight_BST, one_hot_STV).clamp(min=1e-300).log()
 
 
+class VectorBayes:
+    """The exact p(x_i | z without z_i) of a Tiny under Gaussian noise on vectors, given as evidence (B, T, V + 1): log-probabilities."""
+
+    def __init__(self, tiny: Tiny) -> None:
+        self.tiny, self.calls = tiny, 0
+
+    def __call__(self, e_BTV: Tensor, t_B: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        tiny = self.tiny
+        at_BTS = e_BTV[:, : tiny.length].double().gather(-1, tiny.x_ST.T.expand(len(e_BTV), -1, -1))
+        others_BTS = at_BTS.sum(1, keepdim=True) - at_BTS + tiny.p_S.log()
+        one_hot_STV = torch.nn.functional.one_hot(tiny.x_ST, tiny.vocab + 1).double()
+        return torch.einsum("bts,stv->btv", others_BTS.softmax(-1), one_hot_STV).clamp(min=1e-300).log()
+
+
 class Noted:
     """A denoiser of any width whose guess depends on what it sees; remembers its calls. A shadow takes its own token for a mask."""
 

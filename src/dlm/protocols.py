@@ -55,8 +55,11 @@ class NoiseSchedule(Protocol):
         """The t with alpha(t) = alpha."""
 
 
-class NoiseProcess(Protocol):
-    """A forward process q(z_t | x) that corrupts every token independently, with its posteriors and bounds."""
+class BoundedProcess(Protocol):
+    """A forward process q(z_t | x) that corrupts every token independently, with a continuous-time bound.
+
+    z is made of tokens, int64 (B, T), or under noise on vectors of the evidence for each token, (B, T, V).
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -67,6 +70,25 @@ class NoiseProcess(Protocol):
 
     @property
     def schedule(self) -> NoiseSchedule: ...
+
+    def corrupt(self, x_BT: Tensor, t_B: Tensor, rng: torch.Generator, /) -> Tensor:
+        """Draw z_t given x."""
+
+    def log_probs(self, logits_BTV: Tensor, z: Tensor, t_B: Tensor, /) -> Tensor:
+        """Network output -> the log-probabilities of tokens (B, T, V) that the other methods take, normalised."""
+
+    def nelbo(self, logp_BTV: Tensor, x_BT: Tensor, z: Tensor, t_B: Tensor, /) -> Tensor:
+        """Integrand of the continuous-time bound at t, nats per position (B, T)."""
+
+    def prior_cost(self, x_BT: Tensor, /) -> Tensor:
+        """KL( q(z_1 | x) || p(z_1) ), nats per position (B, T)."""
+
+    def cross_entropy(self, logp_BTV: Tensor, x_BT: Tensor, z: Tensor, t_B: Tensor, /) -> Tensor:
+        """-log p(x_i | z) (B, T)."""
+
+
+class NoiseProcess(BoundedProcess, Protocol):
+    """Noise on tokens, with its posteriors and the bound of a discrete grid."""
 
     def corrupt(self, x_BT: Tensor, t_B: Tensor, rng: torch.Generator) -> Tensor:
         """Draw z_t given x; int64 (B, T)."""
@@ -91,9 +113,6 @@ class NoiseProcess(Protocol):
 
     def nelbo_step(self, logp_BTV: Tensor, x_BT: Tensor, z_BT: Tensor, t_B: Tensor, s_B: Tensor) -> Tensor:
         """KL of one step of a discrete grid, nats per position (B, T)."""
-
-    def prior_cost(self, x_BT: Tensor) -> Tensor:
-        """KL( q(z_1 | x) || p(z_1) ), nats per position (B, T)."""
 
     def cross_entropy(self, logp_BTV: Tensor, x_BT: Tensor, z_BT: Tensor, t_B: Tensor) -> Tensor:
         """-log p(x_i | z) (B, T)."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -69,6 +69,15 @@ class Canvas:
         return Canvas(self.tokens_BT.to(device), self.free_BT.to(device), self.valid_BT.to(device))
 
 
+class Likely(NamedTuple):
+    """The likeliest tokens at some positions, the first the likeliest: row_E, position_E, token_EC, weight_EC (C of each, E positions)."""
+
+    row: Tensor
+    position: Tensor
+    token: Tensor
+    weight: Tensor
+
+
 @dataclass(frozen=True)
 class Frame:
     """The state after one step. `settled` is a promise: the sampler does not change that position again.
@@ -78,6 +87,7 @@ class Frame:
     saved_B: steps that each row has not taken because its text had settled; doubt_B: how many of the tokens that were left
     alone so the model expects to change, by its own probabilities.
     draft_BT: draft tokens at open positions, which the next forward pass verifies, -1 elsewhere; None from a sampler without drafts.
+    likely: of positions where several tokens are possible, from a sampler that makes all of them clearer together.
     """
 
     tokens_BT: Tensor
@@ -88,6 +98,7 @@ class Frame:
     saved_B: Tensor | None = None
     doubt_B: Tensor | None = None
     draft_BT: Tensor | None = None
+    likely: Likely | None = None
 
 
 Places = tuple[Tensor, Tensor, Tensor]
@@ -124,6 +135,7 @@ class Trajectory:
         self.settled_BT[~self.free_BT] = 0
         self._events: list[Places] = []  # of frame 1, 2, ...
         self._drafts: list[Places] = [_nowhere()]  # of frame 0, 1, ...
+        self._likely: list[Likely | None] = [None]  # of frame 0, 1, ...
         self.has_drafts = False
         self.drafted_B = torch.zeros(len(tokens_BT), dtype=torch.long)
         self.accepted_B = torch.zeros(len(tokens_BT), dtype=torch.long)
@@ -146,6 +158,7 @@ class Trajectory:
         self._tally(tokens_BT)
         self.has_drafts |= frame.draft_BT is not None
         self._drafts.append(_nowhere() if frame.draft_BT is None else _places(frame.draft_BT.cpu()))
+        self._likely.append(None if frame.likely is None else Likely(*(part.cpu() for part in frame.likely)))
         self.current_BT = tokens_BT.clone()
         self.changed_BT[rows, positions] = k
         self.settled_BT[frame.settled_BT.cpu() & (self.settled_BT < 0)] = k
@@ -177,6 +190,20 @@ class Trajectory:
         wrong = written_BT[rows, positions] != tokens
         return rows[wrong], positions[wrong], tokens[wrong]
 
+    @property
+    def has_blends(self) -> bool:
+        """Whether some frame tells the likeliest tokens of its positions."""
+        return any(likely is not None for likely in self._likely)
+
+    def likely(self, k: int, row: int) -> dict[int, list[tuple[int, float]]]:
+        """(token, weight) of the likeliest tokens of frame k by position; none where it does not tell them."""
+        found = self._likely[k]
+        if found is None:
+            return {}
+        mine_E = found.row == row
+        rows = zip(*(part[mine_E].tolist() for part in (found.position, found.token, found.weight)), strict=True)
+        return {position: list(zip(tokens, weights, strict=True)) for position, tokens, weights in rows}
+
     def frames(self) -> Iterator[Frame]:
         """Every frame from the start to the last, rebuilt from the changes."""
         tokens_BT = self.start_BT.clone()
@@ -190,7 +217,7 @@ class Trajectory:
                 rows, positions, tokens = self._drafts[k]
                 draft_BT[rows, positions] = tokens
             t_B = torch.tensor(self.t_SB[k])
-            yield Frame(tokens_BT.clone(), settled_BT, t_B, self.models[k], self.forwards[k], draft_BT=draft_BT)
+            yield Frame(tokens_BT.clone(), settled_BT, t_B, self.models[k], self.forwards[k], draft_BT=draft_BT, likely=self._likely[k])
 
     def settle_step(self) -> Tensor:
         """int64 (B, T): the frame of each position's last change, 0 where it never changed."""
@@ -214,10 +241,16 @@ class Trajectory:
         tensors = _packed(self._events)
         if self.has_drafts:  # a file of a run without drafts has no such keys; `proposed` is their name in every file since the first
             tensors |= {f"proposed_{name}": tensor for name, tensor in _packed(self._drafts).items()}
+        tensors |= _packed_likely(self._likely) if self.has_blends else {}
         tensors |= {"start": self.start_BT.to(torch.int32), "settled": self.settled_BT.to(torch.int32)}
         tensors |= {"free": self.free_BT.contiguous(), "valid": self.valid_BT.contiguous()}
         tensors["t"] = torch.tensor(self.t_SB)
-        used = {token for name in ("start", "token", "proposed_token") if name in tensors for token in tensors[name].flatten().tolist()}
+        used = {
+            token
+            for name in ("start", "token", "proposed_token", "likely_token")
+            if name in tensors
+            for token in tensors[name].flatten().tolist()
+        }
         header = {
             **self.spelling.record(used),
             "mask_id": self.mask_id,
@@ -269,6 +302,7 @@ class Trajectory:
             self.changed_BT[rows, positions] = len(self._events)
             self._tally(self.current_BT)
             self._drafts.append(drafted)
+        self._likely = _unpacked_likely(tensors, len(events) + 1)
         self.settled_BT = tensors["settled"].long()
         if self.settled_BT.numel() and int(self.settled_BT.max()) > len(events):
             raise ValueError("a token settled after the last frame")
@@ -301,10 +335,11 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
     rows, length = tensors["start"].shape
     for name, tensor in tensors.items():
         wanted = torch.bool if name in ("free", "valid") else torch.float64 if name == "t" else torch.int32
+        wanted = torch.float32 if name == "likely_weight" else wanted
         if tensor.dtype != wanted and not (name == "t" and tensor.dtype == torch.float32):
             raise ValueError(f"{name} is of type {tensor.dtype}, not {wanted}")
         limits = {"row": rows, "position": length}
-        most = limits.get(name.removeprefix("proposed_"), 2**31)
+        most = limits.get(name.removeprefix("proposed_").removeprefix("likely_"), 2**31)
         least = -1 if name == "settled" else 0
         if wanted == torch.int32 and tensor.numel() and not (least <= int(tensor.min()) and int(tensor.max()) < most):
             raise ValueError(f"{name} lies outside {least} .. {most - 1}")
@@ -334,3 +369,24 @@ def _unpacked(tensors: Mapping[str, Tensor], prefix: str) -> list[Places]:
     counts = tensors[f"{prefix}count"].tolist()
     columns = (torch.split(tensors[prefix + name].long(), counts) for name in ("row", "position", "token"))
     return list(zip(*columns, strict=True))
+
+
+def _packed_likely(found: Sequence[Likely | None]) -> dict[str, Tensor]:
+    """All of them end to end, and how many positions belong to each frame."""
+    told = [likely for likely in found if likely is not None]
+    parts = {f"likely_{name}": torch.cat([getattr(likely, name) for likely in told]) for name in Likely._fields}
+    kinds = {name: torch.float32 if name == "likely_weight" else torch.int32 for name in parts}
+    counts = torch.tensor([0 if likely is None else len(likely.row) for likely in found], dtype=torch.int32)
+    return {name: part.to(kinds[name]).contiguous() for name, part in parts.items()} | {"likely_count": counts}
+
+
+def _unpacked_likely(tensors: Mapping[str, Tensor], frames: int) -> list[Likely | None]:
+    if "likely_count" not in tensors:
+        return [None] * frames
+    counts = tensors["likely_count"].tolist()
+    columns = [torch.split(tensors[f"likely_{name}"], counts) for name in Likely._fields]
+    if len(counts) != frames or not bool(tensors["likely_weight"].isfinite().all()):
+        raise ValueError("its likely tokens are not those of its frames")
+    return [
+        Likely(row.long(), at.long(), token.long(), weight) if len(row) else None for row, at, token, weight in zip(*columns, strict=True)
+    ]

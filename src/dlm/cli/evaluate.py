@@ -131,6 +131,9 @@ def evaluate(
     rows = [*found.own, *([found.against] if found.against else [])]
     console(as_json).print(_table(rows))
     for row in rows:
+        if row.parts is not None:
+            told = " + ".join(f"{value:.4f} {name}" for name, value in row.parts.items())
+            console(as_json).print(f"{row.model}: {told}, in nats per token", highlight=False)
         if row.nats_per_predicted_token is not None:
             first = f"{row.model} reads no start token: the first token of a window has no condition and counts as uniform"
             console(as_json).print(f"{first}; {row.nats_per_predicted_token:.4f} nats per token without those", highlight=False)

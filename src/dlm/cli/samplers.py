@@ -16,6 +16,7 @@ MODELS: dict[registry.Noise | None, str] = {
     "masked": "masked noise",
     "replacement": "replacement noise",
     "genmd4": "GenMD4's noise",
+    "gaussian": "Gaussian noise on vectors",
     None: "autoregressive models",
 }
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,10 +18,11 @@ from dlm import seeds
 from dlm.errors import InputError
 from dlm.evaluation.statistics import standard_error
 from dlm.noise import loss
+from dlm.noise.gaussian import GaussianNoise
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.replacement import ReplacementNoise
 from dlm.noise.score import ScoreNoise
-from dlm.protocols import NoiseProcess
+from dlm.protocols import BoundedProcess, NoiseProcess
 
 LEVELS: dict[str, Callable[..., Tensor]] = {
     "any-order": loss.any_order,
@@ -35,7 +37,8 @@ BLOCKWISE, AUTOREGRESSIVE = "block-wise", "autoregressive"
 @dataclass(frozen=True)
 class Likelihood:
     """stderr: Monte-Carlo error of this number on this text (0 where it is exact); stderr_data: spread over its windows,
-    the error as an estimate for other text of the kind. samples: Monte-Carlo passes. is_bound: the true value is at most this."""
+    the error as an estimate for other text of the kind. samples: Monte-Carlo passes. is_bound: the true value is at most this.
+    parts: of noise on vectors, the prior, diffusion and reconstruction part of the nats per token."""
 
     nats_per_token: float
     bits_per_char: float
@@ -46,9 +49,10 @@ class Likelihood:
     samples: int
     tokens: int
     characters: int
+    parts: dict[str, float] | None = field(default=None, kw_only=True)
 
 
-def resolve(estimator: str, noise: NoiseProcess, *, blocks: bool, reads_time: bool) -> str:
+def resolve(estimator: str, noise: BoundedProcess, *, blocks: bool, reads_time: bool) -> str:
     """The estimator that a word means for this noise, `auto` resolved: any-order for masks, counted for replacement noise, continuous for
     others and where the schedule does not run from 1 to 0; block-wise for block diffusion. InputError for one that is unknown or does not
     apply."""
@@ -59,6 +63,10 @@ def resolve(estimator: str, noise: NoiseProcess, *, blocks: bool, reads_time: bo
     if blocks:
         return BLOCKWISE
     masked = isinstance(noise, MaskedNoise)
+    if isinstance(noise, GaussianNoise):
+        if estimator not in ("auto", "continuous"):
+            raise InputError("noise on vectors has one estimator, --estimator continuous")
+        return "continuous"
     if estimator == "any-order" and not masked:
         raise InputError("only masked noise has an any-order form: use --estimator counted")
     if estimator == "counted" and not isinstance(noise, ReplacementNoise):
@@ -80,14 +88,15 @@ Nats = Callable[[Tensor, Tensor], Tensor]
 
 def _nats(
     estimator: str,
-    noise: NoiseProcess,
+    noise: BoundedProcess,
     predict: loss.Predict,
     rng: torch.Generator,
     steps: int,
     beside: loss.PredictBeside | None,
     block_length: int,
+    told: list[loss.Parts],
 ) -> Nats:
-    """One draw of the estimator."""
+    """One draw of the estimator. told: gets the parts of each, of noise on vectors."""
 
     def free(x_BT: Tensor) -> Tensor:
         return torch.ones_like(x_BT, dtype=torch.bool)
@@ -98,13 +107,20 @@ def _nats(
         assert isinstance(noise, MaskedNoise)
         return lambda x_BT, t_B: loss.blockwise(noise, beside, x_BT, free(x_BT), rng, block_length, t_B)
     if estimator == "discrete":
-        return lambda x_BT, t_B: loss.discrete(noise, predict, x_BT, free(x_BT), rng, steps, t_B)
+        return lambda x_BT, t_B: loss.discrete(cast(NoiseProcess, noise), predict, x_BT, free(x_BT), rng, steps, t_B)
+    if isinstance(noise, GaussianNoise):
+
+        def bound(x_BT: Tensor, t_B: Tensor) -> Tensor:
+            told.append(loss.parts(noise, predict, x_BT, free(x_BT), rng, t_B))
+            return told[-1].bound_B
+
+        return bound
     return lambda x_BT, t_B: LEVELS[estimator](noise, predict, x_BT, free(x_BT), rng, t_B)
 
 
 @torch.no_grad()
 def evaluate(
-    noise: NoiseProcess,
+    noise: BoundedProcess,
     predict: loss.Predict,
     windows_WT: Tensor,
     *,
@@ -134,7 +150,8 @@ def evaluate(
         raise InputError("the error of a Monte-Carlo estimate needs at least 2 passes")
     passes = 1 if exact else passes
     rng = seeds.generator(seed, windows_WT.device)
-    nats_of = _nats(estimator, noise, predict, rng, steps, beside, block_length)
+    told: list[loss.Parts] = []
+    nats_of = _nats(estimator, noise, predict, rng, steps, beside, block_length, told)
     nats_RW = torch.zeros(passes, windows, dtype=torch.float64)
     # every window sees the levels (u + r/R) mod 1 over its passes, and a batch spreads over the levels too
     offset_W = torch.rand(windows, generator=rng, device=rng.device, dtype=torch.float64)
@@ -148,4 +165,10 @@ def evaluate(
     # windows are independent given the text; stratified levels within one only lower the true error below this
     stderr = 0.0 if exact else (nats_RW.var(0) / passes).sum().sqrt().item() / windows
     bits = nats * windows * length / characters / math.log(2)
-    return Likelihood(nats, bits, stderr, float(standard_error(mean_W)), not exact, estimator, passes, windows * length, characters)
+    parts = {name.removesuffix("_B"): float(torch.cat(column).mean()) / length for name, column in _columns(told)} or None
+    error = float(standard_error(mean_W))
+    return Likelihood(nats, bits, stderr, error, not exact, estimator, passes, windows * length, characters, parts=parts)
+
+
+def _columns(told: list[loss.Parts]) -> list[tuple[str, list[Tensor]]]:
+    return [(name, [getattr(one, name) for one in told]) for name in loss.Parts._fields] if told else []

@@ -44,6 +44,7 @@ from dlm.models.shifted import Shifted, shift
 from dlm.models.transformer import Transformer, predict_beside, predict_next
 from dlm.models.wrapped import WrappedNetwork
 from dlm.noise import process
+from dlm.noise.gaussian import GaussianNoise
 from dlm.noise.learned import LearnedNoise
 from dlm.protocols import Denoiser, Sampler
 from dlm.sampling import registry
@@ -471,11 +472,16 @@ class LanguageModel:
         return beside_BTV
 
     def predict(self, z_BT: Tensor, t_B: Tensor) -> Tensor:
-        """Logits (B, T, V) in float32, as the bounds of `dlm.noise.loss` want them; `predict_next` of an autoregressive model."""
+        """Logits (B, T, V) in float32, as the bounds of `dlm.noise.loss` want them; `predict_next` of an autoregressive model.
+
+        Under noise on vectors z is evidence, (B, T, V).
+        """
         if isinstance(self.network, CanvasNetwork):
             raise InputError(f"{self.name} denoises a canvas after a text: no bound of it is known")
         if not self.is_diffusion:
             return predict_next(self.network, z_BT, self.config.start_token_id)
+        if isinstance(self.noise, GaussianNoise):
+            return self.noise.reading(self.denoiser)(z_BT, t_B)
         return self.denoiser(z_BT, t_B).float()
 
     @torch.no_grad()

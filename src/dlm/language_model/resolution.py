@@ -120,7 +120,7 @@ def resolve(options: DecodingOptions, facts: Facts) -> DecodingPlan:
 def _by_rule(rule: Callable[..., Any], options: DecodingOptions, facts: Facts) -> DecodingPlan:
     """The plan of the plain reverse process, which is there for every noise, with this rule in its place."""
     name = type(rule).__name__
-    if facts.noise is None or (facts.noise == "replacement" and not rule.revises):  # type: ignore[attr-defined]
+    if facts.noise in (None, "gaussian") or (facts.noise == "replacement" and not rule.revises):  # type: ignore[attr-defined]
         needs = "a diffusion model" if facts.noise is None else "masked noise: it writes each token once"
         raise InputError(f"the rule {name} needs {needs}")
     if options.draft is not None or options.preset is not None or options.budget is not None or options.greedy_tail:
@@ -271,7 +271,7 @@ def _denoising(options: DecodingOptions, facts: Facts, draw: Draw, context: int)
         raise InputError(f"{facts.name} is a diffusion model: a draft is for autoregressive ones")
     word, masked = options.sampler or facts.default_sampler, facts.noise == "masked"
     info = registry.get(word, facts.noise)
-    if not info.rule:
+    if not info.rule and masked:
         _check_speculative(options)
     if options.guidance != 1 and not (masked and (facts.bidirectional or not facts.fills_window)):
         raise InputError(f"{facts.name} never saw a text without its beginning: guidance needs a bidirectional masked model")

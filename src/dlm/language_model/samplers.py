@@ -24,6 +24,7 @@ from dlm.models.pattern import reading
 from dlm.models.shifted import Shifted
 from dlm.models.step_number import StepNumber
 from dlm.models.transformer import Transformer
+from dlm.noise.gaussian import GaussianNoise
 from dlm.noise.masked import MaskedNoise
 from dlm.protocols import Denoiser, Sampler
 from dlm.sampling import registry
@@ -51,6 +52,7 @@ from dlm.sampling.diffusion.guidance import ClassifierFree
 from dlm.sampling.diffusion.loop import DiffusionSampler
 from dlm.sampling.diffusion.protocols import CachePolicy, Constraint, Rule
 from dlm.sampling.diffusion.revising import EntropyBound, StableBound
+from dlm.sampling.diffusion.vectors import VectorSampler
 from dlm.text.tokenizer import Tokenizer
 
 MANY_TOKENS, FAST_GROWTH, GROWTH = 23, 5, 2  # adaptive drafts of so many tokens are tried at lengths that grow by the first factor
@@ -62,6 +64,8 @@ def build(plan: DecodingPlan, model: Model) -> Sampler:
         return _plain(plan, model) if plan.draft is None else _speculative(plan, plan.draft, model)
     if isinstance(model.network, CanvasNetwork):
         return _canvases(plan, model, model.network)
+    if isinstance(model.noise, GaussianNoise):
+        return _vectors(plan, model, model.noise)
     denoiser = _denoiser(plan, model)
     info = registry.get("ancestral" if plan.rule is not None else plan.word, registry.kind(model.noise))
     if not info.rule and isinstance(model.noise, MaskedNoise):
@@ -93,6 +97,28 @@ def build(plan: DecodingPlan, model: Model) -> Sampler:
         stops=model.stops if blockwise or not model.config.fills_window else frozenset(),
         ends="cut" if plan.early_stop else "text",
     )
+
+
+def _vectors(plan: DecodingPlan, model: Model, noise: GaussianNoise) -> VectorSampler:
+    """InputError for options of samplers that write tokens one by one."""
+    of_tokens = {
+        "a rule": plan.rule,
+        "blocks": plan.block_length,
+        "a cache": isinstance(plan.cache, str),
+        "guidance": plan.guidance != 1,
+        "a constraint": plan.allow or plan.pattern or plan.answer,
+        "a greedy tail": plan.greedy_tail,
+        "until_settled": plan.until_settled,
+        "a schedule of models": plan.schedule,
+    }
+    for name, asked in of_tokens.items():
+        if asked:
+            raise InputError(f"{model.name} has noise on vectors, and no token before the last step: leave {name} away")
+    settings = {"window": model.window, "budget": plan.steps, "context": plan.context, "model": model.name, "draw": plan.draw}
+    info = registry.get(plan.word, registry.kind(noise))
+    info.parse(plan.word)
+    made: VectorSampler = info.resolved()(predict=noise.reading(model.denoiser), noise=noise, **settings)
+    return made
 
 
 def _any_order(plan: DecodingPlan, model: Model, denoiser: Denoiser, settings: dict[str, Any]) -> AnyOrderSpeculativeSampler:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from dlm.noise.masked import MaskedNoise
 from dlm.noise.replacement import ReplacementNoise
 from dlm.noise.schedule import is_whole
 from dlm.noise.score import ScoreNoise
-from dlm.protocols import NoiseProcess, NoiseSchedule
+from dlm.protocols import BoundedProcess, NoiseProcess, NoiseSchedule
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(z_BT, t_B) -> logits_BTV."""
@@ -64,33 +65,77 @@ def best(schedule: NoiseSchedule, *, masked: bool, reads_time: bool = False) -> 
     return "any_order" if masked else "counted"
 
 
-def end_terms(noise: NoiseProcess, predict: Predict, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator) -> Tensor:
-    """Prior plus reconstruction term (B,), both 0 for a schedule that runs from exactly 1 to exactly 0."""
+def noised(noise: BoundedProcess, x_BT: Tensor, free_BT: Tensor, t_B: Tensor, rng: torch.Generator) -> Tensor:
+    """z at t with the positions that are not free as they are: tokens (B, T), or of noise on vectors their evidence (B, T, V)."""
+    z = noise.corrupt(x_BT, t_B, rng)
+    if (certain := getattr(noise, "certain", None)) is not None:
+        return torch.where(free_BT[..., None], z, certain(x_BT, z))
+    return torch.where(free_BT, z, x_BT)
+
+
+class Parts(NamedTuple):
+    """The three parts of a bound, nats (B,) each."""
+
+    prior_B: Tensor
+    diffusion_B: Tensor
+    reconstruction_B: Tensor
+
+    @property
+    def bound_B(self) -> Tensor:
+        return self.diffusion_B + (self.prior_B + self.reconstruction_B)
+
+
+def _ends(noise: BoundedProcess, predict: Predict, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Prior and reconstruction term (B,)."""
     zero_B = torch.zeros(len(x_BT), device=x_BT.device, dtype=torch.float64)
-    if is_whole(noise.schedule):
-        return zero_B
-    nats_B = (noise.prior_cost(x_BT) * free_BT).sum(-1)
-    z_BT = torch.where(free_BT, noise.corrupt(x_BT, zero_B, rng), x_BT)
+    if is_whole(noise.schedule) and not getattr(noise, "ends", False):
+        return zero_B, zero_B
+    prior_B = (noise.prior_cost(x_BT) * free_BT).sum(-1)
+    z_BT = noised(noise, x_BT, free_BT, zero_B, rng)
     nll_BT = noise.cross_entropy(noise.log_probs(predict(z_BT, zero_B), z_BT, zero_B), x_BT, z_BT, zero_B)
-    return nats_B + (nll_BT * free_BT).sum(-1)
+    return prior_B, (nll_BT * free_BT).sum(-1)
+
+
+def end_terms(noise: BoundedProcess, predict: Predict, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator) -> Tensor:
+    """Prior plus reconstruction term (B,), both 0 for noise on tokens with a schedule that runs from exactly 1 to exactly 0."""
+    prior_B, reconstruction_B = _ends(noise, predict, x_BT, free_BT, rng)
+    return prior_B + reconstruction_B
 
 
 def continuous(
-    noise: NoiseProcess, predict: Predict, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, u_B: Tensor | None = None
+    noise: BoundedProcess, predict: Predict, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, u_B: Tensor | None = None
 ) -> Tensor:
     """The continuous-time bound with one time a row (MD4 eq. 5 for masks). (B,) nats. u_B: uniform draws.
 
     Times are those of `early`, unless the noise has a method `times` of its own; a method `control` gives a part of mean 0 to leave out.
     """
+    return parts(noise, predict, x_BT, free_BT, rng, u_B).bound_B
+
+
+def parts(noise: BoundedProcess, predict: Predict, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, u_B: Tensor | None = None) -> Parts:
+    """The parts of `continuous`."""
     u_B = draw_levels(len(x_BT), rng) if u_B is None else u_B
     t_B, weight_B = getattr(noise, "times", early)(u_B)
-    z_BT = torch.where(free_BT, noise.corrupt(x_BT, t_B, rng), x_BT)
+    z_BT = noised(noise, x_BT, free_BT, t_B, rng)
     logp_BTV = noise.log_probs(predict(z_BT, t_B), z_BT, t_B)
     nats_BT = noise.nelbo(logp_BTV, x_BT, z_BT, t_B)
     if (control := getattr(noise, "control", None)) is not None:
         nats_BT = nats_BT - control(x_BT, z_BT, t_B)
-    diffusion_B = weight_B * (nats_BT * free_BT).sum(-1)
-    return diffusion_B + end_terms(noise, predict, x_BT, free_BT, rng)
+    prior_B, reconstruction_B = _ends(noise, predict, x_BT, free_BT, rng)
+    return Parts(prior_B, weight_B * (nats_BT * free_BT).sum(-1), reconstruction_B)
+
+
+def denoising(
+    noise: BoundedProcess, predict: Predict, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, u_B: Tensor | None = None
+) -> Tensor:
+    """-log p(x_i | z_t) summed over the free positions at one time a row. (B,) nats.
+
+    No bound, but the same guess is best for both, and its gradient does not vanish where the guess is sure and wrong.
+    """
+    t_B = draw_levels(len(x_BT), rng) if u_B is None else u_B
+    z_BT = noised(noise, x_BT, free_BT, t_B, rng)
+    nll_BT = noise.cross_entropy(noise.log_probs(predict(z_BT, t_B), z_BT, t_B), x_BT, z_BT, t_B)
+    return (nll_BT * free_BT).sum(-1)
 
 
 def score_entropy(
@@ -99,7 +144,7 @@ def score_entropy(
     """As `continuous`, with SEDD's own integrand, whose predictions are not normalised: never less, in expectation. (B,) nats."""
     u_B = draw_levels(len(x_BT), rng) if u_B is None else u_B
     t_B, weight_B = early(u_B)
-    z_BT = torch.where(free_BT, noise.corrupt(x_BT, t_B, rng), x_BT)
+    z_BT = noised(noise, x_BT, free_BT, t_B, rng)
     diffusion_B = weight_B * (noise.score_entropy(predict(z_BT, t_B), x_BT, z_BT, t_B) * free_BT).sum(-1)
     return diffusion_B + end_terms(noise, predict, x_BT, free_BT, rng)
 
@@ -111,7 +156,7 @@ def discrete(
     t_B = draw_levels(len(x_BT), rng) if t_B is None else t_B
     step_B = (t_B * steps).floor()
     s_B, t_B = step_B / steps, (step_B + 1) / steps
-    z_BT = torch.where(free_BT, noise.corrupt(x_BT, t_B, rng), x_BT)
+    z_BT = noised(noise, x_BT, free_BT, t_B, rng)
     logp_BTV = noise.log_probs(predict(z_BT, t_B), z_BT, t_B)
     diffusion_B = steps * (noise.nelbo_step(logp_BTV, x_BT, z_BT, t_B, s_B) * free_BT).sum(-1)
     return diffusion_B + end_terms(noise, predict, x_BT, free_BT, rng)
@@ -196,7 +241,7 @@ def counted(
     return weight_B * (noise.nelbo(logp_BTV, x_BT, z_BT, t_B) * free_BT).sum(-1)
 
 
-def autoregressive(noise: NoiseProcess, predict: Predict, x_BT: Tensor, free_BT: Tensor) -> Tensor:
+def autoregressive(noise: BoundedProcess, predict: Predict, x_BT: Tensor, free_BT: Tensor) -> Tensor:
     """Exact -log p(x) of a causal network that reads MASK as the start token and x shifted right. (B,) nats."""
     start_B1 = torch.full_like(x_BT[:, :1], noise.mask_id)
     logits_BTV = predict(torch.cat([start_B1, x_BT[:, :-1]], 1), torch.zeros(len(x_BT), device=x_BT.device))

@@ -9,6 +9,7 @@ from typing import Any, cast
 from dlm import plugins
 from dlm.errors import InputError, nearest
 from dlm.noise import schedule
+from dlm.noise.gaussian import GaussianNoise
 from dlm.noise.genmd4 import GenMD4Noise
 from dlm.noise.gidd import GiddNoise
 from dlm.noise.hybrid import HybridNoise
@@ -20,7 +21,7 @@ from dlm.noise.uniform import UniformNoise
 from dlm.protocols import NoiseProcess
 
 Process = MaskedNoise | UniformNoise | SemanticNoise | HybridNoise | GiddNoise | GenMD4Noise
-PROCESSES: dict[str, type[Process]] = {
+PROCESSES: dict[str, type[Any]] = {
     "masked": MaskedNoise,
     "uniform": UniformNoise,
     "semantic": SemanticNoise,
@@ -29,6 +30,7 @@ PROCESSES: dict[str, type[Process]] = {
     "score": ScoreNoise,
     "ordered": OrderedNoise,
     "genmd4": GenMD4Noise,
+    "gaussian": GaussianNoise,
 }
 SETTING = {"semantic": "lead", "hybrid": "share", "gidd": "p_uniform"}  # the field that the number after the colon sets
 

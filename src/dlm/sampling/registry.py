@@ -17,11 +17,11 @@ from dlm.sampling.autoregressive.draft import Draft, DrafterFactory
 from dlm.sampling.autoregressive.draft_length import MAX_STRIDE
 
 if TYPE_CHECKING:
-    from dlm.protocols import NoiseProcess
+    from dlm.protocols import BoundedProcess, NoiseProcess
     from dlm.sampling.diffusion.protocols import Rule
     from dlm.sampling.draw import Draw
 
-Noise = Literal["masked", "replacement", "genmd4"]
+Noise = Literal["masked", "replacement", "genmd4", "gaussian"]
 LOSSLESS = "lossless"  # the fastest drafter of an autoregressive model
 PLAIN = "autoregressive"  # one token a forward pass
 AUTO = "auto"  # the sampler that a measurement found best
@@ -161,6 +161,7 @@ class SamplerInfo:
 
 
 _UNMASKING, _REMASKING, _REVISING = (f"dlm.sampling.diffusion.{name}:" for name in ("unmasking", "remasking", "revising"))
+_VECTORS = "dlm.sampling.diffusion.vectors:"
 _SPECULATIVE = "dlm.sampling.autoregressive.speculative:SpeculativeDecoder"
 _SHARES, _LATER = (16, 8, 4), (8, 4)
 _STRIDE, _FLOOR = Parameter("stride", 4, low=1, high=MAX_STRIDE, kind=int), Parameter("floor", 0.0, high=1.0)
@@ -212,6 +213,12 @@ def _tiny_confidence(draw: Draw, threshold: float = 0.9) -> Rule:
     from dlm.sampling.diffusion.blockwise import Surest
 
     return Surest(threshold, draw=draw)
+
+
+def _flow(**settings: Any) -> Any:
+    from dlm.sampling.diffusion.vectors import VectorSampler
+
+    return VectorSampler(**settings, flow=True)
 
 
 def _remask(kind: str) -> Callable[..., Rule]:
@@ -482,6 +489,20 @@ BUILT_IN: tuple[SamplerInfo, ...] = (
         "Each mask at the rate of the tokens that the network expects there: the plain reverse process.",
     ),
     SamplerInfo(
+        "ancestral",
+        "gaussian",
+        f"{_VECTORS}VectorSampler",
+        "All vectors at once with fresh noise in each step, tokens at the end: the plain reverse process.",
+        rule=False,
+    ),
+    SamplerInfo(
+        "flow",
+        "gaussian",
+        _flow,
+        "As ancestral, by the ordinary differential equation: the noise is drawn once.",
+        rule=False,
+    ),
+    SamplerInfo(
         PLAIN,
         None,
         "dlm.sampling.autoregressive.plain:AutoregressiveSampler",
@@ -592,13 +613,16 @@ def _plugged_drafter(name: str) -> SamplerInfo:
     return _drafter(name, about)
 
 
-def kind(noise: NoiseProcess) -> Noise:
+def kind(noise: BoundedProcess) -> Noise:
     """Which samplers suit a noise process."""
+    from dlm.noise.gaussian import GaussianNoise
     from dlm.noise.genmd4 import GenMD4Noise
     from dlm.noise.masked import MaskedNoise
 
     if isinstance(noise, GenMD4Noise):
         return "genmd4"
+    if isinstance(noise, GaussianNoise):
+        return "gaussian"
     return "masked" if isinstance(noise, MaskedNoise) else "replacement"
 
 
@@ -656,7 +680,8 @@ def make(word: str, draw: Draw, noise: NoiseProcess, greedy_tail: int = 0) -> Ru
     """The rule that a word such as `confidence` or `confidence:0.7` means for this noise. InputError for one that it cannot use."""
     info = get(word, kind(noise))
     if not info.rule:
-        raise InputError("speculative decoding proposes and verifies, it is no rule of one step: it cannot be used here")
+        speculative = "speculative decoding proposes and verifies, it is no rule of one step: it cannot be used here"
+        raise InputError("noise on vectors has no rules of one token: it cannot be used here" if info.noise == "gaussian" else speculative)
     rule: Rule = info.resolved()(draw=draw, **info.parse(word))
     if not greedy_tail:
         return rule
@@ -706,6 +731,7 @@ def help_text() -> str:
         ("masked", "Masked noise"),
         ("replacement", "Replacement noise"),
         ("genmd4", "GenMD4's noise"),
+        ("gaussian", "Gaussian noise on vectors"),
         (None, "Autoregressive models, all with the same text"),
     )
     parts = [f"{head}: {', '.join(one.usage for one in known(noise))}." for noise, head in heads]

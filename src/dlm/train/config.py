@@ -12,6 +12,7 @@ from dlm import seeds
 from dlm.errors import InputError, nearest, unknown
 from dlm.models.config import TransformerConfig
 from dlm.noise import loss, process, schedule
+from dlm.noise.gaussian import GaussianNoise
 from dlm.noise.learned import COPIES, LearnedNoise
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.replacement import HEADS, ReplacementNoise
@@ -38,7 +39,9 @@ class TrainConfig:
     tokenizer: str = "chars"  # chars | bytes | bpe:1024 (learned from the text) | path of a tokenizer.json
     network: TransformerConfig = field(default_factory=lambda: TransformerConfig(vocab_size=1, width=192, conv=5))
     objective: str = "diffusion"  # diffusion | autoregressive
-    noise: str | NoiseProcess | type[Any] = "masked"  # masked | uniform | semantic[:lead] | hybrid[:uniform share] | ordered | genmd4
+    noise: str | NoiseProcess | type[Any] = (
+        "masked"  # masked | uniform | semantic[:lead] | hybrid[:uniform share] | ordered | genmd4 | gaussian
+    )
     noise_schedule: str | NoiseSchedule = "linear"
     clusters: str = "classes"  # of semantic noise: classes | MODEL:COUNT (k-means of its output embedding) | a JSON file
     head: str = "leave-one-out"  # prediction of the network under replacement noise: leave-one-out | posterior
@@ -218,6 +221,8 @@ def _weighable(c: TrainConfig) -> bool:
     """Whether tokens can be weighted alike: each mask ratio is drawn by count, or the noise says how."""
     if issubclass(process.PROCESSES[c.process], LearnedNoise):
         return c.objective == "diffusion" and c.estimator == "auto"
+    if issubclass(process.PROCESSES[c.process], GaussianNoise):
+        return c.objective == "diffusion"
     return c.objective == "diffusion" and c.process == "masked" and (c.blocks or c.estimate == "any_order")
 
 
@@ -234,6 +239,11 @@ def _learned(c: TrainConfig) -> Iterator[str]:
         yield f"learned weights compare two draws of noise for each text: batch must be even, got {c.batch}"
 
 
+def _vectors(c: TrainConfig) -> Iterator[str]:
+    if issubclass(process.PROCESSES[c.process], GaussianNoise) and (c.objective != "diffusion" or c.network.attention != "full"):
+        yield f"{c.process} noise needs a bidirectional diffusion model: leave objective and attention away"
+
+
 def _mixtures(c: TrainConfig) -> Iterator[str]:
     if c.mixtures and (c.objective != "diffusion" or not issubclass(process.PROCESSES[c.process], UniformNoise)):
         yield f"mixtures of tokens are inputs under uniform noise: --noise uniform, or leave --set mixtures={c.mixtures:g} away"
@@ -243,7 +253,7 @@ def _weights(c: TrainConfig) -> Iterator[str]:
     if c.weights not in WEIGHTS:
         yield str(unknown("weights", c.weights, WEIGHTS))
     if c.weights in ("equal", "anneal") and not _weighable(c):
-        yield f"weights={c.weights} is for masked diffusion that does not read the time: --set weights=bound"
+        yield f"weights={c.weights} is for masked diffusion that does not read the time, and noise on vectors: --set weights=bound"
 
 
 def _numbers(c: TrainConfig) -> Iterator[str]:
@@ -268,6 +278,7 @@ CHECKS: tuple[Callable[[TrainConfig], Iterator[str]], ...] = (
     _block_diffusion,
     _noise,
     _learned,
+    _vectors,
     _mixtures,
     _weights,
     _numbers,

@@ -69,11 +69,14 @@ def estimator(
 ) -> Estimator:
     """The bound of the noise process, the distance from a teacher, or the exact autoregressive loss, as the config has it.
 
-    equal: in training, every masked token weighted alike. learns: in training, with the gradient of the weights of the noise.
+    equal: in training, every masked token, or every time of noise on vectors, weighted alike.
+    learns: in training, with the gradient of the weights of the noise.
     """
 
+    reads = getattr(noise, "reading", None)  # of noise on vectors
+
     def predict(network: nn.Module) -> loss.Predict:
-        return lambda z_BT, t_B: network(z_BT, t_B).float()
+        return (lambda z_BT, t_B: network(z_BT, t_B).float()) if reads is None else cast(loss.Predict, reads(network))
 
     if config.blocks:
         return lambda network, x_BT, free_BT, rng, t_B, block_length: loss.blockwise(
@@ -84,6 +87,8 @@ def estimator(
     bound = ESTIMATORS[config.estimate]
     if learns:
         bound = partial(training_loss, equal=equal)
+    elif equal and reads is not None:
+        bound = loss.denoising
     elif equal or teacher is not None:
         bound = partial(loss.any_order, teacher=teacher, equal=equal)
     return lambda network, x_BT, free_BT, rng, t_B, _length: bound(noise, predict(network), x_BT, free_BT, rng, t_B)

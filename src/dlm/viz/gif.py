@@ -18,7 +18,7 @@ from dlm.files import replacing
 from dlm.trajectory import Places, Trajectory
 from dlm.viz import layout
 from dlm.viz.layout import Pane
-from dlm.viz.palette import BORDER, COLD, DARK, DRAFTED, LEVEL_SECONDS, REJECTED, RGB, Look, Theme, paint, rgb
+from dlm.viz.palette import BORDER, COLD, DARK, DRAFTED, LEVEL_SECONDS, REJECTED, RGB, SHADES, Look, Theme, paint, rgb
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -118,7 +118,7 @@ class _Stamps:
         return self._cells[cell]
 
     def _draw(self, char: str, cells: int, look: Look) -> Image.Image:
-        from PIL import Image, ImageDraw
+        from PIL import Image, ImageChops, ImageDraw
 
         ink, ground = paint(look, self.theme)
         page = rgb(self.theme.page)
@@ -131,10 +131,13 @@ class _Stamps:
             corners = (edge, top, block.width - 1 - edge, block.height - 1 - top)
             ImageDraw.Draw(block).rounded_rectangle(corners, radius=0.2 * self.width * fine, fill=255)
             image = block.resize(box, Image.Resampling.BOX).point(self.ramp(page, ground))
-        if look.kind != "mask" and not char.isspace():
+        if look.kind != "mask" and (look.blend or not char.isspace()):
             glyph = Image.new("L", box, 0)
             font = self.slanted if look.draft else self.regular
-            ImageDraw.Draw(glyph).text((0, self.baseline), char, fill=255, font=font, anchor="ls")
+            for one, shade in reversed(look.blend or ((char, SHADES),)):  # the likeliest last, on top
+                layer = Image.new("L", box, 0)
+                ImageDraw.Draw(layer).text((0, self.baseline), one, fill=round(255 * shade / SHADES), font=font, anchor="ls")
+                glyph = ImageChops.lighter(glyph, layer)
             touched = glyph.point([int(c > 255 / EDGE_SHADES / 2) * 255 for c in range(256)])
             image.paste(glyph.point(self.ramp(ground, ink)), mask=touched)
         if look.kind == "rejected":

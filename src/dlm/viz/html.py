@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +36,7 @@ def _record(label: str, run: Trajectory, row: int) -> dict[str, Any]:
     into pieces for each position; free: 1 where the sampler writes; settled: the frame of the promise, -1 for none; events: for each frame
     after the first, position and piece by turns, of tokens that change and of those that stay while the text shown at them changes,
     because a neighbour completes a character; drafts: in the same way the draft tokens of each frame, empty for a run without drafts;
+    likely: of each frame [position, piece, percent, piece, percent, ...] of its blends, empty for a run without;
     forwards and seconds: for each frame.
     """
     valid_T = run.valid_BT[row]
@@ -53,6 +54,7 @@ def _record(label: str, run: Trajectory, row: int) -> dict[str, Any]:
         mask = pieces([run.mask_id])[0] if drafted and run.mask_id is not None else 0
         shown.append([(mask if tokens[i] == run.mask_id else shown[-1][i]) if i in drafted else piece for i, piece in enumerate(now)])
     events = [[number for i, piece in enumerate(after) if piece != before[i] for number in (i, piece)] for before, after in pairwise(shown)]
+    blends = [_blends(run, k, row, pieces) for k in range(len(run))] if run.has_blends else []
     return {
         "label": label,
         "pieces": [text for _, text in index],
@@ -63,9 +65,19 @@ def _record(label: str, run: Trajectory, row: int) -> dict[str, Any]:
         "settled": run.settled_BT[row][valid_T].tolist(),
         "events": events,
         "drafts": drafts if run.has_drafts else [],
+        "likely": blends,
         "forwards": run.forwards,
         "seconds": [round(s, 4) for s in run.seconds],
     }
+
+
+def _blends(run: Trajectory, k: int, row: int, pieces: Callable[[Sequence[int]], list[int]]) -> list[list[int]]:
+    """The likeliest tokens of each position of a frame, as pieces by themselves with their weights in percent."""
+    found = []
+    for position, likely in run.likely(k, row).items():
+        flat = [number for token, weight in likely for number in (pieces([token])[0], round(100 * weight))]
+        found.append([position, *flat])
+    return found
 
 
 def _bordered(pane: dict[str, Any], shown: Sequence[int | str]) -> dict[str, Any]:
@@ -84,5 +96,6 @@ def _bordered(pane: dict[str, Any], shown: Sequence[int | str]) -> dict[str, Any
         "settled": [0 if isinstance(slot, str) else pane["settled"][slot] for slot in shown],
         "events": [moved(flat) for flat in pane["events"]],
         "drafts": [moved(flat) for flat in pane["drafts"]],
+        "likely": [[[place[one[0]], *one[1:]] for one in blends] for blends in pane["likely"]],
         "cells": [-1 if isinstance(slot, str) else slot for slot in shown],
     }

@@ -12,7 +12,7 @@ import torch
 from rich.cells import get_character_cell_size
 
 from dlm.trajectory import Canvas, Places, Trajectory
-from dlm.viz.palette import BORDER, COLD, DRAFTED, GIVEN, MASK, REJECTED, Look, level
+from dlm.viz.palette import BORDER, COLD, DRAFTED, GIVEN, MASK, REJECTED, SHADES, Look, level
 
 TEXT = [[Look("text", heat, draft) for draft in (False, True)] for heat in range(COLD + 1)]
 
@@ -98,7 +98,7 @@ def looks(run: Trajectory, row: int, *, pace: float = 1.0, after: float = 0.0) -
         heat[k] = level(math.inf if after else last - k, (now - run.seconds[k]) * pace + after)
         if heat[k] == COLD:
             break
-    result, drafted = [], at_row(run.drafts(last), row)
+    result, drafted, blends = [], at_row(run.drafts(last), row), run.likely(last, row)
     for position, token, changed, settled, free in zip(
         range(int(valid_T.sum())),  # padding lies on the right
         run.current_BT[row][valid_T].tolist(),
@@ -109,6 +109,8 @@ def looks(run: Trajectory, row: int, *, pace: float = 1.0, after: float = 0.0) -
     ):
         if position in drafted:
             result.append(DRAFTED)
+        elif position in blends:
+            result.append(Look("text", draft=True, blend=_blend(run, blends[position])))
         elif token == run.mask_id:
             result.append(MASK)
         elif not free:
@@ -118,6 +120,12 @@ def looks(run: Trajectory, row: int, *, pace: float = 1.0, after: float = 0.0) -
         else:
             result.append(TEXT[COLD][settled < 0])
     return result
+
+
+def _blend(run: Trajectory, likely: Sequence[tuple[int, float]]) -> tuple[tuple[str, int], ...]:
+    """The first visible character of each token that weighs something."""
+    found = [(run.piece(token).replace("\n", "↵")[:1] or " ", round(weight * SHADES)) for token, weight in likely]
+    return (found[0], *(one for one in found[1:] if one[1]))
 
 
 def with_rejected(run: Trajectory, row: int, shown: Sequence[str], looks: Sequence[Look]) -> tuple[list[str], list[Look]]:

@@ -22,12 +22,20 @@ LEVEL_SECONDS = 0.05
 """A level lasts one frame or this long, whichever is longer, so that the glow of a quick run can be seen."""
 
 
+SHADES = 6
+"""Levels of the weight of a character in a blend: SHADES is sure."""
+
+
 class Look(NamedTuple):
-    """How one character is drawn. kind: mask, given, text, drafted, rejected or border; level: 0 (hot) .. COLD; draft: not promised yet."""
+    """How one character is drawn. kind: mask, given, text, drafted, rejected or border; level: 0 (hot) .. COLD; draft: not promised yet.
+
+    blend: several characters at one place, each with the level of its weight, the likeliest first; empty for a single one.
+    """
 
     kind: str
     level: int = COLD
     draft: bool = False
+    blend: tuple[tuple[str, int], ...] = ()
 
 
 MASK, GIVEN, DRAFTED, REJECTED = Look("mask"), Look("given"), Look("drafted", draft=True), Look("rejected")
@@ -106,7 +114,7 @@ LIGHT = Theme(
 TERMINAL_MASK, TERMINAL_GIVEN, TERMINAL_DRAFT = "#6a63cf", "#5f87af", "#8a78c8"
 TERMINAL_HOT = (("#221503", "#ffe6a8"), ("#221503", "#ffcb66"), ("#221503", "#f6ae45"))
 TERMINAL_GLOW = ("#d58a1c", "#c3842f", "#b07f42", "#9f7a58", "#8f7868")
-TERMINAL_REJECTED = "#c9565c"
+TERMINAL_REJECTED, TERMINAL_SURE = "#c9565c", "#a58be8"
 QUIET, ACCENT = Style(dim=True), Style(color="#c98a1c")
 
 HEATMAP = (
@@ -127,6 +135,13 @@ def terminal(look: Look, color: bool = True) -> Style:
         return Style(color=TERMINAL_REJECTED, strike=True) if color else Style(strike=True)
     if look.kind != "text":
         return Style(color=TERMINAL_MASK if look.kind == "mask" else TERMINAL_GIVEN) if color else QUIET
+    if look.blend:  # one character a cell: the likeliest, out of the noise into its colour
+        share = look.blend[0][1] / SHADES
+        return (
+            Style(color=mixed(TERMINAL_MASK, TERMINAL_SURE, share), dim=share < 0.5 or None, italic=True)
+            if color
+            else Style(dim=share < 0.5 or None, italic=True)
+        )
     if not color:
         return Style(bold=look.level < 6 or None, underline=look.level < 3 or None, italic=look.draft or None)
     if look.level == COLD:
@@ -153,17 +168,28 @@ def paint(look: Look, theme: Theme = DARK) -> tuple[RGB, RGB]:
     return rgb(theme.draft if look.draft else theme.text), rgb(theme.page)
 
 
+def mixed(low: str, high: str, share: float) -> str:
+    """The colour at that share of the way from one to the other."""
+    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(rgb(low), rgb(high), strict=True))
+
+
 def rgb(color: str) -> RGB:
     return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)
 
 
 def css() -> str:
-    """Custom properties of both themes; classes m (mask), g (given), d (draft), p (draft token), x (rejected), b (border), f0 .. f7 (glow),
-    h0 .. h11 (heat map)."""
+    """Custom properties of both themes; classes m (mask), g (given), d (draft), l (blend), p (draft token), x (rejected), b (border),
+    f0 .. f7 (glow), h0 .. h11 (heat map)."""
     rules = [
         f":root{{color-scheme:dark light;{_properties(DARK)}}}",
         f"@media (prefers-color-scheme:light){{:root{{{_properties(LIGHT)}}}}}",
         ".m{background:var(--mask)}.g{color:var(--given)}.d{color:var(--draft);font-style:italic}",
+        ".l{position:relative;color:color-mix(in srgb,var(--draft) calc(var(--p0)*1%),transparent);font-style:italic}",
+        *(
+            f".l::{place}{{content:attr(data-p{i});position:absolute;left:0;"
+            f"color:color-mix(in srgb,var(--draft) calc(var(--p{i})*1%),transparent)}}"
+            for i, place in ((1, "before"), (2, "after"))
+        ),
         ".p{color:var(--quiet);font-style:italic}.x{color:var(--rejected);text-decoration:line-through}.b{color:var(--quiet)}",
     ]
     rules += [f".f{i}{{color:var(--ink{i});background:var(--glow{i})}}" for i in range(COLD)]

@@ -54,7 +54,7 @@ class Evaluation(likelihood.Likelihood):
             *(["block_length"] if self.block_length else []),
         ]
         names += ["nats_per_predicted_token"] if self.nats_per_predicted_token is not None else []
-        return {name: every[name] for name in names}
+        return {name: every[name] for name in names if (name, every[name]) != ("parts", None)}
 
     def record(self) -> dict[str, object]:
         """As `dlm eval --json` prints it."""
