@@ -2,13 +2,15 @@
 
     python benchmarks/open_models.py                    # 2 CPU threads, every method in a process of its own, some minutes
     python benchmarks/open_models.py --small            # a model of 3 million parameters: does it run?
+    python benchmarks/open_models.py --sixth --methods transformers,dlm   # 3 of the 18 layers, a sixth of the vocabulary: where time goes
     python benchmarks/open_models.py --methods transformers,dlm,dual --device cuda --dtype bfloat16
 
 The arithmetic of a forward pass does not depend on what the weights have learned, so a random model is as slow as a trained one.
 `transformers` is LLaDA's loop as one writes it down: in every step the logits of all positions, a softmax in float64, the most confident
 tokens of the block. The others are dlm with the same blocks and steps; those with exact settings have to write the same ids. `early-end`
 takes the first token that stands after the first block, and not in it, for the end-of-text token. peak: resident bytes of the process, or
-of the GPU. The last line is one JSON object.
+of the GPU. blocks, head, rest: CPU seconds of a forward pass in all blocks, in the head, and in softmax, choice and loop, on a CPU alone.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,7 @@ from dlm.language_model.options import TextKeywords
 MASK, PROMPT = 256, 64
 LARGE = {"vocabulary": 126_464, "width": 1024, "mlp": 3072, "layers": 18, "heads": 16}
 SMALL = {"vocabulary": 8192, "width": 128, "mlp": 384, "layers": 4, "heads": 4}
+SIXTH = LARGE | {"vocabulary": 126_464 // 6, "layers": 3}  # the same share of FLOPs in blocks and head
 METHODS: dict[str, dict[str, Any]] = {  # load: of dlm.load; the others of `generate`
     "dlm": {},
     "early-end": {"end": True},
@@ -75,7 +79,34 @@ def make(directory: Path, size: dict[str, int]) -> None:
     (directory / "config.json").write_text(json.dumps(config | {"mask_token_id": MASK}))
 
 
-def transformers_network(directory: Path, device: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+class Clocks:
+    """CPU seconds that calls of some modules have taken."""
+
+    def __init__(self, **modules: torch.nn.Module) -> None:
+        self.begun = dict.fromkeys(modules, 0.0)
+        self.seconds = dict.fromkeys(modules, 0.0)
+        for name, module in modules.items():
+            module.register_forward_pre_hook(partial(self._enter, name))
+            module.register_forward_hook(partial(self._leave, name))
+        self.start = time.process_time()
+
+    def reset(self) -> None:
+        self.seconds, self.start = dict.fromkeys(self.seconds, 0.0), time.process_time()
+
+    def _enter(self, name: str, *_how: Any) -> None:
+        self.begun[name] = time.process_time()
+
+    def _leave(self, name: str, *_how: Any) -> None:
+        self.seconds[name] += time.process_time() - self.begun[name]
+
+    def shares(self, forwards: int) -> dict[str, float]:
+        """Of a forward pass, of modules `network` and, within it, `head`."""
+        whole, network, head = time.process_time() - self.start, self.seconds["network"], self.seconds["head"]
+        found = {"blocks": network - head, "head": head, "rest": whole - network}
+        return {name: round(seconds / forwards, 4) for name, seconds in found.items()}
+
+
+def transformers_network(directory: Path, device: str, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], Clocks]:
     """The same weights as a Llama of transformers that reads in both directions: ids (B, T) -> logits (B, T, V)."""
     from safetensors.torch import load_file
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -116,7 +147,7 @@ def transformers_network(directory: Path, device: str, dtype: torch.dtype) -> Ca
         found: Tensor = model(z_BT, attention_mask=reads_all, use_cache=False).logits
         return found
 
-    return logits
+    return logits, Clocks(network=model, head=model.lm_head)
 
 
 @torch.no_grad()
@@ -149,10 +180,11 @@ def measured(directory: Path, method: str, arguments: argparse.Namespace) -> dic
         import_module("transformers.models.llama.modeling_llama")  # what is imported is no part of a model
     idle = peak_bytes(device)
     if method == "transformers":
-        network = transformers_network(directory, device, dtype)
+        network, clocks = transformers_network(directory, device, dtype)
         z_BT = torch.tensor([[*prompt, *[MASK] * arguments.new_tokens]], device=device)
         with torch.no_grad():
             network(z_BT)
+        clocks.reset()
         begin = time.perf_counter()
         forwards = loop(network, z_BT, arguments.steps, arguments.block)
         ids = z_BT[0].tolist()
@@ -165,10 +197,12 @@ def measured(directory: Path, method: str, arguments: argparse.Namespace) -> dic
         options["cache"] = settings.get("cache", True)
         few: TextKeywords = {**options, "steps": arguments.new_tokens // arguments.block}
         lm.generate([prompt], **few)  # what is made once
+        clocks = Clocks(network=lm.network, head=lm.network.head)
         options["steps"] = arguments.steps
         (found,) = lm.generate([prompt], **options)
         seconds, forwards, ids = found.seconds, found.forwards, found.trajectory.current_BT[0].tolist()
-    return {"seconds": round(seconds, 2), "forwards": forwards, "peak": peak_bytes(device) - idle, "ids": ids}
+    shares = clocks.shares(forwards) if device == "cpu" else {}
+    return {"seconds": round(seconds, 2), "forwards": forwards, "peak": peak_bytes(device) - idle, "ids": ids} | shares
 
 
 def peak_bytes(device: str) -> int:
@@ -182,6 +216,7 @@ def peak_bytes(device: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--sixth", action="store_true")
     parser.add_argument("--methods", default=",".join(["transformers", *METHODS]))
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=32)
@@ -196,7 +231,7 @@ def main() -> None:
         arguments.end = int(end)
         print(json.dumps(measured(Path(directory), method, arguments)))
         return
-    size, rows = SMALL if arguments.small else LARGE, list[dict[str, Any]]()
+    size, rows = SMALL if arguments.small else SIXTH if arguments.sixth else LARGE, list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as name:
         make(Path(name), size)
         end = -1
@@ -213,10 +248,11 @@ def main() -> None:
             row["speed_up"] = round(rows[0]["seconds"] / row["seconds"], 2) if rows else 1.0
             rows.append(row)
             Console(stderr=True).print(json.dumps(row), highlight=False, soft_wrap=True)
-    table = Table("method", "forward passes", "seconds", "speed-up", "peak GB", "ids of the first", box=None)
+    parts = [part for part in ("blocks", "head", "rest") if part in rows[0]]
+    table = Table("method", "forward passes", "seconds", "speed-up", "peak GB", "ids of the first", *parts, box=None)
     for row in rows:
         figures = f"{row['seconds']:.1f}", f"{row['speed_up']:.2f}", f"{row['peak'] / 1e9:.2f}", f"{row['same']:.0%}"
-        table.add_row(row["method"], str(row["forwards"]), *figures)
+        table.add_row(row["method"], str(row["forwards"]), *figures, *(f"{row[part]:.3f}" for part in parts))
     Console().print(table)
     wrong = [row["method"] for row in rows if row["method"] in EXACT and row["same"] < 1]
     settings = {key: value for key, value in vars(arguments).items() if key != "run"}
