@@ -92,3 +92,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "LanguageModel" in (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_page_of_examples_shows_every_script() -> None:
+    shown = re.findall(r"^--8<--\nexamples/(\w+)\.py\n--8<--$", (ROOT / "docs" / "examples.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(shown) == sorted(file.stem for file in (ROOT / "examples").glob("*.py"))

@@ -59,9 +59,16 @@ def _dna(source: str) -> DataKind:
     return dna.find(source)
 
 
+def _chorales(source: str) -> DataKind:
+    from dlm.train import chorales
+
+    return chorales.find(source)
+
+
 KINDS: dict[str, Entry] = {
     "grids": Entry(_grid, "sudoku[:SIZE], maze[:SIZE]", words=tuple(kinds.KINDS)),
     "dna": Entry(_dna, "a .fa, .fasta or .fna file of DNA", suffixes=(".fa", ".fasta", ".fna"), recipe="dna"),
+    "chorales": Entry(_chorales, "chorales[:SCORES]", words=("chorales",), suffixes=(".mxl", ".musicxml"), recipe="chorales"),
 }
 """A kind of data is one file and one entry."""
 

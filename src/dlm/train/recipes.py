@@ -165,6 +165,20 @@ def maze_9() -> TrainConfig:
     return replace(base, context_share=1.0, ema=0.995, weight_decay=0.0, eval_every=600, eval_windows=64, save_every=300)
 
 
+def chorales() -> TrainConfig:
+    """Bach chorales in four voices, some of which are given: minutes on one core.
+
+    The scores: `pip download --no-deps music21`, and `--data chorales:WHEEL` with that file."""
+    base = _config(data="chorales", network=_network(layers=4, heads=4, width=96, rope_base=100.0), batch=12, steps=400)
+    return replace(base, warmup=50, ema=0.99, eval_every=200, eval_windows=256, save_every=200)
+
+
+def chorales_ar() -> TrainConfig:
+    """The autoregressive baseline on the same chorales."""
+    base = chorales()
+    return replace(base, network=base.network.with_(attention="causal"), objective="autoregressive", context_share=0.0)
+
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "shakespeare-mask": shakespeare_mask,
     "shakespeare-uniform": shakespeare_uniform,
@@ -186,6 +200,8 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "sudoku-9": sudoku_9,
     "dna": dna,
     "maze-9": maze_9,
+    "chorales": chorales,
+    "chorales-ar": chorales_ar,
 }
 
 
