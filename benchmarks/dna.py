@@ -108,17 +108,18 @@ def written(lm: LanguageModel, kind: str, rows: int, length: int, steps: int) ->
     return made[0].trajectory.current_BT.numpy()
 
 
-def counted(fasta: dna.Fasta, order: int) -> tuple[CountModel, list[float]]:
-    """Counts of the first nine tenths on both strands, and bits a base of the last tenth for every order."""
-    runs, held = parts(fasta, "train"), parts(fasta, "val")
+def counted(fasta: dna.Fasta, order: int, window: int, windows: int | None) -> tuple[CountModel, list[float]]:
+    """Counts of the first nine tenths on both strands, and for every order bits a base of the windows that models are measured on. Their
+    contexts reach back before the window, where a model begins anew."""
+    runs, held = parts(fasta.stream("train", 1, 0.1)), fasta.stream("val", window, 0.1)
     model = CountModel.of([*runs, *(3 - run[::-1] for run in runs)], order, len(dna.BASES))
-    bits_KN = -np.log2(np.concatenate([model.probabilities(run) for run in held], 1))
-    return model, bits_KN.mean(1).tolist()
+    bits_KN = -np.log2(np.concatenate([model.probabilities(run) for run in parts(held)], 1))
+    places_WT = replace(held, tokens_N=np.arange(len(held.tokens_N))).windows(windows)
+    return model, bits_KN[:, places_WT.flatten().numpy()].mean(1).tolist()
 
 
-def parts(fasta: dna.Fasta, part: str) -> list[np.ndarray]:
-    """The runs of the `train` or `val` part."""
-    stream = fasta.stream(part, 1, 0.1)
+def parts(stream: dna.BaseStream) -> list[np.ndarray]:
+    """Its runs."""
     return np.split(stream.tokens_N, np.cumsum(stream.lengths)[:-1])
 
 
@@ -197,7 +198,8 @@ def main() -> None:
 
 def measure(args: argparse.Namespace) -> None:
     fasta = dna.find(args.genome)
-    model, counts = counted(fasta, args.order)
+    window = replace(recipes.dna(), data=args.genome).with_settings(args.settings).network.window
+    model, counts = counted(fasta, args.order, window, args.windows)
     best = min(range(len(counts)), key=lambda k: counts[k])
     print("counts: " + ", ".join(f"order {k} {bits:.4f}" for k, bits in enumerate(counts)), flush=True)
     held, beside = stretches(fasta, args.samples, args.length)
