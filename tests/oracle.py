@@ -144,6 +144,24 @@ class VectorBayes:
         return torch.einsum("bts,stv->btv", others_BTS.softmax(-1), one_hot_STV).clamp(min=1e-300).log()
 
 
+class ClassBayes:
+    """The exact p(x_i | z) of a Tiny under noise of classes, whatever the time: a class token leaves its words, a mask all of them."""
+
+    def __init__(self, tiny: Tiny, noise: Any) -> None:
+        self.tiny, self.ids = tiny, noise.vocab_size
+        words = [[v for v in range(tiny.vocab) if noise.clusters[v] == c] for c in range(max(noise.clusters) + 1)]
+        left = [*([v] for v in range(tiny.vocab)), list(range(tiny.vocab)), *words]
+        self.left_ZV = torch.tensor([[v in one for v in range(self.ids)] for one in left])
+
+    def __call__(self, z_BQ: Tensor, t_B: Tensor | None = None, **_: object) -> Tensor:
+        tiny, z_BT = self.tiny, z_BQ[:, : self.tiny.length]
+        fits_BST = torch.stack([self.left_ZV[z_BT[:, i]][:, tiny.x_ST[:, i]] for i in range(tiny.length)], -1)
+        weight_BS = fits_BST.all(-1) * tiny.p_S
+        weight_BS = weight_BS / weight_BS.sum(-1, keepdim=True).clamp(min=1e-300)
+        hot_STV = torch.nn.functional.one_hot(tiny.x_ST, self.ids).double()
+        return torch.einsum("bs,stv->btv", weight_BS, hot_STV).clamp(min=1e-300).log()
+
+
 class Noted:
     """A denoiser of any width whose guess depends on what it sees; remembers its calls. A shadow takes its own token for a mask."""
 

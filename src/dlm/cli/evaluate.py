@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dlm.language_model import LanguageModel
     from dlm.workflows.evaluate import Evaluation
 
-ESTIMATORS = ("auto", "any-order", "counted", "continuous", "score-entropy", "discrete")
+ESTIMATORS = ("auto", "any-order", "counted", "two-clocks", "continuous", "score-entropy", "discrete")
 TASKS = "Tasks of lm-evaluation-harness"  # panel of the help
 
 
@@ -38,7 +38,7 @@ def evaluate(
         str,
         typer.Option(
             callback=one_of(*ESTIMATORS),
-            help="any-order (masks) | counted (replacement noise) | continuous | score-entropy (SEDD) | discrete; auto: first that fits.",
+            help="any-order (masks) | counted (replacement noise) | two-clocks (classes) | continuous | score-entropy (SEDD) | discrete; ",
         ),
     ] = "auto",
     block_lengths: Annotated[str, typer.Option(help="Of block diffusion, with commas, a bound for each; default: the model's own.")] = "",

@@ -17,6 +17,7 @@ MODELS: dict[registry.Noise | None, str] = {
     "replacement": "replacement noise",
     "genmd4": "GenMD4's noise",
     "gaussian": "Gaussian noise on vectors",
+    "classes": "noise of classes",
     None: "autoregressive models",
 }
 

@@ -7,7 +7,7 @@ autoregressive baseline are scored on the same tokens. Shapes: W windows, R pass
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -18,15 +18,18 @@ from dlm import seeds
 from dlm.errors import InputError
 from dlm.evaluation.statistics import standard_error
 from dlm.noise import loss
+from dlm.noise.classes import ClassNoise
 from dlm.noise.gaussian import GaussianNoise
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.replacement import ReplacementNoise
 from dlm.noise.score import ScoreNoise
 from dlm.protocols import BoundedProcess, NoiseProcess
 
+TWO_CLOCKS = "two-clocks"
 LEVELS: dict[str, Callable[..., Tensor]] = {
     "any-order": loss.any_order,
     "counted": loss.counted,
+    TWO_CLOCKS: loss.two_clocks,
     "continuous": loss.continuous,
     "score-entropy": loss.score_entropy,
 }
@@ -38,7 +41,8 @@ BLOCKWISE, AUTOREGRESSIVE = "block-wise", "autoregressive"
 class Likelihood:
     """stderr: Monte-Carlo error of this number on this text (0 where it is exact); stderr_data: spread over its windows,
     the error as an estimate for other text of the kind. samples: Monte-Carlo passes. is_bound: the true value is at most this.
-    parts: of noise on vectors, the prior, diffusion and reconstruction part of the nats per token."""
+    parts: of the nats per token: of noise on vectors the prior, diffusion and reconstruction part, of noise of classes that of the classes and
+    that of words given their classes."""
 
     nats_per_token: float
     bits_per_char: float
@@ -53,9 +57,9 @@ class Likelihood:
 
 
 def resolve(estimator: str, noise: BoundedProcess, *, blocks: bool, reads_time: bool) -> str:
-    """The estimator that a word means for this noise, `auto` resolved: any-order for masks, counted for replacement noise, continuous for
-    others and where the schedule does not run from 1 to 0; block-wise for block diffusion. InputError for one that is unknown or does not
-    apply."""
+    """The estimator that a word means for this noise, `auto` resolved: any-order for masks, counted for replacement noise, two-clocks for
+    classes, continuous for others and where the schedule does not run from 1 to 0; block-wise for block diffusion. InputError for one
+    that is unknown or does not apply."""
     if estimator not in (*ESTIMATORS, BLOCKWISE):
         raise InputError(f"unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
     if blocks and estimator not in ("auto", BLOCKWISE):
@@ -73,12 +77,16 @@ def resolve(estimator: str, noise: BoundedProcess, *, blocks: bool, reads_time: 
         raise InputError("only replacement noise has a counted form: use --estimator any-order")
     if estimator == "score-entropy" and not isinstance(noise, ScoreNoise):
         raise InputError("score entropy is the bound of networks of scores, such as SEDD: use --estimator continuous")
+    if estimator == TWO_CLOCKS and not isinstance(noise, ClassNoise):
+        raise InputError("only noise of classes has two clocks: leave --estimator away")
+    if estimator == "auto" and isinstance(noise, ClassNoise) and not reads_time:
+        return TWO_CLOCKS
     if estimator == "auto" and not isinstance(noise, MaskedNoise | ReplacementNoise):
         estimator = "continuous"  # which needs no more of a process than its protocol
     elif estimator == "auto":
         estimator = loss.best(noise.schedule, masked=masked, reads_time=reads_time).replace("_", "-")
-    if estimator == "any-order" and reads_time:
-        raise InputError("the any-order form is for networks that do not read the time: use --estimator continuous")
+    if estimator in ("any-order", TWO_CLOCKS) and reads_time:
+        raise InputError(f"the {estimator} form is for networks that do not read the time: use --estimator continuous")
     return estimator
 
 
@@ -94,9 +102,9 @@ def _nats(
     steps: int,
     beside: loss.PredictBeside | None,
     block_length: int,
-    told: list[loss.Parts],
+    told: list[Mapping[str, Tensor]],
 ) -> Nats:
-    """One draw of the estimator. told: gets the parts of each, of noise on vectors."""
+    """One draw of the estimator. told: gets the parts of each (B,) by name, where it has some."""
 
     def free(x_BT: Tensor) -> Tensor:
         return torch.ones_like(x_BT, dtype=torch.bool)
@@ -111,10 +119,19 @@ def _nats(
     if isinstance(noise, GaussianNoise):
 
         def bound(x_BT: Tensor, t_B: Tensor) -> Tensor:
-            told.append(loss.parts(noise, predict, x_BT, free(x_BT), rng, t_B))
-            return told[-1].bound_B
+            found = loss.parts(noise, predict, x_BT, free(x_BT), rng, t_B)
+            told.append({name.removesuffix("_B"): part_B for name, part_B in found._asdict().items()})
+            return found.bound_B
 
         return bound
+    if estimator == TWO_CLOCKS:
+
+        def both(x_BT: Tensor, t_B: Tensor) -> Tensor:
+            class_B, word_B = loss.two_clocks_parts(cast(ClassNoise, noise), predict, x_BT, free(x_BT), rng, t_B)
+            told.append({"class": class_B, "word given class": word_B})
+            return class_B + word_B
+
+        return both
     return lambda x_BT, t_B: LEVELS[estimator](noise, predict, x_BT, free(x_BT), rng, t_B)
 
 
@@ -150,7 +167,7 @@ def evaluate(
         raise InputError("the error of a Monte-Carlo estimate needs at least 2 passes")
     passes = 1 if exact else passes
     rng = seeds.generator(seed, windows_WT.device)
-    told: list[loss.Parts] = []
+    told: list[Mapping[str, Tensor]] = []
     nats_of = _nats(estimator, noise, predict, rng, steps, beside, block_length, told)
     nats_RW = torch.zeros(passes, windows, dtype=torch.float64)
     # every window sees the levels (u + r/R) mod 1 over its passes, and a batch spreads over the levels too
@@ -165,10 +182,6 @@ def evaluate(
     # windows are independent given the text; stratified levels within one only lower the true error below this
     stderr = 0.0 if exact else (nats_RW.var(0) / passes).sum().sqrt().item() / windows
     bits = nats * windows * length / characters / math.log(2)
-    parts = {name.removesuffix("_B"): float(torch.cat(column).mean()) / length for name, column in _columns(told)} or None
+    parts = {name: float(torch.cat([one[name] for one in told]).mean()) / length for name in told[0]} if told else None
     error = float(standard_error(mean_W))
     return Likelihood(nats, bits, stderr, error, not exact, estimator, passes, windows * length, characters, parts=parts)
-
-
-def _columns(told: list[loss.Parts]) -> list[tuple[str, list[Tensor]]]:
-    return [(name, [getattr(one, name) for one in told]) for name in loss.Parts._fields] if told else []

@@ -124,7 +124,10 @@ class LanguageModel:
             return model
         network, config = native.load(path, device=device, dtype=dtype, ready=ready)
         ids = config.network.vocab_size
-        tokenizer = Tokenizer.load(path) if config.family == "dlm" else Tokenizer.with_mask(read_tokenizer(path), ids, config.mask_token_id)
+        if config.family == "dlm":
+            tokenizer = Tokenizer.load(path).with_classes(config.noise.get("names", ()))
+        else:
+            tokenizer = Tokenizer.with_mask(read_tokenizer(path), ids, config.mask_token_id)
         model = cls(network, config, tokenizer, name=Path(name).name, prepared=prepared)
         model.path, model.chat = path, ChatTemplate.load(path)
         model.defaults = native.read_defaults(path)

@@ -48,6 +48,12 @@ def classes(pieces: Sequence[str]) -> list[int]:
     return renumber([kind(piece) for piece in pieces])
 
 
+def shuffled(found: Sequence[int], *, seed: int = 0) -> list[int]:
+    """Clusters of the same sizes with random members, numbered by first appearance."""
+    order = torch.randperm(len(found), generator=seeds.generator(seed)).tolist()
+    return renumber([found[i] for i in order])
+
+
 def renumber(labels: Sequence[object]) -> list[int]:
     """0, 1, 2 ... in the order of first appearance."""
     order = {label: n for n, label in enumerate(dict.fromkeys(labels))}

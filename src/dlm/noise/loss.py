@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dlm.noise.classes import ClassNoise
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.replacement import ReplacementNoise
 from dlm.noise.schedule import is_whole
@@ -193,6 +194,44 @@ def any_order(
     if equal:
         sum_B, left_B = nll_BT.sum(-1), (free_B + 1) / 2  # the mean count of Beta(2, 2) levels
     return sum_B * free_B / left_B  # a row with nothing to predict costs nothing
+
+
+def two_clocks_parts(
+    noise: ClassNoise,
+    predict: Predict,
+    x_BT: Tensor,
+    free_BT: Tensor,
+    rng: torch.Generator,
+    u_B: Tensor | None = None,
+    equal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The two parts of the continuous bound of `ClassNoise`, classes and words given their classes, (B,) nats each.
+
+    As `any_order`, the time is integrated out: of the 2n events of n free positions k are hidden, k uniform on 1..2n. equal: as there.
+    """
+    u_B = draw_levels(len(x_BT), rng) if u_B is None else u_B
+    events_B = 2 * free_BT.sum(-1)
+    count_B = count_masks(bell(u_B) if equal else u_B, events_B)
+    z_BT, early_B = noise.corrupt_count(x_BT, count_B, free_BT, rng)
+    nll = noise.nll(predict(z_BT, count_B / events_B.clamp(min=1)), x_BT, z_BT)
+    class_B, word_B, weight_B = noise.next_costs(nll, z_BT, count_B, early_B)
+    weight_B = noise.mean_weight * events_B / 2 if equal else weight_B
+    scale_B = events_B / weight_B.clamp(min=1)  # a row with nothing to predict costs nothing
+    return scale_B * class_B, scale_B * word_B
+
+
+def two_clocks(
+    noise: ClassNoise,
+    predict: Predict,
+    x_BT: Tensor,
+    free_BT: Tensor,
+    rng: torch.Generator,
+    u_B: Tensor | None = None,
+    equal: bool = False,
+) -> Tensor:
+    """The sum of `two_clocks_parts`: the bound on the text. (B,) nats."""
+    class_B, word_B = two_clocks_parts(noise, predict, x_BT, free_BT, rng, u_B, equal)
+    return class_B + word_B
 
 
 def blockwise(

@@ -9,6 +9,7 @@ from typing import Any, cast
 from dlm import plugins
 from dlm.errors import InputError, nearest
 from dlm.noise import schedule
+from dlm.noise.classes import ClassNoise
 from dlm.noise.gaussian import GaussianNoise
 from dlm.noise.genmd4 import GenMD4Noise
 from dlm.noise.gidd import GiddNoise
@@ -20,7 +21,7 @@ from dlm.noise.semantic import SemanticNoise
 from dlm.noise.uniform import UniformNoise
 from dlm.protocols import NoiseProcess
 
-Process = MaskedNoise | UniformNoise | SemanticNoise | HybridNoise | GiddNoise | GenMD4Noise
+Process = MaskedNoise | UniformNoise | SemanticNoise | HybridNoise | GiddNoise | GenMD4Noise | ClassNoise
 PROCESSES: dict[str, type[Any]] = {
     "masked": MaskedNoise,
     "uniform": UniformNoise,
@@ -31,8 +32,9 @@ PROCESSES: dict[str, type[Any]] = {
     "ordered": OrderedNoise,
     "genmd4": GenMD4Noise,
     "gaussian": GaussianNoise,
+    "classes": ClassNoise,
 }
-SETTING = {"semantic": "lead", "hybrid": "share", "gidd": "p_uniform"}  # the field that the number after the colon sets
+SETTING = {"semantic": "lead", "hybrid": "share", "gidd": "p_uniform", "classes": "lead"}  # the field that the number after the colon sets
 
 
 def register_noise(name: str, factory: type[Any], setting: str = "") -> None:

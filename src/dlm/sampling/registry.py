@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dlm.sampling.diffusion.protocols import Rule
     from dlm.sampling.draw import Draw
 
-Noise = Literal["masked", "replacement", "genmd4", "gaussian"]
+Noise = Literal["masked", "replacement", "genmd4", "gaussian", "classes"]
 LOSSLESS = "lossless"  # the fastest drafter of an autoregressive model
 PLAIN = "autoregressive"  # one token a forward pass
 AUTO = "auto"  # the sampler that a measurement found best
@@ -160,7 +160,9 @@ class SamplerInfo:
         return ":".join(one.name.rpartition("_")[2].upper() for one in self.parameters)
 
 
-_UNMASKING, _REMASKING, _REVISING = (f"dlm.sampling.diffusion.{name}:" for name in ("unmasking", "remasking", "revising"))
+_UNMASKING, _REMASKING, _REVISING, _STAGED = (
+    f"dlm.sampling.diffusion.{name}:" for name in ("unmasking", "remasking", "revising", "staged")
+)
 _VECTORS = "dlm.sampling.diffusion.vectors:"
 _SPECULATIVE = "dlm.sampling.autoregressive.speculative:SpeculativeDecoder"
 _SHARES, _LATER = (16, 8, 4), (8, 4)
@@ -503,6 +505,19 @@ BUILT_IN: tuple[SamplerInfo, ...] = (
         rule=False,
     ),
     SamplerInfo(
+        "ancestral",
+        "classes",
+        f"{_STAGED}TwoClocks",
+        "Masks become classes or words, classes become words: the plain reverse process.",
+    ),
+    SamplerInfo(
+        "classes-first",
+        "classes",
+        f"{_STAGED}ClassesFirst",
+        "All classes in a share of the steps, then the words, each in random order, an equal share a step.",
+        (Parameter("share", 0.5, high=1.0, open_low=True),),
+    ),
+    SamplerInfo(
         PLAIN,
         None,
         "dlm.sampling.autoregressive.plain:AutoregressiveSampler",
@@ -615,10 +630,13 @@ def _plugged_drafter(name: str) -> SamplerInfo:
 
 def kind(noise: BoundedProcess) -> Noise:
     """Which samplers suit a noise process."""
+    from dlm.noise.classes import ClassNoise
     from dlm.noise.gaussian import GaussianNoise
     from dlm.noise.genmd4 import GenMD4Noise
     from dlm.noise.masked import MaskedNoise
 
+    if isinstance(noise, ClassNoise):
+        return "classes"
     if isinstance(noise, GenMD4Noise):
         return "genmd4"
     if isinstance(noise, GaussianNoise):
@@ -732,6 +750,7 @@ def help_text() -> str:
         ("replacement", "Replacement noise"),
         ("genmd4", "GenMD4's noise"),
         ("gaussian", "Gaussian noise on vectors"),
+        ("classes", "Noise of classes"),
         (None, "Autoregressive models, all with the same text"),
     )
     parts = [f"{head}: {', '.join(one.usage for one in known(noise))}." for noise, head in heads]

@@ -17,7 +17,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from dlm.errors import InputError
 from dlm.files import parse_json
-from dlm.spelling import Spelling
+from dlm.spelling import Part, Spelling
 from dlm.text import growth
 from dlm.text.parts import Parts, Place, alphabet_of, placed
 
@@ -73,9 +73,10 @@ class Tokenizer:
 
     vocab_size: ids of the network without a mask after them; some networks have more of them than the tokenizer has tokens.
     mask_id: of a mask among the tokens; by default it is one more id after them.
+    classes: how the class tokens of a network are shown, whose ids follow the mask. No text holds one.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, vocab_size: int = 0, mask_id: int | None = None) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, vocab_size: int = 0, mask_id: int | None = None, classes: Sequence[str] = ()) -> None:
         self.inner = inner
         self.inner.encode_special_tokens = True  # "<|endoftext|>" in a prompt is text
         self.inner.no_padding()
@@ -87,7 +88,8 @@ class Tokenizer:
                 f"the tokenizer has {max(vocabulary.values()) + 1} tokens, the network {self.vocab_size}: they do not belong together"
             )
         self.mask_id: int = self.vocab_size if mask_id is None else mask_id
-        self.ids: int = max(self.vocab_size, self.mask_id + 1)
+        first_class = max(self.vocab_size, self.mask_id + 1)
+        self.ids: int = first_class + len(classes)
         self.control = {token.content: i for i, token in inner.get_added_tokens_decoder().items() if token.special}
         whole = isinstance(inner.model, models.WordLevel) and inner.model.unk_token not in inner.get_vocab()
         self._numbers = whole and "WhitespaceSplit" in str(inner.pre_tokenizer)
@@ -100,6 +102,7 @@ class Tokenizer:
         self._bytes = "ByteLevel" in str(inner.pre_tokenizer) and lacks_bytes
         self._separable = self._closed or single_bytes  # every token one character or byte: text may be cut anywhere
         parts = Parts(inner)
+        parts.update({first_class + number: Part(name.encode()) for number, name in enumerate(classes)})
         self.spelling, self._falls_back = Spelling(parts, self.mask_id), parts.fallback
         self._placed: dict[Place, tokenizers.Tokenizer] = {"start": inner}
 
@@ -155,6 +158,10 @@ class Tokenizer:
         if name == "bpe" and size.isdigit():
             return cls.bpe(text, int(size), rest)
         return cls.characters(text + rest) if kind == "chars" else cls.bytes() if kind == "bytes" else cls.load(kind)
+
+    def with_classes(self, names: Sequence[str]) -> Tokenizer:
+        """The same for a network that also reads class tokens, shown by these names."""
+        return Tokenizer(self.inner, self.vocab_size, self.mask_id, names) if names else self
 
     def save(self, path: str | Path) -> None:
         self.inner.save(str(path))

@@ -12,6 +12,7 @@ from dlm import seeds
 from dlm.errors import InputError, nearest, unknown
 from dlm.models.config import TransformerConfig
 from dlm.noise import loss, process, schedule
+from dlm.noise.classes import ClassNoise
 from dlm.noise.gaussian import GaussianNoise
 from dlm.noise.learned import COPIES, LearnedNoise
 from dlm.noise.masked import MaskedNoise
@@ -23,7 +24,8 @@ from dlm.train.optimisers import OPTIMISERS
 
 OBJECTIVES = ("diffusion", "autoregressive")
 WEIGHTS = ("auto", "bound", "equal", "anneal")
-ESTIMATORS = ("auto", "any_order", "counted", "continuous")
+CLUSTERED = ("semantic", "classes")  # noise that reads clusters
+ESTIMATORS = ("auto", "any_order", "counted", "two_clocks", "continuous")
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,12 @@ class TrainConfig:
     tokenizer: str = "chars"  # chars | bytes | bpe:1024 (learned from the text) | path of a tokenizer.json
     network: TransformerConfig = field(default_factory=lambda: TransformerConfig(vocab_size=1, width=192, conv=5))
     objective: str = "diffusion"  # diffusion | autoregressive
-    noise: str | NoiseProcess | type[Any] = (
-        "masked"  # masked | uniform | semantic[:lead] | hybrid[:uniform share] | ordered | genmd4 | gaussian
-    )
+    noise: str | NoiseProcess | type[Any] = "masked"  # masked | uniform | semantic[:lead] | hybrid[:share] | ordered | genmd4 | gaussian | classes
     noise_schedule: str | NoiseSchedule = "linear"
-    clusters: str = "classes"  # of semantic noise: classes | MODEL:COUNT (k-means of its output embedding) | a JSON file
+    clusters: str = "classes"  # of semantic and class noise: classes | MODEL:COUNT (k-means of its embedding) | JSON file | shuffled:...
     head: str = "leave-one-out"  # prediction of the network under replacement noise: leave-one-out | posterior
     mixtures: float = 0.0  # of uniform noise: the network reads mixtures of tokens at a temperature that falls from here to 0; 0: tokens
-    estimator: str = "auto"  # any_order (masks, no time input) | counted (replacement) | continuous | auto: the first that applies
+    estimator: str = "auto"  # any_order (masks, no time input) | counted (replacement) | two_clocks (classes) | continuous | auto
     init: str = ""  # a checkpoint to begin with, instead of fresh weights: of the same shape, or deeper
     teacher: str = ""  # distillation: a masked model whose predictions take the place of the text
     weights: str = "auto"  # of masked tokens: bound | equal (mask ratios from Beta(2, 2), each alike) | anneal: equal, bound in the decay
@@ -132,6 +132,8 @@ class TrainConfig:
         if self.estimator != "auto":
             return self.estimator
         kind = process.PROCESSES[self.process]
+        if issubclass(kind, ClassNoise) and not self.network.time_conditioning:
+            return "two_clocks"
         if not issubclass(kind, MaskedNoise | ReplacementNoise):
             return "continuous"  # which needs no more of a process than its protocol
         return loss.best(self.alpha, masked=issubclass(kind, MaskedNoise), reads_time=self.network.time_conditioning)
@@ -205,13 +207,14 @@ def _noise(c: TrainConfig) -> Iterator[str]:
         yield f"the {noise} noise that is given has a schedule of its own: leave noise_schedule away"
     if c.head not in HEADS:
         yield str(unknown("head", c.head, HEADS))
-    if c.clusters != "classes" and c.process != "semantic":
-        yield f"{noise} noise has no clusters: --noise semantic, or leave --set clusters={c.clusters} away"
+    if c.clusters != "classes" and c.process not in CLUSTERED:
+        yield f"{noise} noise has no clusters: --noise semantic or classes, or leave --set clusters={c.clusters} away"
     kind = process.PROCESSES[c.process]
-    fitting = {"any_order": issubclass(kind, MaskedNoise), "counted": issubclass(kind, ReplacementNoise)}
+    forms = {"any_order": MaskedNoise, "counted": ReplacementNoise, "two_clocks": ClassNoise}
+    fitting = {name: issubclass(kind, suited) for name, suited in forms.items()}
     if not fitting.get(c.estimator, True):
         yield f"{noise} noise has no estimator {c.estimator}: --set estimator=auto"
-    if c.estimator == "any_order" and c.network.time_conditioning:
+    if c.estimator in ("any_order", "two_clocks") and c.network.time_conditioning:
         yield "a network with time_conditioning needs --set estimator=continuous"
     if c.estimator in fitting and not schedule.is_whole(c.alpha):
         yield f"the {c.schedule_word} schedule does not run from 1 to 0: --set estimator=continuous"
@@ -223,7 +226,8 @@ def _weighable(c: TrainConfig) -> bool:
         return c.objective == "diffusion" and c.estimator == "auto"
     if issubclass(process.PROCESSES[c.process], GaussianNoise):
         return c.objective == "diffusion"
-    return c.objective == "diffusion" and c.process == "masked" and (c.blocks or c.estimate == "any_order")
+    counted = {"masked": "any_order", "classes": "two_clocks"}.get(c.process)
+    return c.objective == "diffusion" and counted is not None and (c.blocks or c.estimate == counted)
 
 
 def _learned(c: TrainConfig) -> Iterator[str]:

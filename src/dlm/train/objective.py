@@ -89,12 +89,19 @@ def estimator(
         bound = partial(training_loss, equal=equal)
     elif equal and reads is not None:
         bound = loss.denoising
-    elif equal or teacher is not None:
+    elif teacher is not None:
         bound = partial(loss.any_order, teacher=teacher, equal=equal)
+    elif equal:
+        bound = partial(bound, equal=True)
     return lambda network, x_BT, free_BT, rng, t_B, _length: bound(noise, predict(network), x_BT, free_BT, rng, t_B)
 
 
-ESTIMATORS: dict[str, Callable[..., Tensor]] = {"any_order": loss.any_order, "counted": loss.counted, "continuous": loss.continuous}
+ESTIMATORS: dict[str, Callable[..., Tensor]] = {
+    "any_order": loss.any_order,
+    "counted": loss.counted,
+    "two_clocks": loss.two_clocks,
+    "continuous": loss.continuous,
+}
 
 
 @dataclass(frozen=True)

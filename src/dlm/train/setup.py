@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from dlm.errors import InputError
@@ -20,6 +23,8 @@ from dlm.train import data as reading
 from dlm.train import data_kinds
 from dlm.train.config import TrainConfig
 from dlm.train.data import Stream
+
+SHUFFLED = "shuffled"
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,12 @@ def resolve(config: TrainConfig, resumed: Path | None = None) -> Setup:
     """
     tokenizer, training, validation = _streams(config, resumed)
     training = replace(training, augment=config.augment)
-    network = config.network.with_(vocab_size=tokenizer.vocab_size + 1)
+    settings = native.load_config(resumed).noise if resumed else noise_settings(config, tokenizer, training)
+    tokenizer = tokenizer.with_classes(settings.get("names", ()))
+    network = config.network.with_(vocab_size=tokenizer.ids)
     validation_WT = validation.windows(config.eval_windows)
     if len(validation_WT) < 2:
         raise InputError(f"the validation part fills one window of {network.window}, two are needed: more text or val_fraction")
-    settings = native.load_config(resumed).noise if resumed else noise_settings(config, tokenizer)
     noise = process.make(settings, network.vocab_size, tokenizer.mask_id)
     return Setup(tokenizer, network, noise, settings, training, validation_WT)
 
@@ -64,12 +70,12 @@ def _streams(config: TrainConfig, resumed: Path | None) -> tuple[Tokenizer, Stre
     return tokenizer, training, validation
 
 
-def noise_settings(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+def noise_settings(config: TrainConfig, tokenizer: Tokenizer, training: Stream) -> dict[str, Any]:
     """The settings that `process.make` reads. InputError for noise or clusters of another vocabulary."""
     words = config.to_dict()
     if not isinstance(config.noise, str | type):
-        found = (config.noise.vocab_size, config.noise.mask_id)
-        if found != (wanted := (tokenizer.vocab_size + 1, tokenizer.mask_id)):
+        found, classes = (config.noise.vocab_size, config.noise.mask_id), getattr(config.noise, "classes", 0)
+        if found != (wanted := (tokenizer.vocab_size + 1 + classes, tokenizer.mask_id)):
             raise InputError(
                 f"the noise is for {found[0]} ids with mask {found[1]}, this run has {wanted[0]} with mask {wanted[1]}: "
                 f"make it with those, or give its class"
@@ -81,8 +87,11 @@ def noise_settings(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         settings["head"] = config.head
     if settings["process"] == "semantic":
         settings["clusters"] = cluster_of(config.clusters, tokenizer)
+    if settings["process"] == "classes":
+        settings["clusters"] = cluster_of(config.clusters, tokenizer)[:-1]
+        settings["names"] = names_of(settings["clusters"], tokenizer, training)
     try:
-        process.make(settings, tokenizer.vocab_size + 1, tokenizer.mask_id)
+        process.make(settings, tokenizer.vocab_size + 1 + len(settings.get("names", ())), tokenizer.mask_id)
     except ValueError as error:
         raise InputError(f"--noise {config.noise}: {error}") from None
     return settings
@@ -92,8 +101,13 @@ def cluster_of(source: str, tokenizer: Tokenizer) -> list[int]:
     """The cluster of every token, the mask last and by itself.
 
     source: `classes` (of characters), `MODEL:COUNT` (k-means on the output embedding of a checkpoint, in which tokens of similar contexts
-    are close), or a JSON file with a list of groups of tokens as they are written. InputError where it does not fit the vocabulary.
+    are close), or a JSON file with a list of groups of tokens as they are written; after `shuffled:` the clusters of that source with
+    their members dealt out at random, a control of equal sizes. InputError where it does not fit the vocabulary.
     """
+    kind, _, rest = source.partition(":")
+    if kind == SHUFFLED:
+        dealt = clusters.shuffled(cluster_of(rest, tokenizer)[:-1])
+        return [*dealt, max(dealt) + 1]
     pieces = [tokenizer.piece(token) for token in range(tokenizer.vocab_size)]
     name, colon, count = source.rpartition(":")
     if source == "classes":
@@ -113,12 +127,25 @@ def cluster_of(source: str, tokenizer: Tokenizer) -> list[int]:
     return [*found, max(found) + 1]
 
 
+def names_of(found: Sequence[int], tokenizer: Tokenizer, training: Stream) -> list[str]:
+    """Of each class its commonest token in the training text, in brackets, white space drawn: no two share one."""
+    counts = np.bincount(np.asarray(training.tokens_N), minlength=tokenizer.vocab_size)
+    best: dict[int, int] = {}
+    for token, label in enumerate(found):
+        if label not in best or counts[token] > counts[best[label]]:
+            best[label] = token
+    drawn = str.maketrans({" ": "·", "\n": "↵", "\t": "→", "\r": "↵"})
+    return [f"[{tokenizer.piece(best[label]).translate(drawn)}]" for label in sorted(best)]
+
+
 def _from_file(path: Path, pieces: list[str]) -> list[int]:
     try:
         groups = read_json(path)
         label = {piece: n for n, group in enumerate(groups) for piece in group}
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} does not hold a list of groups of tokens ({error})") from None
+    if several := [piece for piece, count in Counter(piece for group in groups for piece in set(group)).items() if count > 1]:
+        raise InputError(f"{path} puts {', '.join(map(repr, several[:5]))} in several groups: each token needs one")
     missing = [piece for piece in pieces if piece not in label]
     if missing:
         raise InputError(f"{path} puts {len(missing)} tokens in no group, {', '.join(map(repr, missing[:5]))} among them: each needs one")

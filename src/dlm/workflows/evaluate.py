@@ -103,7 +103,8 @@ def evaluate(
     """Nats per token and bits per character of a text.
 
     data: a text file, a folder of .txt files, a bundled data set or `hf:DATASET`; split: train, val (the last `val_fraction`) or all.
-    estimator: any-order (masks), counted (replacement noise), continuous, score-entropy (SEDD) or discrete; auto: the first that applies.
+    estimator: any-order (masks), counted (replacement noise), two-clocks (classes), continuous, score-entropy (SEDD) or discrete; auto: the
+    first that applies.
     block_length: of block diffusion, by default the model's own; window: of autoregressive models, tokens that are read together.
     passes: Monte-Carlo passes over the text; steps: of the discrete estimator; max_windows: at most so many, spread over the text.
     card: a file for the evaluation card. progress counts windows times passes. InputError for options that the model does not have.

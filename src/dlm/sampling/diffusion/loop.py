@@ -37,6 +37,7 @@ from dlm.sampling.diffusion.protocols import (
     Guidance,
     PlannedRule,
     Rule,
+    StagedRule,
     Step,
 )
 from dlm.sampling.diffusion.rule_memory import RuleMemory
@@ -96,6 +97,8 @@ class DiffusionSampler:
             raise InputError("blocks and caches need masked noise: under replacement noise every token may change in every step")
         if self.constraint is not None and self.constraint.joint and self.revises:
             raise InputError("a pattern needs a sampler that writes each token once, such as ancestral or topk")
+        if self.constraint is not None and self.constraint.joint and isinstance(self.rule, StagedRule):
+            raise InputError("a pattern needs masked noise: a class is written before its word, and may leave none that fits")
         windows.check(self.window, self.context)
         if not self.sees_ahead and isinstance(self.rule, CheckingRule):
             raise InputError("revoke and planner need a bidirectional model: block diffusion never saw text beside masks of the same block")
@@ -191,7 +194,7 @@ class DiffusionRun:
         move = self._next_move(active, entered_A, entered, rng)
         step = self._read(active, entered_A, move)
         next_AT = self._ruled(active, step, rng)
-        if self.constraint is not None and not sampler.revises:
+        if self.constraint is not None and not sampler.revises and not isinstance(sampler.rule, StagedRule):
             next_AT = self.constraint.keep(next_AT, active.z_AT, move.at_AT)
         written_AT, done_AT = self._written(active, step, move.at_AT, next_AT)
         text.write(active, next_AT, written_AT, done_AT)
@@ -200,7 +203,7 @@ class DiffusionRun:
         self.clock.tick(active.rows_A)
         self.t_B = torch.zeros(len(self.rng), dtype=torch.float64, device=next_AT.device)
         self.t_B[active.rows_A] = step.s_B * text.open_BL[active.rows_A].any(-1)
-        self.distribution = self._distribution(active, step, written_AT)
+        self.distribution = self._distribution(active, step, written_AT if sampler.revises else done_AT)
         return self.frame()
 
     def _ruled(self, active: Active, step: Step, rng: RNG) -> Tensor:
@@ -275,6 +278,11 @@ class DiffusionRun:
             if isinstance(rule, EndingRule):
                 done_A = done_A | rule.done(step, next_AT)
             return at_AT, active.block_AT & done_A[:, None]
+        if isinstance(rule, StagedRule):
+            if not bool(self.sound):
+                raise InputError(NO_PROBABILITIES)
+            written_AT = at_AT & (next_AT != active.z_AT)
+            return written_AT, written_AT & rule.settled(step, next_AT)
         written_AT = at_AT & (next_AT != step.noise.mask_id)
         if not bool(self.sound if getattr(rule, "waits", False) else self.sound & written_AT.any(-1).all()):
             raise InputError(NO_PROBABILITIES)

@@ -85,6 +85,14 @@ class EndingRule(Rule, Protocol):
 
 
 @runtime_checkable
+class StagedRule(Rule, Protocol):
+    """A rule that writes what it will write over: tokens of a first stage, then the text. A step may change nothing."""
+
+    def settled(self, step: Step, next_BT: Tensor) -> Tensor:
+        """Which of the positions that it wrote stay as they are, bool (B, T)."""
+
+
+@runtime_checkable
 class PlannedRule(Rule, Protocol):
     """A rule that knows before any forward pass which position moves when; the loop skips the steps in which none does."""
 
