@@ -183,6 +183,21 @@ def test_a_process_of_ones_own_vocabulary_is_checked(text: Path, tmp_path: Path)
         dlm.fit(type(config)(**{**config.__dict__, "noise": made}), tmp_path / "run")
 
 
+def test_classes_begin_as_the_mean_of_their_words(text: Path, tmp_path: Path) -> None:
+    size = ("steps=1", "lr=1e-9", "ema=0", "window=16", "context=0")
+    tiny.run(text, tmp_path / "masked", *size)
+    tiny.run(text, tmp_path / "classes", "noise=classes", f"init={tmp_path / 'masked'}", *size)
+    before, after = (dlm.load(str(tmp_path / name)) for name in ("masked", "classes"))
+    noise, own_VD = after.noise, after.network.embed.weight
+    assert isinstance(noise, ClassNoise)
+    assert torch.allclose(own_VD[: noise.mask_id + 1], before.network.embed.weight, atol=1e-6)
+    for c in range(noise.classes):
+        words = [v for v, of in enumerate(noise.clusters) if of == c]
+        assert torch.allclose(own_VD[noise.mask_id + 1 + c], own_VD[words].mean(0), atol=1e-6)
+    for name, weight in before.network.blocks.state_dict().items():
+        assert torch.allclose(weight, after.network.blocks.state_dict()[name], atol=1e-6)
+
+
 def test_class_tokens_get_no_probability(model: dlm.LanguageModel) -> None:
     noise = model.noise
     assert isinstance(noise, ClassNoise)

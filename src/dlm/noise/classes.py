@@ -76,6 +76,14 @@ class ClassNoise:
         """The class token of every word, int64 (B, T); of other ids themselves."""
         return self._tokens(x_BT)[x_BT]
 
+    def with_class_rows(self, rows_VD: Tensor) -> Tensor:
+        """An embedding of words and mask with a row for each class, the mean of its words; one that has such rows as it is."""
+        if len(rows_VD) != self.mask_id + 1:
+            return rows_VD
+        class_V = torch.tensor(self.clusters, device=rows_VD.device)
+        sum_CD = rows_VD.new_zeros(self.classes, rows_VD.shape[1]).index_add(0, class_V, rows_VD[: self.mask_id])
+        return torch.cat([rows_VD, sum_CD / torch.bincount(class_V)[:, None]])
+
     def words(self, z_BT: Tensor) -> Tensor:
         """Where words stand, bool (B, T): they are final."""
         return z_BT < self.mask_id

@@ -22,6 +22,7 @@ from dlm.models.block import Blocks
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 from dlm.noise import loss
+from dlm.noise.classes import ClassNoise
 from dlm.noise.learned import COPIES, LearnedNoise
 from dlm.noise.process import Process
 from dlm.noise.uniform import UniformNoise
@@ -39,13 +40,16 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % (1 << 63))
 
 
-def begin_with(name: str, network: Transformer) -> None:
-    """Take the weights of a checkpoint, of a deeper one those of blocks spread evenly. InputError where they do not fit."""
+def begin_with(name: str, network: Transformer, noise: Process) -> None:
+    """Take the weights of a checkpoint, of a deeper one those of blocks spread evenly. Class tokens that it does not have begin as the mean
+    of their words. InputError where they do not fit."""
     found = native.load(native.find(name))[0]
     deep, own = len(found.blocks), len(network.blocks)
     if deep > own:
         found.blocks = Blocks(list(found.blocks)[i * deep // own] for i in range(own))
     state, fresh = found.state_dict(), network.state_dict()
+    if isinstance(noise, ClassNoise):
+        state |= {name: noise.with_class_rows(rows) for name, rows in state.items() if name in ("embed.weight", "head.weight")}
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in fresh.items()}:
         raise InputError(f"init={name} has another size, vocabulary or kind of network than this run")
     network.load_state_dict(state)
@@ -87,7 +91,7 @@ class Learner:
         set_seed(self.seed)
         self.bare = Transformer(network)
         if config.init and not resume:  # a resumed run has weights of its own
-            begin_with(config.init, self.bare)
+            begin_with(config.init, self.bare, noise)
         if config.compile:
             self.bare.compile()
         settings = Settings(config.lr, config.betas, config.weight_decay, fused=self.device.type == "cuda")

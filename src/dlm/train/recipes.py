@@ -90,6 +90,12 @@ def shakespeare_words() -> TrainConfig:
     return _words(dropout=0.1)
 
 
+def shakespeare_classes() -> TrainConfig:
+    """Masks, then classes of subwords, then subwords: begun with `shakespeare-words`, whose embedding makes the classes."""
+    base = replace(_words(dropout=0.1), noise="classes", clusters="shakespeare-words:64", init="shakespeare-words", lr=5e-4)
+    return replace(base, steps=400, warmup=20, eval_every=200, save_every=200)
+
+
 def shakespeare_words_uniform() -> TrainConfig:
     """Uniform noise on subwords."""
     return replace(_words(), noise="uniform")
@@ -189,6 +195,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "shakespeare-block": shakespeare_block,
     "shakespeare-ar": shakespeare_ar,
     "shakespeare-words": shakespeare_words,
+    "shakespeare-classes": shakespeare_classes,
     "shakespeare-words-uniform": shakespeare_words_uniform,
     "shakespeare-words-ar": shakespeare_words_ar,
     "shakespeare-mask-2": shakespeare_mask_2,
