@@ -32,6 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "semantic": {"process": "semantic", "clusters": [0, 1, 0, 2, 1]},
     "hybrid": {"process": "hybrid", "share": 0.4},
     "gidd": {"process": "gidd", "p_uniform": 0.3},
+    "classes": {"process": "classes", "clusters": [0, 1, 0]},
 }
 REPLACING = ["uniform", "semantic", "hybrid", "gidd"]
 Given = tuple[int | None, ...]
@@ -40,6 +41,8 @@ HOLE: Given = (None,) * TINY.length
 
 def noise_of(name: str, schedule: str = "linear", vocab: int = TINY.vocab, **more: Any) -> Any:
     settings = SETTINGS[name] | {"schedule": schedule} | more
+    if name == "classes":
+        return process.make(settings, vocab + 3, vocab)
     if "clusters" in settings:
         settings["clusters"] = [*settings["clusters"][:vocab], 1 + max(settings["clusters"][:vocab])]
     return process.make(settings, vocab + 1, vocab)

@@ -8,13 +8,14 @@ from functools import partial
 import pytest
 import torch
 
+from chains import noise_of
 from dlm.errors import InputError
 from dlm.evaluation import likelihood
 from dlm.noise.masked import MaskedNoise
 from dlm.noise.score import ScoreNoise
 from dlm.noise.uniform import UniformNoise
 from dlm.protocols import NoiseProcess
-from oracle import BayesDenoiser, ReplacementBayes, Tiny, dense
+from oracle import BayesDenoiser, ClassBayes, ReplacementBayes, Tiny, dense
 
 WRONG: dict[type, str] = {MaskedNoise: "counted", UniformNoise: "any-order"}
 OF_SCORES = "score-entropy"
@@ -25,7 +26,12 @@ def _windows(tiny: Tiny, count: int, seed: int = 0) -> torch.Tensor:
 
 
 MASKED, UNIFORM = MaskedNoise(4, 3), UniformNoise(4, 3)
-CASES = [(noise, word) for noise in (MASKED, UNIFORM) for word in likelihood.ESTIMATORS if word not in (WRONG[type(noise)], OF_SCORES)]
+CASES = [
+    (noise, word)
+    for noise in (MASKED, UNIFORM)
+    for word in likelihood.ESTIMATORS
+    if word not in (WRONG[type(noise)], OF_SCORES, likelihood.TWO_CLOCKS)
+]
 
 
 def _bayes(tiny: Tiny, noise: NoiseProcess) -> BayesDenoiser | ReplacementBayes:
@@ -45,6 +51,20 @@ def test_the_bound_of_the_bayes_denoiser_is_the_entropy(noise: NoiseProcess, est
     assert result.stderr < 0.03
     assert result.nats_per_token == pytest.approx(exact, abs=4 * result.stderr)
     assert result.bits_per_char == pytest.approx(result.nats_per_token / math.log(2))
+
+
+def test_the_parts_of_classes_add_up_to_the_entropy() -> None:
+    tiny = Tiny(3, 3, seed=1)
+    noise, windows = noise_of("classes"), _windows(tiny, 4000)
+    found = likelihood.evaluate(noise, ClassBayes(tiny, noise), windows, characters=windows.numel(), batch=500)
+    exact = -tiny.p_S.log()[tiny.index(windows)].mean().item() / 3
+    assert found.estimator == likelihood.TWO_CLOCKS
+    assert found.nats_per_token == pytest.approx(exact, abs=4 * found.stderr)
+    assert found.parts is not None
+    assert sum(found.parts.values()) == pytest.approx(found.bits_per_char)
+    for noise in (MASKED, UNIFORM):
+        with pytest.raises(InputError, match="only noise of classes has two clocks"):
+            likelihood.evaluate(noise, _bayes(tiny, noise), windows, characters=1, estimator=likelihood.TWO_CLOCKS)
 
 
 def test_the_score_entropy_of_the_true_scores_is_the_entropy() -> None:

@@ -42,7 +42,8 @@ def identity(info: SamplerInfo) -> str:
 
 def made(info: SamplerInfo, word: str) -> Any:
     assert info.noise is not None
-    return registry.make(word, Draw(), noise_of("masked" if info.noise == "masked" else "uniform"))
+    name = {"masked": "masked", "classes": "classes"}.get(str(info.noise), "uniform")
+    return registry.make(word, Draw(), noise_of(name))
 
 
 @pytest.mark.parametrize("info", ALL, ids=identity)

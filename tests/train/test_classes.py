@@ -205,3 +205,14 @@ def test_class_tokens_get_no_probability(model: dlm.LanguageModel) -> None:
     logp_BTV = noise.log_probs(model.predict(z_BT, torch.ones(1)), z_BT)
     assert (logp_BTV[..., noise.mask_id :] == -torch.inf).all()
     assert torch.allclose(logp_BTV.exp().sum(-1), torch.ones(1, model.window))
+
+
+def test_a_process_as_an_object_gets_names(text: Path, tmp_path: Path) -> None:
+    words = Tokenizer.make("chars", text.read_text()).vocab_size
+    made = process.make({"process": "classes", "clusters": [token % 3 for token in range(words)]}, words + 4, words)
+    config = tiny.config(text, "steps=1", "window=16", "context=0")
+    dlm.fit(type(config)(**{**config.__dict__, "noise": made}), tmp_path / "run")
+    found = dlm.load(str(tmp_path / "run")).noise
+    assert isinstance(found, ClassNoise)
+    assert found.clusters == tuple(token % 3 for token in range(words))
+    assert len(set(found.names)) == 3

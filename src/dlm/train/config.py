@@ -41,7 +41,7 @@ class TrainConfig:
     tokenizer: str = "chars"  # chars | bytes | bpe:1024 (learned from the text) | path of a tokenizer.json
     network: TransformerConfig = field(default_factory=lambda: TransformerConfig(vocab_size=1, width=192, conv=5))
     objective: str = "diffusion"  # diffusion | autoregressive
-    noise: str | NoiseProcess | type[Any] = "masked"  # masked | uniform | semantic[:lead] | hybrid[:share] | ordered | genmd4 | gaussian | classes
+    noise: str | NoiseProcess | type[Any] = "masked"  # masked | uniform | semantic | hybrid | ordered | genmd4 | gaussian | classes
     noise_schedule: str | NoiseSchedule = "linear"
     clusters: str = "classes"  # of semantic and class noise: classes | MODEL:COUNT (k-means of its embedding) | JSON file | shuffled:...
     head: str = "leave-one-out"  # prediction of the network under replacement noise: leave-one-out | posterior

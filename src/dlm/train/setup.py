@@ -81,7 +81,7 @@ def noise_settings(config: TrainConfig, tokenizer: Tokenizer, training: Stream) 
                 f"make it with those, or give its class"
             )
         settings: dict[str, Any] = words["noise"]
-        return settings
+        return settings | ({"names": names_of(settings["clusters"], tokenizer, training)} if classes and "names" not in settings else {})
     settings = process.parse(words["noise"]) | {"schedule": words["noise_schedule"]}
     if issubclass(process.PROCESSES[config.process], ReplacementNoise):
         settings["head"] = config.head
