@@ -124,7 +124,7 @@ def test_the_command_line(run: Path, text: Path, tmp_path: Path) -> None:
 def test_names_are_the_commonest_words() -> None:
     tokenizer = Tokenizer.characters("ab c\n")  # newline, space, a, b, c
     stream = Stream(np.array([2, 3, 3, 1, 1, 0], dtype=np.int32), 2)
-    assert setup.names_of([0, 0, 1, 1, 2], tokenizer, stream) == ["[·]", "[b]", "[c]"]
+    assert setup.names_of([0, 0, 1, 1, 2], tokenizer, stream) == [" ~", "b~", "c~"]
 
 
 def test_shuffled_classes_have_the_same_sizes(text: Path) -> None:

@@ -128,14 +128,14 @@ def cluster_of(source: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def names_of(found: Sequence[int], tokenizer: Tokenizer, training: Stream) -> list[str]:
-    """Of each class its commonest token in the training text, in brackets, white space drawn: no two share one."""
+    """Of each class its commonest token in the training text and a tilde, a line break drawn: no two share one."""
     counts = np.bincount(np.asarray(training.tokens_N), minlength=tokenizer.vocab_size)
     best: dict[int, int] = {}
     for token, label in enumerate(found):
         if label not in best or counts[token] > counts[best[label]]:
             best[label] = token
-    drawn = str.maketrans({" ": "·", "\n": "↵", "\t": "→", "\r": "↵"})
-    return [f"[{tokenizer.piece(best[label]).translate(drawn)}]" for label in sorted(best)]
+    drawn = str.maketrans({"\n": "↵", "\r": "↵", "\t": "→"})
+    return [f"{tokenizer.piece(best[label]).translate(drawn)}~" for label in sorted(best)]
 
 
 def _from_file(path: Path, pieces: list[str]) -> list[int]:
