@@ -56,7 +56,9 @@ CHECKPOINTS = 3
 def bound(noise: NoiseProcess, predict: Predict, windows_WT: Tensor, characters: int, passes: int) -> dict[str, Any]:
     """Bits a character, with the two parts where there are some."""
     found = likelihood.evaluate(noise, predict, windows_WT, characters=characters, passes=passes)
-    return {"bits": found.bits_per_char, "stderr": found.stderr * found.tokens / characters / math.log(2), "parts": found.parts}
+    bits = found.tokens / characters / math.log(2)  # of a nat per token
+    parts = {name: nats * bits for name, nats in (found.parts or {}).items()}
+    return {"bits": found.bits_per_char, "stderr": found.stderr * bits, "parts": parts}
 
 
 def parallel(noise: NoiseProcess, predict: Predict, windows_WT: Tensor, bits: float, levels: int) -> dict[str, Any]:
@@ -144,7 +146,7 @@ def summary(found: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[st
     for k, one in enumerate(found[0]["checkpoints"]):
         bits = [row["checkpoints"][k]["bits"] for row in found]
         less = [row["checkpoints"][k]["bits"] - other["checkpoints"][k]["bits"] for row, other in zip(found, first, strict=True)]
-        parts = {name: mean([row["checkpoints"][k]["parts"][name] for row in found]) for name in one["parts"] or ()}
+        parts = {name: mean([row["checkpoints"][k]["parts"][name] for row in found]) for name in one["parts"]}
         checkpoints.append({"step": one["step"], "bits": mean(bits), "difference": mean(less), "parts": parts})
     calls = {
         count: {name: mean([row["parallel"]["calls"][count][name] for row in found]) for name in figures}

@@ -61,7 +61,7 @@ def test_the_parts_of_classes_add_up_to_the_entropy() -> None:
     assert found.estimator == likelihood.TWO_CLOCKS
     assert found.nats_per_token == pytest.approx(exact, abs=4 * found.stderr)
     assert found.parts is not None
-    assert sum(found.parts.values()) == pytest.approx(found.bits_per_char)
+    assert sum(found.parts.values()) == pytest.approx(found.nats_per_token)
     for noise in (MASKED, UNIFORM):
         with pytest.raises(InputError, match="only noise of classes has two clocks"):
             likelihood.evaluate(noise, _bayes(tiny, noise), windows, characters=1, estimator=likelihood.TWO_CLOCKS)

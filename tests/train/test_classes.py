@@ -68,7 +68,7 @@ def test_the_parts_add_up_to_the_bound_of_the_other_estimator(model: dlm.Languag
     )
     assert one.estimator == "two-clocks"
     assert one.parts is not None
-    assert sum(one.parts.values()) == pytest.approx(one.bits_per_char)
+    assert sum(one.parts.values()) == pytest.approx(one.nats_per_token)
     assert min(one.parts.values()) > 0
     assert abs(one.nats_per_token - other.nats_per_token) < 4 * (one.stderr + other.stderr)
     assert one.stderr < other.stderr
@@ -116,7 +116,7 @@ def test_the_command_line(run: Path, text: Path, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     record = json.loads(found.stdout.splitlines()[-1])
     assert list(record["parts"]) == ["class", "word given class"]
-    assert sum(record["parts"].values()) == pytest.approx(record["bits_per_char"])
+    assert sum(record["parts"].values()) == pytest.approx(record["nats_per_token"])
     found = runner.invoke(app, ["generate", "--model", str(run), "the ", "--length", "8", "--steps", "4", "--sampler", "classes-first"])
     assert found.exit_code == 0, found.output
 

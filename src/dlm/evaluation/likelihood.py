@@ -41,8 +41,8 @@ BLOCKWISE, AUTOREGRESSIVE = "block-wise", "autoregressive"
 class Likelihood:
     """stderr: Monte-Carlo error of this number on this text (0 where it is exact); stderr_data: spread over its windows,
     the error as an estimate for other text of the kind. samples: Monte-Carlo passes. is_bound: the true value is at most this.
-    parts: of the nats per token: of noise on vectors the prior, diffusion and reconstruction part, of noise of classes that of the classes and
-    that of words given their classes."""
+    parts: of the nats per token: of noise on vectors the prior, diffusion and reconstruction part, of noise of classes that of classes
+    and that of words given their classes."""
 
     nats_per_token: float
     bits_per_char: float
@@ -66,28 +66,35 @@ def resolve(estimator: str, noise: BoundedProcess, *, blocks: bool, reads_time: 
         raise InputError("block diffusion has one estimator, its own: leave --estimator away")
     if blocks:
         return BLOCKWISE
-    masked = isinstance(noise, MaskedNoise)
     if isinstance(noise, GaussianNoise):
         if estimator not in ("auto", "continuous"):
             raise InputError("noise on vectors has one estimator, --estimator continuous")
         return "continuous"
-    if estimator == "any-order" and not masked:
-        raise InputError("only masked noise has an any-order form: use --estimator counted")
-    if estimator == "counted" and not isinstance(noise, ReplacementNoise):
-        raise InputError("only replacement noise has a counted form: use --estimator any-order")
-    if estimator == "score-entropy" and not isinstance(noise, ScoreNoise):
-        raise InputError("score entropy is the bound of networks of scores, such as SEDD: use --estimator continuous")
-    if estimator == TWO_CLOCKS and not isinstance(noise, ClassNoise):
-        raise InputError("only noise of classes has two clocks: leave --estimator away")
-    if estimator == "auto" and isinstance(noise, ClassNoise) and not reads_time:
-        return TWO_CLOCKS
-    if estimator == "auto" and not isinstance(noise, MaskedNoise | ReplacementNoise):
-        estimator = "continuous"  # which needs no more of a process than its protocol
-    elif estimator == "auto":
-        estimator = loss.best(noise.schedule, masked=masked, reads_time=reads_time).replace("_", "-")
+    if estimator in OF_NOISE and not isinstance(noise, OF_NOISE[estimator][0]):
+        raise InputError(OF_NOISE[estimator][1])
+    if estimator == "auto":
+        estimator = _best(noise, reads_time=reads_time)
     if estimator in ("any-order", TWO_CLOCKS) and reads_time:
         raise InputError(f"the {estimator} form is for networks that do not read the time: use --estimator continuous")
     return estimator
+
+
+OF_NOISE: dict[str, tuple[type, str]] = {
+    "any-order": (MaskedNoise, "only masked noise has an any-order form: use --estimator counted"),
+    "counted": (ReplacementNoise, "only replacement noise has a counted form: use --estimator any-order"),
+    "score-entropy": (ScoreNoise, "score entropy is the bound of networks of scores, such as SEDD: use --estimator continuous"),
+    TWO_CLOCKS: (ClassNoise, "only noise of classes has two clocks: leave --estimator away"),
+}
+"""The noise that an estimator needs, and what to say of another one."""
+
+
+def _best(noise: BoundedProcess, *, reads_time: bool) -> str:
+    """The estimator of least variance."""
+    if isinstance(noise, ClassNoise) and not reads_time:
+        return TWO_CLOCKS
+    if not isinstance(noise, MaskedNoise | ReplacementNoise):
+        return "continuous"  # which needs no more of a process than its protocol
+    return loss.best(noise.schedule, masked=isinstance(noise, MaskedNoise), reads_time=reads_time).replace("_", "-")
 
 
 Nats = Callable[[Tensor, Tensor], Tensor]
