@@ -86,7 +86,7 @@ def test_a_page_has_commands_that_run(page: str) -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 110
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 115
 
 
 def commands(body: str, mark: str) -> list[list[str]]:

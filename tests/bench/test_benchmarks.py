@@ -33,7 +33,7 @@ QUICK = {
     "seams": ["--quick"],
     "threads": ["--quick"],
 }
-ELSEWHERE = {"training", "recipes", "chorales", "serving"}  # tests/train; servers of its own and minutes
+ELSEWHERE = {"training", "recipes", "chorales", "classes", "vectors", "serving"}  # tests/train; servers of its own and minutes
 
 
 def test_every_benchmark_is_listed() -> None:
