@@ -321,7 +321,7 @@ def test_a_count_is_of_free_positions_and_its_level_is_the_likely_one(name: str)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"process": "normal"}, "unknown noise 'normal'; known: masked, uniform, semantic, hybrid, gidd, score"),
+        ({"process": "pink"}, "unknown noise 'pink'; known: masked, uniform, semantic, hybrid, gidd, score"),
         ({"process": "hybrid", "share": 2}, "must lie in 0 .. 1"),
         ({"process": "gidd", "p_uniform": 1}, "must lie in 0 .. 1"),
         ({"process": "gidd", "gamma": 3}, "above 0 and at most 2"),
