@@ -159,6 +159,7 @@ def sudoku_9() -> TrainConfig:
 def dna() -> TrainConfig:
     """Masked diffusion on the bases of a FASTA file, both strands: five minutes on one core.
 
+    M. tuberculosis: at most 1.853 +- 0.002 bits a base of the last tenth, counts of order 7 take 1.867.
     The genome of M. tuberculosis: `tar -xOf /usr/share/doc/kmer-examples/test_data.tar.gz --wildcards 'GCF_000195955*' > tuberculosis.fa`
     with Debian's kmer-examples."""
     base = _config(data="tuberculosis.fa", network=_network(layers=3, heads=4, width=96, conv=5, window=256), batch=16, warmup=50, ema=0.99)
