@@ -50,7 +50,8 @@ def test_the_text_is_that_of_plain_decoding(word: str, temperature: float) -> No
     found = model(FAMILY).generate(rows(FAMILY), sampler=word, **options)
     for one, other in zip(found, plain, strict=True):
         assert torch.equal(one.trajectory.current_BT[one.row], other.trajectory.current_BT[other.row])
-    assert "lookup" in word or sum(one.proposed or 0 for one in found) > 0
+    measured = word in ("lossless", "block:auto", "lookup:4")  # how many draft tokens pay is measured, or the text has no repetition
+    assert measured or sum(one.proposed or 0 for one in found) > 0
 
 
 def test_draft_tokens_are_those_of_a_block_that_is_read_fully_after_a_causal_text() -> None:
