@@ -272,7 +272,7 @@ class LanguageModel:
 
         sampler: a name of `dlm.sampling.registry` with its parameters, as in `confidence:0.7`; `auto`: the best within `budget`
         (`calls:32`, `seconds:2`, `bits:0.1`) by `dlm calibrate`; of an autoregressive model also `strided:4`, `strided:4x16`, `lookup:4`,
-        `heads:4`, `draft:NAME:4`, or `lossless`, its fastest drafter. draft: a drafter by a `Draft` or a text (`self:int4`, `ngram`).
+        `heads:4`, `block:8`, `draft:NAME:4`, or `lossless`, its fastest drafter. draft: a `Draft` or its text (`self:int4`, `ngram`).
         steps: of each window. temperature, top_p, top_k: of every draw. greedy_tail: last steps that take the likeliest token everywhere.
         until_settled: steps without a change that end a window. early_stop: nothing is computed after an end-of-text token.
         block_length, cache, context: how a window is filled and carried over.

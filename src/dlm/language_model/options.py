@@ -72,8 +72,8 @@ class DecodingOptions:
 
     sampler: a name of `dlm.sampling.registry`, its parameters after a colon, as in `confidence:0.7`. `auto`: the sampler that `dlm
     calibrate` found best within `budget` (`calls:32`, `seconds:2`, `bits:0.1`). For an autoregressive model, one of the short forms of
-    `draft` (`strided:4`, `strided:4x16`, `lookup:4`, `heads:4`, `draft:NAME:4`, `auto` for the number), or `lossless`: the drafter
-    that is fastest for the model's adapter, heads or weights.
+    `draft` (`strided:4`, `strided:4x16`, `lookup:4`, `heads:4`, `block:8`, `draft:NAME:4`, `auto` for the number), or `lossless`: the
+    drafter that is fastest for the model's adapter, heads or weights.
     rule: a rule of your own in place of a name, as `dlm.TopScore()`; `sampler` takes it too. It keeps its own draw unless temperature,
     top_p or top_k are given.
     draft: speculative decoding of an autoregressive model by this drafter; as a text, as of `Draft.parse` (`self:int4`, `ngram`).

@@ -102,6 +102,6 @@ def test_bad_words_are_told(dlm: Dlm, autoregressive_dir: Path, masked_dir: Path
     assert "must be autoregressive" in dlm.told(*words, f"draft:{masked_dir}")
     assert "another vocabulary" in dlm.told(*words, f"draft:{tmp_path / 'other'}")
     assert "against a cache" in dlm.told(*words, "lookup", "--cache", "none")
-    assert "needs a diffusion model; it can use: autoregressive, strided, lookup, draft" in dlm.told(*words, "topk")
+    assert "needs a diffusion model; it can use: autoregressive, block, strided, lookup, draft, heads" in dlm.told(*words, "topk")
     assert "needs a diffusion model" in dlm.told(*words, "lookup", "--block-length", "4")
     assert "needs an autoregressive model" in dlm.told("generate", "--model", str(masked_dir), "--sampler", "lookup")
