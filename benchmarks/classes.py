@@ -14,11 +14,11 @@ that an interrupted call goes on. The result is appended to benchmarks/history.j
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from dlm.bench.rows import Rows
 from dlm.evaluation import likelihood, order_cost, two_stages
 from dlm.evaluation.card import dumps
 from dlm.evaluation.statistics import Mean
@@ -111,27 +112,14 @@ def measure(settings: list[str], seed: int, passes: int, levels: int, out: Path)
     return {"checkpoints": curve, "parallel": decoding, "parameters": task.facts["parameters"], "seconds": round(spent, 1)}
 
 
-class Rows:
-    """The runs measured so far, one JSON object a line."""
+def measured(settings: list[str], seed: int, passes: int, levels: int) -> dict[str, Any]:
+    """`measure` with a run directory that is thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(settings, seed, passes, levels, Path(folder))
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        lines = path.read_text().splitlines() if path.is_file() else []
-        self.found: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
 
-    def row(self, kind: str, settings: list[str], seed: int, passes: int, levels: int) -> dict[str, Any]:
-        key = json.dumps([kind, settings, seed, passes, levels])
-        if key not in self.found:
-            with tempfile.TemporaryDirectory() as folder:
-                made = measure(settings, seed, passes, levels, Path(folder))
-            line = json.dumps({"key": key, "kind": kind, "seed": seed} | made)
-            self.found[key] = json.loads(line)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(line + "\n")
-            bits = ", ".join(f"{one['bits']:.4f}" for one in made["checkpoints"])
-            print(f"{kind}, seed {seed}: {bits} bits, {made['seconds']} s", flush=True)
-        return self.found[key]
+def told(row: dict[str, Any]) -> str:
+    return ", ".join(f"{one['bits']:.4f}" for one in row["checkpoints"]) + f" bits, {row['seconds']} s"
 
 
 def mean(values: list[float]) -> dict[str, float]:
@@ -191,7 +179,8 @@ def main() -> None:
     for seed in range(arguments.first_seed, arguments.first_seed + seeds):
         for kind in arguments.kinds:
             settings = [*size, *KINDS[kind], *arguments.settings]
-            runs.setdefault(kind, []).append(rows.row(kind, settings, seed, passes, levels))
+            make = partial(measured, settings, seed, passes, levels)
+            runs.setdefault(kind, []).append(rows.row(kind, settings, seed, passes, levels, measure=make, told=told))
     result = {kind: summary(found, runs[arguments.kinds[0]]) for kind, found in runs.items()}
     for table in tables(result):
         Console(width=150).print(table)

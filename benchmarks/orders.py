@@ -14,11 +14,11 @@ goes on. The result is appended to benchmarks/history.jsonl; the last line is on
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dlm.bench.rows import Rows
 from dlm.evaluation import likelihood
 from dlm.evaluation.card import dumps
 from dlm.evaluation.statistics import Mean
@@ -77,24 +78,14 @@ def measure(settings: list[str], seed: int, passes: int, out: Path) -> dict[str,
     }
 
 
-class Rows:
-    """The runs measured so far, one JSON object a line."""
+def measured(settings: list[str], seed: int, passes: int) -> dict[str, Any]:
+    """`measure` with a run directory that is thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(settings, seed, passes, Path(folder))
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        lines = path.read_text().splitlines() if path.is_file() else []
-        self.found: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
 
-    def row(self, kind: str, settings: list[str], seed: int, passes: int) -> dict[str, Any]:
-        key = json.dumps([kind, settings, seed, passes])
-        if key not in self.found:
-            with tempfile.TemporaryDirectory() as folder:
-                self.found[key] = {"key": key, "kind": kind, "seed": seed} | measure(settings, seed, passes, Path(folder))
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps(self.found[key]) + "\n")
-            print(f"{kind}, seed {seed}: {self.found[key]['bits']:.4f} +- {self.found[key]['stderr']:.4f}", flush=True)
-        return self.found[key]
+def told(row: dict[str, Any]) -> str:
+    return f"{row['bits']:.4f} +- {row['stderr']:.4f}"
 
 
 def main() -> None:
@@ -114,7 +105,9 @@ def main() -> None:
     for seed in range(arguments.first_seed, arguments.first_seed + seeds):
         for kind in arguments.kinds:
             passes = 2 if arguments.quick else PASSES.get(kind, MANY_PASSES)
-            runs.setdefault(kind, []).append(rows.row(kind, [*size, *KINDS[kind], *arguments.settings], seed, passes))
+            settings = [*size, *KINDS[kind], *arguments.settings]
+            make = partial(measured, settings, seed, passes)
+            runs.setdefault(kind, []).append(rows.row(kind, settings, seed, passes, measure=make, told=told))
     table, result = Table("noise", "bits a character", "against the first", "CPU seconds"), []
     for kind, found in runs.items():
         bits = torch.tensor([row["bits"] for row in found], dtype=torch.float64)

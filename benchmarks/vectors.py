@@ -12,10 +12,10 @@ so that an interrupted call goes on. The result is appended to benchmarks/histor
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dlm.bench.rows import Rows
 from dlm.evaluation import likelihood
 from dlm.evaluation.card import dumps
 from dlm.evaluation.statistics import Mean
@@ -71,22 +72,8 @@ def measure(settings: list[str], seed: int, passes: int) -> dict[str, Any]:
     }
 
 
-def measured(path: Path, settings: dict[str, list[str]], seeds: int, passes: dict[str, int]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of every kind, those of `path` and the rest measured and put there."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    known: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
-    rows: dict[str, list[dict[str, Any]]] = {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for seed in range(seeds):
-        for kind, words in settings.items():
-            key = json.dumps([kind, words, seed, passes[kind]])
-            if key not in known:
-                known[key] = {"key": key, "kind": kind, "seed": seed} | measure(words, seed, passes[kind])
-                with path.open("a") as file:
-                    file.write(json.dumps(known[key]) + "\n")
-                print(f"{kind}, seed {seed}: {known[key]['nats']:.4f} +- {known[key]['stderr']:.4f}", flush=True)
-            rows.setdefault(kind, []).append(known[key])
-    return rows
+def told(row: dict[str, Any]) -> str:
+    return f"{row['nats']:.4f} +- {row['stderr']:.4f}"
 
 
 def main() -> None:
@@ -100,9 +87,14 @@ def main() -> None:
     arguments = parser.parse_args()
     steps, seeds, windows = (2, 1, 4) if arguments.quick else (arguments.steps, arguments.seeds, 150)
     size = [*SIZE, f"steps={steps}", f"eval_windows={windows}", *(["warmup=1"] if arguments.quick else []), *arguments.settings]
-    path = arguments.rows.with_name("quick-vectors.jsonl") if arguments.quick else arguments.rows
+    kept = Rows(arguments.rows.with_name("quick-vectors.jsonl") if arguments.quick else arguments.rows)
     passes = dict.fromkeys(KINDS, 2) if arguments.quick else PASSES
-    rows = measured(path, {kind: [*size, *KINDS[kind]] for kind in arguments.kinds}, seeds, passes)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for seed in range(seeds):
+        for kind in arguments.kinds:
+            settings, count = [*size, *KINDS[kind]], passes[kind]
+            make = partial(measure, settings, seed, count)
+            rows.setdefault(kind, []).append(kept.row(kind, settings, seed, count, measure=make, told=told))
     table, result = Table("noise", "nats a character", "against the first", "CPU seconds"), []
     for kind, found in rows.items():
         nats, first = (torch.tensor([row["nats"] for row in some], dtype=torch.float64) for some in (found, rows[arguments.kinds[0]]))

@@ -207,6 +207,13 @@ class DraftModel:
         return memory.cache
 
 
+def _limits(context: DraftContext, start: int | None) -> Tensor:
+    """How many tokens each row may draft (B,) over the cache of its text: none where that lacks a token, as it does in a row that enters a
+    window."""
+    read_B = context.last.cache.length_B == context.text.count(start) - 1
+    return torch.where(read_B, context.request.limit_B, 0)
+
+
 @dataclass(frozen=True)
 class SelfDraft:
     """The network itself with quantized weights, one forward pass a draft token, on the KV cache that it wrote unquantized.
@@ -229,9 +236,7 @@ class SelfDraft:
 
     def __call__(self, context: DraftContext) -> DraftTokens:
         text, request, cache = context.text, context.request, context.last.cache
-        held_B = cache.length_B
-        read_B = held_B == text.count(self.start) - 1  # a row that enters a window is not
-        limit_B = torch.where(read_B, request.limit_B, 0)
+        held_B, limit_B = cache.length_B, _limits(context, self.start)
         token_B1 = text.inputs(held_B[:, None], self.start)
         own_BQQ = torch.ones(len(held_B), 1, 1, dtype=torch.bool, device=held_B.device)
         tokens, logq = [token_B1[:, :0]], list[Tensor]()
@@ -267,9 +272,7 @@ class BlockDrafter:
 
     def __call__(self, context: DraftContext) -> DraftTokens:
         text, request, cache = context.text, context.request, context.last.cache
-        held_B = cache.length_B
-        read_B = held_B == text.count(self.start) - 1  # a row that enters a window is not
-        limit_B = torch.where(read_B, request.limit_B, 0)
+        held_B, limit_B = cache.length_B, _limits(context, self.start)
         slot_Q = torch.arange(int(limit_B.max()) + 1, device=held_B.device)
         if len(slot_Q) == 1:
             return DraftTokens.none(held_B)
