@@ -6,17 +6,20 @@
 A puzzle has one solution; the rules alone judge. Puzzles of 9 x 9 are made by `qqwing` where it is installed (a Debian package; it takes no
 seed), else by our own search from the seeds. They are minimal; up to --clues, random cells of the solution are given as well. A pass is
 counted for a puzzle until its last cell is settled. `tries` is `dlm solve`: cells in conflict and half of the others are drawn again. For
-grids of 4 x 4 the bound stands beside the entropy, log 288. The last line is one JSON object.
+grids of 4 x 4 the bound stands beside the entropy, log 288. Measured runs are kept in --rows, so that an interrupted call goes on. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import random
 import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dlm.adapters.lora import fingerprint
+from dlm.bench.rows import Rows
 from dlm.cli.progress import showing
 from dlm.evaluation import card
 from dlm.evaluation.enumerated import excess
@@ -69,16 +74,18 @@ def main() -> None:
     made_by = GENERATOR if args.generator != "own" and kind.word == "sudoku:9" and shutil.which(GENERATOR) else "own"
     if made_by == "own" and not args.clues.replace(",", "").isdigit():
         raise SystemExit(f"puzzles by difficulty are made by {GENERATOR}: install it, or give numbers of cells")
+    weights = fingerprint(lm.network)
+    kept = Rows(args.rows.with_name("quick-grids.jsonl") if args.quick else args.rows)
     found: dict[str, Any] = {"rows": [], "clues": {}, "retried": {}, "generator": made_by}
     for clues in args.clues.split(","):
         puzzles = (packaged if made_by == GENERATOR else own)(kind, args.seeds, args.puzzles, clues)
         given = sum(len(cells) - cells.count(None) for part in puzzles for cells in part) / (args.seeds * args.puzzles)
         title = f"{lm.name}, {args.seeds} x {args.puzzles} puzzles by {made_by}, {given:.1f} given cells of {cells_of(kind)}"
-        rows = measured(lm, names, puzzles, clues)
+        rows = measured(lm, names, puzzles, clues, kept, weights)
         show(title, rows)
         found["rows"] += [asdict(row) | {"per_pass": row.per_pass} for row in rows]
         found["clues"][clues] = given
-        found["retried"][clues] = retried(lm, [cells for part in puzzles for cells in part][: args.retried or None], args.tries)
+        found["retried"][clues] = retried(lm, puzzles, args.tries, args.retried or args.seeds * args.puzzles, kept, weights)
     if cells_of(kind) == ENUMERATED and isinstance(lm.noise, MaskedNoise):
         bound = excess(lm.noise, lm.predict, kind.corpus("all"))
         share = bound.excess / bound.entropy
@@ -98,6 +105,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--retried", type=int, default=0, help="puzzles of each number of given cells for dlm solve; 0: all")
     parser.add_argument("--samplers", default="", help=f"names with commas; orders: {ORDERS}; default: all for masked noise")
     parser.add_argument("--generator", choices=("auto", "own"), default="auto", help=f"auto: {GENERATOR} for 9 x 9, where it is installed")
+    parser.add_argument("--rows", type=Path, default=Path("runs/grids.jsonl"), help="measured runs")
     parser.add_argument("--quick", action="store_true", help="few puzzles, three samplers: does it run?")
     args = parser.parse_args()
     if args.quick:
@@ -126,20 +134,35 @@ def packaged(kind: Grid, seeds: int, count: int, clues: str) -> list[list[Puzzle
     return [found[seed * count :][:count] for seed in range(seeds)]
 
 
-def measured(lm: LanguageModel, names: Sequence[str], puzzles: Sequence[Sequence[Puzzle]], clues: str) -> list[Row]:
+def named(puzzles: Sequence[Puzzle]) -> str:
+    """A name for these puzzles, by their cells: the packaged generator makes others each time."""
+    return hashlib.sha256(repr(puzzles).encode()).hexdigest()[:16]
+
+
+def measured(
+    lm: LanguageModel, names: Sequence[str], puzzles: Sequence[Sequence[Puzzle]], clues: str, kept: Rows, weights: str
+) -> list[Row]:
     """Every sampler at temperature 0, a step a cell, on the puzzles of every seed; the one that solves most a pass is first."""
     rows = []
     with showing(f"samplers, {clues} given") as progress:
         for done, name in enumerate(names):
             progress(done, len(names))
-            shares, passes = zip(*(first_try(lm, name, part, seed) for seed, part in enumerate(puzzles)), strict=True)
-            solved = torch.tensor(shares, dtype=torch.float64)
-            rows.append(Row(name, clues, solved.mean().item(), standard_error(solved).item(), sum(passes) / len(passes)))
+            tried = [
+                kept.row(name, [weights, named(part)], seed, measure=partial(first_try, lm, name, part, seed), told=told)
+                for seed, part in enumerate(puzzles)
+            ]
+            solved = torch.tensor([row["solved"] for row in tried], dtype=torch.float64)
+            passes = sum(row["passes"] for row in tried) / len(tried)
+            rows.append(Row(name, clues, solved.mean().item(), standard_error(solved).item(), passes))
     return sorted(rows, key=lambda row: -row.per_pass)
 
 
-def first_try(lm: LanguageModel, name: str, puzzles: Sequence[Puzzle], seed: int) -> tuple[float, float]:
-    """(share solved, forward passes a puzzle)."""
+def told(row: dict[str, Any]) -> str:
+    return f"{row['solved']:.1%} solved, {row['passes']:.1f} passes a puzzle"
+
+
+def first_try(lm: LanguageModel, name: str, puzzles: Sequence[Puzzle], seed: int) -> dict[str, float]:
+    """The share solved, and forward passes a puzzle."""
     kind, canvas = kind_of(lm), Canvas.from_rows(puzzles, fill=lm.tokenizer.mask_id)
     run = lm.run(canvas, DecodingOptions(sampler=name, steps=lm.window, temperature=0.0), seed=1000 * seed)
     while run.step() is not None:
@@ -148,7 +171,7 @@ def first_try(lm: LanguageModel, name: str, puzzles: Sequence[Puzzle], seed: int
     found: list[Cells] = [[None if token == made.mask_id else token for token in row] for row in made.current_BT.tolist()]
     solved = sum(not kind.conflicts(cells) and None not in cells for cells in found)
     last = made.settled_BT.amax(-1).tolist()
-    return solved / len(puzzles), sum(made.forwards[k] for k in last) / len(puzzles)
+    return {"solved": solved / len(puzzles), "passes": sum(made.forwards[k] for k in last) / len(puzzles)}
 
 
 def show(title: str, rows: Sequence[Row]) -> None:
@@ -158,12 +181,26 @@ def show(title: str, rows: Sequence[Row]) -> None:
     Console(width=100).print(title, table)
 
 
-def retried(lm: LanguageModel, puzzles: Sequence[Puzzle], tries: int) -> dict[str, float]:
-    """`dlm solve` on each of them, with retries."""
-    found = [solve(lm, written(kind_of(lm), cells), tries=tries, seed=seed) for seed, cells in enumerate(puzzles)]
-    solved, passes = sum(one.solved for one in found), sum(one.forwards for one in found) / len(found)
-    print(f"dlm solve, margin, up to {tries} tries: {solved} of {len(found)} in {passes:.1f} passes a puzzle")
-    return {"solved": solved, "puzzles": len(found), "passes": passes}
+def retried(lm: LanguageModel, puzzles: Sequence[Sequence[Puzzle]], tries: int, most: int, kept: Rows, weights: str) -> dict[str, float]:
+    """`dlm solve` on the first `most` of them, with retries."""
+    parts = [part[: max(0, most - seed * len(part))] for seed, part in enumerate(puzzles)]
+
+    def attempts(part: Sequence[Puzzle], seed: int) -> dict[str, Any]:
+        found = [solve(lm, written(kind_of(lm), cells), tries=tries, seed=seed * len(puzzles[0]) + i) for i, cells in enumerate(part)]
+        return {"puzzles": len(found), "solved": sum(one.solved for one in found), "passes": sum(one.forwards for one in found)}
+
+    found = [
+        kept.row("dlm solve", [weights, named(part)], seed, tries, measure=partial(attempts, part, seed), told=of_all)
+        for seed, part in enumerate(parts)
+        if part
+    ]
+    count, solved, passes = (sum(row[name] for row in found) for name in ("puzzles", "solved", "passes"))
+    print(f"dlm solve, margin, up to {tries} tries: {of_all({'puzzles': count, 'solved': solved, 'passes': passes})}")
+    return {"solved": solved, "puzzles": count, "passes": passes / count}
+
+
+def of_all(row: dict[str, Any]) -> str:
+    return f"{row['solved']} of {row['puzzles']} in {row['passes'] / row['puzzles']:.1f} passes a puzzle"
 
 
 if __name__ == "__main__":
