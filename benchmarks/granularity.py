@@ -1,6 +1,7 @@
 """Does less meaning per token make the curse of parallel decoding worse? One text, size and compute; characters, bytes, subwords.
 
-    python benchmarks/granularity.py --plot docs/granularity.png    # trains the missing models, then measures: two hours of one core
+    python benchmarks/granularity.py --plot docs/granularity.png    # trains the missing models, then measures: six hours of one core
+    python benchmarks/granularity.py --seeds 0                      # one training seed: two hours
     python benchmarks/granularity.py --compute 1e16 --parameters 2e7 --batch 128 --device cuda
 
 Windows span about 256 characters of text, widths are chosen so that all networks have the same number of parameters (the head is the
@@ -38,9 +39,9 @@ VAL_FRACTION = recipes.shakespeare_mask().val_fraction
 RULES: dict[str, Rule] = {"ancestral": Ancestral(), "topk": TopScore()}
 
 
-def design(kind: str, text: str, args: argparse.Namespace) -> TrainConfig:
+def design(kind: str, text: str, seed: int, args: argparse.Namespace) -> TrainConfig:
     """The run of one vocabulary: its window, width and steps."""
-    base = recipes.shakespeare_mask()
+    base = replace(recipes.shakespeare_mask(), seed=seed)
     tokenizer = Tokenizer.make(kind, text)
     window = round(SPAN * len(tokenizer.encode_corpus([text])) / len(text) / 8) * 8
     network = base.network.with_(layers=args.layers, window=window, tied=True, head_dim=32, heads=4, width=2)
@@ -100,31 +101,57 @@ def generate(lm: LanguageModel, judge: LanguageModel, calls: int, args: argparse
     return {"calls": calls, "length": length} | found
 
 
-def show(found: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
+def over_seeds(seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """The lines of `figure` as means over the training seeds, with their 95 % band; of one seed its own band."""
+
+    def line(points: list[list[tuple[float, float, float]]]) -> list[tuple[float, float, float]]:
+        if len(points) == 1:
+            return points[0]
+        means = [(at[0][0], Mean.of(torch.tensor([y for _, y, _ in at]))) for at in zip(*points, strict=True)]
+        return [(x, mean.value, mean.band95) for x, mean in means]
+
+    texts = [[(text["calls"], text["bits"], text["band95"]) for text in one["texts"]] for one in seeds]
+    diverse = [[(text["calls"], text["distinct4"], 0.0) for text in one["texts"]] for one in seeds]
+    bits = [[(0.0, one["bits_per_char"], 1.96 * one["stderr"] * one["bits_per_char"] / one["nats_per_token"])] for one in seeds]
+    lines = {"equal": line([one["equal"] for one in seeds]), "topk": line([one["measured"]["topk"] for one in seeds])}
+    return lines | {
+        "bits": line(texts),
+        "distinct4": line(diverse),
+        "bound": line(bits)[0],
+        "characters_per_token": seeds[0]["characters_per_token"],
+    }
+
+
+def show(found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> None:
     """The table, and the picture if asked for."""
     spans = [f"lost at {span}" for span in args.spans]
     table = Table("tokens", "chars/token", "bits/char", *spans, *(f"{calls} calls" for calls in args.calls), box=None)
-    for kind, one in found.items():
-        x, y = zip(*((math.log2(x), y) for x, y, _ in reversed(one["equal"])), strict=True)
-        lost = [f"{between(math.log2(span), x, y):.3f}" if span <= 2 ** x[-1] else "" for span in args.spans]
-        judged = {text["calls"]: f"{text['bits']:.2f} +- {text['stderr']:.2f}" for text in one["texts"]}
-        bits = f"<= {one['bits_per_char']:.3f} +- {one['stderr'] * one['bits_per_char'] / one['nats_per_token']:.3f}"
+    means = {kind: over_seeds(seeds) for kind, seeds in found.items()}
+    for kind, one in means.items():
+        x, y, bands = zip(*((math.log2(x), y, band) for x, y, band in reversed(one["equal"])), strict=True)
+        lost = [
+            f"{between(math.log2(span), x, y):.3f} +- {between(math.log2(span), x, bands):.3f}" if span <= 2 ** x[-1] else ""
+            for span in args.spans
+        ]
+        judged = {calls: f"{bits:.2f} +- {band:.2f}" for calls, bits, band in one["bits"]}
+        bits = f"<= {one['bound'][1]:.3f} +- {one['bound'][2]:.3f}"
         table.add_row(kind, f"{one['characters_per_token']:.2f}", bits, *lost, *(judged.get(calls, "") for calls in args.calls))
-    Console().print(table)
-    Console().print("lost: bits per character, at so many characters a step; calls: bits per character of text in so many forward passes")
+    Console(width=160).print(table)
+    over = f"{len(args.seeds)} training seeds" if len(args.seeds) > 1 else "windows and texts of one training seed"
+    Console(width=160).print(
+        "lost: bits per character, at so many characters a step; calls: bits per character of text in so many forward passes; "
+        f"+- 95 % over {over}"
+    )
     if args.plot:
         from dlm.viz.plots import panels_plot
 
-        panels = [
-            ("bits per character lost, random positions", "characters drawn at once", {kind: one["equal"] for kind, one in found.items()}),
-            ("the same, measured with topk", "characters drawn at once", {kind: one["measured"]["topk"] for kind, one in found.items()}),
-        ]
-        for name, title in (("bits", "bits per character under the judge"), ("distinct4", "share of 4-grams that are different")):
-            lines = {}
-            for kind, one in found.items():
-                lines[kind] = [(text["calls"], text[name], text["band95"] if name == "bits" else 0.0) for text in one["texts"]]
-            panels.append((title, "forward passes for a text", lines))
-        panels_plot(panels, args.plot)
+        titles = {
+            "equal": ("bits per character lost, random positions", "characters drawn at once"),
+            "topk": ("the same, measured with topk", "characters drawn at once"),
+            "bits": ("bits per character under the judge", "forward passes for a text"),
+            "distinct4": ("share of 4-grams that are different", "forward passes for a text"),
+        }
+        panels_plot([(*titles[name], {kind: one[name] for kind, one in means.items()}) for name in titles], args.plot)
 
 
 def between(at: float, x: tuple[float, ...], y: tuple[float, ...]) -> float:
@@ -136,6 +163,7 @@ def between(at: float, x: tuple[float, ...], y: tuple[float, ...]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings")
     parser.add_argument("--compute", type=float, default=2e13, help="FLOPs of one run")
     parser.add_argument("--parameters", type=float, default=1e6)
     parser.add_argument("--layers", type=int, default=5)
@@ -157,20 +185,24 @@ def main() -> None:
     if args.quick:
         args.compute, args.parameters, args.kinds, args.out = 2e9, 5e4, ["chars", "bpe:256"], args.out / "quick"
         args.layers = 2
+        args.seeds = [0, 1]
         args.passes, args.windows, args.curve_windows, args.samples, args.spans, args.calls = 2, 8, 2, 4, [16], [4, 16]
     console = Console(stderr=True)
     text = "\n".join(reading.read(recipes.SHAKESPEARE))
-    for kind in args.kinds:
-        config, out = design(kind, text, args), args.out / kind.replace(":", "-")
-        console.print(f"{kind}: window {config.network.window}, width {config.network.width}, {config.steps} steps", highlight=False)
+    runs = {(kind, seed): args.out / f"{kind.replace(':', '-')}-{seed}" for seed in args.seeds for kind in args.kinds}
+    for (kind, seed), out in runs.items():
+        config = design(kind, text, seed, args)
+        console.print(
+            f"{kind}, seed {seed}: window {config.network.window}, width {config.network.width}, {config.steps} steps", highlight=False
+        )
         if not finished(out, config.steps):
             dlm.fit(config, out, resume=(out / "training.safetensors").is_file())
     if args.train_only:
         return
-    judge, found = dlm.load(args.judge, device=args.device), {}
-    for kind in args.kinds:
-        console.print(f"measuring {kind}", highlight=False)
-        found[kind] = measure(dlm.load(str(args.out / kind.replace(":", "-")), device=args.device), judge, args)
+    judge, found = dlm.load(args.judge, device=args.device), {kind: list[dict[str, Any]]() for kind in args.kinds}
+    for (kind, seed), out in runs.items():
+        console.print(f"measuring {kind}, seed {seed}", highlight=False)
+        found[kind].append(measure(dlm.load(str(out), device=args.device), judge, args))
     show(found, args)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "plot", "train_only", "device", "quick")}
     data = {"source": recipes.SHAKESPEARE, "split": "val"}
