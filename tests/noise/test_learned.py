@@ -189,6 +189,30 @@ def test_the_bayes_denoiser_leaves_no_gradient(name: str) -> None:
     assert_mean(gradients(noise, predict, equal=False)[:, :3], 0.0)
 
 
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_network_learns_the_exact_posterior_under_either_weighting(name: str, equal: bool) -> None:
+    """The gradient of its loss with respect to the logits at every input vanishes for the exact posterior, and for no other guess."""
+    noise, keys = noise_of(name), (TINY.vocab + 1) ** torch.arange(TINY.length)
+
+    def slopes(guess: Predict, batches: int = 30, rows: int = 1000) -> Tensor:
+        """Along random directions of all logits, (batches, 16)."""
+        found, along = [], torch.randn(16, 64, TINY.length, TINY.vocab, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        for seed in range(batches):
+            moved_KTV = torch.zeros(64, TINY.length, TINY.vocab + 1, dtype=torch.float64, requires_grad=True)
+            rng = torch.Generator().manual_seed(seed)
+            x_BT = TINY.x_ST[torch.multinomial(TINY.p_S, rows, True, generator=rng)]
+            predict = partial(lambda z, t, moved: guess(z, t) + moved[(z * keys).sum(-1)], moved=moved_KTV)
+            drawn = noise.draw(predict, x_BT, torch.ones_like(x_BT).bool(), rng, loss.draw_levels(rows, rng), equal=equal)
+            slope_KTV = torch.autograd.grad(drawn.network_B.mean(), moved_KTV)[0][..., : TINY.vocab]
+            found.append((along * slope_KTV).flatten(1).sum(-1))
+        return torch.stack(found)
+
+    assert_mean(slopes(bayes(noise)), 0.0)
+    found = slopes(wrong)
+    assert (found.mean(0).abs() > 20 * found.std(0) / len(found) ** 0.5).any()
+
+
 def test_a_second_draw_as_the_baseline_lowers_the_variance() -> None:
     noise = noise_of("ordered")
     paired = gradients(noise, wrong, equal=False)

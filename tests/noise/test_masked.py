@@ -189,6 +189,33 @@ def test_equal_weights_are_the_mean_over_bell_shaped_counts() -> None:
     assert abs(exact - tiny.entropy()) > 0.05  # no bound: another weighting
 
 
+@pytest.mark.parametrize("word", ["linear", "cosine"])
+def test_equal_weights_of_a_network_that_reads_the_time_are_the_mean_over_bell_shaped_shares(word: str) -> None:
+    """2 * integral of 6 s (1 - s) E[nats of all masks | share s] ds. A chance s^k (1 - s)^(n - k) of a set of k masks integrates to
+    12 B(k + 2, n - k + 2), whatever the schedule. The network is told the time of that share."""
+    tiny = Tiny(3, 3, seed=6)
+    noise, bayes, n, exact = noise_of(tiny, word), BayesDenoiser(tiny), tiny.length, 0.0
+
+    def predict(z_BT: Tensor, t_B: Tensor) -> Tensor:
+        share_B = 1 - noise.schedule.alpha(t_B)
+        told.append(((z_BT == tiny.mask_id).double().mean(-1) - share_B).mean() * len(z_BT) ** 0.5)
+        return bayes(z_BT)
+
+    for masked_T in tiny.patterns():
+        k = int(masked_T.sum())
+        z_ST = torch.where(masked_T, tiny.mask_id, tiny.x_ST)
+        nll_ST = noise.nll(bayes(z_ST), tiny.x_ST, z_ST)
+        chance = math.gamma(k + 2) * math.gamma(n - k + 2) / math.gamma(n + 4)
+        exact += 12 * chance * float((tiny.p_S * nll_ST.sum(-1)).sum())
+    told: list[Tensor] = []
+    rng, passes = torch.Generator().manual_seed(0), 20_000
+    x_BT = tiny.x_ST[torch.multinomial(tiny.p_S, passes, replacement=True, generator=rng)]
+    nats = loss.equal_masks(noise, predict, x_BT, torch.ones_like(x_BT).bool(), rng)
+    assert float(nats.mean()) == pytest.approx(exact, abs=4 * float(nats.std() / passes**0.5))
+    assert abs(float(told[0])) < 4 * 0.3  # the share of masks has a standard deviation below that at every time
+    assert abs(exact - tiny.entropy()) > 0.05  # no bound: another weighting
+
+
 def test_bell_shaped_levels_follow_beta_2_2() -> None:
     u = torch.linspace(0, 1, 101, dtype=torch.float64)
     t = loss.bell(u)

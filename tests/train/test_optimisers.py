@@ -74,6 +74,23 @@ def test_matrices_decay_and_nothing_else() -> None:
     assert named["embed.weight"] == named["blocks.0.attention.q.bias"] == named["norm.weight"] == 0.0
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_time_moves_no_faster_than_an_embedding(name: str) -> None:
+    """After a step in which every weight goes the same way, the sum over the sinusoids has moved by no more than a token's vector."""
+    network = Transformer(TransformerConfig(vocab_size=7, layers=2, heads=2, width=8, window=8, time_conditioning=True))
+    before = network.embed.weight.detach().clone()
+    optimizer = make(name, network, Settings(lr=1e-3))
+    set_learning_rate(optimizer, 1e-3)
+    for p in network.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert network.time is not None
+    with torch.no_grad():
+        token, time = (float(x.abs().max()) for x in (network.embed.weight - before, network.time(torch.linspace(0, 1, 100))))
+    assert token == pytest.approx(1e-3, rel=1e-3)
+    assert 0.3 * token < time < 2.001 * token  # the weights and the bias
+
+
 def test_a_tied_head_is_trained_once() -> None:
     network = Transformer(TransformerConfig(vocab_size=7, layers=1, heads=2, width=8, window=8, tied=True))
     optimizer = adamw(network, Settings(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1))

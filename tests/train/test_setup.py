@@ -109,6 +109,20 @@ def test_the_estimator_is_the_best_that_applies(text: Path) -> None:
     assert {words: tiny.config(text, *words.split()).estimate for words in expected} == expected
 
 
+def test_masks_are_weighted_alike_wherever_their_share_runs_from_1_to_0(text: Path) -> None:
+    expected = {
+        "steps=40": 40,
+        "steps=40 time_conditioning=true": 40,
+        "steps=40 time_conditioning=true noise_schedule=log-linear": 0,
+        "steps=40 time_conditioning=true estimator=continuous": 0,
+        "steps=40 time_conditioning=true weights=anneal decay_share=0.25": 30,
+        "steps=40 noise=uniform": 0,
+    }
+    assert {words: tiny.config(text, *words.split()).equal_steps for words in expected} == expected
+    with pytest.raises(InputError, match="--set estimator=auto or weights=bound"):
+        tiny.config(text, "time_conditioning=true", "noise_schedule=log-linear", "weights=equal")
+
+
 def test_clusters_of_an_embedding(text: Path, masked: Path, tmp_path: Path) -> None:
     tiny.run(text, tmp_path / "run", "noise=semantic", f"clusters={masked}:4", "steps=2")
     found = json.loads((tmp_path / "run" / "config.json").read_text())["noise"]["clusters"]

@@ -139,6 +139,14 @@ def denoising(
     return (nll_BT * free_BT).sum(-1)
 
 
+def equal_masks(
+    noise: MaskedNoise, predict: Predict, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, u_B: Tensor | None = None
+) -> Tensor:
+    """`any_order` with equal weights, for a network that reads t: shares of masks from Beta(2, 2), every masked token alike. (B,) nats."""
+    t_B = noise.schedule.inverse(1 - bell(draw_levels(len(x_BT), rng) if u_B is None else u_B))
+    return 2 * denoising(noise, predict, x_BT, free_BT, rng, t_B)  # the mean share is a half
+
+
 def score_entropy(
     noise: ScoreNoise, predict: Predict, x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, u_B: Tensor | None = None
 ) -> Tensor:

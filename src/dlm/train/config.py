@@ -221,11 +221,13 @@ def _noise(c: TrainConfig) -> Iterator[str]:
 
 
 def _weighable(c: TrainConfig) -> bool:
-    """Whether tokens can be weighted alike: each mask ratio is drawn by count, or the noise says how."""
+    """Whether tokens can be weighted alike: masks of every ratio, by count or by time, or the noise says how."""
     if issubclass(process.PROCESSES[c.process], LearnedNoise):
         return c.objective == "diffusion" and c.estimator == "auto"
     if issubclass(process.PROCESSES[c.process], GaussianNoise):
         return c.objective == "diffusion"
+    if c.process == "masked" and c.network.time_conditioning:
+        return c.objective == "diffusion" and c.estimator == "auto" and schedule.is_whole(c.alpha)
     counted = {"masked": "any_order", "classes": "two_clocks"}.get(c.process)
     return c.objective == "diffusion" and counted is not None and (c.blocks or c.estimate == counted)
 
@@ -257,7 +259,7 @@ def _weights(c: TrainConfig) -> Iterator[str]:
     if c.weights not in WEIGHTS:
         yield str(unknown("weights", c.weights, WEIGHTS))
     if c.weights in ("equal", "anneal") and not _weighable(c):
-        yield f"weights={c.weights} is for masked diffusion that does not read the time, and noise on vectors: --set weights=bound"
+        yield f"weights={c.weights} is for masks whose share runs from 1 to 0, and noise on vectors: --set estimator=auto or weights=bound"
 
 
 def _numbers(c: TrainConfig) -> Iterator[str]:

@@ -91,6 +91,8 @@ def estimator(
         bound = loss.denoising
     elif teacher is not None:
         bound = partial(loss.any_order, teacher=teacher, equal=equal)
+    elif equal and config.estimate == "continuous":
+        bound = loss.equal_masks
     elif equal:
         bound = partial(bound, equal=True)
     return lambda network, x_BT, free_BT, rng, t_B, _length: bound(noise, predict(network), x_BT, free_BT, rng, t_B)

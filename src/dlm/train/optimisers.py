@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
 from dlm.errors import unknown
-from dlm.models.block import Blocks
+from dlm.models.block import Blocks, TimeEmbedding
 
 
 def learning_rate(step: int, *, peak: float, steps: int, warmup: int, decay_share: float) -> float:
@@ -43,11 +43,17 @@ class Settings:
 
 
 def adamw(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 1711.05101). Matrices decay; gains, biases and embeddings do not."""
-    named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    """AdamW (Loshchilov & Hutter 1711.05101). Matrices decay; gains, biases and embeddings do not.
+
+    The weights that read the time take a rate that is divided by the number of its sinusoids: all of them step at once, and their sum
+    would outgrow the embeddings of the tokens that it is added to.
+    """
+    times = {module.linear.weight for module in network.modules() if isinstance(module, TimeEmbedding)}
+    named = [(name, p) for name, p in network.named_parameters() if p.requires_grad and p not in times]
     decayed = [p for name, p in named if p.dim() >= 2 and "embed" not in name]
     plain = [p for name, p in named if p.dim() < 2 or "embed" in name]
     groups: list[Group] = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups += [{"params": [p], "weight_decay": settings.weight_decay, "lr_scale": 1 / p.shape[1]} for p in times if p.requires_grad]
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=settings.fused or None)
 
 
@@ -121,7 +127,8 @@ def muon(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     adam = adamw(network, settings)
     blocks = {p for module in network.modules() if isinstance(module, Blocks) for p in _matrices(module)}
     groups = [
-        {"params": [p for p in group["params"] if p not in blocks], "weight_decay": group["weight_decay"], "muon": False}
+        {key: group[key] for key in ("weight_decay", "lr_scale") if key in group}
+        | {"params": [p for p in group["params"] if p not in blocks], "muon": False}
         for group in adam.param_groups
     ]
     matrices = [p for group in adam.param_groups for p in group["params"] if p in blocks]
