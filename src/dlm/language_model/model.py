@@ -217,7 +217,10 @@ class LanguageModel:
     def grid(self) -> dict[str, list[int]] | None:
         """Of a model of grids, its shape and the tile that pictures draw a border around, as `meta["grid"]` of a trajectory; else None."""
         network = self.config.network
-        return {"axes": list(network.axes), "tile": list(axes.bordered(network.axes, network.groups))} if network.axes else None
+        if not network.axes:
+            return None
+        shape, tile = axes.picture(network.axes, network.groups)
+        return {"axes": list(shape), "tile": list(tile)}
 
     @property
     def stops(self) -> frozenset[int]:

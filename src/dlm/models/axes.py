@@ -42,6 +42,14 @@ def bordered(axes: Shape, groups: Sequence[Shape]) -> Shape:
     return next((tile for tile in reversed(groups) if min(tile) > 1), axes)
 
 
+def picture(axes: Shape, groups: Sequence[Shape]) -> tuple[Shape, Shape]:
+    """Rows and columns of a drawing of the axes, and the tile that it draws a border around: of more than two axes the first and third run
+    down and across, each with a grid of the second and fourth at each of its places."""
+    if len(axes) != 4:
+        return axes, bordered(axes, groups)
+    return (axes[0] * axes[1], axes[2] * axes[3]), (axes[1], axes[3])
+
+
 def check(axes: Shape, groups: Sequence[Shape], window: int, rotated: int) -> None:
     """ValueError for axes or groups that do not fill a window. rotated: dimensions of a head that are divided among the axes."""
     if not axes:

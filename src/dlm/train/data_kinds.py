@@ -65,9 +65,16 @@ def _chorales(source: str) -> DataKind:
     return chorales.find(source)
 
 
+def _arc(source: str) -> DataKind:
+    from dlm.train import arc
+
+    return arc.find(source)
+
+
 KINDS: dict[str, Entry] = {
     "grids": Entry(_grid, "sudoku[:SIZE], maze[:SIZE]", words=tuple(kinds.KINDS)),
     "dna": Entry(_dna, "a .fa, .fasta or .fna file of DNA", suffixes=(".fa", ".fasta", ".fna"), recipe="dna"),
+    "arc": Entry(_arc, "arc:TASKS, arc-rules[:SIZE[:RULE]]", words=("arc", "arc+demonstrations", "arc-rules"), recipe="arc"),
     "chorales": Entry(_chorales, "chorales[:SCORES]", words=("chorales",), suffixes=(".mxl", ".musicxml"), recipe="chorales"),
 }
 """A kind of data is one file and one entry."""

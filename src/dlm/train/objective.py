@@ -155,13 +155,17 @@ def levels_on(device: torch.device, t_B: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def validate(objective: Objective, network: nn.Module, windows_WT: Tensor, device: torch.device, passes: int) -> tuple[float, float]:
-    """(nats per token, standard error over windows) on whole windows without context; the same noise at every call."""
+def validate(
+    objective: Objective, network: nn.Module, windows_WT: Tensor, device: torch.device, passes: int, free_WT: Tensor | None = None
+) -> tuple[float, float]:
+    """(nats per predicted token, standard error over windows); the same noise at every call. free_WT: the positions to predict, by default
+    all."""
     rng = torch.Generator().manual_seed(0)
     parts = []
+    free_WT = torch.ones_like(windows_WT, dtype=torch.bool) if free_WT is None else free_WT
     for _ in range(passes):
-        for x_BT in torch.split(windows_WT, 64):
-            free_BT, t_B = torch.ones_like(x_BT, dtype=torch.bool), loss.draw_levels(len(x_BT), rng)
+        for x_BT, free_BT in zip(torch.split(windows_WT, 64), torch.split(free_WT, 64), strict=True):
+            t_B = loss.draw_levels(len(x_BT), rng)
             device_rng = torch.Generator(device).manual_seed(int(torch.randint(1 << 62, (1,), generator=rng)))
             parts.append(objective(network, x_BT.to(device), free_BT.to(device), device_rng, levels_on(device, t_B)))
     values = torch.cat(parts).cpu().double().view(passes, -1).mean(0)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dlm.errors import InputError
@@ -29,7 +30,8 @@ SHUFFLED = "shuffled"
 
 @dataclass(frozen=True)
 class Setup:
-    """The parts of a run. noise_settings: the entry of config.json that makes the noise again; W windows to validate on."""
+    """The parts of a run. noise_settings: the entry of config.json that makes the noise again; W windows to validate on, and their
+    positions to predict: a condition is given where every row of the training has one."""
 
     tokenizer: Tokenizer
     network: TransformerConfig
@@ -37,6 +39,7 @@ class Setup:
     noise_settings: dict[str, Any]
     training: Stream
     validation_WT: Tensor
+    validation_free_WT: Tensor
 
 
 def resolve(config: TrainConfig, resumed: Path | None = None) -> Setup:
@@ -53,7 +56,9 @@ def resolve(config: TrainConfig, resumed: Path | None = None) -> Setup:
     if len(validation_WT) < 2:
         raise InputError(f"the validation part fills one window of {network.window}, two are needed: more text or val_fraction")
     noise = process.make(settings, network.vocab_size, tokenizer.mask_id)
-    return Setup(tokenizer, network, noise, settings, training, validation_WT)
+    all_WT, always = torch.ones_like(validation_WT, dtype=torch.bool), float(config.context_share == 1)
+    free_WT = validation.free(validation_WT, all_WT, always, torch.Generator().manual_seed(0))
+    return Setup(tokenizer, network, noise, settings, training, validation_WT, free_WT)
 
 
 def _streams(config: TrainConfig, resumed: Path | None) -> tuple[Tokenizer, Stream, Stream]:

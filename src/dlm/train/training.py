@@ -90,7 +90,8 @@ class Training:
         learner = self.learner
         learner.network.eval()
         with learner.averaged():
-            nats, stderr = validate(self.objective, learner.network, self.setup.validation_WT, learner.device, self.passes)
+            setup, device = self.setup, learner.device
+            nats, stderr = validate(self.objective, learner.network, setup.validation_WT, device, self.passes, setup.validation_free_WT)
             text = self.preview(learner.bare, self.described(), self.setup.tokenizer) if self.preview else ""
         learner.network.train()
         self.best = min(self.best, nats)

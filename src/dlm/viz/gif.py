@@ -223,7 +223,8 @@ class _Stage:
             Look("text", draft=True),
             *(Look("text", k) for k in range(COLD)),
         ]
-        for look in looks:
+        colours = [colour for _, run in self.panes for colour in run.meta.get("grid", {}).get("colours", ()) if colour]
+        for look in [*looks, *(Look("text", colour=colour) for colour in dict.fromkeys(colours))]:
             self.stamps.cell(("M", 1, look))
         self.stamps.caption("", 1, self.stamps.theme.quiet)
         self.stamps.index(rgb(self.stamps.theme.accent))

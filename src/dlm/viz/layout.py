@@ -119,7 +119,24 @@ def looks(run: Trajectory, row: int, *, pace: float = 1.0, after: float = 0.0) -
             result.append(TEXT[heat.get(changed, COLD)][settled < 0])
         else:
             result.append(TEXT[COLD][settled < 0])
-    return result
+    return coloured(run, row, result)
+
+
+HOT = 3
+"""Levels at which a cell that has just changed glows before it takes its own colour."""
+
+
+def coloured(run: Trajectory, row: int, looks: Sequence[Look]) -> list[Look]:
+    """The same looks, of a grid of colours with that of each cell; an empty one stands for none."""
+    if "colours" not in run.meta.get("grid", {}):
+        return list(looks)
+    colours = [*run.meta["grid"]["colours"], ""]  # of tokens, then of the mask
+    tokens = run.current_BT[row][run.valid_BT[row]].tolist()
+    cells = zip(looks, tokens, strict=True)
+    return [
+        look._replace(colour=colours[token], draft=False) if look.kind in ("text", "given") and look.level >= HOT else look
+        for look, token in cells
+    ]
 
 
 def _blend(run: Trajectory, likely: Sequence[tuple[int, float]]) -> tuple[tuple[str, int], ...]:

@@ -30,12 +30,14 @@ class Look(NamedTuple):
     """How one character is drawn. kind: mask, given, text, drafted, rejected or border; level: 0 (hot) .. COLD; draft: not promised yet.
 
     blend: several characters at one place, each with the level of its weight, the likeliest first; empty for a single one.
+    colour: of the cell itself, #rrggbb, in grids of colours.
     """
 
     kind: str
     level: int = COLD
     draft: bool = False
     blend: tuple[tuple[str, int], ...] = ()
+    colour: str = ""
 
 
 MASK, GIVEN, DRAFTED, REJECTED = Look("mask"), Look("given"), Look("drafted", draft=True), Look("rejected")
@@ -127,6 +129,8 @@ HEATMAP = (
 @cache
 def terminal(look: Look, color: bool = True) -> Style:
     """The rich style; without colour, freshness is bold and underline and a mask is dim."""
+    if look.colour and color:
+        return Style(color=ink_on(look.colour), bgcolor=look.colour, bold=look.level < COLD or None)
     if look.kind == "border":
         return QUIET
     if look.kind == "drafted":
@@ -154,6 +158,8 @@ def terminal(look: Look, color: bool = True) -> Style:
 
 def paint(look: Look, theme: Theme = DARK) -> tuple[RGB, RGB]:
     """(ink, ground) for a picture."""
+    if look.colour:
+        return rgb(ink_on(look.colour)), rgb(look.colour)
     if look.kind == "mask":
         return rgb(theme.mask), rgb(theme.mask)
     if look.kind == "given":
@@ -194,8 +200,7 @@ def css() -> str:
     ]
     rules += [f".f{i}{{color:var(--ink{i});background:var(--glow{i})}}" for i in range(COLD)]
     for i, ground in enumerate(HEATMAP):
-        ink = "#1d1006" if _luminance(ground) > 0.2 else "#f6f2ff"
-        rules.append(f".h{i}{{color:{ink};background:{ground}}}")
+        rules.append(f".h{i}{{color:{ink_on(ground)};background:{ground}}}")
     return "\n".join(rules)
 
 
@@ -204,6 +209,11 @@ def _properties(theme: Theme) -> str:
     pairs = [f"--{name}:{getattr(theme, name)}" for name in names]
     pairs += [f"--ink{i}:{ink};--glow{i}:{ground}" for i, (ink, ground) in enumerate(theme.glow)]
     return ";".join(pairs)
+
+
+def ink_on(ground: str) -> str:
+    """The colour of a text that reads well there."""
+    return "#1d1006" if _luminance(ground) > 0.2 else "#f6f2ff"
 
 
 def _luminance(color: str) -> float:
