@@ -65,7 +65,7 @@ CONTROLS = {
     f"genmd4, held{FAST}": ["noise=genmd4", TIME, HELD],
 }
 PASSES = {False: 16, True: 64}  # a bound with a time in it is estimated with more error
-BATCHES = 256  # of the gradient of the log-weights
+BATCHES = 1024  # of the gradient of the log-weights
 
 
 def slope(gradients_MN: Tensor) -> dict[str, float]:

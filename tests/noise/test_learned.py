@@ -275,6 +275,20 @@ def test_equal_weights_are_masked_noise_to_the_bit() -> None:
         assert torch.equal(one, drawn.bound_B)
 
 
+def test_genmd4_with_equal_weights_teaches_the_network_as_masked_noise_that_reads_the_time() -> None:
+    """Both have the same mean, and the times that the weights of GenMD4 need besides cost it little."""
+    x_BT, free_BT = texts(40_000)
+    held, masked, rng = GenMD4Noise(4, 3), MaskedNoise(4, 3), torch.Generator().manual_seed(1)
+    one_B = held.draw(wrong, x_BT, free_BT, rng, loss.draw_levels(len(x_BT), rng), equal=True).network_B
+    other_B = loss.equal_masks(masked, wrong, x_BT, free_BT, rng)
+    error = (one_B.var() + other_B.var()).sqrt() / len(x_BT) ** 0.5
+    assert abs(one_B.mean() - other_B.mean()) < 4 * error
+    assert other_B.var() < one_B.var() < 1.15 * other_B.var()
+    t_B, weight_B = held.times(torch.linspace(0, 1, 100_001, dtype=torch.float64)[1:-1], 0.1)
+    assert float(weight_B.mean()) == pytest.approx(1, abs=0.01)  # times of any density have their lengths as weights
+    assert t_B.min() < 1e-8
+
+
 def test_a_row_with_nothing_to_predict_costs_nothing() -> None:
     x_BT, free_BT = texts(4)
     free_BT[1] = False

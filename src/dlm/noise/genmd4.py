@@ -22,6 +22,8 @@ from dlm.noise.masked import MaskedNoise
 from dlm.noise.schedule import Linear
 from dlm.protocols import NoiseSchedule
 
+EARLY = 0.1  # of the times of a training step; few masks there teach the network, but without them no weight has a finite gradient
+
 
 @dataclass(frozen=True)
 class GenMD4Noise(LearnedNoise):
@@ -70,16 +72,16 @@ class GenMD4Noise(LearnedNoise):
         shown_BT = torch.log1p(-hidden_BT.clamp(max=-1e-12).exp())
         return (torch.where(z_BT == self.mask_id, hidden_BT, shown_BT) * free_BT).sum(-1)
 
-    def times(self, u_B: Tensor) -> tuple[Tensor, Tensor]:
+    def times(self, u_B: Tensor, early: float = 0.5) -> tuple[Tensor, Tensor]:
         """Times of uniform draws, and what each counts for (B,): one over its density.
 
-        Half of them have a masked share from Beta(2, 2), half u^p. Tokens of weight w cost about share^(w - 1), whose variance is finite
-        where p w is above 1.
+        Of them `early` have a masked share u^p, the others one from Beta(2, 2). Tokens of weight w cost about share^(w - 1), whose variance
+        is finite where p w is above 1.
         """
         power = max(2.0, 1.5 / float(self.counts(self._weight_V(u_B).detach()).min()))
-        low_B, first_B = (2 * u_B) % 1.0, u_B < 0.5
-        share_B = torch.where(first_B, bell(low_B), low_B**power).clamp(1e-12, 1 - 1e-6)
-        density_B = bell_density(share_B) / 2 + share_B ** (1 / power - 1) / power / 2
+        late = 1 - early
+        share_B = torch.where(u_B < late, bell(u_B / late), ((u_B - late) / early).clamp(min=0) ** power).clamp(1e-12, 1 - 1e-6)
+        density_B = late * bell_density(share_B) + early * share_B ** (1 / power - 1) / power
         t_B = self.schedule.inverse(1 - share_B)
         return t_B, 1 / (density_B * -self.schedule.dalpha(t_B))
 
@@ -148,7 +150,7 @@ class GenMD4Noise(LearnedNoise):
         self, predict: Callable[[Tensor, Tensor], Tensor], x_BT: Tensor, free_BT: Tensor, rng: torch.Generator, u_B: Tensor, *, equal: bool
     ) -> Drawn:
         """As `loss.continuous`, with the probability of the masks that were drawn."""
-        t_B, weight_B = self.times(u_B)
+        t_B, weight_B = self.times(u_B, EARLY if equal else 0.5)
         z_BT = torch.where(free_BT, self.corrupt(x_BT, t_B, rng), x_BT)
         logp_BTV = self.log_probs(predict(z_BT, t_B), z_BT, t_B)
         network_B = weight_B * (self.held().nelbo(logp_BTV, x_BT, z_BT, t_B) * free_BT).sum(-1)
