@@ -77,6 +77,12 @@ class Likely(NamedTuple):
     token: Tensor
     weight: Tensor
 
+    def at_row(self, row: int) -> dict[int, list[tuple[int, float]]]:
+        """(token, weight) of the likeliest tokens of a row by position."""
+        mine_E = self.row == row
+        columns = zip(*(part[mine_E].tolist() for part in (self.position, self.token, self.weight)), strict=True)
+        return {position: list(zip(tokens, weights, strict=True)) for position, tokens, weights in columns}
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -198,11 +204,7 @@ class Trajectory:
     def likely(self, k: int, row: int) -> dict[int, list[tuple[int, float]]]:
         """(token, weight) of the likeliest tokens of frame k by position; none where it does not tell them."""
         found = self._likely[k]
-        if found is None:
-            return {}
-        mine_E = found.row == row
-        rows = zip(*(part[mine_E].tolist() for part in (found.position, found.token, found.weight)), strict=True)
-        return {position: list(zip(tokens, weights, strict=True)) for position, tokens, weights in rows}
+        return {} if found is None else found.at_row(row)
 
     def frames(self) -> Iterator[Frame]:
         """Every frame from the start to the last, rebuilt from the changes."""

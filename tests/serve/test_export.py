@@ -85,6 +85,15 @@ def test_a_text_of_parts_of_characters() -> None:
     assert pane(given)[1].text() == "abcé"
 
 
+def test_blends_stand_beside_the_text() -> None:
+    given = trace()
+    given["steps"][1]["blends"] = [[2, [["x", 0.6], ["<", 0.3]]], [4, [["c", 0.5], ["é", 0.25]]]]
+    _, run = pane(given)
+    assert [len(run.likely(k, 0)) for k in range(len(run))] == [0, 0, 2, 0]
+    told = {i: [(run.piece(token), weight) for token, weight in likely] for i, likely in run.likely(2, 0).items()}
+    assert told == {2: [("x", 0.6), ("<", 0.3)], 4: [("c", 0.5), ("é", 0.25)]}
+
+
 def test_files() -> None:
     pytest.importorskip("PIL")
     from PIL import Image
@@ -142,6 +151,13 @@ BAD: dict[str, Any] = {
     "a given position": broken(lambda t: t["steps"][0].update(changed=[[0, 3, "a", "f"]])),
     "a state that cannot be": broken(lambda t: t["steps"][0].update(changed=[[2, 3, "a", "g"]])),
     "a state that is a number": broken(lambda t: t["steps"][0].update(changed=[[2, 3, "a", 1]])),
+    "blends of no pairs": broken(lambda t: t["steps"][0].update(blends=[[3, ["c", 0.5]]])),
+    "a blend outside": broken(lambda t: t["steps"][0].update(blends=[[5, [["c", 0.5]]]])),
+    "blends of one and of two": broken(lambda t: t["steps"][0].update(blends=[[3, [["c", 0.5]]], [4, [["c", 0.5], ["d", 0.1]]]])),
+    "a blend of nothing": broken(lambda t: t["steps"][0].update(blends=[[3, []]])),
+    "a share above 1": broken(lambda t: t["steps"][0].update(blends=[[3, [["c", 1.5]]]])),
+    "a share that is no number": broken(lambda t: t["steps"][0].update(blends=[[3, [["c", float("nan")]]]])),
+    "a blend of numbers": broken(lambda t: t["steps"][0].update(blends=[[3, [[1, 0.5]]]])),
     "forwards below 0": broken(lambda t: t["steps"][0].update(forwards=-1)),
     "seconds that are no number": broken(lambda t: t["steps"][0].update(seconds=float("nan"))),
     "a number that JSON has not": {"format": "json", "trace": trace() | {"end": float("inf")}},

@@ -16,6 +16,20 @@ LACKING += [] if CHROMIUM else ["chromium"]
 browses = pytest.mark.skipif(bool(LACKING), reason=f"{', '.join(LACKING)} missing: pip install playwright, apt-get install chromium")
 TIMEOUT_MILLISECONDS = 240_000  # never reached where all is well, on a busy machine either
 
+BLENDS = """all => all.map(s => {
+    const alpha = color => +(/(?:\\/|,[^,]*,[^,]*,) ([\\d.e-]+)\\)/.exec(color)?.[1] ?? 1);
+    const behind = place => {
+        const { content, position, left, color } = getComputedStyle(s, place);
+        return [position === 'absolute' && left === '0px' ? JSON.parse(content) : 'elsewhere', alpha(color)];
+    };
+    return [[s.textContent, alpha(getComputedStyle(s).color)], behind('::before'), behind('::after')];
+})"""
+
+
+def blends(spans: Any) -> list[list[tuple[str, float]]]:
+    """(text, opacity) of the three tokens that are drawn over one another in each of these elements."""
+    return [[(text, alpha) for text, alpha in one] for one in spans.evaluate_all(BLENDS)]
+
 
 class User:
     """One tab, whose every request and complaint is kept. sent: bodies of requests for text."""

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.sampling.autoregressive import draft as drafts
-from dlm.trajectory import Canvas, Frame, Trajectory
+from dlm.trajectory import Canvas, Frame, Likely, Trajectory
 from dlm.viz.layout import Pane
 
 FORMAT = "dlm-trace-1"
 MAX_TRACES, MAX_POSITIONS, MAX_STEPS = 4, 16_384, 16_384
-MAX_CHANGES, MAX_CELLS, MAX_CHARACTERS = 2_000_000, 50_000_000, 256
-"""Bounds of an export: changes in all, positions times steps, characters of one token."""
+MAX_CHANGES, MAX_CELLS, MAX_CHARACTERS, MAX_BLENDED = 2_000_000, 50_000_000, 256, 8
+"""Bounds of an export: changes in all, positions times steps, characters of one token, tokens at one place."""
 
 GIVEN, NOISE, DRAFT, REJECTED, SETTLED = "g", "n", "d", "x", "fc"
 STATES = frozenset("gndfcx")
@@ -92,13 +92,14 @@ class _Pieces:
 
 @dataclass(frozen=True)
 class _Move:
-    """One step: the texts that it wrote and its draft tokens, by position, as numbers of `_Pieces`."""
+    """One step: the texts that it wrote and its draft tokens, by position, as numbers of `_Pieces`. likely: of its blends."""
 
     forwards: int
     seconds: float
     model: str
     written: dict[int, int]
     drafts: dict[int, int]
+    likely: Likely | None
 
 
 def _run(begin: dict[str, Any], tokens: list[Any], states: str, steps: list[Any]) -> Trajectory:
@@ -121,7 +122,7 @@ def _run(begin: dict[str, Any], tokens: list[Any], states: str, steps: list[Any]
         settled_BT = ((promise_T >= 0) & (promise_T <= k))[None]
         forwards, seconds = max(forwards, move.forwards), max(seconds, move.seconds)  # a replay only goes forward
         t_B = torch.tensor([1 - k / len(moves)])
-        run.append(Frame(token_BT, settled_BT, t_B, move.model, forwards, draft_BT=draft_BT), seconds=seconds)
+        run.append(Frame(token_BT, settled_BT, t_B, move.model, forwards, draft_BT=draft_BT, likely=move.likely), seconds=seconds)
     return run
 
 
@@ -147,10 +148,12 @@ def _moves(steps: list[Any], states: str, pieces: _Pieces, drafting: bool) -> tu
         changed = step.get("changed") if isinstance(step, dict) else None
         if not isinstance(changed, list):
             raise InputError(f"step {k} has no list named changed")
-        left -= len(changed)
+        blends = step.get("blends", [])
+        left -= len(changed) + (len(blends) if isinstance(blends, list) else 0)
         if left < 0:
             raise InputError(f"too long to export: more than {MAX_CHANGES} changes")
-        move = _Move(_forwards(step, k), _seconds(step, k), str(step.get("model") or "")[:MAX_CHARACTERS], {}, {})
+        likely = _likely(blends, k, len(states), pieces)
+        move = _Move(_forwards(step, k), _seconds(step, k), str(step.get("model") or "")[:MAX_CHARACTERS], {}, {}, likely)
         for entry in changed:
             position, number, state = _change(entry, k, len(states), pieces)
             if (states[position] == GIVEN) != (state == GIVEN):
@@ -180,11 +183,39 @@ def _change(entry: object, k: int, length: int, pieces: _Pieces) -> tuple[int, i
     if not isinstance(entry, list) or len(entry) < 4:
         raise InputError(f"step {k}: a change is [position, id, text, state, confidence, alternatives], got {str(entry)[:60]}")
     position, token, text, state = entry[:4]
-    if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position < length:
-        raise InputError(f"step {k}: there is no position {str(position)[:20]}; the text has {length} tokens")
+    _check_position(position, k, length)
     if not isinstance(state, str) or state not in STATES:
         raise InputError(f"step {k}: unknown state {str(state)[:20]!r}")
     return position, pieces.number(token, text, state), state
+
+
+def _likely(blends: object, k: int, length: int, pieces: _Pieces) -> Likely | None:
+    """The likeliest tokens of a step of [position, [[text, share], ...]], None where there are none."""
+    if not isinstance(blends, list) or not all(isinstance(one, list) and len(one) == 2 and isinstance(one[1], list) for one in blends):
+        raise InputError(f"step {k}: blends are a list of [position, [[text, share], ...]]")
+    if not blends:
+        return None
+    counts = {len(pairs) for _, pairs in blends}
+    if len(counts) > 1 or not 1 <= min(counts) <= MAX_BLENDED:
+        raise InputError(f"step {k}: every blend of a step has as many tokens, 1 to {MAX_BLENDED}")
+    for position, pairs in blends:
+        _check_position(position, k, length)
+        for pair in pairs:
+            if not isinstance(pair, list) or len(pair) != 2 or not _is_share(pair[1]):
+                raise InputError(f"step {k}: a blend holds pairs of a text and its share from 0 to 1, got {str(pair)[:60]}")
+    token_EC = torch.tensor([[pieces.number(0, text, DRAFT) for text, _ in pairs] for _, pairs in blends])
+    weight_EC = torch.tensor([[share for _, share in pairs] for _, pairs in blends], dtype=torch.float64)
+    position_E = torch.tensor([position for position, _ in blends])
+    return Likely(torch.zeros_like(position_E), position_E, token_EC, weight_EC)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _check_position(position: object, k: int, length: int) -> None:
+    if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position < length:
+        raise InputError(f"step {k}: there is no position {str(position)[:20]}; the text has {length} tokens")
 
 
 def _forwards(step: dict[str, Any], k: int) -> int:

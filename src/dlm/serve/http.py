@@ -221,7 +221,7 @@ def _routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    app.mount("/", Page(directory=PAGE, html=True))
+    app.mount("/", Page(directory=PAGE, packages=[("dlm.viz", "shared")], html=True))
 
 
 HEADERS = {
@@ -232,7 +232,7 @@ HEADERS = {
 
 
 class Page(StaticFiles):
-    """The files of the page, under a strict content security policy; any other path or method is a 404."""
+    """The files of the page and those shared with the replay, under a strict content security policy; any other path or method is a 404."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         if scope["method"] not in ("GET", "HEAD"):

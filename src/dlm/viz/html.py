@@ -19,12 +19,13 @@ from dlm.viz.layout import Pane, at_row, slots
 
 def write_html(panes: Sequence[Pane], path: str | Path, *, row: int = 0) -> None:
     """Write the page, to a temporary name first. One scrubber moves all panes, which stand side by side."""
-    template = files("dlm.viz").joinpath("replay.html").read_text(encoding="utf-8")
+    room = files("dlm.viz")
+    template, css, script = (room.joinpath(name).read_text("utf-8") for name in ("replay.html", "shared/blend.css", "shared/blend.js"))
     data = json.dumps([_bordered(_record(label, run, row), slots(run, row)) for label, run in panes], separators=(",", ":"))
     for char in "<>&":  # inside a script element only these could end it; in JSON they have another spelling
         data = data.replace(char, f"\\u{ord(char):04x}")
     title = html.escape(" | ".join(label for label, _ in panes) or "run")
-    parts = {"/*palette*/": palette.css(), "{{title}}": title, "{{data}}": data}
+    parts = {"/*palette*/": palette.css() + "\n" + css, "/*blend*/": script.replace("export ", ""), "{{title}}": title, "{{data}}": data}
     page = re.sub("|".join(map(re.escape, parts)), lambda match: parts[match[0]], template)
     write_text(Path(path), page, errors="replace")
 

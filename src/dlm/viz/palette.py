@@ -184,18 +184,12 @@ def rgb(color: str) -> RGB:
 
 
 def css() -> str:
-    """Custom properties of both themes; classes m (mask), g (given), d (draft), l (blend), p (draft token), x (rejected), b (border),
+    """Custom properties of both themes; classes m (mask), g (given), d (draft), p (draft token), x (rejected), b (border),
     f0 .. f7 (glow), h0 .. h11 (heat map)."""
     rules = [
         f":root{{color-scheme:dark light;{_properties(DARK)}}}",
         f"@media (prefers-color-scheme:light){{:root{{{_properties(LIGHT)}}}}}",
         ".m{background:var(--mask)}.g{color:var(--given)}.d{color:var(--draft);font-style:italic}",
-        ".l{position:relative;color:color-mix(in srgb,var(--draft) calc(var(--p0)*1%),transparent);font-style:italic}",
-        *(
-            f".l::{place}{{content:attr(data-p{i});position:absolute;left:0;"
-            f"color:color-mix(in srgb,var(--draft) calc(var(--p{i})*1%),transparent)}}"
-            for i, place in ((1, "before"), (2, "after"))
-        ),
         ".p{color:var(--quiet);font-style:italic}.x{color:var(--rejected);text-decoration:line-through}.b{color:var(--quiet)}",
     ]
     rules += [f".f{i}{{color:var(--ink{i});background:var(--glow{i})}}" for i in range(COLD)]

@@ -49,13 +49,15 @@ class Began:
 
 @dataclass(frozen=True)
 class Stepped:
-    """A forward pass that the row took part in. drafts: tokens by position, which the next pass verifies; forwards: passes so far."""
+    """A forward pass that the row took part in. drafts: tokens by position, which the next pass verifies; forwards: passes so far.
+    blends: (token, weight) of the likeliest tokens by position, from a sampler that makes all of them clearer together."""
 
     forwards: int
     t: float
     model: str
     changes: list[Change]
     drafts: dict[int, int]
+    blends: dict[int, list[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -136,10 +138,11 @@ class Job:
         if frame.draft_BT is not None and self.records is not None:
             own_L = frame.draft_BT[row, : self.length]
             drafts = {i: int(own_L[i]) for i in (own_L >= 0).nonzero().squeeze(-1).tolist()}
+        blends = {} if frame.likely is None or self.records is None else frame.likely.at_row(row)
         self.forwards += 1
         if self.first is None and bool(done_C.any()):
             self.first = time.monotonic()
-        self.tell(Stepped(self.forwards, float(frame.t_B[row]), frame.model, changes, drafts))
+        self.tell(Stepped(self.forwards, float(frame.t_B[row]), frame.model, changes, drafts, blends))
 
     def _confidences(self, distribution: WrittenDistribution, row: int, at_C: Tensor, token_C: Tensor) -> list[tuple[Any, ...]]:
         """(logp, alternatives) of each changed position, (None, ()) where the forward pass wrote nothing."""

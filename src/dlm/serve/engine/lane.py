@@ -16,7 +16,7 @@ from torch import Tensor
 from dlm.protocols import RNG, Sampler
 from dlm.sampling.batching import Joinable, Running, WrittenDistribution
 from dlm.serve.engine.job import Job
-from dlm.trajectory import Canvas, Frame
+from dlm.trajectory import Canvas, Frame, Likely
 
 log = logging.getLogger("dlm.serve")
 
@@ -196,8 +196,9 @@ def failed(job: Job, error: Exception) -> None:
 def on_cpu(frame: Frame) -> Frame:
     """The parts of a frame that clients read, copied at once."""
     draft_BT = None if frame.draft_BT is None else frame.draft_BT.cpu()
+    likely = None if frame.likely is None else Likely(*(part.cpu() for part in frame.likely))
     parts = frame.tokens_BT.cpu(), frame.settled_BT.cpu(), frame.t_B.cpu()
-    return Frame(*parts, frame.model, frame.forwards, draft_BT=draft_BT)
+    return Frame(*parts, frame.model, frame.forwards, draft_BT=draft_BT, likely=likely)
 
 
 def _row(job: Job) -> tuple[list[int], list[bool]]:

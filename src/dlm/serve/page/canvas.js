@@ -1,6 +1,7 @@
 // One text, token by token. While it is written nothing jumps: a line breaks only after text that has settled; afterwards
 // the end is known, and every token stands at its place from the first step on.
 
+import { blend } from "./blend.js";
 import { last } from "./trace.js";
 
 const HEATS = 12, MAX_ANIMATED_TOKENS = 700; // a longer text is not animated when its lines move
@@ -46,19 +47,23 @@ export class TextPane {
     if (grid) this.text.style.setProperty("--columns", grid.axes.at(-1));
   }
 
-  // The last column and row of a tile have a border behind them
-  edges(i) {
-    const columns = this.grid.axes.at(-1), [height, width] = this.grid.tile.slice(-2);
-    const row = Math.floor(i / columns), column = i % columns, rows = this.grid.axes.at(-2) ?? 1;
-    return [(column + 1) % width || column + 1 === columns ? "" : "right", (row + 1) % height || row + 1 === rows ? "" : "below"].filter(Boolean);
+  // Tokens, in a grid with the borders behind its tiles
+  fill(spans) {
+    const borders = (name, count, size) => Array.from({ length: Math.ceil(count / size) - 1 }, (_, n) => {
+      const line = document.createElement("i");
+      line.className = `border ${name}`;
+      line.style.setProperty("--line", (n + 1) * size + 1);
+      return line;
+    });
+    const { axes, tile } = this.grid ?? {};
+    this.text.replaceChildren(...spans, ...axes ? [...borders("right", axes.at(-1), tile.at(-1)), ...borders("below", axes.at(-2) ?? 1, tile.at(-2) ?? 1)] : []);
   }
 
   previewPuzzle(cells, grid) {
     this.blankSheet(grid, true);
-    this.text.replaceChildren(...cells.map((cell, i) => {
+    this.fill(cells.map(cell => {
       const span = cell === null ? this.blank(true) : document.createElement("span");
       if (cell !== null) { span.className = "tok g"; span.textContent = cell; }
-      span.classList.add(...this.edges(i));
       return span;
     }));
   }
@@ -108,7 +113,7 @@ export class TextPane {
       span.setAttribute("role", "button");
       return span;
     });
-    this.text.replaceChildren(...this.spans);
+    this.fill(this.spans);
     this.text.setAttribute("aria-label", "The text, token by token. Arrow keys move, space locks a token, Enter rewrites it.");
   }
 
@@ -161,14 +166,15 @@ export class TextPane {
       let text = visible(edit ?? entry.text);
       if (entry.mask && edit === undefined) text = this.room(final);
       else if (breaks.has(i) && text.endsWith("↵")) text = `${text.slice(0, -1)} `;
-      const names = ["tok", entry.state, ...this.grid ? this.edges(i) : []];
+      const likely = edit === undefined ? entry.blend : null;
+      const names = ["tok", likely ? "l" : entry.state];
       if (entry.mask) names.push("mask");
       if (this.locked.has(i)) names.push("locked");
       if (edit !== undefined) names.push("edited");
-      if (heat && entry.state !== "g" && entry.frame) names.push("heat", `h${Math.min(HEATS - 1, Math.floor((this.changedBy(i, k) - 1) / end * HEATS))}`);
+      if (heat && !likely && entry.state !== "g" && entry.frame) names.push("heat", `h${Math.min(HEATS - 1, Math.floor((this.changedBy(i, k) - 1) / end * HEATS))}`);
       const sure = entry.state === "d" && entry.confidence != null ? entry.confidence.toFixed(1) : "1"; // an unsure draft is fainter
       const struck = entry.state === "f" && entry.struck ? visible(entry.struck) : "";
-      const key = `${names.join(" ")} ${sure} ${text} ${struck}`;
+      const key = `${names.join(" ")} ${sure} ${text} ${struck} ${likely ?? ""}`;
       if (this.drawn[i] === key) continue;
       this.drawn[i] = key;
       const span = this.spans[i];
@@ -176,6 +182,7 @@ export class TextPane {
       span.style.setProperty("--sure", sure);
       if (struck) span.dataset.struck = struck; else delete span.dataset.struck;
       if (span.textContent !== text) span.textContent = text;
+      blend(span, likely?.map(([one, share]) => [visible(one), share]));
     }
   }
 
@@ -193,10 +200,12 @@ export class TextPane {
 
   label(i, k) {
     const entry = this.look(i, k), edit = this.edited.get(i);
-    const parts = [edit !== undefined ? `“${visible(edit)}”, rewritten` : `${quoted(entry)}, ${NAMES[entry.state]}`];
+    const parts = [edit !== undefined ? `“${visible(edit)}”, rewritten` : entry.blend ? "a blend" : `${quoted(entry)}, ${NAMES[entry.state]}`];
+    const odds = pairs => pairs.map(([text, p]) => `${visible(text) || "nothing"} ${Math.round(100 * p)} percent`).join(", ");
+    if (entry.blend) parts.push(odds(entry.blend));
     if (entry.frame) parts.push(`forward pass ${this.trace.passes[entry.frame]}`);
     if (entry.confidence != null) parts.push(`confidence ${Math.round(100 * entry.confidence)} percent`);
-    if (entry.alternatives?.length) parts.push(`also possible: ${entry.alternatives.map(([text, p]) => `${visible(text) || "nothing"} ${Math.round(100 * p)} percent`).join(", ")}`);
+    if (entry.alternatives?.length) parts.push(`also possible: ${odds(entry.alternatives)}`);
     if (this.locked.has(i)) parts.push("locked");
     return parts.join(", ");
   }

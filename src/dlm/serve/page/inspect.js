@@ -27,15 +27,19 @@ function bar(text, share, number) {
 export function inspect(pane, i, k) {
   const trace = pane.trace, span = pane.spans[i], entry = pane.look(i, k), edit = pane.edited.get(i);
   const rows = [line("what", edit === undefined ? quoted(entry) : `“${visible(edit)}”`)];
-  const facts = [edit === undefined ? STATES[entry.state] : "rewritten by you"];
+  const facts = [edit !== undefined ? "rewritten by you" : entry.blend ? "a blend, which sharpens" : STATES[entry.state]];
   if (entry.frame && edit === undefined) {
     facts.push(entry.change > 1 ? `change ${entry.change}, at pass ${trace.passes[entry.frame]}` : `at pass ${trace.passes[entry.frame]}`);
   }
   rows.push(line("when", facts.join(" · ")));
-  if (edit === undefined && entry.confidence != null) rows.push(bar("confidence", entry.confidence));
-  if (edit === undefined && entry.alternatives?.length) {
-    rows.push(line("when", "at that moment"));
-    entry.alternatives.slice(0, 5).forEach(([text, share], j) => rows.push(bar(visible(text).trim() || (text ? "space" : "part of a character"), share, j + 1)));
+  const odds = pairs => pairs.forEach(([text, share], j) => rows.push(bar(visible(text).trim() || (text ? "space" : "part of a character"), share, j + 1)));
+  if (edit === undefined && entry.blend) odds(entry.blend);
+  else if (edit === undefined) {
+    if (entry.confidence != null) rows.push(bar("confidence", entry.confidence));
+    if (entry.alternatives?.length) {
+      rows.push(line("when", "at that moment"));
+      odds(entry.alternatives.slice(0, 5));
+    }
   }
   if (pane.locked.has(i)) rows.push(line("when", entry.state === "g" ? "kept when you regenerate" : "locked"));
   card().replaceChildren(...rows);

@@ -30,6 +30,7 @@ export class Trace {
     this.settled = [0]; // settled positions by frame
     this.moved = [0]; // changes by frame
     this.seconds = [0];
+    this.blends = [new Map()]; // [text, share] of the likeliest tokens by position, by frame
   }
 
   add(step) {
@@ -48,6 +49,7 @@ export class Trace {
     this.settled.push(settled);
     this.moved.push(step.changed.length);
     this.seconds.push(step.seconds);
+    this.blends.push(new Map(step.blends));
   }
 
   get last() { return this.steps.length; }
@@ -56,7 +58,7 @@ export class Trace {
     const { frames, entries } = this.history[i];
     const j = Math.max(0, last(frames, k)), entry = entries[j];
     const state = entry.state === "f" && k > frames[j] ? "c" : entry.state;
-    return { ...entry, state, frame: frames[j], change: j, changes: frames.length - 1 };
+    return { ...entry, state, frame: frames[j], change: j, changes: frames.length - 1, blend: this.blends[k]?.get(i) };
   }
 
   final(i) { return this.history[i].entries.at(-1); }

@@ -1,7 +1,7 @@
 """Native events: every token with its state, confidence and alternatives, at every step. Pure: from the engine's events to the wire's.
 
 States: g given, n noise, d draft (may change again, or a draft token before its verification), f fresh (settled by this step),
-c settled before, x a rejected draft token.
+c settled before, x a rejected draft token. A step of noise on vectors also tells `blends`: the likeliest tokens of each open position.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ class Narrator:
             if entry[2] != texts[i]:  # its neighbour has completed a character, or no longer does
                 self.told[i] = [i, entry[1], texts[i], "c" if entry[3] == "f" else entry[3], *entry[4:]]
                 changed.append(self.told[i])
-        yield "step", facts | {"changed": changed}
+        blends = [[i, [self._shared(*pair) for pair in likely]] for i, likely in event.blends.items()]
+        yield "step", facts | {"changed": changed} | ({"blends": blends} if blends else {})
 
     def _draw(self, tokens: list[int]) -> list[str]:
         """The text shown at each token."""
@@ -121,9 +122,13 @@ class Narrator:
     def _changed(self, change: Change) -> list[Any]:
         noise = change.token == self.mask_id
         state = "f" if change.settled else "n" if noise else "d"
-        others = [[self.spelling.alone(token, mask=""), round(math.exp(logp), 5)] for token, logp in change.alternatives]
+        others = [self._shared(token, math.exp(logp)) for token, logp in change.alternatives]
         confidence = None if change.confidence is None else round(change.confidence, 5)
         return [change.position, change.token, "", state, confidence, others or None]
+
+    def _shared(self, token: int, share: float) -> list[Any]:
+        """[text of the token by itself, its share]"""
+        return [self.spelling.alone(token, mask=""), round(share, 5)]
 
     def _end(self) -> Iterator[tuple[str, dict[str, Any]]]:
         row, lm = self.row, self.plan.model
