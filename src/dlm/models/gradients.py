@@ -1,0 +1,141 @@
+"""RMSNorm, rotary positions, short convolution and squared ReLU with gradients written out, for training on a CPU.
+
+torch composes them of many elementwise operations, each of which reads and writes all of its input, forward and back. Written out they take
+half the passes over memory. Other devices and torch.compile fuse such operations by themselves.
+Shapes: B batch, Q positions, H heads, K head dim, J taps, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+def pay(x: Tensor) -> bool:
+    """Whether x is worked on where gradients that are written out take less time: eager training on a CPU, not in half precision."""
+    full = x.dtype in (torch.float32, torch.float64)
+    return full and x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`F.rms_norm` over the last dimension."""
+    y: Tensor = _Norm.apply(x, weight_D, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+def turned(x_BQHK: Tensor, weight_K: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads after RMSNorm by this weight, if there is one, and rotation; cos and sin (B or 1, Q, 1, K), the same in either half of K."""
+    y_BQHK: Tensor = _Turned.apply(x_BQHK, weight_K, eps, cos, sin)  # type: ignore[no-untyped-call]
+    return y_BQHK
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    y: Tensor = _SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
+    return y
+
+
+def convolved(x_BQD: Tensor, weight_JD: Tensor, steps: range) -> Tensor:
+    """x + sum over taps of weight * the neighbour so many steps on, which is 0 past either end."""
+    y_BQD: Tensor = _Convolved.apply(x_BQD, weight_JD, steps)  # type: ignore[no-untyped-call]
+    return y_BQD
+
+
+def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x divided by its root mean square over the last dimension, and one over that (..., 1)."""
+    inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return x * inverse, inverse
+
+
+def _norm_back(g: Tensor, normed: Tensor, inverse: Tensor, weight: Tensor, *, owned: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of input and weight of an RMSNorm. owned: g may be written over."""
+    size = normed.shape[-1]
+    product_ND = (g * normed).reshape(-1, size)
+    mean = torch.mv(product_ND, weight).div_(-size).view(inverse.shape)
+    g = g.mul_(weight) if owned else g * weight
+    return g.addcmul_(normed, mean).mul_(inverse), product_ND.sum(0)
+
+
+class _Norm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        normed, inverse = _normed(x, eps)
+        ctx.save_for_backward(normed, inverse, weight)
+        return normed * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return *_norm_back(g, *ctx.saved_tensors, owned=False), None
+
+
+def _rotated(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), signed_sin)
+
+
+class _Turned(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = sin.chunk(2, -1)
+        signed_sin = torch.cat([-first, second], -1)
+        if weight is None:
+            ctx.save_for_backward(cos, signed_sin)
+            return _rotated(x, cos, signed_sin)
+        normed, inverse = _normed(x, eps)
+        ctx.save_for_backward(cos, signed_sin, normed, inverse, weight)
+        return _rotated(normed * weight, cos, signed_sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        cos, signed_sin, *norm = ctx.saved_tensors
+        back = _rotated(g.contiguous(), cos, -signed_sin)  # the transposed rotation
+        return *(_norm_back(back, *norm, owned=True) if norm else (back, None)), None, None, None
+
+
+class _SquaredReLU(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        kept = F.relu(x)
+        ctx.save_for_backward(kept)
+        return kept * kept
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (kept,) = ctx.saved_tensors
+        back: Tensor = (g * kept).mul_(2)
+        return back
+
+
+def _overlap(length: int, step: int) -> tuple[slice, slice]:
+    """The positions that have a neighbour so many steps on, and these neighbours."""
+    first, last = max(0, -step), max(max(0, -step), length - max(0, step))
+    return slice(first, last), slice(first + step, last + step)
+
+
+class _Convolved(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, steps: range) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.steps = steps
+        y = x.clone()
+        for step, weight_D in zip(steps, weight, strict=True):
+            here, there = _overlap(x.shape[1], step)
+            y[:, here].addcmul_(x[:, there], weight_D)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        back, of_weight = g.clone(), torch.empty_like(weight)
+        for tap, step in enumerate(ctx.steps):
+            here, there = _overlap(x.shape[1], step)
+            back[:, there].addcmul_(g[:, here], weight[tap])
+            torch.sum(g[:, here] * x[:, there], (0, 1), out=of_weight[tap])
+        return back, of_weight, None

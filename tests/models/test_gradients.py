@@ -1,0 +1,115 @@
+"""Gradients that are written out against torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dlm.models import gradients
+from dlm.models.block import rotary, rotate
+from dlm.models.config import TransformerConfig
+from dlm.models.transformer import Transformer
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def angles(length: int, size: int, amplitude: float = 1.3) -> tuple[Tensor, Tensor]:
+    """cos and sin (1, 1, Q, K), those of YaRN times an amplitude."""
+    cos, sin = rotary(torch.arange(length)[None], size, 100.0)
+    return cos.double() * amplitude, sin.double() * amplitude
+
+
+def turned(x_BQHK: Tensor, weight_K: Tensor | None) -> Tensor:
+    cos, sin = angles(x_BQHK.shape[1], x_BQHK.shape[3])
+    return gradients.turned(x_BQHK, weight_K, 1e-3, cos.transpose(1, 2), sin.transpose(1, 2))
+
+
+def turned_by_torch(x_BQHK: Tensor, weight_K: Tensor | None) -> Tensor:
+    x_BQHK = x_BQHK if weight_K is None else F.rms_norm(x_BQHK, x_BQHK.shape[-1:], weight_K, 1e-3)
+    return rotate(x_BQHK.transpose(1, 2), *angles(x_BQHK.shape[1], x_BQHK.shape[3])).transpose(1, 2)
+
+
+def convolved_by_torch(x_BQD: Tensor, weight_JD: Tensor, steps: range) -> Tensor:
+    padded_BQD = F.pad(x_BQD, (0, 0, max(0, -steps[0]), max(0, steps[-1])))
+    begin = max(0, -steps[0])
+    shifted = [padded_BQD[:, begin + step : begin + step + x_BQD.shape[1]] for step in steps]
+    return x_BQD + torch.stack([part * weight_D for part, weight_D in zip(shifted, weight_JD, strict=True)]).sum(0)
+
+
+CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = {
+    "norm": (
+        lambda x, w: gradients.rms_norm(x, w, 1e-3),
+        lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-3),
+        (drawn(2, 3, 6), drawn(6)),
+    ),
+    "norm of a view": (
+        lambda x, w: gradients.rms_norm(x.transpose(1, 2), w, 1e-3),
+        lambda x, w: F.rms_norm(x.transpose(1, 2), w.shape, w, 1e-3),
+        (drawn(2, 3, 4, 6), drawn(6)),
+    ),
+    "turned": (turned, turned_by_torch, (drawn(2, 5, 3, 4), drawn(4))),
+    "turned without a norm": (lambda x: turned(x, None), lambda x: turned_by_torch(x, None), (drawn(2, 5, 3, 4),)),
+    "squared relu": (gradients.squared_relu, lambda x: F.relu(x).square(), (drawn(3, 7),)),
+    **{
+        f"taps {steps}, {length} positions": (
+            lambda x, w, steps=steps: gradients.convolved(x, w, steps),
+            lambda x, w, steps=steps: convolved_by_torch(x, w, steps),
+            (drawn(2, length, 3), drawn(len(steps), 3)),
+        )
+        for steps in (range(-2, 3), range(-3, 1), range(1))
+        for length in (1, 2, 6)
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_torch(case: str) -> None:
+    """And of finite differences."""
+    ours, torchs, inputs = CASES[case]
+    want, got = torchs(*inputs), ours(*inputs)
+    assert torch.allclose(got, want)
+    g = torch.randn_like(want)
+    for one, other in zip(torch.autograd.grad(got, inputs, g), torch.autograd.grad(want, inputs, g), strict=True):
+        assert torch.allclose(one, other)
+    assert torch.autograd.gradcheck(ours, inputs)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"conv": 5},
+        {"conv": 4, "attention": "causal", "mlp": "swiglu", "kv_heads": 2, "head_dim": 6},
+        {"qk_norm": False},
+        {"rotary_dim": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_network_has_the_same_gradients_by_either_path(
+    settings: dict[str, object], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    network = Transformer(TransformerConfig(vocab_size=7, window=12, layers=2, heads=4, width=16, **settings)).to(dtype)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    z_BT = torch.randint(7, (3, 12))
+    found: list[list[Tensor]] = []
+    for pays in (True, False):
+        if not pays:
+            monkeypatch.setattr(gradients, "pay", lambda _x: False)
+        network.zero_grad()
+        logits_BTV = network(z_BT)
+        logits_BTV.float().log_softmax(-1)[..., 0].sum().backward()
+        grads = [p.grad for p in network.parameters() if p.grad is not None]
+        found.append([logits_BTV.detach(), *grads])
+    close = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.0}[dtype]  # half precision is composed either way
+    for one, other in zip(*found, strict=True):
+        scale = float(other.float().abs().max())
+        assert float((one - other).abs().max()) <= close * max(1.0, scale)
