@@ -23,6 +23,7 @@ from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
 from dlm.noise import loss
 from dlm.noise.classes import ClassNoise
+from dlm.noise.gaussian import GaussianNoise
 from dlm.noise.learned import COPIES, LearnedNoise
 from dlm.noise.process import Process
 from dlm.noise.uniform import UniformNoise
@@ -33,6 +34,15 @@ from dlm.train.mixtures import Mixed, temperature
 from dlm.train.noise_weights import NoiseWeights
 from dlm.train.objective import Objective, RowsOf, levels_on
 from dlm.train.optimisers import EMA, Settings, learning_rate, make, set_learning_rate
+
+PIECE_TOKENS = 1024
+"""Of one forward and backward pass on a CPU, at least a window: what they read and write then stays in its caches."""
+
+
+def pieces(own: slice, tokens: int, multiple: int) -> list[slice]:
+    """The rows `own` of a batch in runs of about PIECE_TOKENS, each of a multiple of so many rows. tokens: of a row."""
+    rows = max(multiple, PIECE_TOKENS // tokens // multiple * multiple)
+    return [slice(first, min(first + rows, own.stop)) for first in range(own.start, own.stop, rows)]
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -105,10 +115,18 @@ class Learner:
         if self.noise_weights is not None:
             self.noise = cast(Process, cast(LearnedNoise, noise).learning(self.noise_weights.log_weights))
         self.copies, learns = (1, False) if self.noise_weights is None else (COPIES, True)
-        rows = cast(Process, RowsOf(self.noise, batch=config.batch, own=self.own))
-        self.objective = Objective.of(config, rows, teacher, learns=learns)
-        self.equal_steps, self.equal = config.equal_steps, Objective.of(config, rows, teacher, equal=True, learns=learns)
+        self.pieces = pieces(self.own, config.network.window, self.copies) if self._splits(noise) else [self.own]
+        rows = [cast(Process, RowsOf(self.noise, batch=config.batch, own=piece)) for piece in self.pieces]
+        self.objectives, self.equal = (
+            [Objective.of(config, some, teacher, equal=equal, learns=learns) for some in rows] for equal in (False, True)
+        )
+        self.equal_steps = config.equal_steps
         self.network.train()
+
+    def _splits(self, noise: Process) -> bool:
+        """Whether a batch is worked on piece by piece. Each piece corrupts the whole batch anew, which for vectors takes too long."""
+        alone = self.device.type == "cpu" and self.accelerator.num_processes == 1
+        return alone and not isinstance(noise, GaussianNoise) and not self.config.mixtures
 
     def _weights_of(self, noise: Process, share: int) -> NoiseWeights | None:
         """Of noise that has some to learn. InputError where the pairs of a batch do not divide over the processes."""
@@ -132,27 +150,24 @@ class Learner:
 
     def update(self, step: int) -> Update:
         """Step `step` of the run."""
-        config, own, device = self.config, self.own, self.device
+        config = self.config
         rng = step_generator(self.seed, step)
         windows = config.batch // self.copies
         x_BT, t_B = self.stream.draw(windows, rng), loss.draw_levels(windows, rng)
         t_B = config.levels[0] + (config.levels[1] - config.levels[0]) * t_B
-        free_BT = self.stream.free(x_BT, self.objective.free(windows, rng), config.context_share, rng)
+        free_BT = self.stream.free(x_BT, self.objectives[0].free(windows, rng), config.context_share, rng)
         if self.copies > 1:
             x_BT, t_B, free_BT = (rows.repeat_interleave(self.copies, 0) for rows in (x_BT, t_B, free_BT))
-        block_length = self.objective.draw_block_length(rng)
-        noise_rng = torch.Generator(device).manual_seed(step_generator(self.seed + 1, step).initial_seed())
+        block_length = self.objectives[0].draw_block_length(rng)
         torch.manual_seed(self.seed * 7919 + step + self.accelerator.process_index * 1_000_000_007)  # dropout
         lr = learning_rate(step, peak=config.lr, steps=config.steps, warmup=config.warmup, decay_share=config.decay_share)
         set_learning_rate(self.optimizer, lr)
-        x_BT, free_BT = (rows[own].to(device, non_blocking=True) for rows in (x_BT, free_BT))
-        t_B = levels_on(device, t_B[own])
-        objective = self.equal if step < self.equal_steps else self.objective
-        network: Any = self.network
-        if (warm := temperature(config, step)) > 0:
-            network = Mixed(network, cast(UniformNoise, self.noise), x_BT, free_BT, noise_rng, warm, config.batch, own)
-        nats_B = objective(network, x_BT, free_BT, noise_rng, t_B, block_length)
-        self.accelerator.backward(nats_B.mean())
+        nats_B = torch.cat(
+            [
+                self._backward(step, piece, objective, x_BT[piece], free_BT[piece], t_B[piece], block_length)
+                for piece, objective in zip(self.pieces, self.equal if step < self.equal_steps else self.objectives, strict=True)
+            ]
+        )
         norm = self.accelerator.clip_grad_norm_(self.network.parameters(), config.clip)
         self.wrapped.step()
         self.wrapped.zero_grad()
@@ -161,4 +176,18 @@ class Learner:
             weights = self.noise_weights.log_weights
             weights.grad = self.accelerator.reduce(weights.grad, "mean")
             self.noise_weights.update(step, lr / config.lr)
-        return Update(nats_B.detach().mean().float(), norm.full_tensor() if isinstance(norm, DTensor) else norm, lr)
+        return Update(nats_B.mean().float(), norm.full_tensor() if isinstance(norm, DTensor) else norm, lr)
+
+    def _backward(
+        self, step: int, piece: slice, objective: Objective, x_BT: Tensor, free_BT: Tensor, t_B: Tensor, block_length: int
+    ) -> Tensor:
+        """Nats a token of these rows of the batch (B,); their part of the gradient is added."""
+        device, network = self.device, cast(Any, self.network)
+        x_BT, free_BT, t_B = x_BT.to(device, non_blocking=True), free_BT.to(device, non_blocking=True), levels_on(device, t_B)
+        noise_rng = torch.Generator(device).manual_seed(step_generator(self.seed + 1, step).initial_seed())
+        if (warm := temperature(self.config, step)) > 0:
+            noise = cast(UniformNoise, self.noise)
+            network = Mixed(network, noise, x_BT, free_BT, noise_rng, warm, self.config.batch, piece)
+        nats_B = objective(network, x_BT, free_BT, noise_rng, t_B, block_length)
+        self.accelerator.backward(nats_B.sum() / (self.own.stop - self.own.start))
+        return nats_B.detach()
