@@ -71,10 +71,17 @@ def _arc(source: str) -> DataKind:
     return arc.find(source)
 
 
+def _array(source: str) -> DataKind:
+    from dlm.train import arrays
+
+    return arrays.find(source)
+
+
 KINDS: dict[str, Entry] = {
     "grids": Entry(_grid, "sudoku[:SIZE], maze[:SIZE]", words=tuple(kinds.KINDS)),
     "dna": Entry(_dna, "a .fa, .fasta or .fna file of DNA", suffixes=(".fa", ".fasta", ".fna"), recipe="dna"),
     "arc": Entry(_arc, "arc:TASKS, arc-rules[:SIZE[:RULE]]", words=("arc", "arc+demonstrations", "arc-rules"), recipe="arc"),
+    "arrays": Entry(_array, "a .npy file of integers", suffixes=(".npy",)),
     "chorales": Entry(_chorales, "chorales[:SCORES]", words=("chorales",), suffixes=(".mxl", ".musicxml"), recipe="chorales"),
 }
 """A kind of data is one file and one entry."""
