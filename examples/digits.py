@@ -34,9 +34,8 @@ judge = neighbors.KNeighborsClassifier(1).fit(pixels_NT[:-180], class_N[:-180]) 
 for scale in (1.0, 3.0):
     sampler = model.sampler(steps=64, guidance=scale)
     frames = [frame.tokens_BT[:, 8:] for frame in sampler.steps(canvas, rng=generators(0, 10 * drawn))]
-    print(
-        f"guidance scale {scale}: {judge.score(frames[-1], list(range(10)) * drawn):.0%} of the drawn digits are recognised as their class"
-    )
+    share = judge.score(frames[-1], list(range(10)) * drawn)
+    print(f"guidance scale {scale}: {share:.0%} of the drawn digits are recognised as their class")
 
 grey_V3 = np.array([[15 * level] * 3 for level in range(17)] + [[0, 0, 0]] * 10 + [[40, 60, 130]], dtype=np.uint8)  # a mask is blue
 cells = [torch.nn.functional.pad(frame.view(drawn, 10, 8, 8), (1, 1, 1, 1)).transpose(1, 2).reshape(10 * drawn, 100) for frame in frames]

@@ -36,7 +36,7 @@ class TrainConfig:
     own, or its class. InputError for settings that cannot work.
     """
 
-    data: str = ""  # shakespeare (bundled) | a text file | a folder of .txt files | hf:DATASET | sudoku[:size] | maze[:size] | a FASTA or .npy file
+    data: str = ""  # shakespeare (bundled) | a text file | a folder of .txt files | hf:DATASET | sudoku[:size] | maze[:size] | FASTA | .npy
     val_fraction: float = 0.1
     tokenizer: str = "chars"  # chars | bytes | bpe:1024 (learned from the text) | path of a tokenizer.json
     network: TransformerConfig = field(default_factory=lambda: TransformerConfig(vocab_size=1, width=192, conv=5))
