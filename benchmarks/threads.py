@@ -67,11 +67,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    rounds, lengths = (2, (16,)) if args.quick else (args.rounds, (64, 256))
+    rounds, lengths, counts = (2, (16,), (args.threads,)) if args.quick else (args.rounds, (64, 256), (1, args.threads))
     table, rows = Table("beside", "waiting", "threads", "positions", "ms", "CPU ms"), []
     for programs in (0, 1):
         with busy(programs):
-            for waiting, threads, positions in itertools.product(FIRST, (1, args.threads), lengths):
+            for waiting, threads, positions in itertools.product(FIRST, counts, lengths):
                 about: dict[str, Any] = {"beside": programs, "waiting": waiting, "threads": threads, "positions": positions}
                 found = measured(waiting, threads, positions, rounds)
                 rows.append(about | found)

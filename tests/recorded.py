@@ -7,11 +7,11 @@ machine's products do not decide a token.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import programs
 
 FILE = Path(__file__).parent / "recorded.json"
 TEXT = "ROMEO:\nBut soft, what light through yonder window breaks? It is the east, and Juliet is the sun.\n" * 12
@@ -92,8 +92,8 @@ def measure(arguments: list[str], directory: Path) -> dict[str, Any]:
     """The figures of `dlm eval --json`."""
     path = directory / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
-    command = [sys.executable, "-m", "dlm", "eval", *arguments, "--data", str(path), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=directory)
+    done = programs.run(["dlm", "eval", *arguments, "--data", str(path), "--json"], directory)
+    done.check_returncode()
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import programs
 import scores
 
 ROOT = Path(__file__).parents[1]
@@ -73,8 +74,7 @@ def test_a_script_runs(name: str, tmp_path: Path) -> None:
         pytest.importorskip(NEEDS[name])
     (tmp_path / "text.txt").write_text("All the world's a stage, and all the men and women merely players.\n" * 300)
     scores.collection(tmp_path / "scores")
-    words = [sys.executable, str(EXAMPLES / f"{name}.py"), *SETTINGS[name]()]
-    done = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+    done = programs.run([str(EXAMPLES / f"{name}.py"), *SETTINGS[name]()], tmp_path)
     assert done.returncode == 0, done.stderr
     assert PRINTED[name] in done.stdout
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+import programs
 
 ROOT = Path(__file__).parents[2]
 QUICK = {
@@ -44,8 +43,6 @@ def test_every_benchmark_is_listed() -> None:
 @pytest.mark.parametrize("name", QUICK)
 def test_a_benchmark_ends_with_json(name: str, tmp_path: Path) -> None:
     """In an empty directory, with the bundled data set and models alone."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *QUICK[name]]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = programs.run([str(ROOT / "benchmarks" / f"{name}.py"), *QUICK[name]], tmp_path)
     assert done.returncode == 0, done.stderr
     assert isinstance(json.loads(done.stdout.splitlines()[-1]), dict)

@@ -56,10 +56,13 @@ def test_memory_is_that_of_the_weights_one_shard_and_four_of_sixteen_blocks(dtyp
     size = wide(tmp_path)
     shard = max(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     command = [sys.executable, "-c", LOAD, str(GOLDEN / "llada"), str(tmp_path), dtype]
-    runs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() for _ in range(3)]
-    peak, held = min((int(peak), int(held)) for peak, held in runs)  # the system maps more of a file at times, never less
     block = size // LAYERS
-    assert peak < held + shard + 4 * block  # quantizing a block takes so much besides
+    for _ in range(3):  # the system maps more of a file at times, never less
+        peak, held = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+        if peak < held + shard + 4 * block:  # quantizing a block takes so much besides
+            break
+    else:
+        pytest.fail(f"the peak was {peak} bytes, {held} of them held, three times")
     assert held + shard + 4 * block < 0.6 * size
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import signal
 import socket
@@ -19,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import programs
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel
 from dlm.noise.hybrid import HybridNoise
@@ -28,8 +28,6 @@ from dlm.train.objective import RowsOf
 from train import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")]
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["dlm.workflows.fit", "torch._dynamo"])
 MUON = ("optimizer=muon", "conv=3", "weights=equal")
 SLOW = "lr=0.001"  # Adam turns the rounding of a vanishing gradient into a step of this size
 
@@ -52,9 +50,7 @@ def together(text: Path, outs: list[Path], *settings: str, sharded: bool = False
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = (sharded, text)
-    ranks = [
-        FORK.Process(target=tiny.as_rank, args=(rank, len(outs), port, *shared, out, settings, options)) for rank, out in enumerate(outs)
-    ]
+    ranks = [programs.process(tiny.as_rank, rank, len(outs), port, *shared, out, settings, options) for rank, out in enumerate(outs)]
     for process in ranks:
         process.start()
     log = outs[0] / "log.jsonl"
