@@ -10,7 +10,7 @@ TORCH ?= cpu
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: demo test check train-gpu docs lint install clean
+.PHONY: demo test check train-gpu docs lint style types all-tests quick-tests install clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dlm generate "ROMEO:" --compare words,words-uniform --temperature 0.7 --steps 64 --watch
@@ -22,13 +22,13 @@ demo: $(VENV)/.demo
 	@echo '  $(BIN)/dlm list                                        # models, recipes and data sets'
 	@echo '  $(BIN)/dlm --help                                      # every command'
 
-# Everything: lint, types, all tests.
-test: lint
-	$(BIN)/python -m pytest -n auto
+# Everything: lint, types, all tests. mypy has one thread, so the tests run beside it.
+test: style
+	$(MAKE) --no-print-directory -j 2 types all-tests
 
 # For daily work: lint, types and the tests that take under three seconds each.
-check: lint
-	$(BIN)/python -m pytest -n auto -m "not slow and not browser and not network"
+check: style
+	$(MAKE) --no-print-directory -j 2 types quick-tests
 
 # Every recipe of Shakespeare at 10.7M parameters; needs one GPU (make install TORCH=cuda) and resumes.
 train-gpu: $(VENV)/.demo
@@ -37,10 +37,20 @@ train-gpu: $(VENV)/.demo
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-lint: $(VENV)/.dev
+lint: style types
+
+style: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
 	$(BIN)/mypy
+
+all-tests: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto
+
+quick-tests: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto -m "not slow and not browser and not network"
 
 install: $(VENV)/.dev
 
