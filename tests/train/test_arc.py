@@ -88,6 +88,9 @@ def test_a_source_without_parts_is_split_and_what_does_not_fit_is_left_out(tmp_p
     path.write_text(json.dumps({"large": large}))
     with pytest.raises(InputError, match="the all part has no task whose grids fit 10 x 10"):
         find(f"arc:{path}").stream("all", 600, 0.25)
+    path.write_text(json.dumps({"untold": of_colour(1, 2) | {"test": [{"input": [[1]]}]}}))
+    with pytest.raises(InputError, match="no task of the all part tells the output of a test"):
+        find(f"arc:{path}").stream("all", 600, 0.25)
 
 
 def test_generated_tasks_are_new_in_every_draw_and_of_one_rule_where_it_is_named() -> None:

@@ -41,11 +41,14 @@ class TaskStream(Stream):
 
     @classmethod
     def of(cls, tasks: Sequence[Task], size: int, shown: int, name: str, *, demonstrations: Sequence[Task] = ()) -> TaskStream:
-        """shown: pairs of a window. demonstrations: tasks of which no test is read. InputError where no task fits."""
+        """shown: pairs of a window. demonstrations: tasks of which no test is read. InputError where no task fits and tells its answer."""
         fitting = [task for task in tasks if task.fits(size)]
         if not fitting:
             raise InputError(f"the {name} has no task whose grids fit {size} x {size}")
-        rows = [arc.canvas(one.demonstrations, *test, size=size, pairs=shown) for one in fitting for test in one.tests]
+        known = [(one, test) for one in fitting for test in one.tests if test[1] is not None]
+        if not known:
+            raise InputError(f"no task of the {name} tells the output of a test, which is what is learned")
+        rows = [arc.canvas(one.demonstrations, *test, size=size, pairs=shown) for one, test in known]
         pools = [one.pairs for one in fitting] + [one.demonstrations for one in demonstrations if one.fits(size)]
         usable = tuple(pool for pool in pools if len(pool) >= LEAST_PAIRS)
         return cls(torch.stack(rows).flatten().numpy(), rows[0].numel(), name, tasks=usable, size=size, shown=shown)
