@@ -76,8 +76,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.torch
 	$(PIP) --editable .
 	touch $@
 
+# pip compiles on one core what compileall does on all.
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch
-	$(PIP) --editable '.[dev]'
+	$(PIP) --no-compile --editable '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # some packages bring templates that are no Python
 	touch $@ $(VENV)/.demo
 
 clean:
