@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlm.models import attention, gradients
+from dlm.models import attention, elementwise
 from dlm.models.axes import coordinates
 from dlm.models.cache import KVCache, RaggedCache, TextCache, WindowCache
 from dlm.models.config import TransformerConfig
@@ -103,8 +103,8 @@ class RMSNorm(nn.RMSNorm):
     """The gain follows the input's dtype: under autocast a float32 gain would keep torch from its fused kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight is not None and gradients.pay(x):
-            return gradients.rms_norm(x, self.weight.to(x.dtype), torch.finfo(x.dtype).eps if self.eps is None else self.eps)
+        if self.weight is not None and elementwise.pay(x):
+            return elementwise.rms_norm(x, self.weight.to(x.dtype), torch.finfo(x.dtype).eps if self.eps is None else self.eps)
         return F.rms_norm(x, self.normalized_shape, None if self.weight is None else self.weight.to(x.dtype), self.eps)
 
 
@@ -194,10 +194,10 @@ class Attention(nn.Module):
 
     def _turned(self, x_BQHK: Tensor, norm: RMSNorm | None, cos: Tensor, sin: Tensor) -> Tensor:
         """Heads (B, H, Q, K) normed and rotated."""
-        if gradients.pay(x_BQHK) and cos.dtype == x_BQHK.dtype and cos.shape[-1] == x_BQHK.shape[-1]:
+        if elementwise.pay(x_BQHK) and cos.dtype == x_BQHK.dtype and cos.shape[-1] == x_BQHK.shape[-1]:
             weight = None if norm is None else norm.weight
             turns = cos.transpose(1, 2), sin.transpose(1, 2)
-            return gradients.turned(x_BQHK, weight, self.config.norm_eps, *turns).transpose(1, 2)
+            return elementwise.turned(x_BQHK, weight, self.config.norm_eps, *turns).transpose(1, 2)
         x_BHQK = x_BQHK.transpose(1, 2)
         return rotate(x_BHQK if norm is None else norm(x_BHQK), cos, sin)
 
@@ -213,7 +213,7 @@ class Attention(nn.Module):
 
 class SquaredReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return gradients.squared_relu(x) if gradients.pay(x) else F.relu(x).square()
+        return elementwise.squared_relu(x) if elementwise.pay(x) else F.relu(x).square()
 
 
 class MLP(nn.Module):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlm.models import gradients
+from dlm.models import elementwise
 from dlm.models.config import TransformerConfig
 
 
@@ -68,8 +68,8 @@ class ShortConvolution(nn.Module):
 
     def _shifted(self, x_BTD: Tensor, weight_JD: Tensor) -> Tensor:
         length, steps = x_BTD.shape[1], self.steps
-        if gradients.pay(x_BTD):
-            return gradients.convolved(x_BTD, weight_JD, steps)
+        if elementwise.pay(x_BTD):
+            return elementwise.convolved(x_BTD, weight_JD, steps)
         padded_BTD = F.pad(x_BTD, (0, 0, -steps[0], max(0, steps[-1])))
         y_BTD = x_BTD
         for tap, weight_D in enumerate(weight_JD):

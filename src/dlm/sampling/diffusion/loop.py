@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -97,7 +98,7 @@ class DiffusionSampler:
             raise InputError("blocks and caches need masked noise: under replacement noise every token may change in every step")
         if self.constraint is not None and self.constraint.joint and self.revises:
             raise InputError("a pattern needs a sampler that writes each token once, such as ancestral or topk")
-        if self.constraint is not None and self.constraint.joint and isinstance(self.rule, StagedRule):
+        if self.constraint is not None and self.constraint.joint and self.staged is not None:
             raise InputError("a pattern needs masked noise: a class is written before its word, and may leave none that fits")
         windows.check(self.window, self.context)
         if not self.sees_ahead and isinstance(self.rule, CheckingRule):
@@ -109,6 +110,21 @@ class DiffusionSampler:
     def revises(self) -> bool:
         """Whether the rule may change a token again."""
         return self.rule.revises
+
+    @cached_property
+    def planned(self) -> PlannedRule | None:
+        """The rule, if it is one; asked once, for a protocol compares all its names each time."""
+        return self.rule if isinstance(self.rule, PlannedRule) else None
+
+    @cached_property
+    def staged(self) -> StagedRule | None:
+        """The rule, if it is one."""
+        return self.rule if isinstance(self.rule, StagedRule) else None
+
+    @cached_property
+    def edits(self) -> bool:
+        """Whether the rule is an `EditingRule`."""
+        return isinstance(self.rule, EditingRule)
 
     @property
     def whole_blocks(self) -> int:
@@ -194,7 +210,7 @@ class DiffusionRun:
         move = self._next_move(active, entered_A, entered, rng)
         step = self._read(active, entered_A, move)
         next_AT = self._ruled(active, step, rng)
-        if self.constraint is not None and not sampler.revises and not isinstance(sampler.rule, StagedRule):
+        if self.constraint is not None and not sampler.revises and sampler.staged is None:
             next_AT = self.constraint.keep(next_AT, active.z_AT, move.at_AT)
         written_AT, done_AT = self._written(active, step, move.at_AT, next_AT)
         text.write(active, next_AT, written_AT, done_AT)
@@ -233,8 +249,8 @@ class DiffusionRun:
 
     def _next_move(self, active: Active, entered_A: Tensor, entered: list[bool], rng: RNG) -> Move:
         """The next step of every row: a planned rule is asked for its plan when a block begins, and skips steps without a move."""
-        rule, sampler, rows_A = self.sampler.rule, self.sampler, active.rows_A
-        if isinstance(rule, PlannedRule):
+        sampler, rule, rows_A = self.sampler, self.sampler.planned, active.rows_A
+        if rule is not None:
             if any(entered):
                 chosen = [g for g, one in zip(rng, entered, strict=True) if one]
                 self.clock.plan(rule, rows_A[entered_A], active.block_AT[entered_A], chosen)
@@ -252,7 +268,7 @@ class DiffusionRun:
         logits, shadow_ATV = self.network(active, entered_A, seen_A, columns, self._described(active))
         self.forwards += 1
         z, open_ = (z_AT, move.at_AT) if columns is None else (columns.take(z_AT), columns.real_BC)
-        hidden = torch.where(open_, noise.mask_id, z) if isinstance(sampler.rule, EditingRule) else z
+        hidden = torch.where(open_, noise.mask_id, z) if sampler.edits else z
         logp = noise.log_probs(logits, hidden, move.t_A)
         self.sound = sound(logp.amax(-1, keepdim=True).masked_fill(~open_[..., None], 0.0))
         if self.constraint is not None:
@@ -278,11 +294,11 @@ class DiffusionRun:
             if isinstance(rule, EndingRule):
                 done_A = done_A | rule.done(step, next_AT)
             return at_AT, active.block_AT & done_A[:, None]
-        if isinstance(rule, StagedRule):
+        if (staged := self.sampler.staged) is not None:
             if not bool(self.sound):
                 raise InputError(NO_PROBABILITIES)
             written_AT = at_AT & (next_AT != active.z_AT)
-            return written_AT, written_AT & rule.settled(step, next_AT)
+            return written_AT, written_AT & staged.settled(step, next_AT)
         written_AT = at_AT & (next_AT != step.noise.mask_id)
         if not bool(self.sound if getattr(rule, "waits", False) else self.sound & written_AT.any(-1).all()):
             raise InputError(NO_PROBABILITIES)

@@ -1,7 +1,7 @@
-"""RMSNorm, rotary positions, short convolution and squared ReLU with gradients written out, for training on a CPU.
+"""RMSNorm, rotary positions, short convolution and squared ReLU in few operations, their gradients written out, for a CPU.
 
-torch composes them of many elementwise operations, each of which reads and writes all of its input, forward and back. Written out they take
-half the passes over memory. Other devices and torch.compile fuse such operations by themselves.
+torch composes them of many elementwise operations, each of which reads and writes all of its input, forward and back. Here they take half
+the passes over memory. Other devices and torch.compile fuse such operations by themselves.
 Shapes: B batch, Q positions, H heads, K head dim, J taps, D width.
 """
 
@@ -17,30 +17,37 @@ from torch.autograd.function import once_differentiable
 
 
 def pay(x: Tensor) -> bool:
-    """Whether x is worked on where gradients that are written out take less time: eager training on a CPU, not in half precision."""
-    full = x.dtype in (torch.float32, torch.float64)
-    return full and x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether x is worked on where these functions take less time: on a CPU, eagerly, not in half precision."""
+    return x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`F.rms_norm` over the last dimension."""
+    if not torch.is_grad_enabled():
+        return _normed(x, eps)[0].mul_(weight_D)
     y: Tensor = _Norm.apply(x, weight_D, eps)  # type: ignore[no-untyped-call]
     return y
 
 
 def turned(x_BQHK: Tensor, weight_K: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
     """Heads after RMSNorm by this weight, if there is one, and rotation; cos and sin (B or 1, Q, 1, K), the same in either half of K."""
+    if not torch.is_grad_enabled():
+        return _rotated(x_BQHK if weight_K is None else _normed(x_BQHK, eps)[0].mul_(weight_K), cos, _signed(sin))
     y_BQHK: Tensor = _Turned.apply(x_BQHK, weight_K, eps, cos, sin)  # type: ignore[no-untyped-call]
     return y_BQHK
 
 
 def squared_relu(x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return F.relu(x).square_()
     y: Tensor = _SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
     return y
 
 
 def convolved(x_BQD: Tensor, weight_JD: Tensor, steps: range) -> Tensor:
     """x + sum over taps of weight * the neighbour so many steps on, which is 0 past either end."""
+    if not torch.is_grad_enabled():
+        return _sum_of_taps(x_BQD, weight_JD, steps)
     y_BQD: Tensor = _Convolved.apply(x_BQD, weight_JD, steps)  # type: ignore[no-untyped-call]
     return y_BQD
 
@@ -73,6 +80,12 @@ class _Norm(Function):
         return *_norm_back(g, *ctx.saved_tensors, owned=False), None
 
 
+def _signed(sin: Tensor) -> Tensor:
+    """Of the half of K that each half is turned into."""
+    first, second = sin.chunk(2, -1)
+    return torch.cat([-first, second], -1)
+
+
 def _rotated(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), signed_sin)
 
@@ -80,8 +93,7 @@ def _rotated(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
 class _Turned(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-        first, second = sin.chunk(2, -1)
-        signed_sin = torch.cat([-first, second], -1)
+        signed_sin = _signed(sin)
         if weight is None:
             ctx.save_for_backward(cos, signed_sin)
             return _rotated(x, cos, signed_sin)
@@ -118,16 +130,20 @@ def _overlap(length: int, step: int) -> tuple[slice, slice]:
     return slice(first, last), slice(first + step, last + step)
 
 
+def _sum_of_taps(x: Tensor, weight: Tensor, steps: range) -> Tensor:
+    y = x.clone()
+    for step, weight_D in zip(steps, weight, strict=True):
+        here, there = _overlap(x.shape[1], step)
+        y[:, here].addcmul_(x[:, there], weight_D)
+    return y
+
+
 class _Convolved(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, steps: range) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.steps = steps
-        y = x.clone()
-        for step, weight_D in zip(steps, weight, strict=True):
-            here, there = _overlap(x.shape[1], step)
-            y[:, here].addcmul_(x[:, there], weight_D)
-        return y
+        return _sum_of_taps(x, weight, steps)
 
     @staticmethod
     @once_differentiable

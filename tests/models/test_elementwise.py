@@ -1,4 +1,4 @@
-"""Gradients that are written out against torch's own."""
+"""Values and gradients against torch's own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlm.models import gradients
+from dlm.models import elementwise
 from dlm.models.block import rotary, rotate
 from dlm.models.config import TransformerConfig
 from dlm.models.transformer import Transformer
@@ -27,7 +27,7 @@ def angles(length: int, size: int, amplitude: float = 1.3) -> tuple[Tensor, Tens
 
 def turned(x_BQHK: Tensor, weight_K: Tensor | None) -> Tensor:
     cos, sin = angles(x_BQHK.shape[1], x_BQHK.shape[3])
-    return gradients.turned(x_BQHK, weight_K, 1e-3, cos.transpose(1, 2), sin.transpose(1, 2))
+    return elementwise.turned(x_BQHK, weight_K, 1e-3, cos.transpose(1, 2), sin.transpose(1, 2))
 
 
 def turned_by_torch(x_BQHK: Tensor, weight_K: Tensor | None) -> Tensor:
@@ -44,21 +44,21 @@ def convolved_by_torch(x_BQD: Tensor, weight_JD: Tensor, steps: range) -> Tensor
 
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "norm": (
-        lambda x, w: gradients.rms_norm(x, w, 1e-3),
+        lambda x, w: elementwise.rms_norm(x, w, 1e-3),
         lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-3),
         (drawn(2, 3, 6), drawn(6)),
     ),
     "norm of a view": (
-        lambda x, w: gradients.rms_norm(x.transpose(1, 2), w, 1e-3),
+        lambda x, w: elementwise.rms_norm(x.transpose(1, 2), w, 1e-3),
         lambda x, w: F.rms_norm(x.transpose(1, 2), w.shape, w, 1e-3),
         (drawn(2, 3, 4, 6), drawn(6)),
     ),
     "turned": (turned, turned_by_torch, (drawn(2, 5, 3, 4), drawn(4))),
     "turned without a norm": (lambda x: turned(x, None), lambda x: turned_by_torch(x, None), (drawn(2, 5, 3, 4),)),
-    "squared relu": (gradients.squared_relu, lambda x: F.relu(x).square(), (drawn(3, 7),)),
+    "squared relu": (elementwise.squared_relu, lambda x: F.relu(x).square(), (drawn(3, 7),)),
     **{
         f"taps {steps}, {length} positions": (
-            lambda x, w, steps=steps: gradients.convolved(x, w, steps),
+            lambda x, w, steps=steps: elementwise.convolved(x, w, steps),
             lambda x, w, steps=steps: convolved_by_torch(x, w, steps),
             (drawn(2, length, 3), drawn(len(steps), 3)),
         )
@@ -74,6 +74,8 @@ def test_values_and_gradients_are_those_of_torch(case: str) -> None:
     ours, torchs, inputs = CASES[case]
     want, got = torchs(*inputs), ours(*inputs)
     assert torch.allclose(got, want)
+    with torch.no_grad():  # by a path of its own
+        assert torch.allclose(ours(*inputs), want)
     g = torch.randn_like(want)
     for one, other in zip(torch.autograd.grad(got, inputs, g), torch.autograd.grad(want, inputs, g), strict=True):
         assert torch.allclose(one, other)
@@ -103,13 +105,28 @@ def test_a_network_has_the_same_gradients_by_either_path(
     found: list[list[Tensor]] = []
     for pays in (True, False):
         if not pays:
-            monkeypatch.setattr(gradients, "pay", lambda _x: False)
+            monkeypatch.setattr(elementwise, "pay", lambda _x: False)
         network.zero_grad()
+        with torch.no_grad():
+            without = network(z_BT)
         logits_BTV = network(z_BT)
         logits_BTV.float().log_softmax(-1)[..., 0].sum().backward()
         grads = [p.grad for p in network.parameters() if p.grad is not None]
-        found.append([logits_BTV.detach(), *grads])
+        found.append([logits_BTV.detach(), without, *grads])
     close = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.0}[dtype]  # half precision is composed either way
     for one, other in zip(*found, strict=True):
         scale = float(other.float().abs().max())
         assert float((one - other).abs().max()) <= close * max(1.0, scale)
+
+
+@pytest.mark.parametrize("size", [4, 32, 96, 192, 576])
+def test_rows_do_not_depend_on_those_beside_them(size: int) -> None:
+    """Bit for bit, without gradients: a text is written alone as it is written in a batch."""
+    x_BQHK, weight_K = torch.randn(3, 5, 2, size), torch.randn(size)
+    cos, sin = (part.transpose(1, 2) for part in rotary(torch.arange(5)[None], size, 100.0))
+    with torch.no_grad():
+        many = elementwise.rms_norm(x_BQHK, weight_K, 1e-6), elementwise.turned(x_BQHK, weight_K, 1e-6, cos, sin)
+        one_1Q1K = x_BQHK[1:2, :, 1:2].clone()
+        alone = elementwise.rms_norm(one_1Q1K, weight_K, 1e-6), elementwise.turned(one_1Q1K, weight_K, 1e-6, cos, sin)
+    for whole, part in zip(many, alone, strict=True):
+        assert torch.equal(whole[1:2, :, 1:2], part)
