@@ -7,6 +7,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,15 @@ def test_every_link_on_a_page_leads_somewhere(page: Path) -> None:
     assert [target for target in targets if target and ":" not in target and not (page.parent / target).exists()] == []
 
 
+@cache
+def verbs() -> Any:
+    return typer.main.get_command(cli.app.app)
+
+
 def unknown_options(line: str) -> set[str]:
     """Of a command line, from its verb on."""
     words = line.split(" #")[0].split()
-    command: Any = typer.main.get_command(cli.app.app)
+    command = verbs()
     while words and words[0] in getattr(command, "commands", {}):
         command = command.commands[words.pop(0)]
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
