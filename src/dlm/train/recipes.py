@@ -128,7 +128,7 @@ def kjv_words() -> TrainConfig:
     The text: `bible -l100000 -f Gen1:1-Rev22:21 | sed 's/^[^ ]* //' > kjv.txt`
     with Debian's bible-kjv."""
     base = _config(data="kjv.txt", tokenizer="bpe:2048", network=_network(layers=4, heads=5, width=160, conv=5, window=128), batch=32)
-    return replace(base, context=32, steps=1600, eval_every=500, eval_windows=128, save_every=100)
+    return replace(base, context=32, steps=1200, eval_every=500, eval_windows=128, save_every=100)
 
 
 def sudoku_4() -> TrainConfig:
