@@ -91,3 +91,29 @@ def test_with_gradients_and_of_all_positions_every_block_computes_all(rows: list
     with torch.no_grad():
         assert torch.equal(made(z_BT, index_BC=torch.arange(8).expand(2, -1)), made(z_BT))
     assert rows == []
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("some", [0.0, 0.3, 1.0])
+def test_training_computes_the_last_block_where_logits_are_wanted(some: float, dropout: float) -> None:
+    """Logits and gradients are those of the whole pass; dropout draws others after the last attention, so its logits are compared alone."""
+    torch.manual_seed(0)
+    network = Transformer(TransformerConfig(vocab_size=9, window=8, layers=2, heads=2, width=8, conv=3, dropout=dropout))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    network.train(dropout > 0)
+    z_BT, at_BT = torch.randint(9, (3, 8)), torch.rand(3, 8) < some
+    found = []
+    for at_BQ in (None, at_BT):
+        network.zero_grad()
+        torch.manual_seed(1)
+        logits_BTV = network(z_BT, at_BQ=at_BQ)
+        assert logits_BTV.shape == (3, 8, 9)
+        (logits_BTV.log_softmax(-1)[..., 0] * at_BT).sum().backward()
+        found.append([logits_BTV[at_BT], *(p.grad for p in network.parameters())])
+    if dropout:
+        assert all(bool(part.isfinite().all()) for part in found[1] if part is not None)
+        return
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, torch.zeros_like(one) if other is None else other, atol=1e-5, rtol=1e-4)

@@ -47,6 +47,7 @@ class ForwardPass(NamedTuple):
     neighbours: Neighbours | None = None  # which a short convolution reads; None: those of plain whole rows
     sliding: Tensor | None = None  # mask (B, 1, Q, T) of the layers that slide
     level: Tensor | None = None  # (B, C), which `dlm.models.adaln` shifts, scales and gates by
+    at_M: Tensor | None = None  # the places in the flattened (B, Q) that the last block alone gives, (M, D)
 
     def mask_of(self, attends: Attention) -> tuple[attention.Mask, bool]:
         """The mask of a layer's attention, and whether it is plainly causal."""
@@ -264,6 +265,8 @@ class Block(nn.Module):
             source = read if cache is None else cache.write_conv(self.attention.layer, read)
             read = self.conv(read, forward_pass.neighbours, source)
         x = x + self.dropout(self.attention(read, forward_pass))
+        if forward_pass.at_M is not None:
+            x = x.flatten(0, 1).index_select(0, forward_pass.at_M)
         y: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x), forward_pass.mask_tokens))
         return y
 
@@ -275,8 +278,9 @@ class Blocks(nn.ModuleList):
         return super().__iter__()  # type: ignore[return-value]
 
     def forward(self, x: Tensor, forward_pass: ForwardPass) -> Tensor:
-        for block in self:
-            x = block(x, forward_pass)
+        last, everywhere = len(self) - 1, forward_pass._replace(at_M=None)
+        for i, block in enumerate(self):
+            x = block(x, forward_pass if i == last else everywhere)
         return x
 
 

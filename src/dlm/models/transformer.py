@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dlm.models import attention
 from dlm.models.attention import FlexMask, Mask
 from dlm.models.axes import GroupEmbedding
-from dlm.models.block import AnyCache, Blocks, Embedding, ForwardPass, Head, RMSNorm, Rotary, TimeEmbedding, TimeTable
+from dlm.models.block import AnyCache, Blocks, Embedding, ForwardPass, Head, MaskTokens, RMSNorm, Rotary, TimeEmbedding, TimeTable
 from dlm.models.cache import KVCache, RaggedCache, TextCache, WindowCache
 from dlm.models.config import TransformerConfig
 from dlm.models.convolution import Neighbours, neighbours, offsets
@@ -183,8 +183,10 @@ class Transformer(nn.Module):
         near = self._neighbours(attends, cache) if self.taps else None
         sliding = self._sliding(attends, cache) if self.config.sliding_layers else None
         forward_pass = ForwardPass(cos, sin, mask, is_causal, cache, mask_tokens, near, sliding)
-        at_BC = index_BC if logits and states is None and pattern != "clean" else None
-        x_BQD = blocks_at(self.blocks, self.dropout(x_BQD), forward_pass, at_BC)
+        alone = logits and states is None and pattern != "clean"
+        at_BC = index_BC if alone else None
+        at_M = self._alone(at_BQ, mask_tokens) if alone and at_BC is None else None
+        x_BQD = blocks_at(self.blocks, self.dropout(x_BQD), forward_pass._replace(at_M=at_M), at_BC)
         if isinstance(cache, KVCache | RaggedCache):
             cache.advance(z_BQ.shape[1])
         if pattern == "clean":
@@ -196,9 +198,20 @@ class Transformer(nn.Module):
             states.append(self.norm(x_BQD))
         if index_BC is not None:
             x_BQD, at_BQ = pick(x_BQD, index_BC) if at_BC is None else x_BQD, None
-        return self._logits(x_BQD, at_BQ)
+        return self._logits(x_BQD, at_BQ, at_M)
 
-    def _logits(self, x_BQD: Tensor, at_BQ: Tensor | None) -> Tensor:
+    def _alone(self, at_BQ: Tensor | None, mask_tokens: MaskTokens | None) -> Tensor | None:
+        """The places that the last block alone is asked for in eager training on a CPU (M,); None: all of them."""
+        plain = type(self.blocks) is Blocks and mask_tokens is None and self.config.experts is None
+        if at_BQ is None or not plain or not torch.is_grad_enabled() or at_BQ.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        return at_BQ.flatten().nonzero().squeeze(-1)
+
+    def _logits(self, x_BQD: Tensor, at_BQ: Tensor | None, at_M: Tensor | None = None) -> Tensor:
+        """at_M: those of at_BQ, which x holds alone, (M, D)."""
+        if at_M is not None and at_BQ is not None:
+            logits_MV = self.read_out(self.norm(x_BQD))
+            return logits_MV.new_zeros(at_BQ.numel(), logits_MV.shape[-1]).index_copy(0, at_M, logits_MV).view(*at_BQ.shape, -1)
         if at_BQ is None or (x_BQD.device.type == "cpu" and bool(at_BQ.all())):
             return self.read_out(self.norm(x_BQD))
         at_M = at_BQ.flatten().nonzero().squeeze(-1)  # the host waits for a GPU here, and not again below

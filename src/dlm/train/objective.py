@@ -75,7 +75,12 @@ def estimator(
 
     reads = getattr(noise, "reading", None)  # of noise on vectors
 
+    plain = type(noise.noise if isinstance(noise, RowsOf) else noise) is MaskedNoise and config.objective == "diffusion"
+    masks = plain and config.estimate == "any_order" and teacher is None and not learns and not config.compile
+
     def predict(network: nn.Module) -> loss.Predict:
+        if masks and getattr(network, "device", None) == torch.device("cpu"):  # whose loss reads no other logits
+            return lambda z_BT, t_B: network(z_BT, t_B, at_BQ=z_BT == noise.mask_id).float()
         return (lambda z_BT, t_B: network(z_BT, t_B).float()) if reads is None else cast(loss.Predict, reads(network))
 
     if config.blocks:
