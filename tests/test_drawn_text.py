@@ -304,13 +304,15 @@ process.stdout.write(JSON.stringify({{ kept, rewritten, loose: editor.canvas(pan
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is missing")
-def test_d8_the_page_locks_and_rewrites_whole_characters(served: tuple[Any, list[LanguageModel]]) -> None:
+def test_d8_the_page_locks_and_rewrites_whole_characters(served: tuple[Any, list[LanguageModel]], tmp_path: Path) -> None:
     """Its own code: the canvas of the next request holds all tokens of a locked character, and none of a rewritten one. What comes of it
     holds the locked text as it was, and the rewritten one without a space of its own."""
     import dlm.serve
 
     server, models = served
-    page = Path(dlm.serve.__file__).parent / "page"
+    page = tmp_path / "page"  # as it is served: with the script that it shares with the replay
+    shutil.copytree(Path(dlm.serve.__file__).parent / "page", page)
+    shutil.copy(Path(dlm.__file__).parent / "viz" / "shared" / "blend.js", page)
     script = EDITING.format(**{name: json.dumps((page / f"{name}.js").as_uri()) for name in ("trace", "editor")})
     for lm in models:
         if not lm.is_diffusion:

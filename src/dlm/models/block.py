@@ -195,8 +195,9 @@ class Attention(nn.Module):
 
     def _turned(self, x_BQHK: Tensor, norm: RMSNorm | None, cos: Tensor, sin: Tensor) -> Tensor:
         """Heads (B, H, Q, K) normed and rotated."""
-        if elementwise.pay(x_BQHK) and cos.dtype == x_BQHK.dtype and cos.shape[-1] == x_BQHK.shape[-1]:
-            weight = None if norm is None else norm.weight
+        weight = None if norm is None else norm.weight
+        apart = weight is not None and weight.is_meta  # on another device: the module fetches it when it is called
+        if elementwise.pay(x_BQHK) and not apart and cos.dtype == x_BQHK.dtype and cos.shape[-1] == x_BQHK.shape[-1]:
             turns = cos.transpose(1, 2), sin.transpose(1, 2)
             return elementwise.turned(x_BQHK, weight, self.config.norm_eps, *turns).transpose(1, 2)
         x_BHQK = x_BQHK.transpose(1, 2)
