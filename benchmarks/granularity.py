@@ -102,7 +102,7 @@ def generate(lm: LanguageModel, judge: LanguageModel, calls: int, args: argparse
 
 
 def over_seeds(seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The lines of `figure` as means over the training seeds, with their 95 % band; of one seed its own band."""
+    """The lines that `show` draws as means over the training seeds, with their 95 % band; of one seed its own band."""
 
     def line(points: list[list[tuple[float, float, float]]]) -> list[tuple[float, float, float]]:
         if len(points) == 1:

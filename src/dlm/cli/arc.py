@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dlm.cli.app import err, fail, interrupts, note
-from dlm.cli.progress import shown
+from dlm.cli.app import note
+from dlm.cli.progress import run_to_end, showing
 from dlm.errors import InputError, nearest
 from dlm.grids.arc import COLOURS, PALETTE, Task
 from dlm.language_model import LanguageModel
@@ -41,8 +41,6 @@ def tasks_of(source: str, split: str, name: str | None) -> list[Task] | None:
 
 def count_tasks(lm: LanguageModel, tasks: list[Task], options: DecodingOptions, views: int, seed: int, as_json: bool) -> None:
     """The count over many tasks, as a line."""
-    from dlm.cli.progress import showing
-
     with showing("tasks") as progress:
         found = workflow.score(lm, tasks, options=options, views=views, seed=seed, progress=progress)
     share, of_fitting = found.solved / max(1, found.tasks), found.solved / max(1, found.fitting)
@@ -73,15 +71,7 @@ def watch_task(
     found: list[Answer] = []
     for test in range(len(task.tests)):
         attempting = Attempting(lm, task, test, options, views=views, seed=seed)
-        with interrupts() as stopped, shown(attempting, console if live and console.is_terminal else None) as update:
-            while not stopped() and attempting.step() is not None:
-                update()
-            ended = stopped()
-        if save is not None and len(attempting.trajectory) > 1:
-            attempting.trajectory.save(save)
-            err.print(f"saved {save}; see it again with: dlm show {save}", highlight=False, soft_wrap=True)
-        if ended:
-            fail("stopped", 130)
+        run_to_end(attempting, save, console if live and console.is_terminal else None)
         found.append(attempting.result())
         draw(found[-1], Console(stderr=as_json, highlight=False))
     if as_json:

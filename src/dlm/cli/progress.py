@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dlm.cli.app import err
+from dlm.cli.app import err, fail, interrupts
 
 if TYPE_CHECKING:
     from dlm.language_model.generation import Stepping
@@ -35,3 +36,16 @@ def shown(run: Stepping, console: Console | None) -> Iterator[Callable[[], None]
     with LiveView(run.trajectory, console) as view:
         yield view.update
         view.update(force=True)
+
+
+def run_to_end(run: Stepping, save: Path | None, console: Console | None) -> None:
+    """Every step of a run, drawn on this console if there is one, and kept in a file. After Ctrl-C the frames so far are saved."""
+    with interrupts() as stopped, shown(run, console) as update:
+        while not stopped() and run.step() is not None:
+            update()
+        ended = stopped()
+    if save is not None and len(run.trajectory) > 1:
+        run.trajectory.save(save)
+        err.print(f"saved {save}; see it again with: dlm show {save}", highlight=False, soft_wrap=True)
+    if ended:
+        fail("stopped" + (f"; the {len(run.trajectory) - 1} steps so far are in {save}" if save is not None else ""), 130)

@@ -20,9 +20,7 @@ from dlm.cli.app import (
     app,
     between,
     err,
-    fail,
     given_text,
-    interrupts,
     is_file_name,
     is_sampler,
     load,
@@ -32,12 +30,12 @@ from dlm.cli.app import (
     sampler_word,
     set_threads,
 )
-from dlm.cli.progress import shown
+from dlm.cli.progress import run_to_end
 from dlm.errors import InputError
 from dlm.files import read_text
 
 if TYPE_CHECKING:
-    from dlm.workflows.solve import Solution, Solving
+    from dlm.workflows.solve import Solution
 
 UNSOLVED = 1  # exit code
 
@@ -124,7 +122,7 @@ def solve(
     found = []
     for solving in begun:
         watching = watch and console.is_terminal
-        _run(solving, save, console if watching else None)
+        run_to_end(solving, save, console if watching else None)
         found.append(solving.result())
         _tell(found[-1], as_json, watching)
     solved = sum(one.solved for one in found)
@@ -142,19 +140,6 @@ def _text(puzzle: str) -> str:
     if len(puzzle) < 256 and Path(puzzle).is_file():
         return read_text(Path(puzzle))
     return given_text(puzzle)
-
-
-def _run(solving: Solving, save: Path | None, console: Console | None) -> None:
-    """To its end. After Ctrl-C the frames so far are saved."""
-    with interrupts() as stopped, shown(solving, console) as update:
-        while not stopped() and solving.step() is not None:
-            update()
-        ended = stopped()
-    if save is not None and len(solving.trajectory) > 1:
-        solving.trajectory.save(save)
-        err.print(f"saved {save}; see it again with: dlm show {save}", highlight=False, soft_wrap=True)
-    if ended:
-        fail("stopped" + (f"; the {len(solving.trajectory) - 1} steps so far are in {save}" if save is not None else ""), 130)
 
 
 def _tell(found: Solution, as_json: bool, watched: bool) -> None:
