@@ -55,7 +55,7 @@ def design(kind: str, text: str, seed: int, args: argparse.Namespace) -> TrainCo
     steps = max(2, round(args.compute / (6 * count(width) * args.batch * SPAN)))
     batch = args.batch * SPAN // window  # the same tokens in every step
     config = replace(base, network=network.with_(width=width, heads=4, head_dim=32), tokenizer=kind, context=0, context_share=0.0)
-    config = replace(config, steps=steps, batch=batch, warmup=min(100, steps // 4), eval_windows=64, compile=args.compile)
+    config = replace(config, steps=steps, batch=batch, warmup=min(100, steps // 4), eval_windows=64, bf16=args.bf16, compile=args.compile)
     return replace(config, eval_every=max(1, steps // 4), save_every=max(1, steps // 8))
 
 
@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="windows of 256 tokens a step")
     parser.add_argument("--out", type=Path, default=Path("runs/granularity"))
     parser.add_argument("--train-only", action="store_true", help="leave the measurement to a later call")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16, on machines that multiply it")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--passes", type=int, default=4)
     parser.add_argument("--windows", type=int, default=400, help="for the bound")
