@@ -165,8 +165,7 @@ def first_try(lm: LanguageModel, name: str, puzzles: Sequence[Puzzle], seed: int
     """The share solved, and forward passes a puzzle."""
     kind, canvas = kind_of(lm), Canvas.from_rows(puzzles, fill=lm.tokenizer.mask_id)
     run = lm.run(canvas, DecodingOptions(sampler=name, steps=lm.window, temperature=0.0), seed=1000 * seed)
-    while run.step() is not None:
-        pass
+    run.finish()
     made = run.trajectory
     found: list[Cells] = [[None if token == made.mask_id else token for token in row] for row in made.current_BT.tolist()]
     solved = sum(not kind.conflicts(cells) and None not in cells for cells in found)

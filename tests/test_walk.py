@@ -34,8 +34,7 @@ def answer() -> str:
     lm = model("llada")
     canvas = lm.chat_canvas([{"role": "user", "content": QUESTION}], max_new_tokens=NEW)
     run = lm.run(canvas, DecodingOptions(temperature=1.0), seed=SEED)
-    while run.step() is not None:
-        pass
+    run.finish()
     ids = run.trajectory.current_BT[0].tolist()[-NEW:]
     text = lm.tokenizer.decode(ids[: next((n for n, i in enumerate(ids) if i in lm.stops), NEW)])
     assert "8" in text  # the model answers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,9 @@ class Generation:
         return {name: getattr(self, name) for name in (*names, *several, *adaptive, *verified)}
 
 
+Callback = Callable[[Trajectory, Frame], None]
+
+
 def trajectory(model: Model, canvas: Canvas, **meta: Any) -> Trajectory:
     """An empty trajectory of this model, ready to `append` the frames of a run on `canvas`."""
     tokenizer = model.tokenizer
@@ -65,7 +68,10 @@ def trajectory(model: Model, canvas: Canvas, **meta: Any) -> Trajectory:
 
 
 class Stepping:
-    """A run under way: call `step` until it gives None. seconds: the time that this run alone has taken; last: its last frame."""
+    """A run under way: call `step` until it gives None, or `finish`.
+
+    seconds: the time that this run alone has taken; last: its last frame.
+    """
 
     def __init__(self, trajectory: Trajectory, frames: Iterator[Frame]) -> None:
         self.trajectory, self._frames = trajectory, frames
@@ -80,6 +86,12 @@ class Stepping:
             self.trajectory.append(frame, seconds=self.seconds)
             self.last = frame
         return frame
+
+    def finish(self, callback: Callback | None = None) -> None:
+        """Every step that is left. callback(trajectory, frame): called after each."""
+        while (frame := self.step()) is not None:
+            if callback is not None:
+                callback(self.trajectory, frame)
 
 
 class Run(Stepping):

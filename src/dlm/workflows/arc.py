@@ -6,7 +6,7 @@ Shapes: V views, P pairs, S rows and columns of the canvas of a grid, H x W cell
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,17 +17,15 @@ from dlm.errors import InputError
 from dlm.grids import arc
 from dlm.grids.arc import Task, View
 from dlm.language_model import LanguageModel
-from dlm.language_model.generation import Stepping, trajectory
+from dlm.language_model.generation import Callback, Stepping, trajectory
 from dlm.language_model.options import DecodingOptions
 from dlm.sampling.draw import generators
 from dlm.train import data_kinds
 from dlm.train.arc import ArcData
-from dlm.trajectory import Canvas, Frame, Trajectory
-from dlm.workflows.inputs import FORMAT, Model, Progress, language_model, silent
+from dlm.trajectory import Canvas, Trajectory
+from dlm.workflows.inputs import FORMAT, Model, Progress, fields_of, language_model, silent
 
 SAMPLER, VIEWS, ATTEMPTS = "confidence", 8, 2
-
-Callback = Callable[[Trajectory, Frame], None]
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,7 @@ class Answer:
 
     def record(self) -> dict[str, Any]:
         """As `dlm solve --json` prints it."""
-        names = ("task", "votes", "solved", "shape", "cells", "forwards", "seconds")
-        return {name: getattr(self, name) for name in names} | {"attempts": [grid.tolist() for grid in self.attempts]}
+        return fields_of(self, "trajectory") | {"attempts": [grid.tolist() for grid in self.attempts]}
 
 
 @dataclass(frozen=True)
@@ -72,8 +69,7 @@ class Score:
     answers: tuple[Answer, ...]
 
     def record(self) -> dict[str, Any]:
-        names = ("model", "tasks", "fitting", "solved", "shapes", "cells", "copied", "views", "sampler", "seed")
-        return {"format": FORMAT} | {name: getattr(self, name) for name in names} | {"answers": [one.record() for one in self.answers]}
+        return {"format": FORMAT} | fields_of(self) | {"answers": [one.record() for one in self.answers]}
 
 
 def data_of(model: LanguageModel) -> ArcData:
@@ -161,9 +157,7 @@ def solve(
     lm, found = language_model(model, device), []
     for test in range(len(task.tests)):
         attempting = Attempting(lm, task, test, options or DecodingOptions(), views=views, seed=seed)
-        while (frame := attempting.step()) is not None:
-            if callback is not None:
-                callback(attempting.trajectory, frame)
+        attempting.finish(callback)
         found.append(attempting.result())
     return found
 

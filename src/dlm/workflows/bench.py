@@ -22,7 +22,7 @@ from dlm.sampling.autoregressive.draft import Draft
 from dlm.sampling.autoregressive.plain import AutoregressiveSampler
 from dlm.sampling.autoregressive.speculative import SpeculativeDecoder
 from dlm.trajectory import Canvas
-from dlm.workflows.inputs import FORMAT, Counter, Progress, check_device, silent
+from dlm.workflows.inputs import FORMAT, Counter, Progress, check_device, fields_of, silent
 
 BASELINE = "autoregressive"
 
@@ -48,8 +48,7 @@ class DecodingReport:
 
     def record(self) -> dict[str, object]:
         """As `dlm bench decode --json` prints it."""
-        names = [name for name in self.__dataclass_fields__ if name != "rows"]
-        return {"format": FORMAT} | {name: getattr(self, name) for name in names} | {"rows": [row.record() for row in self.rows]}
+        return {"format": FORMAT} | fields_of(self) | {"rows": [row.record() for row in self.rows]}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dlm.adapters.lora import fingerprint
 from dlm.errors import InputError, nearest
 from dlm.evaluation import card as cards
 from dlm.language_model import LanguageModel
-from dlm.workflows.inputs import FORMAT, Model, language_model
+from dlm.workflows.inputs import FORMAT, Model, fields_of, language_model
 
 EXTRA = "tasks of lm-evaluation-harness need the harness extra: pip install 'dlm[harness]'"
 
@@ -39,8 +39,7 @@ class TaskResults:
 
     def record(self) -> dict[str, object]:
         """As `dlm eval --tasks --json` prints it."""
-        names = ("model", "figures", "versions", "samples", "likelihood", "settings")
-        return {"format": FORMAT} | {name: getattr(self, name) for name in names} | ({"card": str(self.card)} if self.card else {})
+        return {"format": FORMAT} | fields_of(self, "card") | ({"card": str(self.card)} if self.card else {})
 
 
 def evaluate_tasks(

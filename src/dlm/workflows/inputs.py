@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,11 @@ def told(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]
 
 def silent(done: int, total: int) -> None:
     """Progress that is not shown."""
+
+
+def fields_of(report: Any, *without: str) -> dict[str, Any]:
+    """The fields of a frozen dataclass as they are, but for those named."""
+    return {one.name: getattr(report, one.name) for one in fields(report) if one.name not in without}
 
 
 class Counter:

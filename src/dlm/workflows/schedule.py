@@ -19,7 +19,7 @@ from dlm.model_scheduling.outcome import Outcome
 from dlm.model_scheduling.plan import HEAVY, ModelSchedule
 from dlm.model_scheduling.saved import SavedSchedule
 from dlm.sampling.draw import generators
-from dlm.workflows.inputs import FORMAT, Counter, Model, Progress, Text, silent, told
+from dlm.workflows.inputs import FORMAT, Counter, Model, Progress, Text, fields_of, silent, told
 from dlm.workflows.model_pair import Light, ModelPair, Trials
 
 PLANNED = ("ancestral", "first-hitting")  # samplers whose order no logit decides
@@ -76,10 +76,8 @@ class SensitivityReport:
 
     def record(self) -> dict[str, object]:
         """As `dlm schedule sensitivity --json` prints it."""
-        names = ("heavy", "light", "data", "windows", "segments", "sampler", "seed")
-        facts: dict[str, object] = {"format": FORMAT} | {name: getattr(self, name) for name in names}
         swap = {key: [mean.record() for mean in means] for key, means in self.swap.items()}
-        return facts | {"text": _curves(self.text), "runs": _curves(self.runs), "swap": swap}
+        return {"format": FORMAT} | fields_of(self) | {"text": _curves(self.text), "runs": _curves(self.runs), "swap": swap}
 
 
 def _curves(found: measure.Sensitivity) -> dict[str, object]:
@@ -341,9 +339,8 @@ class Comparison:
 
     def record(self) -> dict[str, object]:
         """As `dlm schedule compare --json` prints it."""
-        names = ("heavy", "light", "steps", "sampler", "samples", "judge", "seed")
-        facts: dict[str, object] = {"format": FORMAT} | {name: getattr(self, name) for name in names}
-        return facts | {"kl": {key: list(nats) for key, nats in self.kl.items()}, "rows": [row.record() for row in self.rows]}
+        found = {"kl": {key: list(nats) for key, nats in self.kl.items()}, "rows": [row.record() for row in self.rows]}
+        return {"format": FORMAT} | fields_of(self) | found
 
 
 @told

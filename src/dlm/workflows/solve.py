@@ -6,7 +6,7 @@ Shapes: B = 1 row, T cells.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,16 +19,14 @@ from dlm.files import read_json
 from dlm.grids import kinds
 from dlm.grids.grid import HOLES, RULES, Cells, Grid, cells_of, parse, written
 from dlm.language_model import LanguageModel
-from dlm.language_model.generation import Stepping, trajectory
+from dlm.language_model.generation import Callback, Stepping, trajectory
 from dlm.language_model.options import DecodingOptions
 from dlm.sampling.draw import generators
 from dlm.trajectory import Canvas, Frame, Trajectory
-from dlm.workflows.inputs import FORMAT, Model, language_model
+from dlm.workflows.inputs import FORMAT, Model, fields_of, language_model
 
 SAMPLER, TRIES = "margin", 8
 KEPT = 0.5  # share of the cells without a conflict that stay after a failed try
-
-Callback = Callable[[Trajectory, Frame], None]
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,7 @@ class Solution:
 
     def record(self) -> dict[str, Any]:
         """The figures, as `dlm solve --json` prints them."""
-        names = [name for name in self.__dataclass_fields__ if name != "trajectory"]
-        return {"format": FORMAT} | {name: getattr(self, name) for name in names}
+        return {"format": FORMAT} | fields_of(self, "trajectory")
 
 
 def kind_of(model: LanguageModel) -> Grid:
@@ -179,7 +176,5 @@ def solve(
     again. callback(trajectory, frame): called after every step. InputError as of `Solving`.
     """
     solving = Solving(language_model(model, device), puzzle, options or DecodingOptions(), tries=tries, seed=seed)
-    while (frame := solving.step()) is not None:
-        if callback is not None:
-            callback(solving.trajectory, frame)
+    solving.finish(callback)
     return solving.result()
