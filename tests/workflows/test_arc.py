@@ -95,8 +95,7 @@ def test_the_answers_cells_are_compared_from_the_top_left() -> None:
 def test_two_attempts_are_the_views_with_the_most_votes() -> None:
     """An untrained network: attempts are undone to the task's own colours and turn, and have the votes of their views."""
     attempting = Attempting(untrained(), turned(), 0, DecodingOptions(), views=8, seed=3)
-    while attempting.step() is not None:
-        pass
+    attempting.finish()
     found = attempting.result()
     assert len(found.attempts) == len(found.votes) <= 2
     assert list(found.votes) == sorted(found.votes, reverse=True)
@@ -118,9 +117,11 @@ def test_cells_are_drawn_in_their_colours(tmp_path: Path, monkeypatch: pytest.Mo
             view.update(force=True)
     run = attempting.trajectory
     found, drawn = framed(run, 0, pieces(run, 0), looks(run, 0, after=1.0))
-    assert len("".join(found).split("\n")) == PAIRS * SIZE + PAIRS - 1  # rows and the rules between pairs
+    lines = "".join(found).split("\n")
+    assert len(lines) == PAIRS * SIZE + PAIRS - 1  # rows and the rules between pairs
+    assert {len(line) for line in lines} == {2 * 2 * SIZE + 3}  # a cell is two columns wide
     cells = [(piece, look.colour) for piece, look in zip(found, drawn, strict=True) if look.kind != "border"]
-    assert all(colour == ("" if piece == SYMBOLS[OUTSIDE] else PALETTE[int(piece)]) for piece, colour in cells)
+    assert all(colour == ("" if piece.strip() == SYMBOLS[OUTSIDE] else PALETTE[int(piece)]) for piece, colour in cells)
     seen = {int(cell) for cell in run.current_BT[0].unique() if cell < arc.COLOURS}
     red, green, blue = (int(PALETTE[max(seen)][i : i + 2], 16) for i in (1, 3, 5))
     assert f"48;2;{red};{green};{blue}" in console.file.getvalue()  # type: ignore[attr-defined]
@@ -129,10 +130,11 @@ def test_cells_are_drawn_in_their_colours(tmp_path: Path, monkeypatch: pytest.Mo
     write_html([("run", loaded)], tmp_path / "run.html")
     data = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "run.html").read_text(encoding="utf-8"))[1])  # type: ignore[index]
     assert [ground for ground, _ in data[0]["colours"][:10]] == list(PALETTE)
-    write_gif([("run", loaded)], tmp_path / "run.gif")
+    write_gif([("run", loaded)], tmp_path / "run.gif", rows=2, size=20)
     from PIL import Image
 
     with Image.open(tmp_path / "run.gif") as image:
+        assert image.height > len(lines) * 30  # a grid does not scroll
         image.seek(image.n_frames - 1)  # type: ignore[attr-defined]
         shades = {color for _, color in image.convert("RGB").getcolors(1 << 16) or []}
     assert {tuple(bytes.fromhex(PALETTE[cell][1:])) for cell in seen} <= shades

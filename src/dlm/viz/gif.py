@@ -47,7 +47,7 @@ def write_gif(
 
     One picture for each step, one of the verification of its draft tokens where a run has them, plus the cooling at the end,
     `max_frames` in all: longer runs skip steps. One pane goes step by step, several share the clock. columns, rows: cells of a pane at
-    most (it scrolls if the text is longer); hold: seconds the end stands still; size: font size in pixels.
+    most (it scrolls if the text is longer; a grid is always whole); hold: seconds the end stands still; size: font size in pixels.
     ModuleNotFoundError without the viz extra.
     """
     if find_spec("PIL") is None or find_spec("matplotlib") is None:
@@ -124,19 +124,23 @@ class _Stamps:
         page = rgb(self.theme.page)
         box = (self.width * cells, self.height)
         image = Image.new("L", box, self.page)
-        if ground != page:
+        if look.colour:  # a square of a drawing, with a thin line around it
+            image.paste(self.index(rgb(self.theme.line)), (0, 0, *box))
+            image.paste(self.index(ground), (1, 1, box[0] - 1, box[1] - 1))
+        elif ground != page:
             fine = 4
             block = Image.new("L", (box[0] * fine, box[1] * fine), 0)
             top, edge = round(0.08 * box[1] * fine), 0.06 * self.width * fine
             corners = (edge, top, block.width - 1 - edge, block.height - 1 - top)
             ImageDraw.Draw(block).rounded_rectangle(corners, radius=0.2 * self.width * fine, fill=255)
             image = block.resize(box, Image.Resampling.BOX).point(self.ramp(page, ground))
-        if look.kind != "mask" and (look.blend or not char.isspace()):
+        if look.kind != "mask" and not look.colour and (look.blend or not char.isspace()):
             glyph = Image.new("L", box, 0)
             font = self.slanted if look.draft else self.regular
             for one, shade in reversed(look.blend or ((char, SHADES),)):  # the likeliest last, on top
                 layer = Image.new("L", box, 0)
-                ImageDraw.Draw(layer).text((0, self.baseline), one, fill=round(255 * shade / SHADES), font=font, anchor="ls")
+                at = (box[0] - font.getlength(one)) // 2, self.baseline
+                ImageDraw.Draw(layer).text(at, one, fill=round(255 * shade / SHADES), font=font, anchor="ls")
                 glyph = ImageChops.lighter(glyph, layer)
             touched = glyph.point([int(c > 255 / EDGE_SHADES / 2) * 255 for c in range(256)])
             image.paste(glyph.point(self.ramp(ground, ink)), mask=touched)
@@ -167,7 +171,9 @@ class _Stage:
         for lines in self.lines:
             if len(lines) > 1 and not lines[-1]:
                 lines.pop()
-        self.rows = min(rows, max(len(lines) for lines in self.lines))
+        self.rows = max(
+            len(lines) if "grid" in run.meta else min(rows, len(lines)) for (_, run), lines in zip(panes, self.lines, strict=True)
+        )
         shortest = min(columns, 36)  # room for the caption
         widths = [[sum(max(1, g.width) for g in line) for line in lines] for lines in self.lines]
         self.columns = [min(columns, max([shortest, *column])) for column in widths]
@@ -264,6 +270,7 @@ class _Stage:
         chars = [[char for char, _ in layout.glyphs(piece)] for piece in pieces]
         used = [0] * len(pieces)  # glyphs of the position's present piece that are placed
         cells: dict[tuple[int, int], Cell] = {}
+        squares = layout.is_coloured(run)
         for y, line in enumerate(lines):
             x, before = 0, (-1, -1)
             for glyph in line:
@@ -271,6 +278,11 @@ class _Stage:
                 n = used[position]
                 used[position] += 1
                 look = looks[position]
+                if squares and look.kind != "border":
+                    if n == 0 and top <= y < top + self.rows:
+                        cells[x, y - top] = (chars[position][0], 2, look)
+                    x += width
+                    continue
                 char = " " if look.kind == "mask" else chars[position][n] if n < len(chars[position]) else " "
                 char = ("" if glyph.char == "\n" else "\u21b5") if char == "\n" else char
                 if top <= y < top + self.rows and char and width and x + width <= self.columns[i]:

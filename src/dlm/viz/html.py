@@ -14,7 +14,7 @@ from typing import Any
 from dlm.files import write_text
 from dlm.trajectory import Trajectory
 from dlm.viz import palette
-from dlm.viz.layout import Pane, at_row, slots
+from dlm.viz.layout import Pane, at_row, is_coloured, slots
 
 
 def write_html(panes: Sequence[Pane], path: str | Path, *, row: int = 0) -> None:
@@ -59,7 +59,7 @@ def _record(label: str, run: Trajectory, row: int) -> dict[str, Any]:
     blends = [_blends(run, k, row, pieces) for k in range(len(run))] if run.has_blends else []
     return {
         "label": label,
-        "pieces": [text for _, text in index],
+        "pieces": [f"{text} " if is_coloured(run) else text for _, text in index],
         "tokens": [token for token, _ in index],
         "mask": next((number for (token, _), number in index.items() if token == run.mask_id), -1),
         "start": shown[0],

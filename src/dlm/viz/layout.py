@@ -128,7 +128,7 @@ HOT = 3
 
 def coloured(run: Trajectory, row: int, looks: Sequence[Look]) -> list[Look]:
     """The same looks, of a grid of colours with that of each cell; an empty one stands for none."""
-    if "colours" not in run.meta.get("grid", {}):
+    if not is_coloured(run):
         return list(looks)
     colours = [*run.meta["grid"]["colours"], ""]  # of tokens, then of the mask
     tokens = run.current_BT[row][run.valid_BT[row]].tolist()
@@ -137,6 +137,11 @@ def coloured(run: Trajectory, row: int, looks: Sequence[Look]) -> list[Look]:
         look._replace(colour=colours[token], draft=False) if look.kind in ("text", "given") and look.level >= HOT else look
         for look, token in cells
     ]
+
+
+def is_coloured(run: Trajectory) -> bool:
+    """Whether this is a grid of colours, whose cells are squares side by side: two columns wide, with no space between them."""
+    return "colours" in run.meta.get("grid", {})
 
 
 def _blend(run: Trajectory, likely: Sequence[tuple[int, float]]) -> tuple[tuple[str, int], ...]:
@@ -166,12 +171,14 @@ def slots(run: Trajectory, row: int, *, ascii_only: bool = False) -> list[int | 
         return list(positions)
     columns, (height, width) = run.meta["grid"]["axes"][-1], run.meta["grid"]["tile"][-2:]
     down, across, cross = "|-+" if ascii_only else "│─┼"
-    rule = f"{across}{cross}{across}".join([across * (2 * width - 1)] * (columns // width)) + "\n"
+    rule = f"{across}{cross}{across}".join([across * (2 * width - 1 + is_coloured(run))] * (columns // width)) + "\n"
     made: list[int | str] = []
     for position in positions:
         row_of, column = divmod(position, columns)
-        if column:
-            made.append(f" {down} " if column % width == 0 else " ")
+        if column % width == 0 < column:
+            made.append(f" {down} ")
+        elif column:
+            made += [] if is_coloured(run) else [" "]
         elif position:
             made.append("\n" if row_of % height else f"\n{rule}")
         made.append(position)
@@ -184,6 +191,8 @@ def framed(
     """The same pieces and looks, of a grid with its borders among them."""
     if "grid" not in run.meta:
         return list(shown), list(looks)
+    if is_coloured(run):
+        shown = [piece * 2 if look.kind == "mask" else f"{piece} " for piece, look in zip(shown, looks, strict=True)]
     found = slots(run, row, ascii_only=ascii_only)
     pieces = [slot if isinstance(slot, str) else shown[slot] for slot in found]
     return pieces, [BORDER if isinstance(slot, str) else looks[slot] for slot in found]
