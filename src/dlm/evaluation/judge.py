@@ -17,7 +17,7 @@ TextBits = Callable[[Sequence[str]], Tensor]
 
 
 def of_ids(nats: Callable[[Tensor], Tensor], encode: Callable[[str], list[int]], name: str, window: int) -> TextBits:
-    """A judge that gives the nats (1,) of token ids (1, T). InputError for a text that it cannot encode, or longer than its window."""
+    """A judge by the nats (1,) of token ids (1, T), T at most `window`. InputError for a text of one token, or that it cannot encode."""
 
     @torch.no_grad()
     def bits(texts: Sequence[str]) -> Tensor:
@@ -27,8 +27,7 @@ def of_ids(nats: Callable[[Tensor], Tensor], encode: Callable[[str], list[int]],
                 x_1T = torch.tensor([encode(text)])
             except InputError as error:
                 raise InputError(f"the judge {name} cannot read the text: {error}") from None
-            _check(x_1T, window, name)
-            found.append(nats(x_1T))
+            found.append(_strided(nats, x_1T, window, name))
         return torch.cat(found).double().cpu() / math.log(2)
 
     return bits
@@ -50,23 +49,30 @@ def of_transformers(name: str, device: str = "cpu") -> TextBits:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{name} is no causal model that transformers can read ({str(error).splitlines()[0]})") from None
 
+    def nats(x_1T: Tensor) -> Tensor:
+        logits_1TV = network(x_1T).logits[:, :-1].double()
+        return torch.nn.functional.cross_entropy(logits_1TV.transpose(1, 2), x_1T[:, 1:], reduction="none").sum(1)
+
     @torch.no_grad()
     def bits(texts: Sequence[str]) -> Tensor:
-        found = []
-        for text in texts:
-            begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-            x_1T = torch.tensor([[*begin, *tokenizer(text, add_special_tokens=False)["input_ids"]]], device=device)
-            _check(x_1T, getattr(network.config, "max_position_embeddings", 1 << 30), name)
-            logits_1TV = network(x_1T).logits[:, :-1].double()
-            found.append(torch.nn.functional.cross_entropy(logits_1TV.transpose(1, 2), x_1T[:, 1:], reduction="sum").cpu())
-        return torch.stack(found) / math.log(2)
+        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        ids = [[*begin, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts]
+        window = getattr(network.config, "max_position_embeddings", 1 << 30)
+        return torch.cat([_strided(nats, torch.tensor([one], device=device), window, name) for one in ids]).cpu() / math.log(2)
 
     return bits
 
 
-def _check(x_1T: Tensor, window: int, name: str) -> None:
-    if not 2 <= x_1T.shape[1] <= window:
-        raise InputError(f"the judge {name} reads 2 to {window} tokens, a text has {x_1T.shape[1]}: shorter texts, or another judge")
+def _strided(nats: Callable[[Tensor], Tensor], x_1T: Tensor, window: int, name: str) -> Tensor:
+    """Nats (1,) of a text of any length: in windows that overlap by half, each token counted once, after half a window at least."""
+    if x_1T.shape[1] < 2:
+        raise InputError(f"the judge {name} reads texts of two tokens or more, one has {x_1T.shape[1]}: longer texts, or another judge")
+    total, read = nats(x_1T[:, :window]), window
+    while read < x_1T.shape[1]:
+        begin = read - window // 2
+        total = total + nats(x_1T[:, begin : begin + window]) - nats(x_1T[:, begin:read])  # by the chain rule
+        read = begin + window
+    return total
 
 
 def figures(bits: TextBits, decode: Callable[[list[int]], str]) -> Callable[[Tensor], dict[str, Tensor]]:
