@@ -146,6 +146,7 @@ BAD: dict[str, Any] = {
     "a tile that does not fill it": broken(lambda t: t["begin"].update(grid={"axes": [1, 5], "tile": [1, 2]})),
     "a tile of nothing": broken(lambda t: t["begin"].update(grid={"axes": [1, 5], "tile": [1, 0]})),
     "a grid of no numbers": broken(lambda t: t["begin"].update(grid={"axes": [True, 5.0], "tile": "11"})),
+    "a colour that is none": broken(lambda t: t["begin"].update(grid={"axes": [1, 5], "tile": [1, 5], "colours": ["red"]})),
     "a grid that is none": broken(lambda t: t["begin"].update(grid=[1, 5])),
     "a position below 0": broken(lambda t: t["steps"][0].update(changed=[[-1, 3, "a", "f"]])),
     "a given position": broken(lambda t: t["steps"][0].update(changed=[[0, 3, "a", "f"]])),

@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 
 import dlm
+from conftest import make_model
+from dlm.grids import arc
 from dlm.grids.grid import written
 from dlm.grids.sudoku import Sudoku
+from dlm.serve.export import pane
+from dlm.train.arc import find
 
 pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
@@ -36,3 +40,22 @@ def test_a_puzzle_is_solved_and_its_run_is_a_grid(served: Any) -> None:
     trace = {"begin": begin, "steps": [step for _, step in steps]}
     page = served.post("/v1/dlm/export", {"format": "html", "trace": trace})
     assert '"cells":[0,-1,1,-1,2' in page.text
+
+
+def test_cells_of_an_arc_task_keep_their_colours_on_the_way_to_a_picture() -> None:
+    """A picture numbers the texts anew, in the order in which they come."""
+    from serve.serving import serving
+
+    data = find("arc-rules:2")
+    lm = make_model(context=0, alphabet=arc.SYMBOLS, **{name: data.settings[name] for name in ("axes", "groups", "window")})
+    task = data.tasks("val")[0]
+    cells = [arc.SYMBOLS[cell] for cell in arc.canvas(task.demonstrations, *task.tests[0], size=2, pairs=3).flatten()]
+    with serving([lm]) as made:
+        assert made.client.get("/v1/models").json()["data"][0]["dlm"]["grid"]["colours"] == [*arc.PALETTE, ""]
+        (_, begin), *steps, _ = made.native({"canvas": [*cells[:-2], None, None], "steps": 2})
+    _, run = pane({"begin": begin, "steps": [step for _, step in steps]})
+    assert run.meta["grid"]["axes"] == [6, 4]
+    found = [run.meta["grid"]["colours"][number] for number in run.current_BT[0].tolist()]
+    shown = [run.piece(number) for number in run.current_BT[0].tolist()]
+    assert shown[:-2] == cells[:-2]
+    assert found == ["" if piece == arc.SYMBOLS[-1] else arc.PALETTE[int(piece)] for piece in shown]

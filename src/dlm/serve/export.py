@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ MAX_TRACES, MAX_POSITIONS, MAX_STEPS = 4, 16_384, 16_384
 MAX_CHANGES, MAX_CELLS, MAX_CHARACTERS, MAX_BLENDED = 2_000_000, 50_000_000, 256, 8
 """Bounds of an export: changes in all, positions times steps, characters of one token, tokens at one place."""
 
+COLOUR = re.compile("(#[0-9a-f]{6})?")
 GIVEN, NOISE, DRAFT, REJECTED, SETTLED = "g", "n", "d", "x", "fc"
 STATES = frozenset("gndfcx")
 
@@ -80,6 +82,7 @@ class _Pieces:
 
     def __init__(self, mask: object) -> None:
         self.mask, self.texts = mask, {}  # type: object, dict[str, int]
+        self.tokens: dict[str, int] = {}
 
     def number(self, token: object, text: object, state: object) -> int:
         """0 is the mask."""
@@ -87,7 +90,12 @@ class _Pieces:
             raise InputError(f"a token is a whole number and a text of at most {MAX_CHARACTERS} characters, got {str([token, text])[:60]}")
         if token == self.mask and state == NOISE:
             return 0
+        self.tokens.setdefault(text, token)
         return self.texts.setdefault(text, len(self.texts) + 1)
+
+    def coloured(self, colours: list[str]) -> list[str]:
+        """The colour of each number, "" for none, from those of tokens."""
+        return ["", *(colours[token] if 0 <= token < len(colours) else "" for token in self.tokens.values())]
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ def _run(begin: dict[str, Any], tokens: list[Any], states: str, steps: list[Any]
     moves, promise_T = _moves(steps, states, pieces, drafting)
     token_BT, free_BT = torch.tensor([start]), torch.tensor([[state != GIVEN for state in states]])
     canvas = Canvas(token_BT.clone(), free_BT, torch.ones_like(free_BT))
-    meta = {"grid": _grid(begin["grid"], len(states))} if begin.get("grid") is not None else {}
+    meta = {"grid": _grid(begin["grid"], len(states), pieces)} if begin.get("grid") is not None else {}
     run = Trajectory(token_BT, canvas, pieces={number: text for text, number in pieces.texts.items()}, mask_id=0, meta=meta)
     forwards, seconds = 1, 0.0
     for k, move in enumerate(moves, 1):
@@ -126,13 +134,18 @@ def _run(begin: dict[str, Any], tokens: list[Any], states: str, steps: list[Any]
     return run
 
 
-def _grid(grid: object, cells: int) -> dict[str, list[int]]:
-    """Shape and bordered tile of a grid. InputError for a shape of another number of cells, or a tile that does not fill it."""
+def _grid(grid: object, cells: int, pieces: _Pieces) -> dict[str, list[int] | list[str]]:
+    """Shape, bordered tile and colours of a grid. InputError for a shape of another number of cells, a tile that does not fill it, or a
+    colour that is none."""
     axes, tile = (_sides(grid.get(name)) if isinstance(grid, dict) else [] for name in ("axes", "tile"))
     fills = len(axes) == len(tile) > 0 and not any(size % side for size, side in zip(axes, tile, strict=True))
     if not fills or math.prod(axes) != cells:
         raise InputError(f"begin.grid needs axes, whose product is the {cells} tokens, and a tile that fills them, got {str(grid)[:60]}")
-    return {"axes": axes, "tile": tile}
+    drawn: dict[str, list[int] | list[str]] = {"axes": axes, "tile": tile}
+    colours = grid.get("colours", []) if isinstance(grid, dict) else []
+    if not isinstance(colours, list) or not all(isinstance(one, str) and COLOUR.fullmatch(one) for one in colours):
+        raise InputError("begin.grid.colours is a list of #rrggbb, or nothing for a token without a colour")
+    return drawn | ({"colours": pieces.coloured(colours)} if colours else {})
 
 
 def _sides(sides: object) -> list[int]:

@@ -104,8 +104,7 @@ class Attempting(Stepping):
         usual = replace(options, sampler=options.sampler or SAMPLER, steps=options.steps or size**2)
         plan = model.resolve(replace(usual, temperature=0.0 if options.temperature is None else options.temperature))
         self.word, sampler = plan.word, model.build(plan)
-        drawn = {"axes": [pairs * size, 2 * size], "tile": [size, size], "colours": [*arc.PALETTE, ""]}
-        about = {"seed": seed, "sampler": plan.word, "window": model.window, "grid": drawn}
+        about = {"seed": seed, "sampler": plan.word, "window": model.window, "grid": model.grid}
         frames = sampler.steps(self.canvas.to(model.network.device), rng=generators(seed, views))
         super().__init__(trajectory(model, self.canvas, **about), frames)
 

@@ -17,6 +17,11 @@ export function quoted(entry) {
   return text === "" ? "part of a character" : text.trim() === "" ? "space" : text === "↵" ? "line break" : `“${text}”`;
 }
 
+const ink = ground => { // of a text that reads well there
+  const [red, green, blue] = [1, 3, 5].map(i => parseInt(ground.slice(i, i + 2), 16));
+  return .3 * red + .59 * green + .11 * blue > 115 ? "#1d1006" : "#f6f2ff";
+};
+
 export class TextPane {
   constructor(root) {
     this.root = root;
@@ -40,11 +45,19 @@ export class TextPane {
     this.text.removeAttribute("aria-label");
   }
 
-  // Cells in rows of a square in place of lines of text; grid: {axes, tile} of the model, or nothing
+  // Cells in rows of a square in place of lines of text; grid: {axes, tile, colours?} of the model, or nothing
   shape(grid) {
     this.grid = grid;
     this.text.classList.toggle("cells", Boolean(grid));
     if (grid) this.text.style.setProperty("--columns", grid.axes.at(-1));
+  }
+
+  // The colour of a token of its own, or nothing
+  paint(span, colour) {
+    span.classList.toggle("own", Boolean(colour));
+    if (!colour) return;
+    span.style.setProperty("--own", colour);
+    span.style.setProperty("--own-ink", ink(colour));
   }
 
   // Tokens, in a grid with the borders behind its tiles
@@ -63,7 +76,11 @@ export class TextPane {
     this.blankSheet(grid, true);
     this.fill(cells.map(cell => {
       const span = cell === null ? this.blank(true) : document.createElement("span");
-      if (cell !== null) { span.className = "tok g"; span.textContent = cell; }
+      if (cell !== null) {
+        span.className = "tok g";
+        span.textContent = cell;
+        this.paint(span, grid.colours?.[[...grid.symbols].indexOf(cell)]);
+      }
       return span;
     }));
   }
@@ -179,6 +196,7 @@ export class TextPane {
       this.drawn[i] = key;
       const span = this.spans[i];
       span.className = names.join(" ");
+      this.paint(span, !entry.mask && "gc".includes(entry.state) && edit === undefined && this.grid?.colours?.[entry.id]);
       span.style.setProperty("--sure", sure);
       if (struck) span.dataset.struck = struck; else delete span.dataset.struck;
       if (span.textContent !== text) span.textContent = text;
