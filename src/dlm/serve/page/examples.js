@@ -6,6 +6,7 @@ const PUZZLES = [ // by cells and symbols
   [16, "1234", "1...2..1.14....."],
   [81, "123456789", "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"],
   [81, "#*:GS", ".#..S#.#.\n.#.#.#.#.\n...#.....\n.#######.\nG..#.....\n######.#.\n...#...#.\n##.#.###.\n.......#."],
+  [54, "0123456789·", "68·60·\n09·00·\n60·60·\n090000\n689600\n······\n698___\n880___\n860___"],
 ];
 
 const calm = model => model.dlm.kind === "diffusion" ? Math.min(64, model.dlm.steps || 64) : undefined; // steps that end soon
@@ -49,7 +50,8 @@ export function show(root, models, page) {
   for (const puzzle of PUZZLES) {
     const solver = models.find(fits(puzzle));
     if (solver) {
-      offers.push([`${solver.dlm.grid.symbols.includes("#") ? "a maze" : "a puzzle"} of ${solver.dlm.grid.axes.join(" × ")}`, () => {
+      const kind = solver.dlm.grid.colours ? "a task" : solver.dlm.grid.symbols.includes("#") ? "a maze" : "a puzzle";
+      offers.push([`${kind} of ${solver.dlm.grid.axes.join(" × ")}`, () => {
         page.prompt(puzzle[2]);
         page.setting(0, { model: solver.id });
       }]);
