@@ -13,7 +13,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 .PHONY: demo test check train-gpu docs lint style types all-tests quick-tests install clean
 
 demo: $(VENV)/.demo
-	$(BIN)/dlm generate "ROMEO:" --compare words,words-uniform --temperature 0.7 --steps 64 --watch
+	$(BIN)/dlm generate "ROMEO:" --compare words,words-uniform --steps 64 --watch
 	@echo
 	@echo "Type next (or put dlm on your path with: source $(BIN)/activate):"
 	@echo
