@@ -56,9 +56,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="two budgets, two texts: does it run?")
     args = parser.parse_args()
-    usual = USUAL
+    usual, of_twin = USUAL, TWIN
     if args.quick:
         args.samples, args.budgets = 2, args.budgets[:2]
+        of_twin = {"autoregressive, cache": TWIN["autoregressive, cache"]}
         usual = {"topk, 16 steps": {"sampler": "topk", "steps": 16}}
     console, twin, rows = Console(stderr=True), dlm.load(args.twin, device=args.device), []
     table = Table("model", "setting", "chosen", "calls", "seconds", "bits/char", "entropy", "distinct-4", box=None)
@@ -72,7 +73,7 @@ def main() -> None:
         tables[name] = model.calibration()
         chosen = {f"auto, {budget}": tables[name].choose(budget).options for budget in args.budgets}
         runs += [(model, label, options) for label, options in (chosen | usual).items()]
-    runs += [(twin, label, options) for label, options in ({} if args.quick else TWIN).items()]
+    runs += [(twin, label, options) for label, options in of_twin.items()]
     for model, label, options in runs:
         console.print(f"{model.name}: {label}", highlight=False)
         row = _measured(model, twin, options, args)

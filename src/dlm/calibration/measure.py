@@ -38,7 +38,12 @@ def candidates(*, window: int, causal: bool, quick: bool = False) -> list[Option
 
 
 def is_exact(options: Options) -> bool:
-    """Whether these options of a masked model have the distribution of one token a forward pass; a text is longer than one token."""
+    """Whether these options, of a masked model or an autoregressive one, have the distribution of one token a forward pass.
+
+    A text is longer than one token.
+    """
+    if options["sampler"] == "autoregressive":
+        return True
     return registry.is_exact(options["sampler"], "masked", steps=options.get("steps"), cache=options.get("cache", True))
 
 
