@@ -30,6 +30,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dlm.models.config import TransformerConfig
+from dlm.models.hardware import multiplies_bf16
 from dlm.noise.masked import MaskedNoise
 from dlm.train import recipes
 from dlm.train.config import TrainConfig
@@ -133,13 +134,6 @@ def matmul_peak(dtype: torch.dtype, device: torch.device, size: int) -> float:
     return best
 
 
-def has_bf16(device: torch.device) -> bool:
-    """bfloat16 products in hardware; elsewhere they are emulated and only cost time."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-
-
 @dataclass
 class Candidate:
     name: str
@@ -225,7 +219,7 @@ def main() -> None:
         config, modes, product = replace(config, network=tiny, context=8, batch=4), ["eager"], 256
         args.steps, args.repeats = 2, 2
     data_N = np.random.default_rng(0).integers(65, size=200_000, dtype=np.int32)
-    dtypes = args.dtypes.split(",") if args.dtypes else ["float32", *(["bfloat16"] if has_bf16(device) else [])]
+    dtypes = args.dtypes.split(",") if args.dtypes else ["float32", *(["bfloat16"] if multiplies_bf16(device) else [])]
 
     candidates = list(warmed_up(config, modes, dtypes, data_N, device, console))
     tokens = args.steps * config.batch * config.network.window

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dlm.inference import fused, packed
+from dlm.inference import fused
+from dlm.models import hardware
 from dlm.models.block import Linear
 from dlm.models.transformer import Transformer
 from inference.networks import model
@@ -19,7 +20,7 @@ def test_prepacked_products_are_the_same(dtype: torch.dtype, close: float, least
     """It is made when it is first needed, and again when the weights change."""
     layers = [Linear(24, 40, dtype=dtype), Linear(24, 8, dtype=dtype)]
     product = fused.JoinedLinear(layers)
-    product.packs = packed.available(dtype)
+    product.packs = hardware.prepacks(dtype)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for change in (0.0, 1.0):
@@ -41,7 +42,7 @@ def head_packs(network: Transformer) -> bool:
 def test_large_networks_are_not_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = model(), model()
     fused.fuse(small.network)
-    assert head_packs(fused.fuse(model().network.bfloat16())) == packed.available(torch.bfloat16)
+    assert head_packs(fused.fuse(model().network.bfloat16())) == hardware.prepacks(torch.bfloat16)
     monkeypatch.setattr(fused, "PREPACK_BYTES", 1000)
     fused.fuse(large.network)
     assert head_packs(small.network)

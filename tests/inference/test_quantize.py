@@ -14,10 +14,11 @@ import torch.nn.functional as F
 
 from dlm.adapters import lora
 from dlm.errors import InputError
-from dlm.inference import fused, packed, quantize, quantized_linear
+from dlm.inference import fused, quantize, quantized_linear
 from dlm.inference.quantized_linear import GROUP, Int4Linear, Int8Linear, QuantizedLinear, Shortlist
 from dlm.language_model import load
 from dlm.language_model.options import DecodingOptions
+from dlm.models import hardware
 from dlm.sampling.autoregressive.draft import DTYPES
 from inference.networks import in_calls, model, text
 
@@ -39,7 +40,7 @@ def test_weights_are_quantized_to_the_nearest_level(kind: type[QuantizedLinear],
     assert not written_OI[3].any()
     cases = [
         (rows, packs)
-        for packs in (False, packed.available(torch.bfloat16))
+        for packs in (False, hardware.prepacks(torch.bfloat16))
         for rows in (1, 2, 7, layer.kernel_rows_alone, layer.kernel_rows_alone + 1)
     ]
     for rows, layer.packs in cases:

@@ -24,10 +24,10 @@ SETTINGS = {
 
 
 def test_rows_of_a_piece() -> None:
-    assert learner.pieces(slice(8, 21), 256, 1) == [slice(8, 12), slice(12, 16), slice(16, 20), slice(20, 21)]
-    assert learner.pieces(slice(0, 4), 2048, 1) == [slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4)]
-    assert learner.pieces(slice(0, 4), 2048, 2) == [slice(0, 2), slice(2, 4)]
-    assert learner.pieces(slice(0, 4), 200, 2) == [slice(0, 4)]
+    assert learner.pieces(slice(8, 21), 256, 1, 1024) == [slice(8, 12), slice(12, 16), slice(16, 20), slice(20, 21)]
+    assert learner.pieces(slice(0, 4), 2048, 1, 1024) == [slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4)]
+    assert learner.pieces(slice(0, 4), 2048, 2, 1024) == [slice(0, 2), slice(2, 4)]
+    assert learner.pieces(slice(0, 4), 200, 2, 1024) == [slice(0, 4)]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -35,7 +35,7 @@ def test_a_step_in_pieces_is_that_of_the_whole_batch(name: str, tmp_path: Path, 
     config = tiny.config(tiny.write_text(tmp_path / "text.txt"), *SETTINGS[name], "optimizer=adamw", "batch=6", "clip=1e9")
     found: list[tuple[int, Update, list[torch.Tensor]]] = []
     for tokens in (1, 1024):
-        monkeypatch.setattr(learner, "PIECE_TOKENS", tokens)
+        monkeypatch.setitem(learner.PIECE_TOKENS, False, tokens)
         task = Training(config, setup.resolve(config), processes.accelerate(config.batch, bf16=False), tmp_path / "run", {})
         taken: list[torch.Tensor] = []
         optimizer = task.learner.optimizer

@@ -210,7 +210,8 @@ class Conversion:
         self.drafting = drafting(base, config, fingerprint, fresh=not meta)
         module = self.drafting.module
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.optimizer = make(config.optimizer, module, Settings(config.lr, weight_decay=config.weight_decay))
+        settings = Settings(config.lr, weight_decay=config.weight_decay, bf16=self.device.type == "cuda")
+        self.optimizer = make(config.optimizer, module, settings)
         if meta:
             state.load_trained(out / state.FILE, self.named, self.optimizer)
         self.held_x_BT, self.held_free_BT = (part.to(self.device) for part in rows.held)

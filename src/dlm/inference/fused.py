@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlm.inference.fixed_rows import FixedRows
-from dlm.inference.packed import PrepackedLinear, available
+from dlm.inference.packed import PrepackedLinear
 from dlm.inference.quantized_linear import QuantizedLinear, is_large_head, quantized_head
 from dlm.models.block import MLP, Attention, Block, Head, Linear, LowRank, MaskTokens, Rotary
+from dlm.models.hardware import prepacks
 from dlm.models.transformer import Transformer
 
 PREPACK_ROWS = {torch.float32: range(3, 257), torch.bfloat16: range(1, 257)}  # rows of a product for which prepacked weights pay
@@ -252,7 +253,7 @@ def may_prepack(network: Transformer, dtype: torch.dtype) -> bool:
     """Whether the weights of this network may be held a second time, in this type."""
     quantized = sum(m.in_features * m.out_features for m in network.modules() if isinstance(m, QuantizedLinear))
     size = (sum(p.numel() for p in network.parameters()) + quantized) * dtype.itemsize
-    return network.device.type == "cpu" and size <= PREPACK_BYTES and available(dtype)
+    return network.device.type == "cpu" and size <= PREPACK_BYTES and prepacks(dtype)
 
 
 def fused_layers(network: nn.Module) -> Iterator[tuple[FusedLinear, tuple[Linear, ...]]]:

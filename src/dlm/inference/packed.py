@@ -64,13 +64,6 @@ def _product_shape(x: Tensor, outputs: int, _bias: Tensor | None, _serial: Tenso
     return x.new_empty(*x.shape[:-1], outputs)
 
 
-def available(dtype: torch.dtype) -> bool:
-    """Whether oneDNN prepacks weights of this type on this machine."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-
-
 def prepacked_bytes(network: nn.Module) -> int:
     """Of the second copies that the layers of a network hold."""
     held = [module.prepacked for module in network.modules() if isinstance(module, PrepackedLinear)]

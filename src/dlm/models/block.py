@@ -105,7 +105,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is not None and elementwise.pay(x):
-            return elementwise.rms_norm(x, self.weight.to(x.dtype), torch.finfo(x.dtype).eps if self.eps is None else self.eps)
+            return elementwise.rms_norm(x, self.weight, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
         return F.rms_norm(x, self.normalized_shape, None if self.weight is None else self.weight.to(x.dtype), self.eps)
 
 
@@ -197,7 +197,7 @@ class Attention(nn.Module):
         """Heads (B, H, Q, K) normed and rotated."""
         weight = None if norm is None else norm.weight
         apart = weight is not None and weight.is_meta  # on another device: the module fetches it when it is called
-        if elementwise.pay(x_BQHK) and not apart and cos.dtype == x_BQHK.dtype and cos.shape[-1] == x_BQHK.shape[-1]:
+        if elementwise.pay(x_BQHK) and not apart and cos.shape[-1] == x_BQHK.shape[-1]:
             turns = cos.transpose(1, 2), sin.transpose(1, 2)
             return elementwise.turned(x_BQHK, weight, self.config.norm_eps, *turns).transpose(1, 2)
         x_BHQK = x_BQHK.transpose(1, 2)

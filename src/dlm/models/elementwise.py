@@ -2,6 +2,7 @@
 
 torch composes them of many elementwise operations, each of which reads and writes all of its input, forward and back. Here they take half
 the passes over memory. Other devices and torch.compile fuse such operations by themselves.
+Norms and rotations of bfloat16 compute in float32 and round once, at the end.
 Shapes: B batch, Q positions, H heads, K head dim, J taps, D width.
 """
 
@@ -17,14 +18,14 @@ from torch.autograd.function import once_differentiable
 
 
 def pay(x: Tensor) -> bool:
-    """Whether x is worked on where these functions take less time: on a CPU, eagerly, not in half precision."""
-    return x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether x is worked on where these functions take less time: on a CPU, eagerly."""
+    return x.dtype != torch.float16 and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`F.rms_norm` over the last dimension."""
     if not torch.is_grad_enabled():
-        return _normed(x, eps)[0].mul_(weight_D)
+        return _normed(_wide(x), eps)[0].mul_(weight_D).to(x.dtype)
     y: Tensor = _Norm.apply(x, weight_D, eps)  # type: ignore[no-untyped-call]
     return y
 
@@ -32,7 +33,9 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def turned(x_BQHK: Tensor, weight_K: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
     """Heads after RMSNorm by this weight, if there is one, and rotation; cos and sin (B or 1, Q, 1, K), the same in either half of K."""
     if not torch.is_grad_enabled():
-        return _rotated(x_BQHK if weight_K is None else _normed(x_BQHK, eps)[0].mul_(weight_K), cos, _signed(sin))
+        wide_BQHK = _wide(x_BQHK)
+        turned_BQHK = _rotated(wide_BQHK if weight_K is None else _normed(wide_BQHK, eps)[0].mul_(weight_K), cos, _signed(sin))
+        return turned_BQHK.to(x_BQHK.dtype)
     y_BQHK: Tensor = _Turned.apply(x_BQHK, weight_K, eps, cos, sin)  # type: ignore[no-untyped-call]
     return y_BQHK
 
@@ -50,6 +53,11 @@ def convolved(x_BQD: Tensor, weight_JD: Tensor, steps: range) -> Tensor:
         return _sum_of_taps(x_BQD, weight_JD, steps)
     y_BQD: Tensor = _Convolved.apply(x_BQD, weight_JD, steps)  # type: ignore[no-untyped-call]
     return y_BQD
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -70,14 +78,17 @@ def _norm_back(g: Tensor, normed: Tensor, inverse: Tensor, weight: Tensor, *, ow
 class _Norm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        normed, inverse = _normed(x, eps)
+        normed, inverse = _normed(_wide(x), eps)
         ctx.save_for_backward(normed, inverse, weight)
-        return normed * weight
+        ctx.dtype = x.dtype
+        return (normed * weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        return *_norm_back(g, *ctx.saved_tensors, owned=False), None
+        normed, inverse, weight = ctx.saved_tensors
+        back, of_weight = _norm_back(_wide(g), normed, inverse, _wide(weight), owned=False)
+        return back.to(ctx.dtype), of_weight.to(weight.dtype), None
 
 
 def _signed(sin: Tensor) -> Tensor:
@@ -93,20 +104,24 @@ def _rotated(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
 class _Turned(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-        signed_sin = _signed(sin)
+        ctx.dtype, signed_sin = x.dtype, _signed(sin)
         if weight is None:
             ctx.save_for_backward(cos, signed_sin)
-            return _rotated(x, cos, signed_sin)
-        normed, inverse = _normed(x, eps)
+            return _rotated(_wide(x), cos, signed_sin).to(x.dtype)
+        normed, inverse = _normed(_wide(x), eps)
         ctx.save_for_backward(cos, signed_sin, normed, inverse, weight)
-        return _rotated(normed * weight, cos, signed_sin)
+        return _rotated(normed * weight, cos, signed_sin).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         cos, signed_sin, *norm = ctx.saved_tensors
-        back = _rotated(g.contiguous(), cos, -signed_sin)  # the transposed rotation
-        return *(_norm_back(back, *norm, owned=True) if norm else (back, None)), None, None, None
+        back = _rotated(_wide(g.contiguous()), cos, -signed_sin)  # the transposed rotation
+        if not norm:
+            return back.to(ctx.dtype), None, None, None, None
+        normed, inverse, weight = norm
+        back, of_weight = _norm_back(back, normed, inverse, _wide(weight), owned=True)
+        return back.to(ctx.dtype), of_weight.to(weight.dtype), None, None, None
 
 
 class _SquaredReLU(Function):

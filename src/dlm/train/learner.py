@@ -5,6 +5,7 @@ Everything random at step n is a function of (seed, n). Shapes: B rows of the ba
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -20,6 +21,7 @@ from dlm.errors import InputError
 from dlm.formats import native
 from dlm.models.block import Blocks
 from dlm.models.config import TransformerConfig
+from dlm.models.hardware import multiplies_bf16
 from dlm.models.transformer import Transformer
 from dlm.noise import loss
 from dlm.noise.classes import ClassNoise
@@ -35,13 +37,14 @@ from dlm.train.noise_weights import NoiseWeights
 from dlm.train.objective import Objective, RowsOf, levels_on
 from dlm.train.optimisers import EMA, Settings, learning_rate, make, set_learning_rate
 
-PIECE_TOKENS = 1024
-"""Of one forward and backward pass on a CPU, at least a window: what they read and write then stays in its caches."""
+PIECE_TOKENS = {False: 1024, True: 4096}
+"""By whether products are in bfloat16, tokens of one forward and backward pass on a CPU, at least a window: most of what they read and
+write then stays in its caches."""
 
 
-def pieces(own: slice, tokens: int, multiple: int) -> list[slice]:
-    """The rows `own` of a batch in runs of about PIECE_TOKENS, each of a multiple of so many rows. tokens: of a row."""
-    rows = max(multiple, PIECE_TOKENS // tokens // multiple * multiple)
+def pieces(own: slice, tokens: int, multiple: int, at_once: int) -> list[slice]:
+    """The rows `own` of a batch in runs of about so many tokens at once, each of a multiple of so many rows. tokens: of a row."""
+    rows = max(multiple, at_once // tokens // multiple * multiple)
     return [slice(first, min(first + rows, own.stop)) for first in range(own.start, own.stop, rows)]
 
 
@@ -104,7 +107,9 @@ class Learner:
             begin_with(config.init, self.bare, noise)
         if config.compile:
             self.bare.compile()
-        settings = Settings(config.lr, config.betas, config.weight_decay, fused=self.device.type == "cuda")
+        cuda = self.device.type == "cuda"
+        half = cuda or (config.bf16 and multiplies_bf16(self.device))
+        settings = Settings(config.lr, config.betas, config.weight_decay, fused=cuda, bf16=half)
         self.network, self.wrapped = accelerator.prepare(self.bare, make(config.optimizer, self.bare, settings))
         self.optimizer: torch.optim.Optimizer = self.wrapped.optimizer
         self.ema = EMA(self.network, config.ema)
@@ -115,7 +120,8 @@ class Learner:
         if self.noise_weights is not None:
             self.noise = cast(Process, cast(LearnedNoise, noise).learning(self.noise_weights.log_weights))
         self.copies, learns = (1, False) if self.noise_weights is None else (COPIES, True)
-        self.pieces = pieces(self.own, config.network.window, self.copies) if self._splits(noise) else [self.own]
+        at_once = PIECE_TOKENS[config.bf16] if self._splits(noise) else sys.maxsize
+        self.pieces = pieces(self.own, config.network.window, self.copies, at_once)
         rows = [cast(Process, RowsOf(self.noise, batch=config.batch, own=piece)) for piece in self.pieces]
         self.objectives, self.equal = (
             [Objective.of(config, some, teacher, equal=equal, learns=learns) for some in rows] for equal in (False, True)

@@ -34,12 +34,13 @@ Group = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of an optimiser. lr: the peak; fused: one kernel for all parameters, on a GPU."""
+    """The settings of an optimiser. lr: the peak; fused: one kernel for all parameters, on a GPU; bf16: Muon multiplies bfloat16."""
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     fused: bool = False
+    bf16: bool = False
 
 
 def adamw(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -62,11 +63,13 @@ class Muon(torch.optim.Optimizer):
 
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) steps by the nearest semi-orthogonal matrix to the Nesterov momentum, so
     that every direction of a matrix moves alike. Matrices of one shape are orthogonalised together; sharded ones are gathered first.
+    dtype: of the products.
     """
 
     momentum = 0.95
 
-    def __init__(self, groups: list[Group], **settings: Any) -> None:
+    def __init__(self, groups: list[Group], dtype: torch.dtype = torch.float32, **settings: Any) -> None:
+        self.dtype = dtype
         self.adamw = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], **settings)
         super().__init__(groups, self.adamw.defaults)
 
@@ -91,21 +94,20 @@ class Muon(torch.optim.Optimizer):
             by_shape.setdefault(p.shape, []).append((p, _whole(p.grad.lerp(buffer, self.momentum))))
         for shape, pairs in by_shape.items():
             scale = math.sqrt(max(1.0, shape[0] / shape[1]))
-            steps_NRC = orthogonal(torch.stack([update for _, update in pairs]))
+            steps_NRC = orthogonal(torch.stack([update for _, update in pairs]).to(self.dtype))
             for (p, _), step_RC in zip(pairs, steps_NRC, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(_shard(step_RC.to(p.dtype), p), alpha=-group["lr"] * scale)
 
 
 def orthogonal(matrices_NRC: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly: five Newton-Schulz steps, singular values in 0.7 .. 1.2. bfloat16 on a GPU."""
-    x = matrices_NRC.to(torch.bfloat16 if matrices_NRC.is_cuda else torch.float32)
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
+    """The nearest semi-orthogonal matrices, roughly: five Newton-Schulz steps, singular values in 0.7 .. 1.2."""
+    tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
+    x = matrices_NRC.mT if tall else matrices_NRC
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(5):
         square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     whole: Tensor = x.mT if tall else x
     return whole
 
@@ -133,7 +135,8 @@ def muon(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     ]
     matrices = [p for group in adam.param_groups for p in group["params"] if p in blocks]
     groups.append({"params": matrices, "weight_decay": settings.weight_decay / MUON_RATE, "lr_scale": MUON_RATE, "muon": True})
-    return Muon([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, fused=settings.fused or None)
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    return Muon([g for g in groups if g["params"]], dtype, lr=settings.lr, betas=settings.betas, fused=settings.fused or None)
 
 
 def _matrices(module: nn.Module) -> list[Tensor]:
