@@ -33,6 +33,16 @@ def test_prepacked_products_are_the_same(dtype: torch.dtype, close: float, least
                 assert found.shape == (1, rows, 48)
 
 
+def test_inputs_that_autocast_has_cast_take_the_plain_product() -> None:
+    """As in the preview of a training in bfloat16."""
+    layer = Linear(24, 40)
+    product = fused.JoinedLinear([layer])
+    product.packs = hardware.prepacks(torch.float32)
+    x_BNI = torch.randn(1, 17, 24)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(product(x_BNI.bfloat16()), layer(x_BNI), atol=0, rtol=0)
+
+
 def head_packs(network: Transformer) -> bool:
     product = network.get_submodule("head.fused.product")
     assert isinstance(product, fused.JoinedLinear)

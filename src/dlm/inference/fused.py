@@ -48,7 +48,7 @@ class JoinedLinear(PrepackedLinear):
             layer.weight.data = part
 
     def forward(self, x: Tensor) -> Tensor:
-        pays = PREPACK_ROWS.get(x.dtype)
+        pays = PREPACK_ROWS.get(x.dtype) if x.dtype == self.weight.dtype else None  # autocast may have cast x alone
         if not self.packs or pays is None or not pays.start <= x.numel() // x.shape[-1] < pays.stop:
             return F.linear(x, self.weight, self.bias)
         return self.prepacked_product(x, len(self.weight), self.bias)
