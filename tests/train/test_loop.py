@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import math
 import re
@@ -11,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import safetensors.torch
@@ -21,11 +22,18 @@ from safetensors.torch import load_file
 
 from dlm.errors import InputError
 from dlm.language_model import LanguageModel
-from dlm.train import data, display, objective, processes, setup, state, training
+from dlm.train import data, display, learner, objective, processes, setup, state, training
 from dlm.train.display import Display
 from dlm.train.loop import Progress
+from dlm.train.optimisers import Muon
 from dlm.workflows.fit import fit
 from train import tiny
+
+
+@pytest.fixture(autouse=True)
+def without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same lines on every machine."""
+    monkeypatch.setattr(training, "multiplies_bf16", lambda _device: False)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +154,19 @@ def test_very_many_epochs_of_a_small_text_are_told(text: Path, tmp_path: Path) -
     assert warned[:2] == ["", ""]
     assert warned[2].startswith("warning: 20000 steps are 501 epochs of 5,109 tokens")
     assert "--set steps=3592 makes 90" in warned[2]
+
+
+def test_the_faster_precision_of_a_cpu_is_told(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {}
+    for has, asked in itertools.product((False, True), (False, True)):
+        monkeypatch.setattr(training, "multiplies_bf16", lambda _device, has=has: has)
+        monkeypatch.setattr(learner, "multiplies_bf16", lambda _device, has=has: has)
+        task = training_of(text, tmp_path, f"bf16={asked}")
+        told[has, asked] = task.precision()
+        assert cast(Muon, task.learner.optimizer).dtype == (torch.bfloat16 if has and asked else torch.float32)
+    assert told[True, True] == told[False, False] == ""
+    assert "--set bf16=true takes about half the time" in told[True, False]
+    assert told[False, True].startswith("warning: this CPU emulates bfloat16")
 
 
 def training_of(text: Path, out: Path, *settings: str) -> training.Training:

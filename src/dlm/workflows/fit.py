@@ -73,8 +73,8 @@ def fit(
     with log, shown(progress) as tell:
         loop = Loop(task, config, log, Processes(accelerator), tell, "training", first, meta.get("recent", []))
         loop.say(task.describe())
-        if warned := task.warning():
-            loop.say(warned)
+        for line in filter(None, (task.warning(), task.precision())):
+            loop.say(line)
         if changed:
             loop.say(f"changed since the last save: {changed}")
         return Fit(out, **loop.run(stop_after))
