@@ -3,6 +3,7 @@
     python benchmarks/recipes.py                             # the ladder: 3 seeds, 40 CPU seconds each
     python benchmarks/recipes.py --seconds 220 --set width=192 --set layers=6
     python benchmarks/recipes.py --rungs "adamw: optimizer=adamw" "muon: optimizer=muon"    # changes of your own, each alone
+    python benchmarks/recipes.py --steps 300 --rungs "float32:" "bfloat16: bf16=true"       # equal steps in place of equal seconds
     python benchmarks/recipes.py --quick                     # does it run?
 
 Every run first times a few steps and then takes as many as fit into the seconds, so that its learning rate decays to the end. Times are
@@ -44,8 +45,8 @@ SIZE = ["layers=4", "heads=4", "width=128", "window=128", "batch=16", "context=0
 WARM = 3
 
 
-def train(config: TrainConfig, seconds: float, out: Path) -> tuple[Training, int, float]:
-    """A run of so many CPU seconds: (it, its steps, the seconds that it took)."""
+def train(config: TrainConfig, seconds: float, steps: int, out: Path) -> tuple[Training, int, float]:
+    """A run of so many CPU seconds, or of so many steps: (it, its steps, the seconds that it took)."""
     accelerator = processes.accelerate(config.batch, bf16=config.bf16)
     made = setup.resolve(config)
     trial = Training(config, made, accelerator, out, {})
@@ -53,7 +54,8 @@ def train(config: TrainConfig, seconds: float, out: Path) -> tuple[Training, int
         if step == WARM:
             begun = time.process_time()
         trial.update(step)
-    config = replace(config, steps=max(config.warmup + 1, round(seconds / ((time.process_time() - begun) / WARM))))
+    fitting = max(config.warmup + 1, round(seconds / ((time.process_time() - begun) / WARM)))
+    config = replace(config, steps=steps or fitting)
     task = Training(config, made, accelerator, out, {})
     begun = time.process_time()
     for step in range(config.steps):
@@ -61,9 +63,9 @@ def train(config: TrainConfig, seconds: float, out: Path) -> tuple[Training, int
     return task, config.steps, time.process_time() - begun
 
 
-def measure(settings: list[str], seed: int, seconds: float, out: Path) -> dict[str, Any]:
+def measure(settings: list[str], seed: int, seconds: float, steps: int, out: Path) -> dict[str, Any]:
     config = TrainConfig(data="shakespeare").with_settings([*settings, f"seed={seed}"])
-    task, steps, spent = train(config, seconds, out)
+    task, steps, spent = train(config, seconds, steps, out)
     found = task.validate(steps).figures
     text = "".join(reading.select(reading.read(config.data), "val", config.val_fraction))
     per_token = len(text) / len(task.setup.tokenizer.encode(text))
@@ -83,18 +85,19 @@ def rungs(words: list[str] | None) -> dict[str, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=40.0, help="CPU seconds of a run")
+    parser.add_argument("--steps", type=int, default=0, help="of every run, in place of the seconds")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rungs", nargs="+", metavar="'NAME: KEY=VALUE ...'", help="runs in place of the ladder")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="for every run")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    seconds, seeds = (0.1, 2) if arguments.quick else (arguments.seconds, arguments.seeds)
+    seconds, seeds, steps = (0.1, 2, 0) if arguments.quick else (arguments.seconds, arguments.seeds, arguments.steps)
     quick = ["eval_windows=4", "eval_passes=1", "warmup=1"] if arguments.quick else ["eval_windows=400", "eval_passes=2"]
     table = Table("recipe", "nats a character", "steps", "CPU seconds")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, settings in rungs(arguments.rungs).items():
-            runs = [measure([*SIZE, *quick, *settings, *arguments.settings], seed, seconds, Path(folder)) for seed in range(seeds)]
+            runs = [measure([*SIZE, *quick, *settings, *arguments.settings], seed, seconds, steps, Path(folder)) for seed in range(seeds)]
             nats = [run["nats"] for run in runs]
             found = Mean.of(torch.tensor(nats, dtype=torch.float64))
             mean, error = found.value, found.band95
@@ -102,7 +105,13 @@ def main() -> None:
             table.add_row(name, f"{mean:.4f} +- {error:.4f}", str(runs[0]["steps"]), f"{sum(run['seconds'] for run in runs) / seeds:.0f}")
             print(f"{name}: {mean:.4f} +- {error:.4f}", flush=True)
     Console().print(table)
-    result = {"benchmark": "recipes", "machine": platform.processor() or platform.machine(), "seconds": seconds, "rows": rows}
+    result = {
+        "benchmark": "recipes",
+        "machine": platform.processor() or platform.machine(),
+        "seconds": 0 if steps else seconds,
+        "steps": steps,
+        "rows": rows,
+    }
     if not arguments.quick:
         with HISTORY.open("a") as file:
             file.write(json.dumps(result) + "\n")
