@@ -1,7 +1,7 @@
 """Does less meaning per token make the curse of parallel decoding worse? One text, size and compute; characters, bytes, subwords.
 
-    python benchmarks/granularity.py --plot docs/granularity.png    # trains the missing models, then measures: six hours of one core
-    python benchmarks/granularity.py --seeds 0                      # one training seed: two hours
+    python benchmarks/granularity.py --plot docs/granularity.png    # trains the missing models, then measures: hours of one core
+    python benchmarks/granularity.py --seeds 0 --bf16               # one training seed
     python benchmarks/granularity.py --compute 1e16 --parameters 2e7 --batch 128 --device cuda
 
 Windows span about 256 characters of text, widths are chosen so that all networks have the same number of parameters (the head is the
