@@ -50,7 +50,8 @@ def test_distributions_are_near(name: str, dtype: str) -> None:
     exact_BTV, near_BTV = (one.predict(z_BT, t_B).log_softmax(-1) for one in (base, lm))
     nats_BT = (exact_BTV.exp() * (exact_BTV - near_BTV)).sum(-1)
     assert 0 < nats_BT.mean() < NATS[dtype]
-    ties = 0.06 if name in ADALN else 0.0 if name.startswith("shakespeare") else 0.02  # of random weights
+    drawn = dtype == "bfloat16" and not name.startswith("shakespeare")  # weights at random, rounded: likeliest tokens that are level
+    ties = 0.06 if name in ADALN else 0.02 if drawn else 0.0
     assert (exact_BTV.argmax(-1) == near_BTV.argmax(-1)).float().mean() > SAME[dtype] - ties
     assert lm.network.quantized == (dtype != "bfloat16")
 
