@@ -6,7 +6,7 @@
     python benchmarks/recipes.py --steps 300 --rungs "float32:" "bfloat16: bf16=true"       # equal steps in place of equal seconds
     python benchmarks/recipes.py --quick                     # does it run?
 
-Every run first times a few steps and then takes as many as fit into the seconds, so that its learning rate decays to the end. Times are
+A run of so many seconds first times a few steps and then takes as many as fit, so that its learning rate decays to the end. Times are
 CPU seconds of the process, which other work on the machine changes little. Bounds are of the averaged weights on the same validation
 windows, in nats a character for any tokenizer. The result is appended to benchmarks/history.jsonl; the last line is one JSON object.
 """
@@ -49,18 +49,18 @@ def train(config: TrainConfig, seconds: float, steps: int, out: Path) -> tuple[T
     """A run of so many CPU seconds, or of so many steps: (it, its steps, the seconds that it took)."""
     accelerator = processes.accelerate(config.batch, bf16=config.bf16)
     made = setup.resolve(config)
-    trial = Training(config, made, accelerator, out, {})
-    for step in range(2 * WARM):
-        if step == WARM:
-            begun = time.process_time()
-        trial.update(step)
-    fitting = max(config.warmup + 1, round(seconds / ((time.process_time() - begun) / WARM)))
-    config = replace(config, steps=steps or fitting)
-    task = Training(config, made, accelerator, out, {})
+    if not steps:
+        trial = Training(config, made, accelerator, out, {})
+        for step in range(2 * WARM):
+            if step == WARM:
+                begun = time.process_time()
+            trial.update(step)
+        steps = max(config.warmup + 1, round(seconds / ((time.process_time() - begun) / WARM)))
+    run = Training(replace(config, steps=steps), made, accelerator, out, {})
     begun = time.process_time()
-    for step in range(config.steps):
-        task.update(step)
-    return task, config.steps, time.process_time() - begun
+    for step in range(steps):
+        run.update(step)
+    return run, steps, time.process_time() - begun
 
 
 def measure(settings: list[str], seed: int, seconds: float, steps: int, out: Path) -> dict[str, Any]:
