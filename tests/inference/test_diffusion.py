@@ -18,6 +18,7 @@ from dlm.errors import InputError
 from dlm.inference import prepare
 from dlm.inference.compiled import CompiledBlocks
 from dlm.language_model import LanguageModel, load, official
+from dlm.models import elementwise
 from dlm.models.transformer import Transformer
 from dlm.sampling.diffusion.cache_policies import POLICIES
 from dlm.sampling.draw import generators
@@ -42,18 +43,37 @@ def half_masked(lm: LanguageModel, rows: int = 2, length: int = 64) -> Tensor:
     return z_BT
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["llada", "dream", "shakespeare-mask", "shakespeare-block", "shakespeare-uniform", *ADALN])
-def test_distributions_are_near(name: str, dtype: str) -> None:
-    base, lm = loaded(name), loaded(name, dtype)
-    z_BT, t_B = half_masked(base, length=min(64, base.window)), torch.full((2,), 0.5)
+NAMES = ["llada", "dream", "shakespeare-mask", "shakespeare-block", "shakespeare-uniform", *ADALN]
+
+
+def distance(base: LanguageModel, lm: LanguageModel) -> tuple[float, float]:
+    """(mean KL divergence from the base in nats a token, share of tokens whose likeliest value is another)."""
+    z_BT, t_B = half_masked(base, 16, min(64, base.window)), torch.full((16,), 0.5)
     exact_BTV, near_BTV = (one.predict(z_BT, t_B).log_softmax(-1) for one in (base, lm))
     nats_BT = (exact_BTV.exp() * (exact_BTV - near_BTV)).sum(-1)
-    assert 0 < nats_BT.mean() < NATS[dtype]
-    drawn = dtype == "bfloat16" and not name.startswith("shakespeare")  # weights at random, rounded: likeliest tokens that are level
-    ties = 0.06 if name in ADALN else 0.02 if drawn else 0.0
-    assert (exact_BTV.argmax(-1) == near_BTV.argmax(-1)).float().mean() > SAME[dtype] - ties
+    return float(nats_BT.mean()), float((exact_BTV.argmax(-1) != near_BTV.argmax(-1)).float().mean())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_distributions_are_near(name: str, dtype: str) -> None:
+    base, lm = loaded(name), loaded(name, dtype)
+    nats, changed = distance(base, lm)
+    assert 0 < nats < NATS[dtype]
+    assert changed < 1 - SAME[dtype] + (0.06 if name in ADALN else 0.0)  # weights at random: likeliest tokens that are nearly level
     assert lm.network.quantized == (dtype != "bfloat16")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_is_as_near_to_float32_as_torchs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by torch's own operations, but for the luck of rounding: 1.04 times their divergence and 0.002 more tokens were the most."""
+    base, lm = loaded(name), loaded(name, "bfloat16")
+    nats, changed = distance(base, lm)
+    with monkeypatch.context() as patch:
+        patch.setattr(elementwise, "pay", lambda _x: False)
+        torchs_nats, torchs_changed = distance(base, lm)
+    assert nats <= 1.1 * torchs_nats
+    assert changed <= torchs_changed + 0.01
 
 
 @pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 0.9), ("int8", 0.9), ("int4", 0.3)])

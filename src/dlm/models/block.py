@@ -196,7 +196,7 @@ class Attention(nn.Module):
     def _turned(self, x_BQHK: Tensor, norm: RMSNorm | None, cos: Tensor, sin: Tensor) -> Tensor:
         """Heads (B, H, Q, K) normed and rotated."""
         weight = None if norm is None else norm.weight
-        apart = weight is not None and weight.is_meta  # on another device: the module fetches it when it is called
+        apart = weight is not None and weight.is_meta  # of a spread network: a hook fetches it as the module is called
         if elementwise.pay(x_BQHK) and not apart and cos.shape[-1] == x_BQHK.shape[-1]:
             turns = cos.transpose(1, 2), sin.transpose(1, 2)
             return elementwise.turned(x_BQHK, weight, self.config.norm_eps, *turns).transpose(1, 2)
