@@ -32,6 +32,7 @@ def make_model(
     context: int = 8,
     alphabet: str = ALPHABET,
     tokenizer: Tokenizer | None = None,
+    colours: tuple[str, ...] = (),
     **network: Any,
 ) -> LanguageModel:
     """A LanguageModel whose weights are random and far from the identity. noise: as in config.json; semantic gets clusters."""
@@ -47,7 +48,7 @@ def make_model(
     with torch.no_grad():
         for parameter in network_.parameters():
             parameter.normal_(0.0, 0.2, generator=rng)
-    settings = ModelConfig(network=config, mask_token_id=tokenizer.mask_id, objective=objective, noise=noise, context=context)
+    settings = ModelConfig(config, tokenizer.mask_id, objective, noise, context, colours=colours)
     name = noise["process"] if objective == "diffusion" else objective
     return LanguageModel(network_.eval().requires_grad_(False), settings, tokenizer, name=f"tiny-{name}")
 

@@ -34,7 +34,7 @@ ALLOWED = {
     "train": LEVEL0 | {"noise", "models", "formats", "text", "grids"},
     "adapters": LEVEL0 | {"models", "formats", "text", "train", "sampling"},
     "language_model": LEVEL0
-    | {"text", "noise", "models", "grids", "sampling", "inference", "formats", "calibration", "model_scheduling", "adapters"},
+    | {"text", "noise", "models", "sampling", "inference", "formats", "calibration", "model_scheduling", "adapters"},
     "viz": {"trajectory"},
     "bench": LEVEL0 | {"sampling", "language_model"},
     "serve": LEVEL0 | {"sampling", "text", "language_model", "viz"},

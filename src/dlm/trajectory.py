@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from dlm.spelling import MASK, Spelling
 
 KIND = "dlm-trajectory-1"  # tells the file from other safetensors files
 FORMAT = 1
+COLOUR = re.compile("(#[0-9a-f]{6})?")
+"""Of a token in a grid that is drawn in colours; nothing for none."""
 
 
 @dataclass(frozen=True)

@@ -286,6 +286,13 @@ def test_an_unknown_noise_is_told(saved: Path, noise: Any) -> None:
     assert "noise" in told(saved)
 
 
+@pytest.mark.parametrize(("colours", "word"), [(["red"] * 9, "'red'"), (["#000000"], "9 tokens"), ([1] * 9, "colours"), ("", "colours")])
+def test_colours_that_are_none_are_told(saved: Path, colours: Any, word: str) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"colours": colours}))
+    assert word in told(saved)
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", "3"])
 def test_other_damaged_json_is_told(saved: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     (saved / "generation_config.json").write_text(text)
@@ -330,7 +337,7 @@ def test_a_hub_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         ({"contxt": 8}, "unknown key 'contxt'; did you mean context?"),
         ({"objectiv": "autoregressive"}, "unknown key 'objectiv'; did you mean objective?"),
         ({"network": {"windw": 8}}, "unknown key 'windw'; did you mean window?"),
-        ({"colour": "red"}, "unknown key 'colour'; known: network, mask_token_id"),
+        ({"lamp": "red"}, "unknown key 'lamp'; known: network, mask_token_id"),
     ],
 )
 def test_a_key_that_nobody_reads_is_told_with_the_nearest_one(saved: Path, change: dict[str, Any], line: str) -> None:

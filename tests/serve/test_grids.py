@@ -13,7 +13,7 @@ from dlm.grids import arc
 from dlm.grids.grid import written
 from dlm.grids.sudoku import Sudoku
 from dlm.serve.export import pane
-from dlm.train.arc import find
+from dlm.train.arc import TaskStream, find
 
 pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
@@ -47,7 +47,8 @@ def test_cells_of_an_arc_task_keep_their_colours_on_the_way_to_a_picture() -> No
     from serve.serving import serving
 
     data = find("arc-rules:2")
-    lm = make_model(context=0, alphabet=arc.SYMBOLS, **{name: data.settings[name] for name in ("axes", "groups", "window")})
+    shape = {name: data.settings[name] for name in ("axes", "groups", "window")}
+    lm = make_model(context=0, alphabet=arc.SYMBOLS, colours=TaskStream.colours, **shape)
     task = data.tasks("val")[0]
     cells = [arc.SYMBOLS[cell] for cell in arc.canvas(task.demonstrations, *task.tests[0], size=2, pairs=3).flatten()]
     with serving([lm]) as made:

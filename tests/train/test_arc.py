@@ -14,6 +14,7 @@ from conftest import Dlm
 from dlm.errors import InputError
 from dlm.grids import arc, arc_rules
 from dlm.grids.arc import OUTSIDE
+from dlm.language_model import load
 from dlm.train import data_kinds, recipes, setup
 from dlm.train.arc import ArcData, RuleStream, TaskStream, find
 from dlm.workflows import arc as workflow
@@ -116,6 +117,11 @@ def test_bad_sources_end_with_code_2_and_one_line(dlm: Dlm, tmp_path: Path) -> N
     (tmp_path / "bad.json").write_text("[]")
     for word in ("arc", f"arc:{tmp_path / 'none'}", f"arc:{tmp_path / 'bad.json'}", "arc-rules:99"):
         assert dlm.told("train", "arc", "--data", word, "--out", str(tmp_path / "run"), *TOY)
+
+
+def test_a_checkpoint_keeps_the_colours_of_its_tokens(dlm: Dlm, tmp_path: Path) -> None:
+    dlm("train", "arc", "--data", "arc-rules:2", "--out", str(tmp_path / "run"), *TOY)
+    assert load(str(tmp_path / "run")).grid == {"axes": [6, 4], "tile": [2, 2], "colours": [*arc.PALETTE, ""]}
 
 
 @pytest.mark.slow

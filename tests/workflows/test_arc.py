@@ -20,7 +20,7 @@ from dlm.grids import arc
 from dlm.grids.arc import OUTSIDE, PALETTE, SYMBOLS, Task
 from dlm.language_model import LanguageModel
 from dlm.language_model.options import DecodingOptions
-from dlm.train.arc import find
+from dlm.train.arc import TaskStream, find
 from dlm.trajectory import Trajectory
 from dlm.viz.gif import write_gif
 from dlm.viz.html import write_html
@@ -34,7 +34,8 @@ SIZE, PAIRS = 5, 3
 
 def untrained(data: str = f"arc-rules:{SIZE}") -> LanguageModel:
     settings = find(data).settings
-    made = make_model(context=0, alphabet=SYMBOLS, **{name: settings[name] for name in ("axes", "groups", "window")})
+    shape = {name: settings[name] for name in ("axes", "groups", "window")}
+    made = make_model(context=0, alphabet=SYMBOLS, colours=TaskStream.colours, **shape)
     made.config = replace(made.config, training={"data": data})
     return made
 

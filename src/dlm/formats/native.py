@@ -31,6 +31,7 @@ from dlm.models.config import TransformerConfig
 from dlm.models.meta import without_weights
 from dlm.models.transformer import Transformer
 from dlm.text.special_tokens import as_ids
+from dlm.trajectory import COLOUR
 
 INDEX = "model.safetensors.index.json"
 KINDS = "Llama, Qwen2 or Qwen3"
@@ -104,8 +105,14 @@ class ModelConfig:
     shift: bool = False  # whether row i of the logits predicts token i + 1
     fills_window: bool = True  # whether the network was trained on windows that noise fills to the end
     block_phase: str = "zero"  # where blocks begin: `zero`, at multiples of their length, or at the end of the `prompt`
+    colours: tuple[str, ...] = ()  # of each token but the mask, in a grid that is drawn in colours: #rrggbb, or nothing for none
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "colours", tuple(self.colours))  # JSON has lists
+        if strange := [colour for colour in self.colours if not COLOUR.fullmatch(colour)]:
+            raise ValueError(f"colours are #rrggbb or nothing, got {strange[0][:20]!r}")
+        if len(self.colours) not in (0, self.mask_token_id):
+            raise ValueError(f"colours are of each of {self.mask_token_id} tokens, or there are none; got {len(self.colours)}")
         if self.start_token_id == -1:
             object.__setattr__(self, "start_token_id", self.mask_token_id)
 

@@ -26,7 +26,6 @@ from dlm.formats import huggingface, native
 from dlm.formats.families import known
 from dlm.formats.families import load as foreign
 from dlm.formats.native import ModelConfig
-from dlm.grids import arc
 from dlm.inference import prepare, quantize
 from dlm.inference.spread import spread
 from dlm.language_model.companions import Companions, denoisers, fingerprints
@@ -217,14 +216,13 @@ class LanguageModel:
     @property
     def grid(self) -> dict[str, list[int] | list[str]] | None:
         """Of a model of grids, its shape and the tile that pictures draw a border around, as `meta["grid"]` of a trajectory; else None.
-        Of one of ARC tasks the colour of each token as well, "" for one without."""
+        With the colour of each token, "" for one without, where the checkpoint has colours."""
         network = self.config.network
         if not network.axes:
             return None
         shape, tile = axes.picture(network.axes, network.groups)
         drawn: dict[str, list[int] | list[str]] = {"axes": list(shape), "tile": list(tile)}
-        is_arc = "".join(map(self.tokenizer.piece, range(self.tokenizer.mask_id))) == arc.SYMBOLS
-        return drawn | ({"colours": [*arc.PALETTE, ""]} if is_arc else {})
+        return drawn | ({"colours": list(self.config.colours)} if self.config.colours else {})
 
     @property
     def stops(self) -> frozenset[int]:

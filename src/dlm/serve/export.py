@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.sampling.autoregressive import draft as drafts
-from dlm.trajectory import Canvas, Frame, Likely, Trajectory
+from dlm.trajectory import COLOUR, Canvas, Frame, Likely, Trajectory
 from dlm.viz.layout import Pane
 
 FORMAT = "dlm-trace-1"
@@ -27,7 +26,6 @@ MAX_TRACES, MAX_POSITIONS, MAX_STEPS = 4, 16_384, 16_384
 MAX_CHANGES, MAX_CELLS, MAX_CHARACTERS, MAX_BLENDED = 2_000_000, 50_000_000, 256, 8
 """Bounds of an export: changes in all, positions times steps, characters of one token, tokens at one place."""
 
-COLOUR = re.compile("(#[0-9a-f]{6})?")
 GIVEN, NOISE, DRAFT, REJECTED, SETTLED = "g", "n", "d", "x", "fc"
 STATES = frozenset("gndfcx")
 

@@ -35,6 +35,7 @@ class TaskStream(Stream):
     one for each test."""
 
     varies: ClassVar[bool] = True
+    colours: ClassVar[tuple[str, ...]] = (*arc.PALETTE, "")
     tasks: tuple[tuple[Pair, ...], ...] = ()
     size: int = arc.SIZE
     shown: int = arc.PAIRS

@@ -80,10 +80,11 @@ class Stream:
 
     pieces: lengths of the pieces that the tokens are, of which no window holds two; none: one piece. augment: whether a draw comes under
     the symmetries of its kind of data, if it has any. varies: whether draws of one window
-    differ so much that a small data set is not learned by heart.
+    differ so much that a small data set is not learned by heart. colours: as of `ModelConfig`.
     """
 
     varies: ClassVar[bool] = False
+    colours: ClassVar[tuple[str, ...]] = ()
     tokens_N: np.ndarray
     window: int
     name: str = "data"

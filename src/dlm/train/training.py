@@ -59,6 +59,7 @@ class Training:
             noise=setup.noise_settings,
             context=config.context,
             training=config.to_dict() | self.facts,
+            colours=setup.training.colours,
         )
 
     @property
