@@ -75,12 +75,20 @@ def pane(trace: object) -> Pane:
     return label, _run(begin, tokens, states, steps)
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """A text that is shown: its number, and the token that showed it first."""
+
+    number: int
+    token: int
+
+
 class _Pieces:
     """A number for every text that is shown: a token may show another text where its neighbours complete a character."""
 
     def __init__(self, mask: object) -> None:
-        self.mask, self.texts = mask, {}  # type: object, dict[str, int]
-        self.tokens: dict[str, int] = {}
+        self.mask = mask
+        self.known: dict[str, _Piece] = {}  # by their text, in the order of their numbers
 
     def number(self, token: object, text: object, state: object) -> int:
         """0 is the mask."""
@@ -88,12 +96,15 @@ class _Pieces:
             raise InputError(f"a token is a whole number and a text of at most {MAX_CHARACTERS} characters, got {str([token, text])[:60]}")
         if token == self.mask and state == NOISE:
             return 0
-        self.tokens.setdefault(text, token)
-        return self.texts.setdefault(text, len(self.texts) + 1)
+        return self.known.setdefault(text, _Piece(len(self.known) + 1, token)).number
+
+    @property
+    def texts(self) -> dict[int, str]:
+        return {piece.number: text for text, piece in self.known.items()}
 
     def coloured(self, colours: list[str]) -> list[str]:
         """The colour of each number, "" for none, from those of tokens."""
-        return ["", *(colours[token] if 0 <= token < len(colours) else "" for token in self.tokens.values())]
+        return ["", *(colours[piece.token] if 0 <= piece.token < len(colours) else "" for piece in self.known.values())]
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,7 @@ def _run(begin: dict[str, Any], tokens: list[Any], states: str, steps: list[Any]
     token_BT, free_BT = torch.tensor([start]), torch.tensor([[state != GIVEN for state in states]])
     canvas = Canvas(token_BT.clone(), free_BT, torch.ones_like(free_BT))
     meta = {"grid": _grid(begin["grid"], len(states), pieces)} if begin.get("grid") is not None else {}
-    run = Trajectory(token_BT, canvas, pieces={number: text for text, number in pieces.texts.items()}, mask_id=0, meta=meta)
+    run = Trajectory(token_BT, canvas, pieces=pieces.texts, mask_id=0, meta=meta)
     forwards, seconds = 1, 0.0
     for k, move in enumerate(moves, 1):
         token_BT = _put(token_BT, move.written)
