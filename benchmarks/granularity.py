@@ -5,7 +5,8 @@
     python benchmarks/granularity.py --compute 1e16 --parameters 2e7 --batch 128 --device cuda
 
 Windows span about 256 characters of text, widths are chosen so that all networks have the same number of parameters (the head is the
-embedding), and compute is 6 x parameters x tokens. Runs are kept in --out and resumed. The last line is one JSON object.
+embedding), and compute is 6 x parameters x tokens. Trainings are kept in --out and resumed, and measured ones in its rows.jsonl, so that
+a later call with more --kinds makes those alone. The result is appended to benchmarks/history.jsonl; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dlm
+from dlm.bench.rows import Rows
 from dlm.evaluation import card, generative, order_cost, parallel_decoding
 from dlm.evaluation.statistics import Mean
 from dlm.language_model import LanguageModel
@@ -35,6 +38,7 @@ from dlm.workflows.inputs import Text, masked_noise
 
 KINDS = ("chars", "bytes", "bpe:256", "bpe:1024", "bpe:4096", "bpe:16384")
 SPAN = 256  # characters of a window, about
+HISTORY = Path(__file__).parent / "history.jsonl"
 VAL_FRACTION = recipes.shakespeare_mask().val_fraction
 RULES: dict[str, Rule] = {"ancestral": Ancestral(), "topk": TopScore()}
 
@@ -101,6 +105,10 @@ def generate(lm: LanguageModel, judge: LanguageModel, calls: int, args: argparse
     return {"calls": calls, "length": length} | found
 
 
+def told(row: dict[str, Any]) -> str:
+    return f"<= {row['bits_per_char']:.3f} bits a character"
+
+
 def over_seeds(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     """The lines that `show` draws as means over the training seeds, with their 95 % band; of one seed its own band."""
 
@@ -113,7 +121,7 @@ def over_seeds(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     texts = [[(text["calls"], text["bits"], text["band95"]) for text in one["texts"]] for one in seeds]
     diverse = [[(text["calls"], text["distinct4"], 0.0) for text in one["texts"]] for one in seeds]
     bits = [[(0.0, one["bits_per_char"], 1.96 * one["stderr"] * one["bits_per_char"] / one["nats_per_token"])] for one in seeds]
-    lines = {"equal": line([one["equal"] for one in seeds]), "topk": line([one["measured"]["topk"] for one in seeds])}
+    lines = {word: line([one["measured"][word] for one in seeds]) for word in RULES} | {"equal": line([one["equal"] for one in seeds])}
     return lines | {
         "bits": line(texts),
         "distinct4": line(diverse),
@@ -122,11 +130,11 @@ def over_seeds(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def show(found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> None:
+def show(means: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
     """The table, and the picture if asked for."""
     spans = [f"lost at {span}" for span in args.spans]
-    table = Table("tokens", "chars/token", "bits/char", *spans, *(f"{calls} calls" for calls in args.calls), box=None)
-    means = {kind: over_seeds(seeds) for kind, seeds in found.items()}
+    forwards = [f"{calls} calls" for calls in args.calls]
+    table = Table("tokens", "chars/token", "bits/char", *spans, "at all", *forwards, "distinct-4", box=None)
     for kind, one in means.items():
         x, y, bands = zip(*((math.log2(x), y, band) for x, y, band in reversed(one["equal"])), strict=True)
         lost = [
@@ -135,12 +143,15 @@ def show(found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> No
         ]
         judged = {calls: f"{bits:.2f} +- {band:.2f}" for calls, bits, band in one["bits"]}
         bits = f"<= {one['bound'][1]:.3f} +- {one['bound'][2]:.3f}"
-        table.add_row(kind, f"{one['characters_per_token']:.2f}", bits, *lost, *(judged.get(calls, "") for calls in args.calls))
-    Console(width=160).print(table)
+        whole, diverse = f"{y[-1]:.2f} +- {bands[-1]:.2f}", f"{one['distinct4'][-1][1]:.2f}"
+        each = f"{one['characters_per_token']:.2f}"
+        table.add_row(kind, each, bits, *lost, whole, *(judged.get(calls, "") for calls in args.calls), diverse)
+    console = Console(width=200)
+    console.print(table)
     over = f"{len(args.seeds)} training seeds" if len(args.seeds) > 1 else "windows and texts of one training seed"
-    Console(width=160).print(
-        "lost: bits per character, at so many characters a step; calls: bits per character of text in so many forward passes; "
-        f"+- 95 % over {over}"
+    console.print(
+        "lost: bits per character, at so many characters a step and at all of a text; calls: bits per character of text in so many "
+        f"forward passes; distinct-4: in the most of them; +- 95 % over {over}"
     )
     if args.plot:
         from dlm.viz.plots import panels_plot
@@ -160,7 +171,7 @@ def between(at: float, x: tuple[float, ...], y: tuple[float, ...]) -> float:
     return y[0] if at <= x[0] else y[i - 1] + (y[i] - y[i - 1]) * (at - x[i - 1]) / (x[i] - x[i - 1])
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings")
@@ -188,26 +199,46 @@ def main() -> None:
         args.layers = 2
         args.seeds = [0, 1]
         args.passes, args.windows, args.curve_windows, args.samples, args.spans, args.calls = 2, 8, 2, 4, [16], [4, 16]
-    console = Console(stderr=True)
+    return args
+
+
+def trained(kind: str, text: str, seed: int, args: argparse.Namespace) -> Path:
+    """The run of one vocabulary, trained now or as far as it was not."""
+    config = design(kind, text, seed, args)
+    out: Path = args.out / f"{kind.replace(':', '-')}-{seed}"
+    about = f"{kind}, seed {seed}: window {config.network.window}, width {config.network.width}, {config.steps} steps"
+    Console(stderr=True).print(about, highlight=False)
+    if not finished(out, config.steps):
+        dlm.fit(config, out, resume=(out / "training.safetensors").is_file())
+    return out
+
+
+def main() -> None:
+    args = arguments()
     text = "\n".join(reading.read(recipes.SHAKESPEARE))
-    runs = {(kind, seed): args.out / f"{kind.replace(':', '-')}-{seed}" for seed in args.seeds for kind in args.kinds}
-    for (kind, seed), out in runs.items():
-        config = design(kind, text, seed, args)
-        console.print(
-            f"{kind}, seed {seed}: window {config.network.window}, width {config.network.width}, {config.steps} steps", highlight=False
-        )
-        if not finished(out, config.steps):
-            dlm.fit(config, out, resume=(out / "training.safetensors").is_file())
+    runs = [(kind, seed) for seed in args.seeds for kind in args.kinds]
     if args.train_only:
+        for kind, seed in runs:
+            trained(kind, text, seed, args)
         return
     judge, found = dlm.load(args.judge, device=args.device), {kind: list[dict[str, Any]]() for kind in args.kinds}
-    for (kind, seed), out in runs.items():
-        console.print(f"measuring {kind}, seed {seed}", highlight=False)
-        found[kind].append(measure(dlm.load(str(out), device=args.device), judge, args))
-    show(found, args)
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "plot", "train_only", "device", "quick")}
+    unset = {"kinds", "seeds", "out", "plot", "train_only", "device", "quick"}
+    rows, settings = Rows(args.out / "rows.jsonl"), [f"{name}={value}" for name, value in vars(args).items() if name not in unset]
+
+    def measured(kind: str, seed: int) -> dict[str, Any]:
+        return measure(dlm.load(str(trained(kind, text, seed, args)), device=args.device), judge, args)
+
+    for kind, seed in runs:
+        found[kind].append(rows.row(kind, settings, seed, measure=partial(measured, kind, seed), told=told))
+    means = {kind: over_seeds(seeds) for kind, seeds in found.items()}
+    show(means, args)
+    shown = {name: value for name, value in vars(args).items() if name not in ("out", "plot", "train_only", "device", "quick")}
     data = {"source": recipes.SHAKESPEARE, "split": "val"}
-    print(card.dumps(card.make(found, device=args.device, dtype="float32", seed=0, settings=settings, data=data)))
+    line = {"benchmark": "granularity"} | card.make(means, device=args.device, dtype="float32", seed=0, settings=shown, data=data)
+    if not args.quick:
+        with HISTORY.open("a") as file:
+            file.write(card.dumps(line) + "\n")
+    print(card.dumps(line))
 
 
 if __name__ == "__main__":
