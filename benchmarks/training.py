@@ -1,4 +1,4 @@
-"""Tokens per second of dlm's training step, and of a plain causal loop of the same size, as shares of the machine's matmul peak.
+"""Tokens per second of dlm's training steps and of a plain causal loop of the same size, as shares of the machine's matmul peak.
 
     python benchmarks/training.py                   # the recipe's size on the CPU, one thread
     python benchmarks/training.py --device cuda --steps 50
@@ -38,6 +38,7 @@ from dlm.train.data import Stream
 from dlm.train.learner import Learner
 
 Step = Callable[[int], object]
+BLOCK = 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -159,12 +160,17 @@ class Candidate:
 def warmed_up(
     config: TrainConfig, modes: Sequence[str], dtypes: Sequence[str], data_N: np.ndarray, device: torch.device, console: Console
 ) -> Iterator[Candidate]:
-    """Our step and the plain one in every mode and type, each after two steps."""
+    """Our steps and the plain one in every mode and type, each after two steps. A token of block diffusion is read noisy and clean."""
     for dtype, mode in itertools.product(dtypes, modes):
         settings = replace(config, bf16=dtype == "bfloat16", compile=mode == "compiled")
-        for name, make, causal in (("dlm masked", dlm_step, False), ("plain causal", plain_step, True)):
-            flops = flops_per_token(config.network, causal=causal)
-            candidate = Candidate(name, mode, dtype, flops, make(settings, data_N, device), [], [])
+        blocks = replace(settings, network=config.network.with_(attention="block_causal", block_length=BLOCK))
+        whole, causal = (flops_per_token(config.network, causal=causal) for causal in (False, True))
+        for name, make, chosen, flops in (
+            ("dlm masked", dlm_step, settings, whole),
+            ("dlm block", dlm_step, blocks, 2 * causal),
+            ("plain causal", plain_step, settings, causal),
+        ):
+            candidate = Candidate(name, mode, dtype, flops, make(chosen, data_N, device), [], [])
             console.print(f"warming up: {name}, {mode}, {dtype}", highlight=False)
             candidate.run(2, device)
             yield candidate

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dlm.models import attention
 from dlm.models.config import TransformerConfig
-from dlm.models.transformer import Transformer
+from dlm.models.transformer import Transformer, predict_beside
 from dlm.noise import loss
 from dlm.noise.masked import MaskedNoise
 from oracle import BayesDenoiser, Tiny
@@ -105,6 +105,39 @@ def test_the_network_s_own_block_length_may_be_overruled() -> None:
     same = [network("block_causal", n)(x_BT, pattern="clean") for n in (2, 8)]
     assert all(torch.equal(model(x_BT, pattern="clean", block_length=n), own) for n, own in zip((2, 8), same, strict=True))
     assert not torch.allclose(same[0], same[1])
+
+
+def gradients(model: Transformer, z_BT: Tensor, x_BT: Tensor, block_length: int, at_BT: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """Logits, and the gradients of a sum over some of them."""
+    want_BT = z_BT == 8
+    logits = predict_beside(model, z_BT, x_BT, block_length, at_BT)
+    weights = list(model.parameters())
+    return logits.detach()[want_BT], list(torch.autograd.grad(logits.double().sin()[want_BT].sum(), weights))
+
+
+@pytest.mark.parametrize("conv", [0, 5])
+@pytest.mark.parametrize("block_length", [1, 4, 64, 128, 192])
+def test_runs_of_queries_read_as_by_a_mask(block_length: int, conv: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the last block works on the masks alone where no other logits are wanted."""
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(9, 192, layers=2, heads=2, width=8, attention="block_causal", block_length=4, conv=conv)).double()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(0.4 * torch.randn_like(weight))
+    x_BT, z_BT = (torch.randint(9, (2, 192), generator=torch.Generator().manual_seed(n)) for n in range(2))
+    runs = [gradients(model, z_BT, x_BT, block_length, at_BT) for at_BT in (None, z_BT == 8)]
+    monkeypatch.setattr(Transformer, "_tiles", lambda *_: None)
+    expected, of_weights = gradients(model, z_BT, x_BT, block_length, None)
+    for logits, found in runs:
+        torch.testing.assert_close(logits, expected)
+        for one, other in zip(found, of_weights, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-8, rtol=1e-6)
+
+
+def test_runs_skip_keys_that_none_of_them_reads() -> None:
+    tiles = attention.tiles_beside_clean(192, 16, torch.device("cpu"))
+    assert [tile.keys for tile in tiles.runs] == [(0, 3), (1, 3, 4), (2, 3, 4, 5), (3,), (3, 4), (3, 4, 5)]
+    assert attention.tiles_beside_clean(192, 64, torch.device("cpu")).runs[1] == ((1, 3), None)
 
 
 def test_beside_clean_by_hand() -> None:

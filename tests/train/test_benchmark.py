@@ -19,5 +19,5 @@ def test_quick() -> None:
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout.splitlines()[-1])
-    assert {row["step"] for row in result["results"]} == {"dlm masked", "plain causal"}
+    assert {row["step"] for row in result["results"]} == {"dlm masked", "dlm block", "plain causal"}
     assert all(row["tokens_per_second"] > 0 and 0 < row["share_of_peak"] < 1 for row in result["results"])

@@ -20,7 +20,7 @@ from dlm.errors import InputError
 from dlm.inference.fused import fuse, fused_layers
 from dlm.models.block import Block, Blocks, ForwardPass, MaskTokens
 from dlm.models.cache import Memory
-from dlm.models.convolution import Neighbours
+from dlm.models.convolution import BesideClean, Near, Neighbours
 from dlm.models.transformer import Transformer
 
 BLOCKS_PER_GRAPH = 5  # at most: starting a graph takes time, compiling a large one far more
@@ -188,8 +188,9 @@ def _before_mlp(
     return y
 
 
-def _of_each_row(near: Neighbours | None, rows: int) -> Neighbours | None:
+def _of_each_row(near: Near, rows: int) -> Neighbours | None:
     """Of one layout, which is not checked."""
+    assert not isinstance(near, BesideClean)  # of plain blocks alone
     return near and Neighbours(*(part.expand(rows, -1, -1).contiguous() for part in near))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dlm.inference.fixed_rows import FixedRows, fixed_rows
 from dlm.inference.fused import FusedLinear, fuse
 from dlm.inference.quantized_linear import QuantizedHead
-from dlm.models.attention import FlexMask, Mask
+from dlm.models.attention import FlexMask, Mask, Tiles
 from dlm.models.block import MLP, Attend, RMSNorm
 from dlm.models.transformer import Transformer
 
@@ -51,6 +51,7 @@ class BatchInvariantAttend(Attend):
     def forward(self, q_BHQK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Mask, is_causal: bool) -> Tensor:
         if isinstance(mask, FlexMask):
             raise ValueError("FlexAttention is not batch-invariant: use backend='sdpa'")
+        assert not isinstance(mask, Tiles)  # plain attention alone is handed some
         return attend_steadily(q_BHQK, k_BGTK, v_BGTK, mask, is_causal)
 
 

@@ -23,8 +23,23 @@ class FlexMask(NamedTuple):
     block_length: int
 
 
-Mask = Tensor | FlexMask | None
+class Tile(NamedTuple):
+    """A run of TILE queries and the runs of TILE keys that any of them reads."""
+
+    keys: tuple[int, ...]
+    mask: Tensor | None  # bool (TILE, as many keys); None: all are read
+
+
+class Tiles(NamedTuple):
+    """In place of a mask: the queries run by run, without the keys that none of a run reads."""
+
+    runs: tuple[Tile, ...]
+
+
+Mask = Tensor | FlexMask | Tiles | None
 """Which keys a query reads: bool, or added to the scores; None for all."""
+
+TILE = 64
 
 
 def allowed(pattern: str, query: Tensor, key: Tensor, block_length: int) -> Tensor:
@@ -57,6 +72,20 @@ def beside_clean(pos_BT: Tensor, block_length: int, *, causal: bool = False) -> 
     before = pos_BT[:, None, :] <= pos_BT[:, :, None] if causal else key <= query
     clean = torch.cat([torch.zeros_like(query == key), before], -1)
     return torch.cat([noisy, clean], 1)
+
+
+@lru_cache(maxsize=16)
+def tiles_beside_clean(length: int, block_length: int, device: torch.device) -> Tiles:
+    """`beside_clean` of positions 0 .. length - 1, a multiple of TILE."""
+    mask_QT = beside_clean(torch.arange(length, device=device)[None], block_length)[0]
+    reads = mask_QT.unflatten(0, (-1, TILE)).unflatten(2, (-1, TILE)).any(3).any(1)
+    return Tiles(tuple(_tile(rows, keys) for rows, keys in zip(mask_QT.split(TILE), reads, strict=True)))
+
+
+def _tile(mask_QT: Tensor, reads: Tensor) -> Tile:
+    keys = tuple(reads.nonzero().flatten().tolist())
+    mask = torch.cat([mask_QT.split(TILE, 1)[key] for key in keys], 1)
+    return Tile(keys, None if bool(mask.all()) else mask)
 
 
 def introspective(pos_BT: Tensor, block_length: int, phase_B: Tensor | None = None) -> Tensor:
@@ -137,10 +166,20 @@ def attend_by_products(q_BHQK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Ten
     q_BGNK = torch.unflatten(q_BHQK, 1, (groups, -1)).flatten(2, 3) * q_BHQK.shape[-1] ** -0.5
     scores_BGRQT = torch.unflatten(q_BGNK @ k_BGTK.transpose(-1, -2), 2, (-1, queries))
     if mask is not None:
-        allowed = mask[:, :, None]
-        scores_BGRQT = scores_BGRQT.masked_fill(~allowed, -torch.inf) if mask.dtype == torch.bool else scores_BGRQT + allowed
+        added = torch.zeros_like(mask, dtype=q_BHQK.dtype).masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else mask
+        scores_BGRQT = scores_BGRQT.add_(added[:, :, None])
     read_BGNK = scores_BGRQT.softmax(-1).flatten(2, 3) @ v_BGTK
     return torch.unflatten(read_BGNK, 2, (-1, queries)).flatten(1, 2)
+
+
+def attend_tiles(q_BHQK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, tiles: Tiles, dropout: float = 0.0) -> Tensor:
+    """`attend`, a run of queries at a time."""
+    k_runs, v_runs = k_BGTK.split(TILE, 2), v_BGTK.split(TILE, 2)
+    read = []
+    for q_BHCK, (keys, mask_CT) in zip(q_BHQK.split(TILE, 2), tiles.runs, strict=True):
+        k, v = (torch.cat([runs[key] for key in keys], 2) for runs in (k_runs, v_runs))
+        read.append(attend(q_BHCK, k, v, None if mask_CT is None else mask_CT[None, None], False, dropout))
+    return torch.cat(read, 2)
 
 
 def attend_flex(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, pattern: str, block_length: int) -> Tensor:

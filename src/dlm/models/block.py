@@ -20,7 +20,7 @@ from dlm.models import attention, elementwise
 from dlm.models.axes import coordinates
 from dlm.models.cache import KVCache, RaggedCache, TextCache, WindowCache
 from dlm.models.config import TransformerConfig
-from dlm.models.convolution import Neighbours, ShortConvolution
+from dlm.models.convolution import Near, ShortConvolution
 from dlm.models.rope import frequencies
 
 AnyCache = KVCache | RaggedCache | TextCache | WindowCache
@@ -44,7 +44,7 @@ class ForwardPass(NamedTuple):
     is_causal: bool = False
     cache: AnyCache | None = None
     mask_tokens: MaskTokens | None = None
-    neighbours: Neighbours | None = None  # which a short convolution reads; None: those of plain whole rows
+    neighbours: Near = None  # which a short convolution reads; None: those of plain whole rows
     sliding: Tensor | None = None  # mask (B, 1, Q, T) of the layers that slide
     level: Tensor | None = None  # (B, C), which `dlm.models.adaln` shifts, scales and gates by
     at_M: Tensor | None = None  # the places in the flattened (B, Q) that the last block alone gives, (M, D)
@@ -158,7 +158,10 @@ class Attend(nn.Module):
     def forward(self, q_BHQK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: attention.Mask, is_causal: bool) -> Tensor:
         if isinstance(mask, attention.FlexMask):
             return attention.attend_flex(q_BHQK, k_BGTK, v_BGTK, mask.pattern, mask.block_length)
-        return attention.attend(q_BHQK, k_BGTK, v_BGTK, mask, is_causal, self.config.dropout if self.training else 0.0)
+        dropout = self.config.dropout if self.training else 0.0
+        if isinstance(mask, attention.Tiles):
+            return attention.attend_tiles(q_BHQK, k_BGTK, v_BGTK, mask, dropout)
+        return attention.attend(q_BHQK, k_BGTK, v_BGTK, mask, is_causal, dropout)
 
 
 class Attention(nn.Module):

@@ -24,6 +24,16 @@ class Neighbours(NamedTuple):
     absent_BQJ: Tensor  # bool: reads nothing
 
 
+class BesideClean(NamedTuple):
+    """In place of neighbours: the positions are [noisy | clean] in blocks of this length, as of `attention.beside_clean`."""
+
+    block_length: int
+
+
+Near = Neighbours | BesideClean | None
+"""What the taps read; None: those of whole rows that nothing masks."""
+
+
 def offsets(attention: str, taps: int) -> range:
     """The relative positions of the taps: on both sides, or from the left alone under causal attention."""
     first = 1 - taps if attention == "causal" else -(taps // 2)
@@ -52,11 +62,13 @@ class ShortConvolution(nn.Module):
         self.steps = offsets(config.attention, config.conv)
         self.weight = nn.Parameter(torch.zeros(config.conv, config.width))  # (J, D)
 
-    def forward(self, x_BQD: Tensor, neighbours: Neighbours | None, source_BTD: Tensor) -> Tensor:
+    def forward(self, x_BQD: Tensor, neighbours: Near, source_BTD: Tensor) -> Tensor:
         """(B, Q, D). source_BTD: where neighbours lie, x itself or all that a cache holds. neighbours None: x is whole rows."""
         weight_JD = self.weight.to(x_BQD.dtype)
         if neighbours is None:
             return self._shifted(x_BQD, weight_JD)
+        if isinstance(neighbours, BesideClean):
+            return self._beside_clean(x_BQD, weight_JD, neighbours.block_length)
         (index_BQJ, absent_BQJ), (batch, length, width) = neighbours, source_BTD.shape
         if batch > 1:
             index_BQJ = index_BQJ + torch.arange(0, batch * length, length, device=x_BQD.device)[:, None, None]
@@ -65,6 +77,15 @@ class ShortConvolution(nn.Module):
         for read_BQD, weight_D in zip(read_BQJD.unbind(2), weight_JD, strict=True):
             y_BQD = torch.addcmul(y_BQD, read_BQD, weight_D)
         return y_BQD
+
+    def _beside_clean(self, x_BQD: Tensor, weight_JD: Tensor, block_length: int) -> Tensor:
+        """Every block, noisy or clean, as a row of its own after the clean positions before it."""
+        reach, (batch, _, width) = -self.steps[0], x_BQD.shape
+        blocks_BHNLD = x_BQD.view(batch, 2, -1, block_length, width)
+        clean_BTD = F.pad(x_BQD[:, x_BQD.shape[1] // 2 :], (0, 0, reach, 0))
+        before_BNRD = clean_BTD.unfold(1, reach, block_length)[:, : blocks_BHNLD.shape[2]].transpose(2, 3)
+        rows = torch.cat([before_BNRD[:, None].expand(-1, 2, -1, -1, -1), blocks_BHNLD], 3)
+        return self._shifted(rows.flatten(0, 2), weight_JD)[:, reach:].reshape(x_BQD.shape)
 
     def _shifted(self, x_BTD: Tensor, weight_JD: Tensor) -> Tensor:
         length, steps = x_BTD.shape[1], self.steps

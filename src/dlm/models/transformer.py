@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from dlm.models import attention
 from dlm.models.attention import FlexMask, Mask
 from dlm.models.axes import GroupEmbedding
-from dlm.models.block import AnyCache, Blocks, Embedding, ForwardPass, Head, MaskTokens, RMSNorm, Rotary, TimeEmbedding, TimeTable
+from dlm.models.block import AnyCache, Attend, Blocks, Embedding, ForwardPass, Head, MaskTokens, RMSNorm, Rotary, TimeEmbedding, TimeTable
 from dlm.models.cache import KVCache, RaggedCache, TextCache, WindowCache
 from dlm.models.config import TransformerConfig
-from dlm.models.convolution import Neighbours, neighbours, offsets
+from dlm.models.convolution import BesideClean, Near, Neighbours, neighbours, offsets
 from dlm.models.experts import make_block
 from dlm.models.last_block import blocks_at, pick
 
@@ -46,8 +46,13 @@ def _allowed(attends: Attends, pos_BT: Tensor) -> Tensor | None:
         return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
     if mask is None and not is_causal:
         return None
-    pattern, block_length = (mask.pattern, mask.block_length) if mask else ("causal", 0)
+    pattern, block_length = (mask.pattern, mask.block_length) if isinstance(mask, FlexMask) else ("causal", 0)
     return attention.allowed(pattern, pos_BQ[:, :, None], pos_BT[:, None, :], block_length)
+
+
+def _whole(z_BT: Tensor, pos_BT: Tensor | None) -> tuple[Tensor, Attends]:
+    """A text that reads itself fully."""
+    return z_BT, Attends(torch.arange(z_BT.shape[1], device=z_BT.device)[None] if pos_BT is None else pos_BT, None, False)
 
 
 class Transformer(nn.Module):
@@ -162,12 +167,19 @@ class Transformer(nn.Module):
         block_length: of block-causal attention, in place of the network's own. begin_B1: with attention `causal_text`, the position of
         each row at which the only block begins that reads itself fully; without it the whole text does.
         A TextCache keeps the text of its first forward pass; later ones read it, and their own positions by own_BQQ, bool (B, Q, T + Q).
-        at_BQ: bool, the only positions that get logits; those of the others are 0. index_BC: int64, places among the Q of each row that
-        alone get logits, which are then (B, C, V): with a large vocabulary, zeros of all the others take time and memory.
+        at_BQ: bool, the only positions that get logits (of `clean`: in the noisy half); those of the others are 0.
+        index_BC: int64, places among the Q of each row that alone get logits, which are then (B, C, V): with a large vocabulary, zeros of
+        all the others take time and memory.
         mixed_BQV: weights of tokens, whose embeddings are read so mixed in place of those of z.
         logits: False returns the hidden states that the head reads instead, (B, Q, D); states: a list that they are appended to.
         """
-        attends = self._attends(z_BQ, pos_BQ, valid_BT, cache, pattern, block_length, phase_B, begin_B1, own_BQQ)
+        block_length = block_length or self.config.block_length
+        if pattern == "clean" and z_BQ.shape[1] <= 2 * block_length:  # one block, which reads no clean one
+            z_BQ, attends = _whole(z_BQ[:, : z_BQ.shape[1] // 2], pos_BQ)
+            pattern = ""
+        else:
+            attends = self._attends(z_BQ, pos_BQ, valid_BT, cache, pattern, block_length, phase_B, begin_B1, own_BQQ)
+        tiles = self._tiles(z_BQ, block_length) if pattern == "clean" and pos_BQ is None else None
         pos_BQ, mask, is_causal, _ = attends
         mask_tokens = self.embed.mask_tokens(z_BQ, pos_BQ)
         x_BQD = self.embed(z_BQ, mask_tokens) if mixed_BQV is None else self.mix(mixed_BQV)
@@ -180,17 +192,21 @@ class Transformer(nn.Module):
         if self.config.embed_norm:
             x_BQD = F.rms_norm(x_BQD, x_BQD.shape[-1:], eps=self.config.norm_eps)
         cos, sin = self.rotary(pos_BQ)
-        near = self._neighbours(attends, cache) if self.taps else None
+        near: Near = None
+        if self.taps:
+            near = self._neighbours(attends, cache) if tiles is None else BesideClean(block_length)
         sliding = self._sliding(attends, cache) if self.config.sliding_layers else None
-        forward_pass = ForwardPass(cos, sin, mask, is_causal, cache, mask_tokens, near, sliding)
-        alone = logits and states is None and pattern != "clean"
-        at_BC = index_BC if alone else None
+        forward_pass = ForwardPass(cos, sin, mask if tiles is None else tiles, is_causal, cache, mask_tokens, near, sliding)
+        alone = logits and states is None
+        at_BC = index_BC if alone and pattern != "clean" else None
         at_M = self._alone(at_BQ, mask_tokens) if alone and at_BC is None else None
-        x_BQD = blocks_at(self.blocks, self.dropout(x_BQD), forward_pass._replace(at_M=at_M), at_BC)
+        skipped = z_BQ.shape[1] // 2 if pattern == "clean" else 0
+        at = at_M + at_M // skipped * skipped if skipped and at_M is not None else at_M
+        x_BQD = blocks_at(self.blocks, self.dropout(x_BQD), forward_pass._replace(at_M=at), at_BC)
         if isinstance(cache, KVCache | RaggedCache):
             cache.advance(z_BQ.shape[1])
-        if pattern == "clean":
-            x_BQD = x_BQD[:, : x_BQD.shape[1] // 2]
+        if skipped and at_M is None:
+            x_BQD = x_BQD[:, :skipped]
         if not logits:
             hidden_BQD: Tensor = self.norm(x_BQD)
             return hidden_BQD
@@ -217,6 +233,15 @@ class Transformer(nn.Module):
         at_M = at_BQ.flatten().nonzero().squeeze(-1)  # the host waits for a GPU here, and not again below
         logits_MV = self.read_out(self.norm(x_BQD.flatten(0, 1)[at_M]))
         return logits_MV.new_zeros(at_BQ.numel(), logits_MV.shape[-1]).index_copy_(0, at_M, logits_MV).view(*at_BQ.shape, -1)
+
+    def _tiles(self, z_BQ: Tensor, block_length: int) -> attention.Tiles | None:
+        """The mask of [noisy | clean] in eager work on a CPU, whose kernels compute what a mask forbids too; None: by a plain mask."""
+        length = z_BQ.shape[1] // 2
+        fits = self.config.attention == "block_causal" and length % attention.TILE == length % block_length == 0
+        plain = type(self.blocks) is Blocks and all(type(block.attention.attend) is Attend for block in self.blocks)
+        if not (fits and plain) or self.config.sliding_layers or z_BQ.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        return attention.tiles_beside_clean(length, block_length, z_BQ.device)
 
     def _neighbours(self, attends: Attends, cache: AnyCache | None) -> Neighbours | None:
         """The neighbours that the short convolutions read: those that attention reads. None: of whole rows that nothing masks."""
@@ -332,9 +357,11 @@ class Transformer(nn.Module):
         return backend == "flex" or (backend == "auto" and square and self.config.attention == "block_causal" and z_BQ.is_cuda)
 
 
-def predict_beside(network: nn.Module, z_BT: Tensor, x_BT: Tensor, block_length: int) -> Tensor:
-    """Logits (B, T, V) of block diffusion in float32: every block of z beside the clean blocks of x before it. network may be wrapped."""
-    logits: Tensor = network(torch.cat([z_BT, x_BT], 1), pattern="clean", block_length=block_length).float()
+def predict_beside(network: nn.Module, z_BT: Tensor, x_BT: Tensor, block_length: int, at_BT: Tensor | None = None) -> Tensor:
+    """Logits (B, T, V) of block diffusion in float32: every block of z beside the clean blocks of x before it. network may be wrapped.
+
+    at_BT: bool, the only positions that get logits."""
+    logits: Tensor = network(torch.cat([z_BT, x_BT], 1), pattern="clean", block_length=block_length, at_BQ=at_BT).float()
     return logits
 
 

@@ -78,14 +78,21 @@ def estimator(
     plain = type(noise.noise if isinstance(noise, RowsOf) else noise) is MaskedNoise and config.objective == "diffusion"
     masks = plain and config.estimate == "any_order" and teacher is None and not learns and not config.compile
 
+    def on_cpu(network: nn.Module) -> bool:
+        """Whether the loss alone asks for logits, those of the masks, and the network works on a CPU."""
+        return masks and getattr(network, "device", None) == torch.device("cpu")
+
     def predict(network: nn.Module) -> loss.Predict:
-        if masks and getattr(network, "device", None) == torch.device("cpu"):  # whose loss reads no other logits
+        if on_cpu(network):
             return lambda z_BT, t_B: network(z_BT, t_B, at_BQ=z_BT == noise.mask_id).float()
         return (lambda z_BT, t_B: network(z_BT, t_B).float()) if reads is None else cast(loss.Predict, reads(network))
 
+    def beside(network: nn.Module) -> loss.PredictBeside:
+        return _beside(network, noise.mask_id) if on_cpu(network) else partial(predict_beside, network)
+
     if config.blocks:
         return lambda network, x_BT, free_BT, rng, t_B, block_length: loss.blockwise(
-            cast(MaskedNoise, noise), partial(predict_beside, network), x_BT, free_BT, rng, block_length, t_B, equal
+            cast(MaskedNoise, noise), beside(network), x_BT, free_BT, rng, block_length, t_B, equal
         )
     if config.objective == "autoregressive":
         return lambda network, x_BT, free_BT, _rng, _t_B, _length: loss.autoregressive(noise, predict(network), x_BT, free_BT)
@@ -101,6 +108,11 @@ def estimator(
     elif equal:
         bound = partial(bound, equal=True)
     return lambda network, x_BT, free_BT, rng, t_B, _length: bound(noise, predict(network), x_BT, free_BT, rng, t_B)
+
+
+def _beside(network: nn.Module, mask_id: int) -> loss.PredictBeside:
+    """Predictions beside the clean text, at masks alone."""
+    return lambda z_BT, x_BT, block_length: predict_beside(network, z_BT, x_BT, block_length, z_BT == mask_id)
 
 
 ESTIMATORS: dict[str, Callable[..., Tensor]] = {
