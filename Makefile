@@ -55,7 +55,7 @@ quick-tests: $(VENV)/.dev
 install: $(VENV)/.dev
 
 $(BIN)/python:
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'dlm needs Python 3.11 or newer: make PYTHON=python3.11 ...')"
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'dlm needs Python 3.11 or newer: make PYTHON=python3.11 ...')"
 	$(PYTHON) -m venv $(VENV)
 
 # First the places that pip knows, then PyTorch's index; a mirror without CPU builds, and macOS, whose build is one, take what pip finds.
@@ -68,13 +68,13 @@ else
 	@echo "Installing torch $(TORCH_VERSION) as the package index has it ..."
 	$(PIP) torch
 endif
-	@$(BIN)/python -c "import torch; print('Installed torch', torch.__version__)"
-	touch $@
+	@$(BIN)/python -c "from importlib.metadata import version; print('Installed torch', version('torch'))"
+	@touch $@
 
 $(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.torch
 	@echo "Installing dlm and what it needs ..."
 	$(PIP) --editable .
-	touch $@
+	@touch $@
 
 # pip compiles on one core what compileall does on all.
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch

@@ -139,7 +139,17 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}){_remedy(error.object)}") from None
+
+
+def _remedy(data: bytes) -> str:
+    """The next step for a file of another kind: a document, an archive, or a text of another encoding."""
+    if data.startswith(b"%PDF"):
+        return ": it is a PDF, of which pdftotext takes the text"
+    if data.startswith((b"PK", b"\x1f\x8b")):
+        return ": it is an archive or an office document, save its text as a .txt file"
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return f": iconv -f {'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8 rewrites a text" if utf16 or b"\0" not in data else ""
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict") -> None:

@@ -13,6 +13,7 @@ import pytest
 import dlm as package
 from conftest import Dlm
 from dlm.cli.app import app, listed
+from dlm.cli.train import NOISES
 
 SOURCE = str(Path(package.__file__).parents[1])
 LIGHT = """
@@ -40,12 +41,13 @@ WITHOUT_TORCH: list[tuple[str, int, str]] = [  # the words of a command, its exi
     ("generate --length 100000000000", 2, "must lie in 1 .. 10,000,000"),
     ("generate --samples 1000000000", 2, "must lie in 1 .. 10,000"),
     ("generate --sampler magic", 2, "'magic' is unknown"),
-    ("generate --sampler confidnce", 2, "did you mean confidence"),
+    ("generate --sampler confidnce", 2, "did you mean confidence? dlm samplers lists all of them"),
     ("generate --sampler topk:3", 2, "has no setting"),
     ("generate --sampler confidence:high", 2, "'high' is no number"),
     ("generate --sampler lookup:x", 2, "write lookup"),
     ("generate --save missing/x.traj", 2, "no directory missing"),
     ("generate --save .", 2, "is a directory"),
+    ("generate --save run.gif", 2, "dlm show run.traj --gif run.gif draws it"),
     ("generate --adapter missing", 2, "no adapter 'missing'"),
     ("generate --model nosuch", 2, "no checkpoint 'nosuch'"),
     ("generate --dtype float8", 2, "unknown dtype"),
@@ -109,12 +111,24 @@ def test_version(dlm: Dlm) -> None:
         (("generate", "--steps", "many"), "'--steps'"),
         (("schedule", "serch"), "Did you mean 'search'? (see dlm schedule --help)"),
         (("generate", "--device", "cdua"), "no device 'cdua' here; did you mean cuda?"),
+        (("generate", "--device", "mps:99"), "use --device cpu"),
+        (("train", "sudoku-4", "--set", "steps=many"), "--set steps=many: 'many' is no whole number"),
+        (("train", "sudoku-4", "--set", "lr=fast"), "--set lr=fast: 'fast' is no number"),
+        (("train", "sudoku-4", "--set", "levels=0,high"), "'high' is no number"),
+        (("train", "sudoku-4", "--out", __file__), "is a file: --out is a directory"),
         (("eval",), "missing argument 'MODEL'; see dlm eval --help"),
         (("train", "--out"), "'--out' requires an argument"),
     ],
 )
 def test_a_usage_error_is_one_line(dlm: Dlm, words: tuple[str, ...], told: str) -> None:
     assert told in dlm.told(*words)
+
+
+def test_the_help_of_training_names_every_noise(dlm: Dlm) -> None:
+    from dlm.noise.process import PROCESSES, SETTING
+
+    words = [f"{name}[:{'share' if name in ('hybrid', 'gidd') else SETTING[name]}]" if name in SETTING else name for name in PROCESSES]
+    assert NOISES.split(" | ") == [word for word in words if word != "score"]  # of SEDD's checkpoints, which are not trained here
 
 
 def test_every_verb_has_a_place_in_the_help(dlm: Dlm) -> None:

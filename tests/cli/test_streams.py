@@ -121,6 +121,29 @@ def test_d20_a_reader_that_leaves(options: tuple[str, ...]) -> None:
     assert done.stderr == b""
 
 
+IMPORTING = """
+import os, signal, sys
+MODULE = sys.argv.pop(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+class Pressed:  # Ctrl-C while this module is looked for
+    def find_spec(self, name, *_):
+        if name == MODULE:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Pressed())
+from dlm.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["dlm.cli", "dlm.language_model"], ids=["before the command line", "in a command"])
+def test_ctrl_c_leaves_no_traceback(module: str) -> None:
+    words = [sys.executable, "-c", IMPORTING, module, "generate", "ROMEO:", "--length", "8"]
+    done = subprocess.run(words, capture_output=True, timeout=120, check=False)
+    assert done.returncode in (-2, 130)  # killed by the signal, which a shell reports as 130
+    assert done.stdout == b""
+    assert done.stderr in (b"", b"dlm: stopped\n")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is missing")
 def test_a_full_disk_behind_standard_output_is_told() -> None:
     full = os.open("/dev/full", os.O_WRONLY)

@@ -254,6 +254,14 @@ def test_rewriting(visit: Callable[..., User]) -> None:
 
 
 @browses
+def test_empty_fields_show_the_usual_values(visit: Callable[..., User]) -> None:
+    user = visit()
+    placeholders = {name: user.tab.get_attribute(f"[name={name}]", "placeholder") for name in ("temperature", "length", "steps")}
+    assert placeholders == {"temperature": "1", "length": "256", "steps": "256"}
+    assert user.tab.text_content("#hint") == "___ is a hole of three tokens, [12] one of twelve."
+
+
+@browses
 def test_holes(visit: Callable[..., User]) -> None:
     user = visit()
     user.set("ROMEO:\n[4] me ____, \\[3]")

@@ -42,8 +42,11 @@ def test_a_folder_in_the_order_of_names(tmp_path: Path) -> None:
     [
         ("missing.txt", None, r"no data at .*missing\.txt: give a text file"),
         ("empty.txt", b"", r"empty\.txt is empty"),
-        ("latin.txt", b"caf\xe9", r"latin\.txt is not UTF-8 text \(byte 3\)"),
-        ("picture.txt", b"\x89PNG\xff", r"not UTF-8"),
+        ("latin.txt", b"caf\xe9", r"latin\.txt is not UTF-8 text \(byte 3\): iconv -f WINDOWS-1252"),
+        ("wide.txt", b"\xff\xfec\0a\0", r"iconv -f UTF-16"),
+        ("paper.pdf", b"%PDF-1.4\n%\xe2\xe3", r"it is a PDF, of which pdftotext takes the text"),
+        ("letter.docx", b"PK\x03\x04\x14\0\xff", r"an archive or an office document"),
+        ("picture.txt", b"\x89PNG\0\xff", r"not UTF-8 text \(byte 0\)$"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:

@@ -186,7 +186,7 @@ def test_lines_for_a_pipe(text: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0.0)
     first, *lines = show(text, tmp_path / "run").splitlines()
     assert " parameters, " in first
-    assert "process(es) on cpu" in first
+    assert ", on cpu, into " in first
     assert lines[0].startswith("step 4: validation ")
     assert lines[1].startswith("step 5/12: ")
     assert " nats per token, " in lines[1]
@@ -246,7 +246,7 @@ def test_a_preview_may_hold_anything(text: Path, tmp_path: Path) -> None:
         ("steps", "--set steps: known keys"),
         ("network=3", "known keys"),
         ("vocab_size=3", "known keys"),
-        ("steps=many", "--set steps=many: invalid literal"),
+        ("steps=many", "--set steps=many: 'many' is no whole number"),
         ("steps=0", "steps must be at least 1, got 0"),
         ("eval_windows=1", "eval_windows must be at least 2"),
         ("bf16=maybe", "--set bf16=maybe: give true or false"),
@@ -258,7 +258,7 @@ def test_a_preview_may_hold_anything(text: Path, tmp_path: Path) -> None:
         ("dropout=1", "--set dropout=1: dropout must"),
         ("betas=0.9", "betas must be two numbers"),
         ("betas=0.9,1.0", "betas must be two numbers"),
-        ("betas=a,b", "--set betas=a,b: could not convert"),
+        ("betas=a,b", "--set betas=a,b: 'a' is no number"),
         ("val_fraction=1", "val_fraction must lie between 0 and 1"),
         ("decay_share=2", "decay_share must lie in 0 .. 1"),
         ("context=32", "context 32 must lie in 0 .. 31"),

@@ -164,6 +164,14 @@ def test_the_line_below_tells_tokens_a_pass_and_acceptance() -> None:
     assert end.endswith("O: Hear me now.\n5 steps, 5 passes, 12 tokens in 0.50 s, 2.4 tok/pass, 78% of 9 draft tokens accepted, 24 tok/s\n")
 
 
+@pytest.mark.parametrize(
+    ("width", "labels"), [(40, "one, 2 more below at the end"), (60, "one two, 1 more below at the end"), (90, "one two three")]
+)
+def test_a_narrow_terminal_says_that_runs_are_left_out(width: int, labels: str) -> None:
+    head, *_ = drawn(Panes([(name, run()) for name in ("one", "two", "three")]), terminal(width=width))
+    assert " ".join(head.split()) == labels
+
+
 def test_a_combining_mark_takes_the_cell_of_its_letter() -> None:
     assert layout.glyphs("e\u0301x\n") == (("\u00e9", 1), ("x", 1), ("\n", 0))
     assert layout.glyphs("q\u0301") == (("q\u0301", 1),)

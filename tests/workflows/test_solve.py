@@ -174,7 +174,8 @@ def test_an_unsolved_puzzle_ends_in_1_and_bad_input_in_2(dlm: Dlm, tmp_path: Pat
     assert code == 1
     assert "not solved" in err
     assert "2 tries" in err
-    assert "no bundled model has such grids" in dlm.told("solve", "." * 36)
+    assert "sudoku-4 16 cells of 1234" in dlm.told("solve", "." * 36)
+    assert "neither a file nor a puzzle" in dlm.told("solve", "puzzle.txt")
     assert "no solution" in dlm.told("solve", "123....4........")
     assert "no puzzle" in dlm.told("solve", "  ")
     assert "the sampler 'magic' is unknown" in dlm.told("solve", PUZZLE, "--sampler", "magic")

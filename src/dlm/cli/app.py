@@ -85,6 +85,13 @@ def is_file_name(value: Path | None) -> Path | None:
     return value
 
 
+def is_run_name(value: Path | None) -> Path | None:
+    """A check as `between`, for a run to save."""
+    if value is not None and value.suffix not in ("", ".traj"):
+        raise InputError(f"--save writes a run, as in --save run.traj; dlm show run.traj --gif run.gif draws it (got {value})")
+    return is_file_name(value)
+
+
 def is_card(value: Path | None) -> Path | None:
     """A check as `between`, for a file whose directory is made where there is none."""
     if value is not None:
@@ -477,6 +484,8 @@ def interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+INTERRUPTED = 128 + 2
+"""The exit code after Ctrl-C, as a shell reports SIGINT."""
 READER_GONE = 128 + 13
 """The exit code where the program that reads the output has left, as a shell reports SIGPIPE."""
 
@@ -489,6 +498,8 @@ def main() -> None:
         code = _run()
     except BrokenPipeError:
         code = READER_GONE
+    except KeyboardInterrupt:  # before typer listens
+        code = INTERRUPTED
     except SystemExit as end:
         if not isinstance(end.__context__, BrokenPipeError):
             raise
@@ -532,6 +543,8 @@ def _run() -> int:
     except OSError as error:
         hint = ": no space left, free some and go on" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         fail(f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}{hint}", 2)
+    if code == INTERRUPTED:
+        fail("stopped", INTERRUPTED)
     return code if isinstance(code, int) else 0
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from dlm import bundled
 from dlm.cli.app import (
+    INTERRUPTED,
     SAMPLING,
     Adapter,
     BridgeOption,
@@ -44,7 +45,7 @@ from dlm.cli.app import (
     fail,
     given_text,
     interrupts,
-    is_file_name,
+    is_run_name,
     is_sampler,
     load,
     named_models,
@@ -197,7 +198,7 @@ def generate(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="See the text settle.", rich_help_panel=OUTPUT)] = False,
     save: Annotated[
         Path | None,
-        typer.Option(callback=is_file_name, help="Write the run as a .traj file for dlm show and dlm settle.", rich_help_panel=OUTPUT),
+        typer.Option(callback=is_run_name, help="Write the run as a .traj file for dlm show and dlm settle.", rich_help_panel=OUTPUT),
     ] = None,
     as_json: Json = False,
     device: Device = "cpu",
@@ -363,7 +364,7 @@ def _stopped(runs: dict[str, Run], paths: Sequence[Path]) -> NoReturn:
     for trajectory, path in kept:
         trajectory.save(path)
     told = " and ".join(f"the {len(trajectory) - 1} steps so far are in {path}" for trajectory, path in kept)
-    fail(f"stopped; {told}" if kept else "stopped", 130)
+    fail(f"stopped; {told}" if kept else "stopped", INTERRUPTED)
 
 
 def _report(runs: dict[str, Run], watched: bool, as_json: bool) -> None:

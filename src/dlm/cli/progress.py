@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dlm.cli.app import err, fail, interrupts
+from dlm.cli.app import INTERRUPTED, err, fail, interrupts
 
 if TYPE_CHECKING:
     from dlm.language_model.generation import Stepping
@@ -48,4 +48,4 @@ def run_to_end(run: Stepping, save: Path | None, console: Console | None) -> Non
         run.trajectory.save(save)
         err.print(f"saved {save}; see it again with: dlm show {save}", highlight=False, soft_wrap=True)
     if ended:
-        fail("stopped" + (f"; the {len(run.trajectory) - 1} steps so far are in {save}" if save is not None else ""), 130)
+        fail("stopped" + (f"; the {len(run.trajectory) - 1} steps so far are in {save}" if save is not None else ""), INTERRUPTED)

@@ -21,7 +21,7 @@ from dlm.cli.app import (
     between,
     err,
     given_text,
-    is_file_name,
+    is_run_name,
     is_sampler,
     load,
     note,
@@ -82,7 +82,7 @@ def solve(
     seed: Seed = 0,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="See the grid settle.")] = False,
     save: Annotated[
-        Path | None, typer.Option(callback=is_file_name, help="Write the run of one puzzle as a .traj file for dlm show.")
+        Path | None, typer.Option(callback=is_run_name, help="Write the run of one puzzle as a .traj file for dlm show.")
     ] = None,
     as_json: Json = False,
     device: Device = "cpu",

@@ -9,9 +9,11 @@ from typing import Annotated
 
 import typer
 
-from dlm.cli.app import AllThreads, Json, app, err, fail, is_text, set_threads
+from dlm.cli.app import INTERRUPTED, AllThreads, Json, app, err, fail, is_text, set_threads
 from dlm.errors import InputError
-from dlm.train.data_kinds import SOURCES
+from dlm.train import data_kinds
+
+NOISES = "masked | uniform | semantic[:lead] | hybrid[:share] | gidd[:share] | ordered | genmd4 | gaussian | classes[:lead]"
 
 
 @app.command()
@@ -19,14 +21,16 @@ def train(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name (dlm list), or none with --data.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(callback=is_text, help=f"shakespeare (bundled), a text file, a folder of .txt files, hf:DATASET, {SOURCES}."),
+        typer.Option(
+            callback=is_text, help=f"shakespeare (bundled), a text file, a folder of .txt files, hf:DATASET, {data_kinds.SOURCES}."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default: runs/RECIPE.")] = None,
-    noise: Annotated[
-        str | None, typer.Option(help="masked | uniform | semantic[:lead] | hybrid[:share] | gidd[:share]; same as --set noise=.")
-    ] = None,
+    noise: Annotated[str | None, typer.Option(help=f"{NOISES}; same as --set noise=.")] = None,
     noise_schedule: Annotated[str | None, typer.Option(help="linear | cosine | polynomial:2 ...; same as --set noise_schedule=.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, any number of times.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, any number of times; a key that is unknown lists all.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last save in --out.")] = False,
     threads: AllThreads = 0,
     as_json: Json = False,
@@ -58,9 +62,10 @@ def train(
         with Display(err) as display:
             result = fit(config, out, resume=resume, preview=sample, progress=display)
     except KeyboardInterrupt as stopped:
-        fail(str(stopped) or "stopped", 130)
+        fail(str(stopped) or "stopped", INTERRUPTED)
     if int(os.environ.get("RANK", "0")) == 0:
-        verb = "solve PUZZLE" if kinds.find(config.data) is not None else "generate"
+        arc = config.data.partition(":")[0] in data_kinds.KINDS["arc"].words
+        verb = f"solve {config.data}" if arc else "solve PUZZLE" if kinds.find(config.data) is not None else "generate"
         err.print(f"done; try: dlm {verb} --model {out} --watch", highlight=False)
         if as_json:
             print(json.dumps(result.record()))

@@ -13,7 +13,7 @@ from dlm.cli.app import Device, FamilyOption, app, load
 
 @app.command()
 def verify(
-    model: Annotated[str, typer.Argument(help="A checkpoint: a directory, a hub id or a bundled name.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint: a directory, a hub id or a bundled name.")],
     cases: Annotated[
         Path,
         typer.Option(

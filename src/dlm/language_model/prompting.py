@@ -61,7 +61,8 @@ class Prompting:
         whole = usual if length is None else length
         new = whole - given if max_new_tokens is None else max_new_tokens
         if new < 1:
-            raise InputError(f"nothing to generate: the prompt and suffix have {given} tokens, the text is to have {given + new}")
+            counts = "" if length is None else " (length counts them, max_new_tokens does not)"
+            raise InputError(f"nothing to generate: the prompt and suffix have {given} tokens, the text is to have {given + new}{counts}")
         if len(head) >= self.window and not self.context:
             raise InputError(f"the prompt has {len(head)} tokens, the window {self.window} and no context: use at most {self.window - 1}")
         if not self.fills_windows and not self.context and given + new > self.window:

@@ -678,8 +678,8 @@ def check(word: str) -> None:
     if name in plugins.found(plugins.SAMPLERS):
         _plugged_sampler(name)
     if not (found := [one for one in known() if one.name == name]):
-        close = nearest(name, [one.name for one in known()]).removesuffix("?")
-        raise InputError(f"the sampler {name!r} is unknown{close}; dlm samplers lists all of them")
+        close = nearest(name, [one.name for one in known()]) or ";"
+        raise InputError(f"the sampler {name!r} is unknown{close} dlm samplers lists all of them")
     found[0].parse(word)  # of the same parameters, whatever the noise
 
 

@@ -314,10 +314,15 @@ def _parse(value: str, like: object) -> object:
         return value.lower() in ("true", "1")
     if isinstance(like, tuple):
         kind = int if all(isinstance(v, int) for v in like) else float
-        return tuple(kind(v) for v in value.split(",") if v)
-    if isinstance(like, int | float):
-        return type(like)(value)
-    return value
+        return tuple(_number(v, kind) for v in value.split(",") if v)
+    return _number(value, type(like)) if isinstance(like, int | float) else value
+
+
+def _number(value: str, kind: type[int] | type[float]) -> int | float:
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is no {'whole ' * (kind is int)}number") from None
 
 
 def _head_sizes(network: TransformerConfig, changes: dict[str, Any]) -> str:

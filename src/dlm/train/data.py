@@ -95,7 +95,7 @@ class Stream:
         if max(self.lengths, default=0) < self.window:
             raise InputError(
                 f"the {self.name} has {max(self.lengths, default=0)} tokens{' in its longest piece' if self.pieces else ''}, less than one "
-                f"window of {self.window}: more text or a smaller window"
+                f"window of {self.window}: more text or a smaller window (--set window=64)"
             )
 
     @property

@@ -52,9 +52,11 @@ class _Meta:
 def begin(out: Path, verb: str, *, resume: bool, optimizer: str) -> Meta:
     """The meta of the run in `out` to resume, empty for a new one. verb: train or convert.
 
-    InputError where there is nothing to resume, a run already, one of the other verb, or of another optimiser.
+    InputError where `out` is a file, and where there is nothing to resume, a run already, one of the other verb, or of another optimiser.
     """
     saved = out / FILE
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: --out is a directory, give another name")
     if resume and not saved.is_file():
         raise InputError(f"nothing to resume in {out}: {verb} without --resume first")
     if not resume and saved.is_file():

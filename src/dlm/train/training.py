@@ -70,7 +70,8 @@ class Training:
         """The network and its data, in a line."""
         size = f"{self.facts['parameters']:,} parameters, {self.facts['tokens']:,} training tokens"
         epochs = f"{self.config.steps * self.epochs_per_step:.1f} epochs"
-        where = f"{self.accelerator.num_processes} process(es) on {self.accelerator.device}, into {self.out}"
+        several = f"{count} processes " if (count := self.accelerator.num_processes) > 1 else ""
+        where = f"{several}on {self.accelerator.device}, into {self.out}"
         return f"{size} (sha256 {self.text}), {epochs}, {where}"
 
     def warning(self) -> str:

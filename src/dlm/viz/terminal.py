@@ -36,7 +36,9 @@ class Panes:
         count = max(1, min(len(self.panes), (columns + GAP_CELLS) // (MIN_PANE_CELLS + GAP_CELLS)))
         width = (columns - GAP_CELLS * (count - 1)) // count
         color = not console.no_color and console.color_system is not None
-        blocks = [self._block(i, width, console.size.height - 1, color, ascii_only) for i in range(count)]
+        left = len(self.panes) - count
+        more = f", {left} more below at the end" if left else ""
+        blocks = [self._block(i, width, console.size.height - 1, color, ascii_only, more * (i == count - 1)) for i in range(count)]
         height = max(len(block) for block in blocks)
         for y in range(height):
             for i, block in enumerate(blocks):
@@ -47,9 +49,10 @@ class Panes:
             if y < height - 1:
                 yield Segment.line()
 
-    def _block(self, i: int, width: int, height: int, color: bool, ascii_only: bool) -> list[list[Segment]]:
+    def _block(self, i: int, width: int, height: int, color: bool, ascii_only: bool, more: str = "") -> list[list[Segment]]:
+        """more: beside the label, of the panes that are left out."""
         label, run = self.panes[i]
-        head = [_clip([Segment(label, Style(bold=True))], width)] if len(self.panes) > 1 else []
+        head = [_clip([Segment(label, Style(bold=True)), Segment(more, QUIET)], width)] if len(self.panes) > 1 else []
         numbers = layout.figures(run, self.row)
         shown = layout.pieces(run, self.row, _mask(ascii_only))
         looks = layout.looks(run, self.row, pace=self.pace, after=1.0 if numbers.settled == numbers.free else 0.0)

@@ -75,7 +75,8 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        close, reason = nearest(device, ("cpu", "cuda", "mps")), str(error).splitlines()[0]
+        known, reason = ("cpu", "cuda", "mps"), str(error).splitlines()[0]
+        close = "" if device.partition(":")[0] in known else nearest(device, known)
         raise InputError(f"no device {device!r} here" + (close or f" ({reason}): use --device cpu")) from None
 
 

@@ -64,13 +64,15 @@ def kind_of(model: LanguageModel) -> Grid:
 
 
 def usual_model(text: str) -> str:
-    """The bundled model for a puzzle of so many cells and these symbols. InputError where there is none."""
+    """The bundled model for a puzzle, by the number of its cells and by its symbols. InputError where there is none."""
     found = [c for c in text if c not in RULES and c not in "\r\n"]
+    sizes = []
     for name, path in bundled.models().items():
         kind = kinds.find(str(read_json(path / "config.json").get("training", {}).get("data", "")))
         if kind is not None and cells_of(kind) == len(found) and not set(found) - {*kind.symbols, *HOLES}:
             return name
-    raise InputError("no bundled model has such grids: train one, as with dlm train maze-9, and give --model runs/maze-9")
+        sizes += [f"{name} {cells_of(kind)} cells of {kind.symbols}"] if kind is not None else []
+    raise InputError(f"neither a file nor a puzzle of a bundled model ({', '.join(sizes)}): other grids need --model runs/mine")
 
 
 class Solving(Stepping):

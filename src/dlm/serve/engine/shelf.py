@@ -178,6 +178,8 @@ class Shelf:
             "vocab_size": lm.tokenizer.vocab_size,
             "samplers": [{"name": info.name, "about": info.about} for info in lm.samplers],
             "default_sampler": lm.default_sampler,
+            "temperature": lm.facts(DecodingOptions()).default_temperature if lm.prompting.fills_windows else None,
+            "length": lm.window if lm.prompting.fills_windows else None,
             "steps": min(int(lm.defaults.get("steps", lm.window)), self.max_steps) if lm.is_diffusion else lm.window,
             "characters": all(
                 len(lm.tokenizer.piece(i)) == 1 and lm.tokenizer.piece(i) != REPLACEMENT for i in range(min(lm.tokenizer.vocab_size, 1024))

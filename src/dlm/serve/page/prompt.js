@@ -44,7 +44,7 @@ export function hint(parts, model, prompt = "") {
     return { text: wrong || `${cells.length - open} cells given, ${open} to fill. A puzzle row by row, . for a hole.`, wrong: Boolean(wrong) };
   }
   const sizes = holes(parts), total = sizes.reduce((sum, size) => sum + size, 0);
-  if (!sizes.length) return { text: "___ or [12] is a hole of so many tokens.", wrong: false };
+  if (!sizes.length) return { text: "___ is a hole of three tokens, [12] one of twelve.", wrong: false };
   const open = typeof parts.at(-1) !== "number" || sizes.length > 1;
   if (model && !model.dlm.infills && open) {
     return { text: `${model.id} writes from left to right and cannot fill holes: pick another model.`, wrong: true };

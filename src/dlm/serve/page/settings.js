@@ -53,7 +53,8 @@ export class Settings {
       const usual = model.dlm.grid && names.some(([name]) => name === "margin") ? "margin" : model.dlm.default_sampler; // of a puzzle the surest cell first
       const kept = names.some(([name]) => name === before) && Boolean(model.dlm.grid) === this.cells ? before : usual;
       this.cells = Boolean(model.dlm.grid);
-      this.field("temperature").placeholder = this.cells ? "0" : "usual";
+      this.field("temperature").placeholder = this.cells ? "0" : model.dlm.temperature ?? "usual";
+      this.field("length").placeholder = model.dlm.length ?? "usual";
       this.field("length").disabled = this.cells;
       fill(this.field("sampler"), names, kept);
       this.field("steps").placeholder = model.dlm.kind === "autoregressive" ? "–" : model.dlm.steps ?? "usual";
