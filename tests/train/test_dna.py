@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,13 @@ import pytest
 import torch
 
 from conftest import Dlm
+from dlm import bundled
 from dlm.errors import InputError
 from dlm.train import data_kinds, dna, recipes
 from dlm.train.config import TrainConfig
 from dlm.train.setup import resolve
+from dlm.workflows.evaluate import evaluate
+from goldens import GOLDEN
 
 TOY = [f"--set={word}" for word in ("steps=2", "layers=1", "width=16", "heads=2", "window=16", "context=0", "batch=4", "warmup=1")]
 
@@ -151,3 +155,15 @@ def test_odd_letters_end_with_one_line_and_exit_code_2(dlm: Dlm, masked_dir: Pat
         "eval", str(masked_dir), "--data", "x.fa"
     )
     assert "no data at y.fa" in dlm.told("train", "--data", "y.fa")
+
+
+COUNTS = 1.886
+"""Bits a base of the stretch by the best counts: tests/golden/dna/README.md."""
+
+
+def test_the_bundled_model_scores_a_stretch_that_it_never_saw() -> None:
+    told = re.search(r"<= ([\d.]+) bits per base", (bundled.models()["dna-tuberculosis"] / "README.md").read_text(encoding="utf-8"))
+    assert told is not None
+    found = evaluate("dna-tuberculosis", GOLDEN / "dna" / "stretch.fa", split="all")
+    assert found.bits_per_char < COUNTS
+    assert found.bits_per_char == pytest.approx(float(told[1]), abs=0.05)
