@@ -160,6 +160,7 @@ def test_the_verb_counts_tasks_or_shows_one(dlm: Dlm, tmp_path: Path) -> None:
     code, out, err = dlm("solve", "arc:task.json", "run")
     assert code == 1
     assert "its answer is not told" in err
+    assert f"for one task, not 256: add --task {name}" in dlm.told("solve", "arc-rules:3", "run", "--watch")
     assert "has no task 'nothing'" in dlm.told("solve", "arc-rules:3", "run", "--task", "nothing")
     assert "train one with dlm train arc --data arc:task.json" in dlm.told("solve", "arc:task.json")
     assert "no bundled model solves tasks of arc-rules:4" in dlm.told("solve", "arc-rules:4")

@@ -113,21 +113,22 @@ def test_calibrate(dlm: Dlm, autoregressive_dir: Path, tmp_path: Path) -> None:
     again = library.calibrate(library.load("masked"), str(autoregressive_dir), retime=True, samples=3, out="masked")
     assert [row.bits for row in again.rows] == [row.bits for row in found.rows]
     assert json.loads(Path("masked/calibration.json").read_text()) == plain(again) | {"dlm_version": library.__version__}
-    with pytest.raises(library.InputError, match="nowhere is no directory"):
-        library.calibrate("masked", str(autoregressive_dir), out="nowhere")
+    Path("a_file").touch()
+    with pytest.raises(library.InputError, match="a_file is no directory"):
+        library.calibrate("masked", str(autoregressive_dir), out="a_file")
 
 
 def test_a_calibration_without_a_format_is_read_and_a_later_one_is_told(tmp_path: Path, autoregressive_dir: Path) -> None:
     make_model().save_pretrained(tmp_path / "masked")
-    table = library.calibrate(str(tmp_path / "masked"), str(autoregressive_dir), quick=True, samples=2, out=tmp_path)
-    path = tmp_path / "calibration.json"
+    table = library.calibrate(str(tmp_path / "masked"), str(autoregressive_dir), quick=True, samples=2, out=tmp_path / "new")
+    path = tmp_path / "new" / "calibration.json"
     data = json.loads(path.read_text())
     del data["format"]
     path.write_text(json.dumps(data))
-    assert type(table).load(tmp_path) == table
+    assert type(table).load(path.parent) == table
     path.write_text(json.dumps(data | {"format": 9}))
     with pytest.raises(library.InputError, match="format 9"):
-        type(table).load(tmp_path)
+        type(table).load(path.parent)
 
 
 def test_curse(dlm: Dlm, masked_dir: Path, text_file: Path) -> None:

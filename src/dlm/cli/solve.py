@@ -102,6 +102,8 @@ def solve(
     named = one_name(name, model)
     options = DecodingOptions(sampler=sampler_word(sampler), steps=steps, temperature=temperature)
     if data_kinds.is_word(puzzle) and (tasks := tasks_of(puzzle, split, task)) is not None:
+        if len(tasks) > 1 and (watch or save is not None):
+            raise InputError(f"--watch and --save are for one task, not {len(tasks)}: add --task {tasks[0].name}, or another one")
         lm = load(named or arc.usual_model(puzzle), device)
         set_threads(threads, [lm])
         if len(tasks) == 1:

@@ -66,6 +66,6 @@ def train(
     if int(os.environ.get("RANK", "0")) == 0:
         arc = config.data.partition(":")[0] in data_kinds.KINDS["arc"].words
         verb = f"solve {config.data}" if arc else "solve PUZZLE" if kinds.find(config.data) is not None else "generate"
-        err.print(f"done; try: dlm {verb} --model {out} --watch", highlight=False)
+        err.print(f"done; try: dlm {verb} --model {out}{'' if arc else ' --watch'}", highlight=False)
         if as_json:
             print(json.dumps(result.record()))

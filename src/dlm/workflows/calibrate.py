@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -50,8 +51,8 @@ def calibrate(
     masked_noise(lm, "there is nothing to calibrate")
     length = length or (lm.window if lm.config.fills_window else min(lm.window, FOREIGN_LENGTH))
     figures, named = judge_figures(judge, lm), judge.name if isinstance(judge, LanguageModel) else str(judge)
-    if out is not None and not (Path(out).is_dir() and os.access(out, os.W_OK)):  # before the work, not after it
-        raise InputError(f"{out} is no directory that can be written: name another one (--out)")
+    if out is not None:
+        _prepare(Path(out))
     where = {"device": device_name(lm.network.device)}
     if retime:
         found = lm.calibration()
@@ -70,6 +71,14 @@ def calibrate(
     if out is not None:
         table.save(Path(out))
     return table
+
+
+def _prepare(out: Path) -> None:
+    """Make the directory, before the work and not after it."""
+    with suppress(OSError):
+        out.mkdir(parents=True, exist_ok=True)
+    if not (out.is_dir() and os.access(out, os.W_OK)):
+        raise InputError(f"{out} is no directory that can be written: name another one (--out)")
 
 
 def writing(lm: LanguageModel, samples: int, length: int, temperature: float) -> measure.Generate:
