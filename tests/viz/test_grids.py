@@ -69,11 +69,12 @@ def test_the_page_has_borders_at_which_nothing_happens(tmp_path: Path) -> None:
 
 
 def test_a_gif_has_a_line_for_each_row_and_border(tmp_path: Path) -> None:
-    heights = []
+    sizes = []
     for name, meta in (("grid", solving().meta), ("text", {})):
         run = solving()
         run.meta = meta
         write_gif([("", run)], tmp_path / f"{name}.gif", size=12)
         with Image.open(tmp_path / f"{name}.gif") as image:
-            heights.append(image.height)
-    assert heights[0] - heights[1] == 4 * 18  # five lines for one, of 1.5 times the size of the font
+            sizes.append(image.size)
+    assert sizes[0][1] - sizes[1][1] == 4 * 18  # five lines for one, of 1.5 times the size of the font
+    assert sizes[0][0] / (24 + 4) == sizes[1][0] / (36 + 4)  # no wider than its caption and the margins need

@@ -131,7 +131,7 @@ def test_cells_are_drawn_in_their_colours(tmp_path: Path, monkeypatch: pytest.Mo
     loaded = Trajectory.load(tmp_path / "run.traj")
     write_html([("run", loaded)], tmp_path / "run.html")
     data = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "run.html").read_text(encoding="utf-8"))[1])  # type: ignore[index]
-    assert [ground for ground, _ in data[0]["colours"][:10]] == list(PALETTE)
+    assert data[0]["colours"] == [*PALETTE, ""]
     write_gif([("run", loaded)], tmp_path / "run.gif", rows=2, size=20)
     from PIL import Image
 

@@ -174,9 +174,9 @@ class _Stage:
         self.rows = max(
             len(lines) if "grid" in run.meta else min(rows, len(lines)) for (_, run), lines in zip(panes, self.lines, strict=True)
         )
-        shortest = min(columns, 36)  # room for the caption
+        captions = [24 if "grid" in run.meta else 36 for _, run in panes]  # room for them: a grid's is short
         widths = [[sum(max(1, g.width) for g in line) for line in lines] for lines in self.lines]
-        self.columns = [min(columns, max([shortest, *column])) for column in widths]
+        self.columns = [min(columns, max([caption, *column])) for caption, column in zip(captions, widths, strict=True)]
         self.head = int(any(label for label, _ in panes))
         width, height = stamps.width, stamps.height
         self.margin = 2 * width

@@ -38,7 +38,7 @@ def _record(label: str, run: Trajectory, row: int) -> dict[str, Any]:
     after the first, position and piece by turns, of tokens that change and of those that stay while the text shown at them changes,
     because a neighbour completes a character; drafts: in the same way the draft tokens of each frame, empty for a run without drafts;
     likely: of each frame [position, piece, percent, piece, percent, ...] of its blends, empty for a run without;
-    colours: of a grid of colours, (ground, ink) of each token, empty for one without;
+    colours: of a grid of colours, that of each token, empty for one without;
     forwards and seconds: for each frame.
     """
     valid_T = run.valid_BT[row]
@@ -70,7 +70,7 @@ def _record(label: str, run: Trajectory, row: int) -> dict[str, Any]:
         "likely": blends,
         "forwards": run.forwards,
         "seconds": [round(s, 4) for s in run.seconds],
-        "colours": [[colour, palette.ink_on(colour)] if colour else [] for colour in run.meta.get("grid", {}).get("colours", ())],
+        "colours": run.meta.get("grid", {}).get("colours", []),
     }
 
 
