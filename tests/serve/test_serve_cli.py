@@ -57,6 +57,11 @@ def test_it_does_not_begin(dlm: Dlm, words: list[str], why: str) -> None:
     assert why in err
 
 
+def test_the_extra_that_it_needs_is_named(dlm: Dlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "pip install 'dlm[serve]'" in dlm.told("serve", "sudoku-4")
+
+
 def test_a_port_that_is_taken(dlm: Dlm, masked_dir: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, _, err = dlm("serve", str(masked_dir), "--port", str(taken.getsockname()[1]))

@@ -69,6 +69,7 @@ def _recipes() -> Iterator[tuple[str, str, str]]:
 def _next() -> Iterator[tuple[str, str]]:
     yield 'dlm generate "ROMEO:" --watch', "see text settle out of noise"
     yield 'dlm generate "ROMEO:" --compare mask,uniform -w', "two noise processes side by side"
+    yield 'dlm solve "1...2..1.14....." -w', "a puzzle; the rules check the answer"
     base = next(iter(bundled.BASES))
     here = (bundled.cache_directory() / f"{base}.gguf").is_file()
     yield f"dlm chat {base}" if here else f"dlm pull {base}", "talk to a model" if here else "fetch a model to talk to"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -72,6 +73,8 @@ def serve(
         raise InputError("--port lies in 0 .. 65535; --deadline and the other limits are above 0")
     names = models or bundled.text_models()
     check_names(names, dtype)
+    if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "jinja2")):
+        raise InputError("the server needs the serve extra: pip install 'dlm[serve]'")
     from dlm.serve import run
     from dlm.serve.engine.cost import CostLimits
     from dlm.serve.engine.scheduler import Engine

@@ -52,10 +52,11 @@ def forever(shelf: Shelf, engine: Engine, limits: Limits, host: str, port: int) 
     """Serve until Ctrl-C."""
     sock = listening(host, port)
     server, url = make(shelf, engine, limits), f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
-    first = next(iter(shelf.models))
+    texts = [name for name, lm in shelf.models.items() if lm.grid is None]
     key = ' -H "Authorization: Bearer $KEY"' if limits.keys else ""
     print(f"{url}  the page; {url}/v1  the OpenAI protocol\nmodels: {', '.join(shelf.models)}")
-    body = json.dumps({"model": first, "prompt": "ROMEO:"})
-    print(f"curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'", flush=True)
+    for first in texts[:1]:
+        body = json.dumps({"model": first, "prompt": "ROMEO:"})
+        print(f"curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'", flush=True)
     with contextlib.suppress(KeyboardInterrupt):  # which is raised once more after all has ended
         server.run(sockets=[sock])
