@@ -103,3 +103,16 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 def test_the_page_of_examples_shows_every_script() -> None:
     shown = re.findall(r"^--8<--\nexamples/(\w+)\.py\n--8<--$", (ROOT / "docs" / "examples.md").read_text(encoding="utf-8"), re.M)
     assert sorted(shown) == sorted(file.stem for file in (ROOT / "examples").glob("*.py"))
+
+
+def test_the_index_has_every_task_of_the_readme() -> None:
+    """With the same first command, where a task has one."""
+
+    def tasks(page: str) -> dict[str, list[str]]:
+        table = (ROOT / page).read_text(encoding="utf-8").partition("| task | start here |")[2].partition("\n\n")[0]
+        rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+        return {task: re.findall(r"`((?:dlm|python) [^`]+)`", start) for task, start in rows}
+
+    readme, index = tasks("README.md"), tasks("docs/index.md")
+    assert len(readme) > 15
+    assert {task: index.get(task) for task in readme} == readme
