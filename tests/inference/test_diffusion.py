@@ -157,9 +157,13 @@ def test_compiled_texts(attention: str, conv: int) -> None:
             compare(0, *shape)
         compare(0, 2, 16, padded=True)
         compare(1, 1, 32)
-    assert len(texts) == 6
+        assert len(texts) == 6
+        z_BT, index_BC = half_masked(plain[0], 2, 24) % 20, torch.tensor([[5, 0], [3, 23]])
+        some = made[0].network(z_BT, index_BC=index_BC)  # the last block at these positions alone
+        torch.testing.assert_close(some, plain[0].network(z_BT, index_BC=index_BC), atol=1e-4, rtol=1e-4)
+    assert len(texts) == 7
     made[0].generate("a", length=16, steps=4)
-    assert len(texts) == 6 or attention == "full"  # block by block against an exact cache, which is not compiled
+    assert len(texts) == 7 or attention == "full"  # block by block against an exact cache, which is not compiled
     assert len(texts) >= 10 or attention == "block_causal"
 
 

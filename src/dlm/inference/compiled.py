@@ -51,13 +51,15 @@ class CompiledBlocks(Blocks):
     def __init__(self, blocks: Iterable[Block]) -> None:
         super().__init__(blocks)
         self.train(next(iter(self)).training)
-        self.together = next(n for n in range(BLOCKS_PER_GRAPH, 0, -1) if len(self) % n == 0)  # no graph is made for a rest
+        self.together = next(n for n in range(BLOCKS_PER_GRAPH, 0, -1) if len(self) % n == 0)  # a rest has a graph of its own
         self.plain = _compile(_over)
         self.reads_texts = next(iter(self)).attention.config.attention != "causal"
         self.experts = next(iter(self)).attention.config.experts is not None
         if self.experts:
             self.together = 1
-        self.texts: dict[bool, Callable[..., Tensor]] = {}  # of whole texts, by whether there is no mask
+        self.texts: dict[
+            tuple[bool, int], Callable[..., Tensor]
+        ] = {}  # of whole texts, by whether there is no mask and the number of blocks
         self.adapted: weakref.WeakKeyDictionary[nn.Module, Callable[..., Tensor]] = weakref.WeakKeyDictionary()  # by adapter
 
     def forward(self, x: Tensor, forward_pass: ForwardPass) -> Tensor:
@@ -68,17 +70,24 @@ class CompiledBlocks(Blocks):
             span = cache.span(x.shape[1])
         if span is not None and isinstance(cache, Memory):
             return self.over(x, forward_pass, cache, span)
-        mask = forward_pass.mask
-        alone = cache is None and forward_pass.mask_tokens is None and not forward_pass.is_causal and not torch.is_grad_enabled()
-        if self.reads_texts and alone and (mask is None or isinstance(mask, Tensor)):
-            return self.text(x, forward_pass, mask)
+        if self.lets_last_apart(forward_pass):
+            return self.text(x, forward_pass, list(self))
         return super().forward(x, forward_pass)
 
-    def text(self, x: Tensor, forward_pass: ForwardPass, mask_B1QT: Tensor | None) -> Tensor:
-        """x (B, Q, D) of whole texts after the blocks. mask: which positions each reads, bool; None for all."""
-        if (mask_B1QT is None) not in self.texts:
-            self.texts[mask_B1QT is None] = _compile(_before_mlp if self.experts else _text)
-        run = self.texts[mask_B1QT is None]
+    def lets_last_apart(self, forward_pass: ForwardPass) -> bool:
+        """Whether the pass reads whole texts, whose blocks are compiled."""
+        alone = forward_pass.cache is None and forward_pass.mask_tokens is None and not forward_pass.is_causal
+        return self.reads_texts and alone and isinstance(forward_pass.mask, Tensor | None) and not torch.is_grad_enabled()
+
+    def before_last(self, x: Tensor, forward_pass: ForwardPass) -> Tensor:
+        if self.lets_last_apart(forward_pass):
+            return self.text(x, forward_pass, list(self)[:-1])
+        return super().before_last(x, forward_pass)
+
+    def text(self, x: Tensor, forward_pass: ForwardPass, blocks: Sequence[Block]) -> Tensor:
+        """x (B, Q, D) of whole texts after these blocks."""
+        mask_B1QT = forward_pass.mask
+        assert mask_B1QT is None or isinstance(mask_B1QT, Tensor)
         cos, sin = (turn.expand(len(x), -1, -1, -1).contiguous() for turn in forward_pass[:2])
         near, level = _of_each_row(forward_pass.neighbours, len(x)), forward_pass.level
         if mask_B1QT is not None:
@@ -87,12 +96,18 @@ class CompiledBlocks(Blocks):
         taps = [(tensor, axis) for tensor in near or () for axis in (0, 1)] + [(level, 0)] * (level is not None)
         for tensor, axis in [(x, 0), (x, 1), (cos, 0), (cos, 2), (sin, 0), (sin, 2), *masks, *taps]:
             torch._dynamo.maybe_mark_dynamic(tensor, axis)
-        blocks = list(self)
         for first in range(0, len(blocks), self.together):
-            x = run(blocks[first : first + self.together], x, cos, sin, mask_B1QT, near, level)
+            some = blocks[first : first + self.together]
+            x = self._of_text(mask_B1QT is None, len(some))(some, x, cos, sin, mask_B1QT, near, level)
             if self.experts:
                 x = x + blocks[first].mlp(blocks[first].mlp_norm(x))
         return x
+
+    def _of_text(self, unmasked: bool, blocks: int) -> Callable[..., Tensor]:
+        """The compilation for whole texts: nothing checks how many blocks it is given, nor whether there is a mask."""
+        if (unmasked, blocks) not in self.texts:
+            self.texts[unmasked, blocks] = _compile(_before_mlp if self.experts else _text)
+        return self.texts[unmasked, blocks]
 
     def over(self, x: Tensor, forward_pass: ForwardPass, memory: Memory, span: tuple[int, int]) -> Tensor:
         """x (B, Q, D) after the blocks, new positions in this span of the memory."""

@@ -65,6 +65,9 @@ class SpreadBlocks(Blocks):
             forward_pass = forward_pass._replace(cache=Carried(forward_pass.cache, device))  # type: ignore[arg-type]
         return super().forward(x, forward_pass).to(device)
 
+    def lets_last_apart(self, forward_pass: ForwardPass) -> bool:
+        return False
+
 
 class Carried:
     """A cache on one device, written and read by blocks on others."""

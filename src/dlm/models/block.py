@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -282,10 +283,19 @@ class Blocks(nn.ModuleList):
         return super().__iter__()  # type: ignore[return-value]
 
     def forward(self, x: Tensor, forward_pass: ForwardPass) -> Tensor:
-        last, everywhere = len(self) - 1, forward_pass._replace(at_M=None)
-        for i, block in enumerate(self):
-            x = block(x, forward_pass if i == last else everywhere)
+        x = self.before_last(x, forward_pass._replace(at_M=None))
+        y: Tensor = self[-1](x, forward_pass)
+        return y
+
+    def before_last(self, x: Tensor, forward_pass: ForwardPass) -> Tensor:
+        """After all blocks but the last one."""
+        for block in islice(self, len(self) - 1):
+            x = block(x, forward_pass)
         return x
+
+    def lets_last_apart(self, forward_pass: ForwardPass) -> bool:
+        """Whether the last block of this pass may be computed by itself, at some positions."""
+        return True
 
 
 class TimeEmbedding(nn.Module):
