@@ -164,7 +164,8 @@ class Trajectory:
             return
         rows, positions = (tokens_BT != self.current_BT).nonzero(as_tuple=True)
         self._events.append((rows, positions, tokens_BT[rows, positions]))
-        self._tally(tokens_BT)
+        if self.has_drafts:
+            self._tally(tokens_BT)
         self.has_drafts |= frame.draft_BT is not None
         self._drafts.append(_nowhere() if frame.draft_BT is None else _places(frame.draft_BT.cpu()))
         self._likely.append(None if frame.likely is None else Likely(*(part.cpu() for part in frame.likely)))

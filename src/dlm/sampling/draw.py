@@ -162,7 +162,7 @@ class Draw:
             before = p.cumsum(-1) - p
             ordered = ordered.masked_fill(before >= self.top_p, -torch.inf)
             logp_BTV = torch.full_like(logp_BTV, -torch.inf).scatter(-1, index, ordered)
-        return logp_BTV.log_softmax(-1)
+        return logp_BTV.log_softmax(-1) if self.top_k or self.top_p < 1 else logp_BTV
 
     def __call__(self, logp_BTV: Tensor, rng: RNG, by: Callable[[Tensor, Tensor], Tensor] = categorical) -> Tensor:
         """int64 (B, T). Uses one uniform a position from each row's generator, none at temperature 0.

@@ -52,13 +52,17 @@ def block_end(pos_B: Tensor, block_length: int, phase_B: Tensor) -> Tensor:
     return ((pos_B - phase_B).div(block_length, rounding_mode="floor") + 1) * block_length + phase_B
 
 
+def places(rows_A: Tensor, start_A: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """The index of the windows of these rows in a canvas: rows (A, 1) and positions (A, T)."""
+    return rows_A[:, None], start_A[:, None] + torch.arange(window, device=start_A.device)
+
+
 def take(x_BL: Tensor, start_B: Tensor, window: int) -> Tensor:
     """The window of every row (B, T, ...)."""
-    index_BT = start_B[:, None] + torch.arange(window, device=x_BL.device)
-    return x_BL[torch.arange(len(x_BL), device=x_BL.device)[:, None], index_BT]
+    return x_BL[places(torch.arange(len(x_BL), device=x_BL.device), start_B, window)]
 
 
 def put(x_BL: Tensor, rows_A: Tensor, start_A: Tensor, values_AT: Tensor, where_AT: Tensor) -> None:
     """Write the chosen window positions of the rows A back into the canvas."""
-    at_AT = rows_A[:, None], start_A[:, None] + torch.arange(where_AT.shape[1], device=x_BL.device)
+    at_AT = places(rows_A, start_A, where_AT.shape[1])
     x_BL[at_AT] = torch.where(where_AT, values_AT, x_BL[at_AT])

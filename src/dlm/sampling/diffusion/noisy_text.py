@@ -30,6 +30,7 @@ class Active:
     """The windows of the rows with open positions.
 
     rows: those rows, on the host; start_A: where each begins; place_A: where the block begins that is worked on, both in the canvas;
+    at_AT: the index of the windows in it.
     hole_AT: open positions, block_AT those of that block; given_AT: prompt and suffix; beyond_AT: no part of the text.
     phase_A: a position at which some block begins.
     """
@@ -38,6 +39,7 @@ class Active:
     rows_A: Tensor
     start_A: Tensor
     place_A: Tensor
+    at_AT: tuple[Tensor, Tensor]
     z_AT: Tensor
     hole_AT: Tensor
     block_AT: Tensor
@@ -107,17 +109,17 @@ class NoisyText:
         rows, device = [b for b, one in enumerate(live) if one], self.open_BL.device
         rows_A = torch.arange(len(live), device=device) if all(live) else torch.tensor(rows, device=device)
         start_A = windows.start(self.open_BL[rows_A], self.window, context)
-        canvases = (self.z_BL, self.open_BL, self.given_BL, self.beyond_BL)
-        z_AT, hole_AT, given_AT, beyond_AT = (windows.take(x_BL[rows_A], start_A, self.window) for x_BL in canvases)
+        at_AT = windows.places(rows_A, start_A, self.window)
+        z_AT, hole_AT, given_AT, beyond_AT = (x_BL[at_AT] for x_BL in (self.z_BL, self.open_BL, self.given_BL, self.beyond_BL))
         phase_A = torch.zeros_like(start_A) if fills_window else self.phase_B[rows_A] - start_A
         block_AT, begin_A = windows.block(hole_AT, block_length, phase_A)
-        return Active(rows, rows_A, start_A, start_A + begin_A, z_AT, hole_AT, block_AT, given_AT, beyond_AT, phase_A)
+        return Active(rows, rows_A, start_A, start_A + begin_A, at_AT, z_AT, hole_AT, block_AT, given_AT, beyond_AT, phase_A)
 
     def write(self, active: Active, next_AT: Tensor, written_AT: Tensor, done_AT: Tensor) -> None:
         """Put tokens where `written` says and settle positions where `done` says; a row is done with the text that is asked for."""
-        windows.put(self.z_BL, active.rows_A, active.start_A, next_AT, written_AT)
-        windows.put(self.open_BL, active.rows_A, active.start_A, torch.zeros_like(done_AT), done_AT)
-        self.open_BL &= ~self.settled_BL.all(-1, keepdim=True)
+        self.z_BL[active.at_AT] = torch.where(written_AT, next_AT, active.z_AT)
+        self.open_BL[active.at_AT] = active.hole_AT & ~done_AT
+        self.open_BL &= (self.open_BL[:, : self.length] & self.valid_BL).any(-1, keepdim=True)
 
     def end(self, rows_A: Tensor, stops: frozenset[int], ends: Ends, block_length: int) -> None:
         """Settle the rest of the rows whose text has ended: all before a stop token that was written is settled."""
