@@ -215,6 +215,18 @@ def test_flex_agrees_with_sdpa(pattern: str, kv_heads: int) -> None:
     assert torch.allclose(flex(short), sdpa(short), atol=1e-4)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_whole_texts_are_read_in_bfloat16_as_in_float32(masked: bool) -> None:
+    """By products or by the kernel, whichever is faster on the machine; few queries by the kernel."""
+    rng = torch.Generator().manual_seed(0)
+    mask = torch.rand(1, 1, 96, 96, generator=rng) < 0.6 if masked else None
+    for queries in (96, 3):
+        q, k, v = (torch.randn(2, heads, length, 32, generator=rng).bfloat16() for heads, length in ((6, queries), (2, 96), (2, 96)))
+        light = None if mask is None else mask[:, :, :queries]
+        expected = attention.attend(q.float(), k.float(), v.float(), light, False)
+        torch.testing.assert_close(attention.attend(q, k, v, light, False).float(), expected, atol=0.02, rtol=0.02)
+
+
 @pytest.mark.parametrize("kind", ["none", "bool", "added"])
 def test_products_attend_as_the_kernel_does(kind: str) -> None:
     """And are what half precision learns by on a CPU."""
