@@ -17,9 +17,10 @@ from conftest import make_model
 from dlm.errors import InputError
 from dlm.inference import prepare
 from dlm.inference.compiled import CompiledBlocks
+from dlm.inference.fused import FusedHead
 from dlm.language_model import LanguageModel, load, official
 from dlm.models import elementwise
-from dlm.models.transformer import Transformer
+from dlm.models.block import Head
 from dlm.sampling.diffusion.cache_policies import POLICIES
 from dlm.sampling.draw import generators
 from dlm.trajectory import Canvas
@@ -190,7 +191,13 @@ def test_quantized_weights_are_neither_saved_nor_deterministic(tmp_path: Path) -
         load("shakespeare-mask", deterministic=True)
 
 
-def test_what_was_not_asked_for_stays() -> None:
-    """A diffusion network without quantization is the one that was trained, not a fused one."""
-    assert type(loaded("shakespeare-mask").network) is Transformer
-    assert type(loaded("shakespeare-mask").network.head).__name__ == "Head"
+def test_a_network_for_the_cpu_is_fused_and_keeps_its_weights() -> None:
+    made, plain = loaded("shakespeare-mask").network, LanguageModel.from_pretrained("shakespeare-mask").network
+    assert isinstance(made.head, FusedHead)
+    assert type(plain.head) is Head
+    assert all(torch.equal(tensor, made.state_dict()[name]) for name, tensor in plain.state_dict().items())
+    z_BT = half_masked(loaded("shakespeare-mask"), rows=3, length=made.config.window)
+    with torch.no_grad():
+        expected = plain(z_BT)
+        torch.testing.assert_close(made(z_BT), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(made(z_BT[:1]), expected[:1], atol=1e-4, rtol=1e-4)

@@ -25,7 +25,7 @@ def test_prepacked_products_are_the_same(dtype: torch.dtype, close: float, least
     with torch.no_grad():
         for change in (0.0, 1.0):
             layers[1].weight.add_(change)
-            for rows in (1, 2, 3, 17, 256, 257):
+            for rows in (1, 2, 3, 17, 65, 96, 256, 257):
                 x_BNI = torch.randn(1, rows, 24, generator=rng).to(dtype)
                 found = product(x_BNI)
                 torch.testing.assert_close(found, torch.cat([layer(x_BNI) for layer in layers], -1), atol=close, rtol=close)
@@ -57,3 +57,13 @@ def test_large_networks_are_not_held_twice(monkeypatch: pytest.MonkeyPatch) -> N
     fused.fuse(large.network)
     assert head_packs(small.network)
     assert not head_packs(large.network)
+
+
+@pytest.mark.parametrize(
+    ("name", "wide", "most"), [("AMD EPYC", True, 2**20), ("AMD EPYC", False, 128), ("Intel Xeon", True, 128), ("", True, 128)]
+)
+def test_many_rows_are_for_processors_that_mkl_knows_less_of(name: str, wide: bool, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, "avx512_f": wide} if name else {}, raising=False)
+    rows = hardware.prepacked_rows(torch.float32)
+    assert most in rows
+    assert (most + 1 in rows) == (most > 128)

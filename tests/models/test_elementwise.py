@@ -56,7 +56,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tenso
     ),
     "turned": (turned, turned_by_torch, (drawn(2, 5, 3, 4), drawn(4))),
     "turned without a norm": (lambda x: turned(x, None), lambda x: turned_by_torch(x, None), (drawn(2, 5, 3, 4),)),
-    "squared relu": (elementwise.squared_relu, lambda x: F.relu(x).square(), (drawn(3, 7),)),
+    "squared relu": (lambda x: elementwise.squared_relu(x.clone()), lambda x: F.relu(x).square(), (drawn(3, 7),)),
     **{
         f"taps {steps}, {length} positions": (
             lambda x, w, steps=steps: elementwise.convolved(x, w, steps),

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from dlm.inference.fixed_rows import FixedRows
 from dlm.inference.packed import PrepackedLinear
 from dlm.inference.quantized_linear import QuantizedLinear, is_large_head, quantized_head
+from dlm.models import elementwise
 from dlm.models.block import MLP, Attention, Block, Head, Linear, LowRank, MaskTokens, Rotary
-from dlm.models.hardware import prepacks
+from dlm.models.hardware import prepacked_rows, prepacks
 from dlm.models.transformer import Transformer
 
-PREPACK_ROWS = {torch.float32: range(3, 257), torch.bfloat16: range(1, 257)}  # rows of a product for which prepacked weights pay
+PREPACK_ROWS = {dtype: prepacked_rows(dtype) for dtype in (torch.float32, torch.bfloat16)}
 PREPACK_BYTES = 2**31  # of the largest network whose weights may be held twice
 DRAFT_POSITIONS = 256  # after the window, at which draft tokens may stand
 
@@ -83,12 +84,15 @@ class FusedLinear(nn.Module):
         records = torch.is_grad_enabled()
         if records and layers[0].weight is not None:
             return [layer(x, mask_tokens) for layer in layers]
-        self.refresh(layers)
-        y = self.product(x)
-        if mask_tokens is not None and not records:
-            y = self._adapt(layers, x, y, mask_tokens)
+        y = self.side_by_side(x, layers, None if records else mask_tokens)
         parts = torch.split(y, [layer.out_features for layer in layers], -1) if len(layers) > 1 else [y]
         return [layer.adapt(x, part, mask_tokens) for layer, part in zip(layers, parts, strict=True)] if records else parts
+
+    def side_by_side(self, x: Tensor, layers: Sequence[Linear], mask_tokens: MaskTokens | None) -> Tensor:
+        """The outputs of all layers, one after another in the last dimension. Without gradients."""
+        self.refresh(layers)
+        y: Tensor = self.product(x)
+        return y if mask_tokens is None else self._adapt(layers, x, y, mask_tokens)
 
     def refresh(self, layers: Sequence[Linear]) -> None:
         """Join weights again that were moved apart, by `to` for example."""
@@ -140,6 +144,22 @@ class FusedAttention(Attention):
         self.config, self.layer = base.config, base.layer
         _take_children(self, base)
         self.fused_in, self.fused_out = FusedLinear((self.q, self.k, self.v)), FusedLinear((self.out,))
+
+    def heads(self, x_BQD: Tensor, cos: Tensor, sin: Tensor, mask_tokens: MaskTokens | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """As of `Attention`; on a CPU, queries and keys are normed and rotated together."""
+        size, queries, keys = self.config.head_dim, self.config.heads, self.config.kv_heads
+        norms = (self.q_norm.weight, self.k_norm.weight) if self.config.qk_norm else ()
+        together = elementwise.pay(x_BQD) and not torch.is_grad_enabled() and not any(weight.is_meta for weight in norms)
+        if not together or cos.shape[-1] != size:
+            return super().heads(x_BQD, cos, sin, mask_tokens)
+        y_BQO = self.fused_in.side_by_side(x_BQD, (self.q, self.k, self.v), mask_tokens)
+        y_BQHK = y_BQO.view(*x_BQD.shape[:2], queries + 2 * keys, size)
+        weight_HK = torch.cat([norms[0].expand(queries, -1), norms[1].expand(keys, -1)]) if norms else None
+        turned_BQHK = elementwise.turned(
+            y_BQHK[:, :, : queries + keys], weight_HK, self.config.norm_eps, cos.transpose(1, 2), sin.transpose(1, 2)
+        )
+        q, k = turned_BQHK.transpose(1, 2).split((queries, keys), 1)
+        return q, k, y_BQHK[:, :, queries + keys :].transpose(1, 2)
 
     def project_in(self, x_BQD: Tensor, mask_tokens: MaskTokens | None) -> Sequence[Tensor]:
         return cast(Sequence[Tensor], self.fused_in(x_BQD, (self.q, self.k, self.v), mask_tokens))

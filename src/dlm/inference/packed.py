@@ -6,9 +6,11 @@ import itertools
 import weakref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 PACKED_FOR_ROWS = 16  # rows of a product that the layout is chosen for
+MANY_ROWS = 64  # rows above which a product has a multiple of 16: oneDNN compiles a kernel for each number of rows, in half a millisecond
 SERIALS = itertools.count()
 
 
@@ -45,7 +47,16 @@ class PrepackedLinear(nn.Module):
         if prepacked is None or prepacked[1] != self.version():
             packed = torch.ops.mkldnn._reorder_linear_weight(self.dense_weight().contiguous(), PACKED_FOR_ROWS)
             prepacked = self.prepacked = packed, self.version()
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, prepacked[0], bias, "none", [], "")
+        rows = x.numel() // x.shape[-1]
+        more = -rows % PACKED_FOR_ROWS if rows > MANY_ROWS else 0
+        if more:
+            x_NI = F.pad(x.reshape(rows, -1), (0, 0, 0, more))
+            return self._packed_product(x_NI, prepacked[0], bias)[:rows].view(*x.shape[:-1], -1)
+        return self._packed_product(x, prepacked[0], bias)
+
+    @staticmethod
+    def _packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
         return y
 
 

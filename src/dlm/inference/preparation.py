@@ -6,6 +6,7 @@ from dlm.errors import InputError
 from dlm.inference.compiled import compile
 from dlm.inference.deterministic import make_batch_invariant
 from dlm.inference.fused import RotaryTable, fuse
+from dlm.inference.heap import keep_freed_memory
 from dlm.inference.packed import prepacked_bytes
 from dlm.inference.quantize import quantize
 from dlm.models.transformer import Transformer
@@ -22,6 +23,7 @@ def prepare(network: Transformer, *, bits: int | None = None, batch_invariant: b
     """
     if batch_invariant and compiled:
         raise InputError("a compiled network rounds as its compiler likes: choose deterministic or compiled decoding")
+    keep_freed_memory()
     fuse(network)
     if bits is not None:
         quantize(network, bits)

@@ -565,7 +565,7 @@ def load(
         raise InputError(f"{name} is a diffusion model: deterministic decoding is for autoregressive models")
     if device_map:
         spread(model.network, max_memory)
-    elif bits or compile or not model.is_diffusion:
+    elif bits or compile or not model.is_diffusion or torch.device(device).type == "cpu":
         prepare(model.network, bits=bits, batch_invariant=deterministic, compiled=compile)
     return model
 

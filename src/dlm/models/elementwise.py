@@ -31,7 +31,10 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def turned(x_BQHK: Tensor, weight_K: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads after RMSNorm by this weight, if there is one, and rotation; cos and sin (B or 1, Q, 1, K), the same in either half of K."""
+    """Heads after RMSNorm by this weight, if there is one, and rotation; cos and sin (B or 1, Q, 1, K), the same in either half of K.
+
+    Without gradients the weight may also be (H, K), each head's own.
+    """
     if not torch.is_grad_enabled():
         wide_BQHK = _wide(x_BQHK)
         turned_BQHK = _rotated(wide_BQHK if weight_K is None else _normed(wide_BQHK, eps)[0].mul_(weight_K), cos, _signed(sin))
@@ -41,8 +44,9 @@ def turned(x_BQHK: Tensor, weight_K: Tensor | None, eps: float, cos: Tensor, sin
 
 
 def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2, in the place of x where no gradient is recorded."""
     if not torch.is_grad_enabled():
-        return F.relu(x).square_()
+        return x.relu_().square_()
     y: Tensor = _SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
     return y
 
