@@ -21,6 +21,7 @@ from dlm.cli.app import (
     FamilyOption,
     TrustOption,
     app,
+    between,
     check_names,
     is_adapter,
     load,
@@ -37,7 +38,7 @@ def serve(
         ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(callback=between(0, 65535), help="0 takes a free one.")] = 8000,
     api_key: Annotated[list[str] | None, typer.Option(help="A key that requests must send; also DLM_API_KEYS, with commas.")] = None,
     max_batch: Annotated[int, typer.Option(help="Texts that run at once.", rich_help_panel="Limits")] = 64,
     max_queue: Annotated[int, typer.Option(help="Texts that may wait; more get status 429.", rich_help_panel="Limits")] = 256,
@@ -69,8 +70,8 @@ def serve(
         raise InputError("--adapter belongs to one base: name that model alone")
     if (family or bridge) and len(models or []) != 1:
         raise InputError("--family and --bridge say what one checkpoint is: name that model alone")
-    if not 0 <= port <= 65535 or deadline <= 0 or min(max_body, max_length, max_steps, max_positions) < 1:
-        raise InputError("--port lies in 0 .. 65535; --deadline and the other limits are above 0")
+    if deadline <= 0 or min(max_body, max_length, max_steps, max_positions) < 1:
+        raise InputError("--deadline and the other limits are above 0")
     names = models or bundled.text_models()
     check_names(names, dtype)
     if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "jinja2")):
