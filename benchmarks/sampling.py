@@ -4,8 +4,9 @@
 
 plain threshold: the loop of tiny-diffusion (v2) in a few lines: full logits of the window, every mask whose three likeliest tokens have
 95 % together is drawn from those at temperature 0.8, else the likeliest one. plain ancestral: 64 equal steps, each mask revealed with the
-probability of the step, every position drawn. Ours: the samplers of the same kind, one thread. Runs take turns; CPU seconds say more than
-seconds where other programs run. The last line is one JSON object.
+probability of the step, every position drawn. Both call the network as it was trained. Ours: the samplers of the same kind over the
+network that `dlm.load` prepares, one thread. Runs take turns; CPU seconds say more than seconds where other programs run. The last line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -99,16 +100,17 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model, prompt = dlm.load(name), "ROMEO:"
     ids = torch.tensor(model.tokenizer.encode(prompt))
-    where = model.network, ids, model.window, model.tokenizer.mask_id
+    where = dlm.LanguageModel.from_pretrained(name).network, ids, model.window, model.tokenizer.mask_id
     loops: dict[str, Loop] = {
         "plain threshold (tiny-diffusion)": plain_threshold(*where),
         "confidence:0.9": ours(model, prompt, sampler="confidence:0.9", temperature=TEMPERATURE),
         "plain ancestral, 64 steps": plain_ancestral(*where),
         "ancestral, 64 steps": ours(model, prompt, sampler="ancestral", steps=STEPS),
     }
-    for dtype in ("bfloat16", "int8") if not args.quick else ():
-        near = dlm.load(name, dtype=dtype)
-        loops[f"ancestral, 64 steps, {dtype}"] = ours(near, prompt, sampler="ancestral", steps=STEPS)
+    for dtype, compiled in [("bfloat16", False), ("int8", False), ("float32", True), ("bfloat16", True)] if not args.quick else ():
+        near, how = dlm.load(name, dtype=dtype, compile=compiled), f"{dtype}{', compiled' * compiled}"
+        loops[f"ancestral, 64 steps, {how}"] = ours(near, prompt, sampler="ancestral", steps=STEPS)
+        loops[f"confidence:0.9, {how}"] = ours(near, prompt, sampler="confidence:0.9", temperature=TEMPERATURE)
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in loops}
     for seed in range(-1, rounds):  # the first is a warm-up
         for kind, loop in loops.items():
