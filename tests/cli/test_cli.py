@@ -129,6 +129,7 @@ def test_list_names_what_is_here_and_what_can_be_had(dlm: Dlm, tmp_path: Path, m
     code, out, _ = dlm("list")
     assert code == 0
     assert "shakespeare-ar" in out
+    assert "trained on tuberculosis.fa" in next(line for line in out.splitlines() if "dna-tuberculosis" in line)
     assert "not here yet: dlm pull smollm2-135m" in out
     (tmp_path / "smollm2-135m.gguf").write_bytes(bytes(3_000_000))
     assert f"3 MB at {tmp_path / 'smollm2-135m.gguf'}" in dlm("list")[1]

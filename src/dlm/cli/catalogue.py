@@ -28,7 +28,8 @@ def _models() -> Iterator[tuple[str, str, str]]:
         config = read_json(path / "config.json")
         size, window = config["training"].get("parameters", 0), config["network"]["window"]
         use = "; fills in grids: dlm solve" if config["network"].get("axes") else ""
-        yield "model", name, f"{_kind(config)}, {size / 1e6:.1f}M parameters, window {window}{use}"
+        data = config["training"]["data"]
+        yield "model", name, f"{_kind(config)}, {size / 1e6:.1f}M parameters, window {window}, trained on {data}{use}"
 
 
 def _kind(config: dict[str, object]) -> str:
