@@ -80,6 +80,13 @@ def test_a_client_that_leaves_frees_its_row(served: Served, watch: Watch, stream
     assert served.engine.counts.cancelled == cancelled + 1
 
 
+def test_a_request_that_cannot_begin_leaves_the_engine_as_it_is(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """The lane that was made for it goes without a forward pass."""
+    assert served.post("/v1/completions", {"model": "tiny-ar", "prompt": "a", "suffix": "b"}).status_code == 400
+    assert served.post("/v1/completions", {"model": "tiny-ar", "prompt": "a", "max_tokens": 1}).status_code == 200
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 def test_one_broken_request_harms_no_other(served: Served, watch: Watch, models: list[LanguageModel]) -> None:
     """A forward pass that fails for all is repeated for each alone; the guilty one fails, the others get the text that they get alone."""
     tiny = models[1]

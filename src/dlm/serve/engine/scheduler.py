@@ -146,8 +146,9 @@ class Engine:
             if gone:
                 lane.drop(gone)
                 self._finished(len(gone))
-        self._lanes = {key: lane for key, lane in self._lanes.items() if len(lane)}
+        self._leave_empty()
         self._admit(now)
+        self._leave_empty()
         if not self._lanes:
             return
         lane = min(self._lanes.values(), key=lambda lane: lane.clock)
@@ -160,6 +161,10 @@ class Engine:
             self._count(job)
         self.counts.failed += before - len(lane) - len(done)
         self._finished(before - len(lane))
+        self._leave_empty()
+
+    def _leave_empty(self) -> None:
+        """Drop the lanes without rows: all have ended, or those that a new lane was made for could not begin."""
         self._lanes = {key: lane for key, lane in self._lanes.items() if len(lane)}
 
     def _admit(self, now: float) -> None:
