@@ -23,6 +23,11 @@ def models() -> dict[str, Path]:
     return {file.parent.name: file.parent for file in sorted(CHECKPOINTS.glob("*/config.json"))}
 
 
+def sources() -> dict[str, str]:
+    """The data that each bundled model was trained on, as `dlm train --data` names them."""
+    return {name: read_json(path / "config.json")["training"]["data"] for name, path in models().items()}
+
+
 def text_models() -> list[str]:
     """Names of the bundled models that write text, `shakespeare-mask` first; the others fill in grids."""
     grids = {name for name, path in models().items() if read_json(path / "config.json")["network"].get("axes")}

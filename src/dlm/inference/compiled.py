@@ -57,9 +57,8 @@ class CompiledBlocks(Blocks):
         self.experts = next(iter(self)).attention.config.experts is not None
         if self.experts:
             self.together = 1
-        self.texts: dict[
-            tuple[bool, int], Callable[..., Tensor]
-        ] = {}  # of whole texts, by whether there is no mask and the number of blocks
+        # of whole texts, by whether there is no mask and the number of blocks
+        self.texts: dict[tuple[bool, int], Callable[..., Tensor]] = {}
         self.adapted: weakref.WeakKeyDictionary[nn.Module, Callable[..., Tensor]] = weakref.WeakKeyDictionary()  # by adapter
 
     def forward(self, x: Tensor, forward_pass: ForwardPass) -> Tensor:
@@ -76,8 +75,7 @@ class CompiledBlocks(Blocks):
 
     def lets_last_apart(self, forward_pass: ForwardPass) -> bool:
         """Whether the pass reads whole texts, whose blocks are compiled."""
-        alone = forward_pass.cache is None and forward_pass.mask_tokens is None and not forward_pass.is_causal
-        return self.reads_texts and alone and isinstance(forward_pass.mask, Tensor | None) and not torch.is_grad_enabled()
+        return self.reads_texts and forward_pass.cache is None and super().lets_last_apart(forward_pass)
 
     def before_last(self, x: Tensor, forward_pass: ForwardPass) -> Tensor:
         if self.lets_last_apart(forward_pass):

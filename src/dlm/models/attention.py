@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dlm.models.hardware import multiplies_bf16
 
+TILE = 64
 QUERIES, SCORES = 64, 2**21  # the fewest queries and the most scores, without a gradient, of attention by plain products
 BLOCKWISE = ("block_causal", "causal_text")
 PATTERNS = ("full", "causal", *BLOCKWISE)
@@ -35,15 +36,14 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """In place of a mask: the queries run by run, without the keys that none of a run reads."""
+    """In place of the mask of [noisy | clean]: the queries run by run, without the keys that none of a run reads."""
 
+    block_length: int
     runs: tuple[Tile, ...]
 
 
 Mask = Tensor | FlexMask | Tiles | None
 """Which keys a query reads: bool, or added to the scores; None for all."""
-
-TILE = 64
 
 
 def allowed(pattern: str, query: Tensor, key: Tensor, block_length: int) -> Tensor:
@@ -83,7 +83,7 @@ def tiles_beside_clean(length: int, block_length: int, device: torch.device) -> 
     """`beside_clean` of positions 0 .. length - 1, a multiple of TILE."""
     mask_QT = beside_clean(torch.arange(length, device=device)[None], block_length)[0]
     reads = mask_QT.unflatten(0, (-1, TILE)).unflatten(2, (-1, TILE)).any(3).any(1)
-    return Tiles(tuple(_tile(rows, keys) for rows, keys in zip(mask_QT.split(TILE), reads, strict=True)))
+    return Tiles(block_length, tuple(_tile(rows, keys) for rows, keys in zip(mask_QT.split(TILE), reads, strict=True)))
 
 
 def _tile(mask_QT: Tensor, reads: Tensor) -> Tile:
@@ -117,7 +117,7 @@ def mask(
     pattern: str, block_length: int, pos_BQ: Tensor, pos_BT: Tensor, valid_BT: Tensor | None, *, plain: bool
 ) -> tuple[Tensor | None, bool]:
     """(mask_B1QT or None, is_causal) for scaled_dot_product_attention. `plain`: positions are 0..T-1 in every row."""
-    if valid_BT is None and plain and pattern != "block_causal":
+    if valid_BT is None and plain and (pattern != "block_causal" or pos_BT.shape[1] <= block_length):  # one block reads itself fully
         return None, pattern == "causal"
     return text_only(allowed(pattern, pos_BQ[:, :, None], pos_BT[:, None, :], block_length), valid_BT)[:, None], False
 

@@ -295,7 +295,8 @@ class Blocks(nn.ModuleList):
 
     def lets_last_apart(self, forward_pass: ForwardPass) -> bool:
         """Whether the last block of this pass may be computed by itself, at some positions."""
-        return True
+        plain = isinstance(forward_pass.mask, Tensor | None) and not forward_pass.is_causal and forward_pass.mask_tokens is None
+        return plain and not torch.is_grad_enabled()
 
 
 class TimeEmbedding(nn.Module):

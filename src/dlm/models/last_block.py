@@ -5,7 +5,6 @@ Shapes: B batch, Q queried positions, T keys, C wanted positions, D width, H hea
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dlm.models.block import Block, Blocks, ForwardPass
@@ -21,9 +20,7 @@ def blocks_at(blocks: Blocks, x_BQD: Tensor, forward_pass: ForwardPass, index_BC
     if index_BC is None:
         everywhere_BQD: Tensor = blocks(x_BQD, forward_pass)
         return everywhere_BQD
-    plain = blocks.lets_last_apart(forward_pass) and not torch.is_grad_enabled() and index_BC.shape[1] < x_BQD.shape[1]
-    masked = isinstance(forward_pass.mask, Tensor | None) and not forward_pass.is_causal and forward_pass.mask_tokens is None
-    if not (plain and masked):
+    if index_BC.shape[1] >= x_BQD.shape[1] or not blocks.lets_last_apart(forward_pass):
         return pick(blocks(x_BQD, forward_pass), index_BC)
     return _at(list(blocks)[-1], blocks.before_last(x_BQD, forward_pass), forward_pass, index_BC)
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlm.models import attention
-from dlm.models.attention import FlexMask, Mask
+from dlm.models.attention import FlexMask, Mask, Tiles
 from dlm.models.axes import GroupEmbedding
 from dlm.models.block import AnyCache, Attend, Blocks, Embedding, ForwardPass, Head, MaskTokens, RMSNorm, Rotary, TimeEmbedding, TimeTable
 from dlm.models.cache import KVCache, RaggedCache, TextCache, WindowCache
 from dlm.models.config import TransformerConfig
-from dlm.models.convolution import BesideClean, Near, Neighbours, neighbours, offsets
+from dlm.models.convolution import BesideClean, Near, neighbours, offsets
 from dlm.models.experts import make_block
 from dlm.models.last_block import blocks_at, pick
 
@@ -48,11 +48,6 @@ def _allowed(attends: Attends, pos_BT: Tensor) -> Tensor | None:
         return None
     pattern, block_length = (mask.pattern, mask.block_length) if isinstance(mask, FlexMask) else ("causal", 0)
     return attention.allowed(pattern, pos_BQ[:, :, None], pos_BT[:, None, :], block_length)
-
-
-def _whole(z_BT: Tensor, pos_BT: Tensor | None) -> tuple[Tensor, Attends]:
-    """A text that reads itself fully."""
-    return z_BT, Attends(torch.arange(z_BT.shape[1], device=z_BT.device)[None] if pos_BT is None else pos_BT, None, False)
 
 
 class Transformer(nn.Module):
@@ -175,11 +170,8 @@ class Transformer(nn.Module):
         """
         block_length = block_length or self.config.block_length
         if pattern == "clean" and z_BQ.shape[1] <= 2 * block_length:  # one block, which reads no clean one
-            z_BQ, attends = _whole(z_BQ[:, : z_BQ.shape[1] // 2], pos_BQ)
-            pattern = ""
-        else:
-            attends = self._attends(z_BQ, pos_BQ, valid_BT, cache, pattern, block_length, phase_B, begin_B1, own_BQQ)
-        tiles = self._tiles(z_BQ, block_length) if pattern == "clean" and pos_BQ is None else None
+            z_BQ, pattern = z_BQ[:, : z_BQ.shape[1] // 2], ""
+        attends = self._attends(z_BQ, pos_BQ, valid_BT, cache, pattern, block_length, phase_B, begin_B1, own_BQQ)
         pos_BQ, mask, is_causal, _ = attends
         mask_tokens = self.embed.mask_tokens(z_BQ, pos_BQ)
         x_BQD = self.embed(z_BQ, mask_tokens) if mixed_BQV is None else self.mix(mixed_BQV)
@@ -192,11 +184,9 @@ class Transformer(nn.Module):
         if self.config.embed_norm:
             x_BQD = F.rms_norm(x_BQD, x_BQD.shape[-1:], eps=self.config.norm_eps)
         cos, sin = self.rotary(pos_BQ)
-        near: Near = None
-        if self.taps:
-            near = self._neighbours(attends, cache) if tiles is None else BesideClean(block_length)
+        near = self._neighbours(attends, cache) if self.taps else None
         sliding = self._sliding(attends, cache) if self.config.sliding_layers else None
-        forward_pass = ForwardPass(cos, sin, mask if tiles is None else tiles, is_causal, cache, mask_tokens, near, sliding)
+        forward_pass = ForwardPass(cos, sin, mask, is_causal, cache, mask_tokens, near, sliding)
         alone = logits and states is None
         at_BC = index_BC if alone and pattern != "clean" else None
         at_M = self._alone(at_BQ, mask_tokens) if alone and at_BC is None else None
@@ -234,7 +224,7 @@ class Transformer(nn.Module):
         logits_MV = self.read_out(self.norm(x_BQD.flatten(0, 1)[at_M]))
         return logits_MV.new_zeros(at_BQ.numel(), logits_MV.shape[-1]).index_copy_(0, at_M, logits_MV).view(*at_BQ.shape, -1)
 
-    def _tiles(self, z_BQ: Tensor, block_length: int) -> attention.Tiles | None:
+    def _tiles(self, z_BQ: Tensor, block_length: int) -> Tiles | None:
         """The mask of [noisy | clean] in eager work on a CPU, whose kernels compute what a mask forbids too; None: by a plain mask."""
         length = z_BQ.shape[1] // 2
         fits = self.config.attention == "block_causal" and length % attention.TILE == length % block_length == 0
@@ -243,8 +233,10 @@ class Transformer(nn.Module):
             return None
         return attention.tiles_beside_clean(length, block_length, z_BQ.device)
 
-    def _neighbours(self, attends: Attends, cache: AnyCache | None) -> Neighbours | None:
+    def _neighbours(self, attends: Attends, cache: AnyCache | None) -> Near:
         """The neighbours that the short convolutions read: those that attention reads. None: of whole rows that nothing masks."""
+        if isinstance(attends.mask, Tiles):
+            return BesideClean(attends.mask.block_length)
         pos_BT = _keys(attends, cache)
         if pos_BT is attends.pos_BQ and attends.mask is None and (self.taps[-1] <= 0 if attends.is_causal else True):
             return None
@@ -294,6 +286,8 @@ class Transformer(nn.Module):
         half, device = z_BQ.shape[1] // 2, z_BQ.device
         half_BT = torch.arange(half, device=device)[None] if pos_BT is None else pos_BT
         block_length = block_length or self.config.block_length
+        if pattern == "clean" and pos_BT is None and (tiles := self._tiles(z_BQ, block_length)) is not None:
+            return Attends(torch.cat([half_BT, half_BT], 1), tiles, False)
         if pattern == "clean":
             mask_BQT = attention.beside_clean(half_BT, block_length, causal=self.config.attention == "causal_text")
         elif pattern == "introspective":

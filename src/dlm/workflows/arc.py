@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dlm import bundled
 from dlm.errors import InputError
-from dlm.files import read_json
 from dlm.grids import arc
 from dlm.grids.arc import Task, View
 from dlm.language_model import LanguageModel
@@ -85,8 +84,8 @@ def data_of(model: LanguageModel) -> ArcData:
 def usual_model(source: str) -> str:
     """The bundled model of tasks of this kind whose canvas holds them. InputError where there is none."""
     asked = data_kinds.find(source)
-    for name, path in bundled.models().items():
-        known = data_kinds.find(str(read_json(path / "config.json").get("training", {}).get("data", "")))
+    for name, data in bundled.sources().items():
+        known = data_kinds.find(data)
         if isinstance(known, ArcData) and isinstance(asked, ArcData) and known.word == asked.word and known.size >= asked.size:
             return name
     raise InputError(f"no bundled model solves tasks of {source}: train one with dlm train arc --data {source}, and give --model runs/arc")

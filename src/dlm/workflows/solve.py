@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dlm import bundled
 from dlm.errors import InputError
-from dlm.files import read_json
 from dlm.grids import kinds
 from dlm.grids.grid import HOLES, RULES, Cells, Grid, cells_of, parse, written
 from dlm.language_model import LanguageModel
@@ -67,8 +66,8 @@ def usual_model(text: str) -> str:
     """The bundled model for a puzzle, by the number of its cells and by its symbols. InputError where there is none."""
     found = [c for c in text if c not in RULES and c not in "\r\n"]
     sizes = []
-    for name, path in bundled.models().items():
-        kind = kinds.find(str(read_json(path / "config.json").get("training", {}).get("data", "")))
+    for name, data in bundled.sources().items():
+        kind = kinds.find(data)
         if kind is not None and cells_of(kind) == len(found) and not set(found) - {*kind.symbols, *HOLES}:
             return name
         sizes += [f"{name} {cells_of(kind)} cells of {kind.symbols}"] if kind is not None else []
