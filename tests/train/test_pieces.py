@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from dlm.train import learner, processes, setup
+from dlm.train.config import TrainConfig
 from dlm.train.loop import Update
 from dlm.train.training import Training
 from train import tiny
 
+Step = tuple[learner.Learner, Update, list[torch.Tensor]]
 SETTINGS = {
     "masked": ("conv=3",),
     "blocks": ("attention=block_causal", "block_length=8", "block_lengths=4,8"),
@@ -32,21 +34,49 @@ def test_rows_of_a_piece() -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_step_in_pieces_is_that_of_the_whole_batch(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny.config(tiny.write_text(tmp_path / "text.txt"), *SETTINGS[name], "optimizer=adamw", "batch=6", "clip=1e9")
-    found: list[tuple[int, Update, list[torch.Tensor]]] = []
+    config = config_of(tmp_path, *SETTINGS[name])
+    found = []
     for tokens in (1, 1024):
         monkeypatch.setitem(learner.PIECE_TOKENS, False, tokens)
-        task = Training(config, setup.resolve(config), processes.accelerate(config.batch, bf16=False), tmp_path / "run", {})
-        taken: list[torch.Tensor] = []
-        optimizer = task.learner.optimizer
-        optimizer.register_step_pre_hook(lambda opt, *_, taken=taken: taken.extend(p.grad for g in opt.param_groups for p in g["params"]))
-        update = task.update(0)
-        if task.learner.noise_weights is not None:
-            taken.append(task.learner.noise_weights.log_weights.detach().clone())
-        found.append((len(task.learner.pieces), update, taken))
-    (many, one, ours), (single, other, whole) = found
-    assert (many, single) == (3 if name == "learned orders" else 6, 1)
-    assert torch.allclose(one.nats, other.nats, rtol=1e-6)
+        found.append(step(config, tmp_path))
+    assert [len(task.pieces) for task, _, _ in found] == [3 if name == "learned orders" else 6, 1]
+    same_step(*found)
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, "dropout"])
+def test_workers_share_a_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of them takes the step of one, dropout too, and the same step each time."""
+    settings = SETTINGS.get(name, ("dropout=0.2",))
+    monkeypatch.setattr(learner, "LEAST_TOKENS", 1)
+    monkeypatch.setitem(learner.PIECE_TOKENS, False, 1)
+    found = []
+    for threads in (1, 2, 3, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(step(config_of(tmp_path, *settings), tmp_path))
+    assert [task.workers.count for task, _, _ in found] == [1, 2, 3, 3]
+    for other in found[1:]:
+        same_step(other, found[0])
+    assert all(map(torch.equal, found[2][2], found[3][2]))
+
+
+def config_of(tmp_path: Path, *settings: str) -> TrainConfig:
+    return tiny.config(tiny.write_text(tmp_path / "text.txt"), *settings, "optimizer=adamw", "batch=6", "clip=1e9")
+
+
+def step(config: TrainConfig, tmp_path: Path) -> Step:
+    """The first step of a run, and its gradients."""
+    task = Training(config, setup.resolve(config), processes.accelerate(config.batch, bf16=False), tmp_path / "run", {})
+    taken: list[torch.Tensor] = []
+    task.learner.optimizer.register_step_pre_hook(lambda opt, *_: taken.extend(p.grad for g in opt.param_groups for p in g["params"]))
+    update = task.update(0)
+    if task.learner.noise_weights is not None:
+        taken.append(task.learner.noise_weights.log_weights.detach().clone())
+    return task.learner, update, taken
+
+
+def same_step(one: Step, other: Step) -> None:
+    (_, mine, ours), (_, its, whole) = one, other
+    assert torch.allclose(mine.nats, its.nats, rtol=1e-6)
     assert len(ours) == len(whole) > 10
-    for mine, its in zip(ours, whole, strict=True):
-        assert torch.allclose(mine, its, rtol=1e-4, atol=1e-6 * float(its.abs().max()))
+    for a, b in zip(ours, whole, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max()))

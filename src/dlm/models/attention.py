@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dlm.models import elementwise
+from dlm.models.dropout import dropout as drop
 from dlm.models.hardware import multiplies_bf16
 
 TILE = 64
@@ -156,8 +158,11 @@ def attend(q_BHQK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Tensor | None, 
     In half precision on a CPU that kernel takes four times as long back as plain products do, so those are used where there is a gradient,
     and half as long again forward, where the scores of whole texts stay in a cache of the processor.
     """
+    if dropout and elementwise.pay(q_BHQK):
+        mask = torch.ones(q_BHQK.shape[2], k_BGTK.shape[2], dtype=torch.bool).tril()[None, None] if is_causal else mask
+        return attend_by_products(q_BHQK, k_BGTK, v_BGTK, mask, dropout)
     half_on_cpu = q_BHQK.device.type == "cpu" and q_BHQK.dtype in (torch.bfloat16, torch.float16)
-    if half_on_cpu and not is_causal and not dropout and (q_BHQK.requires_grad or _few_scores(q_BHQK, k_BGTK)):
+    if half_on_cpu and not is_causal and (q_BHQK.requires_grad or _few_scores(q_BHQK, k_BGTK)):
         return attend_by_products(q_BHQK, k_BGTK, v_BGTK, mask)
     grouped = q_BHQK.shape[1] != k_BGTK.shape[1]
     return F.scaled_dot_product_attention(
@@ -172,7 +177,7 @@ def _few_scores(q_BHQK: Tensor, k_BGTK: Tensor) -> bool:
     return math.prod(q_BHQK.shape[:3]) * k_BGTK.shape[2] <= SCORES and multiplies_bf16()
 
 
-def attend_by_products(q_BHQK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Tensor | None) -> Tensor:
+def attend_by_products(q_BHQK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """As `attend`, with all scores held at once."""
     groups, queries = k_BGTK.shape[1], q_BHQK.shape[2]
     q_BGNK = torch.unflatten(q_BHQK, 1, (groups, -1)).flatten(2, 3) * q_BHQK.shape[-1] ** -0.5
@@ -180,7 +185,10 @@ def attend_by_products(q_BHQK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Ten
     if mask is not None:
         added = torch.zeros_like(mask, dtype=q_BHQK.dtype).masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else mask
         scores_BGRQT = scores_BGRQT.add_(added[:, :, None])
-    read_BGNK = scores_BGRQT.softmax(-1).flatten(2, 3) @ v_BGTK
+    weights_BGRQT = scores_BGRQT.softmax(-1)
+    if dropout:
+        weights_BGRQT = drop(weights_BGRQT, dropout)
+    read_BGNK = weights_BGRQT.flatten(2, 3) @ v_BGTK
     return torch.unflatten(read_BGNK, 2, (-1, queries)).flatten(1, 2)
 
 

@@ -22,6 +22,7 @@ from dlm.models.axes import coordinates
 from dlm.models.cache import KVCache, RaggedCache, TextCache, WindowCache
 from dlm.models.config import TransformerConfig
 from dlm.models.convolution import Near, ShortConvolution
+from dlm.models.dropout import Dropout
 from dlm.models.rope import frequencies
 
 AnyCache = KVCache | RaggedCache | TextCache | WindowCache
@@ -261,7 +262,7 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm: nn.Module = RMSNorm(config.width, eps=config.norm_eps)
         self.mlp: nn.Module = MLP(config)  # or `dlm.models.experts.Experts`
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, forward_pass: ForwardPass) -> Tensor:
         read = self.attention_norm(x)

@@ -19,6 +19,7 @@ from dlm.models.block import AnyCache, Attend, Blocks, Embedding, ForwardPass, H
 from dlm.models.cache import KVCache, RaggedCache, TextCache, WindowCache
 from dlm.models.config import TransformerConfig
 from dlm.models.convolution import BesideClean, Near, neighbours, offsets
+from dlm.models.dropout import Dropout
 from dlm.models.experts import make_block
 from dlm.models.last_block import blocks_at, pick
 
@@ -68,7 +69,7 @@ class Transformer(nn.Module):
         self.taps = offsets(config.attention, config.conv)  # of the weights: a view with another attention keeps them
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = Head(config.width, config.vocab_size, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.reset()
 
     def reset(self) -> None:

@@ -21,6 +21,7 @@ from dlm.errors import InputError
 from dlm.formats import native
 from dlm.models.block import Blocks
 from dlm.models.config import TransformerConfig
+from dlm.models.dropout import drawing_from
 from dlm.models.hardware import multiplies_bf16
 from dlm.models.transformer import Transformer
 from dlm.noise import loss
@@ -36,10 +37,12 @@ from dlm.train.mixtures import Mixed, temperature
 from dlm.train.noise_weights import NoiseWeights
 from dlm.train.objective import Objective, RowsOf, levels_on
 from dlm.train.optimisers import EMA, Settings, learning_rate, make, set_learning_rate
+from dlm.train.workers import Workers
 
 PIECE_TOKENS = {False: 1024, True: 4096}
 """By whether products are in bfloat16, tokens of one forward and backward pass on a CPU, at least a window: most of what they read and
 write then stays in its caches."""
+LEAST_TOKENS = 256  # below which a second worker gains nothing
 
 
 def pieces(own: slice, tokens: int, multiple: int, at_once: int) -> list[slice]:
@@ -120,19 +123,26 @@ class Learner:
         if self.noise_weights is not None:
             self.noise = cast(Process, cast(LearnedNoise, noise).learning(self.noise_weights.log_weights))
         self.copies, learns = (1, False) if self.noise_weights is None else (COPIES, True)
-        at_once = PIECE_TOKENS[config.bf16] if self._splits(noise) else sys.maxsize
-        self.pieces = pieces(self.own, config.network.window, self.copies, at_once)
+        tokens = config.network.window * (2 if config.blocks else 1)  # of a row; block diffusion reads its text twice
+        at_once, threads = self._piece_tokens(noise, config.batch * tokens)
+        self.pieces = pieces(self.own, tokens, self.copies, at_once)
         rows = [cast(Process, RowsOf(self.noise, batch=config.batch, own=piece)) for piece in self.pieces]
         self.objectives, self.equal = (
             [Objective.of(config, some, teacher, equal=equal, learns=learns) for some in rows] for equal in (False, True)
         )
         self.equal_steps = config.equal_steps
+        learned = [] if self.noise_weights is None else [self.noise_weights.log_weights]
+        self.workers = Workers([*self.network.parameters(), *learned], min(threads, len(self.pieces)))
         self.network.train()
 
-    def _splits(self, noise: Process) -> bool:
-        """Whether a batch is worked on piece by piece. Each piece corrupts the whole batch anew, which for vectors takes too long."""
+    def _piece_tokens(self, noise: Process, tokens: int) -> tuple[int, int]:
+        """Of so many tokens of a batch, those of a piece, and how many threads work on one each. A piece corrupts the whole batch anew,
+        which for vectors takes too long."""
         alone = self.device.type == "cpu" and self.accelerator.num_processes == 1
-        return alone and not isinstance(noise, GaussianNoise) and not self.config.mixtures
+        if not alone or isinstance(noise, GaussianNoise) or self.config.mixtures:
+            return sys.maxsize, 1
+        threads = 1 if self.config.compile else torch.get_num_threads()
+        return min(PIECE_TOKENS[self.config.bf16], max(LEAST_TOKENS, -(-tokens // threads))), threads
 
     def _weights_of(self, noise: Process, share: int) -> NoiseWeights | None:
         """Of noise that has some to learn. InputError where the pairs of a batch do not divide over the processes."""
@@ -165,15 +175,18 @@ class Learner:
         if self.copies > 1:
             x_BT, t_B, free_BT = (rows.repeat_interleave(self.copies, 0) for rows in (x_BT, t_B, free_BT))
         block_length = self.objectives[0].draw_block_length(rng)
-        torch.manual_seed(self.seed * 7919 + step + self.accelerator.process_index * 1_000_000_007)  # dropout
+        torch.manual_seed(self.seed * 7919 + step + self.accelerator.process_index * 1_000_000_007)  # dropout off the CPU
         lr = learning_rate(step, peak=config.lr, steps=config.steps, warmup=config.warmup, decay_share=config.decay_share)
         set_learning_rate(self.optimizer, lr)
-        nats_B = torch.cat(
-            [
-                self._backward(step, piece, objective, x_BT[piece], free_BT[piece], t_B[piece], block_length)
-                for piece, objective in zip(self.pieces, self.equal if step < self.equal_steps else self.objectives, strict=True)
-            ]
-        )
+
+        def loss_of(job: tuple[slice, Objective]) -> tuple[Tensor, Tensor]:
+            piece, objective = job
+            with drawing_from(step_generator(self.seed + 2 + piece.start, step)):
+                nats_B = self._nats(step, piece, objective, x_BT[piece], free_BT[piece], t_B[piece], block_length)
+            return nats_B.sum() / (self.own.stop - self.own.start), nats_B.detach()
+
+        objectives = self.equal if step < self.equal_steps else self.objectives
+        nats_B = torch.cat(self.workers.backward(loss_of, list(zip(self.pieces, objectives, strict=True)), self.accelerator.backward))
         norm = self.accelerator.clip_grad_norm_(self.network.parameters(), config.clip)
         self.wrapped.step()
         self.wrapped.zero_grad()
@@ -184,16 +197,12 @@ class Learner:
             self.noise_weights.update(step, lr / config.lr)
         return Update(nats_B.mean().float(), norm.full_tensor() if isinstance(norm, DTensor) else norm, lr)
 
-    def _backward(
-        self, step: int, piece: slice, objective: Objective, x_BT: Tensor, free_BT: Tensor, t_B: Tensor, block_length: int
-    ) -> Tensor:
-        """Nats a token of these rows of the batch (B,); their part of the gradient is added."""
+    def _nats(self, step: int, piece: slice, objective: Objective, x_BT: Tensor, free_BT: Tensor, t_B: Tensor, block_length: int) -> Tensor:
+        """Nats a token of these rows of the batch (B,)."""
         device, network = self.device, cast(Any, self.network)
         x_BT, free_BT, t_B = x_BT.to(device, non_blocking=True), free_BT.to(device, non_blocking=True), levels_on(device, t_B)
         noise_rng = torch.Generator(device).manual_seed(step_generator(self.seed + 1, step).initial_seed())
         if (warm := temperature(self.config, step)) > 0:
             noise = cast(UniformNoise, self.noise)
             network = Mixed(network, noise, x_BT, free_BT, noise_rng, warm, self.config.batch, piece)
-        nats_B = objective(network, x_BT, free_BT, noise_rng, t_B, block_length)
-        self.accelerator.backward(nats_B.sum() / (self.own.stop - self.own.start))
-        return nats_B.detach()
+        return objective(network, x_BT, free_BT, noise_rng, t_B, block_length)
