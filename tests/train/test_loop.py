@@ -26,7 +26,7 @@ from dlm.train import data, display, learner, objective, processes, setup, state
 from dlm.train.display import Display
 from dlm.train.loop import Progress
 from dlm.train.optimisers import Muon
-from dlm.workflows.fit import fit
+from dlm.workflows.fit import fit, sample
 from train import tiny
 
 
@@ -63,6 +63,7 @@ def test_learns_a_periodic_text(tmp_path: Path, kind: str) -> None:
         ("estimator=continuous", "noise_schedule=geometric:1e-4,20"),
         ("tokenizer=bytes", "mlp=swiglu", "kv_heads=1", "qkv_bias=true"),
         ("attention=block_causal", "block_length=8"),
+        ("attention=block_causal", "block_length=8", "bf16=true"),
         ("context=0", "dropout=0.1", "decay_share=0"),
         ("bf16=true",),
     ],
@@ -232,6 +233,16 @@ def test_a_callback_is_told_of_every_step(text: Path, tmp_path: Path) -> None:
     assert [one.nats is None for one in steps] == [True] * 4 + [False] * 8
     assert [one.done for one in told if one.logged] == [5, 10, 12]
     assert [one.text.split()[2] for one in told if one.text][1:] == ["validation"] * 3
+
+
+@pytest.mark.parametrize("attention", ["full", "block_causal", "causal"])
+def test_a_preview_under_autocast(text: Path, tmp_path: Path, attention: str) -> None:
+    """Caches are in the type of the weights, keys and values in bfloat16."""
+    objective = "autoregressive" if attention == "causal" else "diffusion"
+    more = ("block_length=8",) if attention == "block_causal" else ()
+    settings = (f"objective={objective}", f"attention={attention}", *more, "conv=3", "steps=1", "eval_every=1", "bf16=true")
+    shown = show(text, tmp_path / "run", *settings, preview=sample)
+    assert len(shown.splitlines()[-2].strip()) > 8
 
 
 def test_a_preview_may_hold_anything(text: Path, tmp_path: Path) -> None:

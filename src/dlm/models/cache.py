@@ -326,8 +326,8 @@ class WindowCache:
         k_AQGK, v_AQGK = k_AGQK.transpose(1, 2), v_AGQK.transpose(1, 2)
         if layer == self.layers - 1:
             self._measure(v_AQGK)
-        self.kv[layer, 0][self.rows_A1, self.pos_AQ] = k_AQGK
-        self.kv[layer, 1][self.rows_A1, self.pos_AQ] = v_AQGK
+        self.kv[layer, 0][self.rows_A1, self.pos_AQ] = k_AQGK.to(self.kv.dtype)  # autocast may compute in another type
+        self.kv[layer, 1][self.rows_A1, self.pos_AQ] = v_AQGK.to(self.kv.dtype)
         if len(self.rows_A1) == self.kv.shape[2]:  # all rows in order: no copy
             k_ATGK, v_ATGK = self.kv[layer, 0], self.kv[layer, 1]
         else:
@@ -336,7 +336,7 @@ class WindowCache:
 
     def write_conv(self, layer: int, x_AQD: Tensor) -> Tensor:
         """Store inputs of a short convolution as `write` does, return those of all slots (A, T + 1, D)."""
-        self.conv[layer][self.rows_A1, self.pos_AQ] = x_AQD
+        self.conv[layer][self.rows_A1, self.pos_AQ] = x_AQD.to(self.conv.dtype)
         return self.conv[layer] if len(self.rows_A1) == self.conv.shape[1] else self.conv[layer][self.rows_A1.squeeze(1)]
 
     def _measure(self, v_AQGK: Tensor) -> None:
