@@ -29,9 +29,9 @@ def sources() -> dict[str, str]:
 
 
 def text_models() -> list[str]:
-    """Names of the bundled models that write text, `shakespeare-mask` first; the others fill in grids."""
-    grids = {name for name, path in models().items() if read_json(path / "config.json")["network"].get("axes")}
-    return sorted(models().keys() - grids, key=lambda name: (name != "shakespeare-mask", name))
+    """Names of the bundled models of text, `shakespeare-mask` first; the others fill in grids or write DNA."""
+    of_text = [name for name, data in sources().items() if data in datasets() or data.endswith(".txt")]
+    return sorted(of_text, key=lambda name: (name != "shakespeare-mask", name))
 
 
 def chat_sampling(path: Path) -> dict[str, float]:
