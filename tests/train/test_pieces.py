@@ -11,6 +11,7 @@ from dlm.train import learner, processes, setup
 from dlm.train.config import TrainConfig
 from dlm.train.loop import Update
 from dlm.train.training import Training
+from dlm.train.workers import Workers
 from train import tiny
 
 Step = tuple[learner.Learner, Update, list[torch.Tensor]]
@@ -80,3 +81,14 @@ def same_step(one: Step, other: Step) -> None:
     assert len(ours) == len(whole) > 10
     for a, b in zip(ours, whole, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize(("count", "threads", "each"), [(2, 2, 1), (2, 5, 2), (3, 2, 1)])
+def test_workers_divide_the_threads_of_torch(count: int, threads: int, each: int) -> None:
+    before = torch.get_num_threads()
+    weight = torch.ones(1, requires_grad=True)
+    workers = Workers([weight], count, threads)
+    told = workers.backward(lambda job: ((weight * job).sum(), torch.tensor(torch.get_num_threads())), [1, 2, 3, 4], lambda _: None)
+    assert [int(one) for one in told] == [each] * 4
+    assert torch.get_num_threads() == before
+    assert weight.grad == 10

@@ -42,7 +42,7 @@ from dlm.train.workers import Workers
 PIECE_TOKENS = {False: 1024, True: 4096}
 """By whether products are in bfloat16, tokens of one forward and backward pass on a CPU, at least a window: most of what they read and
 write then stays in its caches."""
-LEAST_TOKENS = 256  # below which a second worker gains nothing
+LEAST_TOKENS = 256  # of a piece, however many threads there are
 
 
 def pieces(own: slice, tokens: int, multiple: int, at_once: int) -> list[slice]:
@@ -132,7 +132,7 @@ class Learner:
         )
         self.equal_steps = config.equal_steps
         learned = [] if self.noise_weights is None else [self.noise_weights.log_weights]
-        self.workers = Workers([*self.network.parameters(), *learned], min(threads, len(self.pieces)))
+        self.workers = Workers([*self.network.parameters(), *learned], min(threads, len(self.pieces)), threads)
         self.network.train()
 
     def _piece_tokens(self, noise: Process, tokens: int) -> tuple[int, int]:

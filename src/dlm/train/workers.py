@@ -1,4 +1,4 @@
-"""The pieces of a batch on several threads of Python, each with one thread of torch.
+"""The pieces of a batch on several threads of Python, each with its share of torch's threads: one, where there are pieces enough.
 
 Threads that share an operation wait for each other at the end of each; those that share a batch wait once a step.
 """
@@ -20,12 +20,13 @@ class Workers:
     """Adds up the gradients of jobs: with one worker job by job, with several each those of its run of the jobs, in the order of the runs.
 
     The sums depend on the number of workers in their last digits alone, and not on which of them is ready first.
+    threads: of torch, for all workers together.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], count: int) -> None:
-        self.parameters = list(parameters)
-        self.pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) if count > 1 else None
-        self.count = count
+    def __init__(self, parameters: Sequence[Tensor], count: int, threads: int) -> None:
+        self.parameters, self.count = list(parameters), count
+        each = (max(1, threads // count),)
+        self.pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=each) if count > 1 else None
 
     def backward(
         self, loss: Callable[[Job], tuple[Tensor, Tensor]], jobs: Sequence[Job], alone: Callable[[Tensor], object]
