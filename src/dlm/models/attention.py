@@ -156,13 +156,14 @@ def attend(q_BHQK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Tensor | None, 
     """Scaled dot-product attention, grouped keys repeated by the kernel.
 
     In half precision on a CPU that kernel takes four times as long back as plain products do, so those are used where there is a gradient,
-    and half as long again forward, where the scores of whole texts stay in a cache of the processor.
+    and half as long again forward, where the scores of whole texts stay in a cache of the processor. Dropout takes them too where it draws
+    from a generator of the thread.
     """
     if dropout and elementwise.pay(q_BHQK):
         mask = torch.ones(q_BHQK.shape[2], k_BGTK.shape[2], dtype=torch.bool).tril()[None, None] if is_causal else mask
         return attend_by_products(q_BHQK, k_BGTK, v_BGTK, mask, dropout)
     half_on_cpu = q_BHQK.device.type == "cpu" and q_BHQK.dtype in (torch.bfloat16, torch.float16)
-    if half_on_cpu and not is_causal and (q_BHQK.requires_grad or _few_scores(q_BHQK, k_BGTK)):
+    if half_on_cpu and not is_causal and not dropout and (q_BHQK.requires_grad or _few_scores(q_BHQK, k_BGTK)):
         return attend_by_products(q_BHQK, k_BGTK, v_BGTK, mask)
     grouped = q_BHQK.shape[1] != k_BGTK.shape[1]
     return F.scaled_dot_product_attention(

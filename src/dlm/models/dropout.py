@@ -1,4 +1,4 @@
-"""Dropout. On a CPU its masks come from a generator of the thread, of 16 random bits an element, in a third of the time."""
+"""Dropout whose masks on a CPU come from a generator of the thread. They take 16 random bits an element, and a third of torch's time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pieces of a batch on several threads of Python, each with its share of torch's threads: one, where there are pieces enough.
+"""The pieces of a batch on several threads of Python, each with its share of torch's threads.
 
 Threads that share an operation wait for each other at the end of each; those that share a batch wait once a step.
 """
@@ -35,18 +35,21 @@ class Workers:
 
         loss: the loss of a job, and a tensor that is returned for it. alone: adds the gradients of a loss, where there is one worker.
         """
+        told = list[Tensor]()
         if self.pool is None:
-            return [_then(alone, *loss(job)) for job in jobs]
+            for value, kept in map(loss, jobs):
+                alone(value)
+                told.append(kept)
+            return told
 
         def work(own: slice) -> tuple[list[Tensor], list[Tensor | None]]:
-            told, sums = list[Tensor](), list[Tensor | None]()
+            of_run, sums = list[Tensor](), list[Tensor | None]()
             for value, kept in map(loss, jobs[own]):
                 gradients = torch.autograd.grad(value, self.parameters, allow_unused=True)
                 sums = [_sum(a, b) for a, b in zip(sums or [None] * len(gradients), gradients, strict=True)]
-                told.append(kept)
-            return told, sums
+                of_run.append(kept)
+            return of_run, sums
 
-        told = list[Tensor]()
         for of_run, sums in self.pool.map(work, runs(len(jobs), self.count)):
             told += of_run
             for parameter, gradient in zip(self.parameters, sums, strict=True):
@@ -57,11 +60,6 @@ class Workers:
 def runs(jobs: int, workers: int) -> list[slice]:
     """Jobs in a run for each worker, of lengths that differ by one at most."""
     return [slice(*edges) for edges in pairwise(jobs * k // workers for k in range(workers + 1))]
-
-
-def _then(alone: Callable[[Tensor], object], value: Tensor, kept: Tensor) -> Tensor:
-    alone(value)
-    return kept
 
 
 def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:
