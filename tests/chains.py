@@ -112,11 +112,11 @@ def masked_noise(tiny: Tiny, word: str = "linear") -> MaskedNoise:
 
 
 def unmask(
-    tiny: Tiny, rule: Rule, steps: int, *, word: str = "linear", given: Given = (), rows: int = 4000, denoiser: Any = None
+    tiny: Tiny, rule: Rule, steps: int, *, word: str = "linear", given: Given = (), rows: int = 4000, denoiser: Any = None, **options: Any
 ) -> Tensor:
     """int64 (rows, T), with the Bayes denoiser unless another is given."""
     canvas = copies(list(given) or [None] * tiny.length, tiny.mask_id, rows)
-    sampler = DiffusionSampler(denoiser or BayesDenoiser(tiny), masked_noise(tiny, word), tiny.length, rule, steps)
+    sampler = DiffusionSampler(denoiser or BayesDenoiser(tiny), masked_noise(tiny, word), tiny.length, rule, steps, **options)
     *_, frame = sampler.steps(canvas, rng=generators(0, rows))
     assert frame.settled_BT.all()
     return frame.tokens_BT
@@ -155,13 +155,17 @@ def guesses(tiny: Tiny, denoiser: Any = None, draw: Draw | None = None) -> Calla
     return guess
 
 
-def any_order_law(tiny: Tiny, denoiser: Any, given: Given = (), draw: Draw | None = None) -> Tensor:
-    """Probabilities (S,) of one token a call in random order, by enumerating orders and tokens."""
-    guess = guesses(tiny, denoiser, draw)
+def any_order_law(tiny: Tiny, denoiser: Any, given: Given = (), draw: Draw | None = None, block_length: int = 0) -> Tensor:
+    """Probabilities (S,) of one token a call in random order, by enumerating orders and tokens.
+
+    block_length: blocks come from left to right, and the order is random in each; 0 is one block.
+    """
+    guess, length = guesses(tiny, denoiser, draw), block_length or tiny.length
 
     @cache
     def finish(z: State) -> dict[State, float]:
         masked = [i for i, token in enumerate(z) if token == tiny.mask_id]
+        masked = [i for i in masked if i // length == masked[0] // length]
         ends: dict[State, float] = defaultdict(float, {} if masked else {z: 1.0})
         for i, token in itertools.product(masked, range(tiny.vocab)):
             for end, share in finish((*z[:i], token, *z[i + 1 :])).items():

@@ -182,6 +182,9 @@ def test_calibration_measures_what_it_did() -> None:
     words += [f"speculative:{setting}///" for setting in ("2", "4", "8", "16", "8:0.5")]
     words += [f"ancestral/{n}/{cache}/16" for cache in ("prefix", "dual", "delayed:8", "drift:0.2") for n in (16, 32)]
     assert told == set(words)
+    ordered = [one for one in measure.candidates(window=64, causal=False, blocks=[1, 4]) if one not in found]
+    assert ordered == [{"sampler": "first-hitting", "block_length": n} for n in (1, 4)]
+    assert all(measure.is_exact(one) for one in ordered)
     causal = {one["sampler"].partition(":")[0] for one in measure.candidates(window=64, causal=True)}
     assert not causal & {"revoke", "planner"}
     quick = measure.candidates(window=64, causal=False, quick=True)

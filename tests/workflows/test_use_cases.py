@@ -118,6 +118,27 @@ def test_calibrate(dlm: Dlm, autoregressive_dir: Path, tmp_path: Path) -> None:
         library.calibrate("masked", str(autoregressive_dir), out="a_file")
 
 
+BLOCKS: dict[str, Any] = {"attention": "block_causal", "block_length": 4}
+
+
+@pytest.mark.parametrize(
+    ("network", "learned", "expected"),
+    [({}, None, [1, 2]), (BLOCKS, [1, 2, 4, 16], [1, 2]), (BLOCKS, None, []), (BLOCKS, "many", [])],
+    ids=["bidirectional", "several block lengths", "one block length", "damaged"],
+)
+def test_a_calibration_writes_in_blocks_that_the_model_reads(
+    network: dict[str, Any], learned: object, expected: list[int], autoregressive_dir: Path, tmp_path: Path
+) -> None:
+    lm = make_model(window=32, **network)
+    training = {} if learned is None else {"block_lengths": learned}
+    lm.config = dataclasses.replace(lm.config, training=training)
+    table = library.calibrate(lm, str(autoregressive_dir), samples=2, out=tmp_path)
+    found = [row for row in table.rows if row.options["sampler"] == "first-hitting"]
+    assert [row.options.get("block_length", 0) for row in found] == [0, *expected]
+    assert all(row.exact and row.calls == 32 for row in found)
+    assert table.reference() == found[0]
+
+
 def test_a_calibration_without_a_format_is_read_and_a_later_one_is_told(tmp_path: Path, autoregressive_dir: Path) -> None:
     make_model().save_pretrained(tmp_path / "masked")
     table = library.calibrate(str(tmp_path / "masked"), str(autoregressive_dir), quick=True, samples=2, out=tmp_path / "new")

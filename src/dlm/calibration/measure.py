@@ -21,13 +21,15 @@ ROUNDS = 2  # of timing
 CACHES = ("prefix", "dual", "delayed:8", "drift:0.2")  # approximate ones that are measured
 
 
-def candidates(*, window: int, causal: bool, quick: bool = False) -> list[Options]:
-    """Settings of a masked model to measure, the exact one first: those that the registry names for each sampler, and caches.
+def candidates(*, window: int, causal: bool, blocks: Sequence[int] = (), quick: bool = False) -> list[Options]:
+    """Settings of a masked model to measure, the exact one first: those that the registry names for each sampler, orders and caches.
 
-    causal: a model of block diffusion, whose cache is exact.
+    causal: a model of block diffusion, whose cache is exact. blocks: lengths in which the exact sampler also writes, from left to right.
     """
     settings = registry.trials(window, causal=causal, quick=quick)
     found: list[Options] = [{"sampler": word} | ({} if steps is None else {"steps": steps}) for word, steps in settings]
+    if not quick:
+        found += [{"sampler": "first-hitting", "block_length": length} for length in blocks]
     if causal or quick:
         return found
     quarter, half = max(1, window // 4), max(1, window // 2)
@@ -40,7 +42,7 @@ def candidates(*, window: int, causal: bool, quick: bool = False) -> list[Option
 def is_exact(options: Options) -> bool:
     """Whether these options, of a masked model or an autoregressive one, have the distribution of one token a forward pass.
 
-    A text is longer than one token.
+    That of their own order of positions: blocks have another than a whole window. A text is longer than one token.
     """
     if options["sampler"] == "autoregressive":
         return True

@@ -17,6 +17,7 @@ from dlm.evaluation.card import device_name
 from dlm.evaluation.statistics import Mean
 from dlm.language_model import LanguageModel
 from dlm.model_scheduling.trial import Figures
+from dlm.sampling import windows
 from dlm.workflows.inputs import Counter, Model, Progress, judge_figures, language_model, masked_noise, silent, told
 
 FOREIGN_LENGTH = 128  # tokens of a text of a model that was not trained on full windows, which may be very long
@@ -60,7 +61,7 @@ def calibrate(
         rows = measure.retime(pace(lm, samples, length, temperature, seed), found.rows, progress=count.add)
         made = found.made | where
     else:
-        settings = measure.candidates(window=length, causal=lm.is_causal, quick=quick)
+        settings = measure.candidates(window=length, causal=lm.is_causal, blocks=block_lengths(lm, length), quick=quick)
         count, rows = Counter(progress, len(settings)), []
         for row in measure.measure(writing(lm, samples, length, temperature), judging(figures), settings, seed=seed):
             rows.append(row)
@@ -71,6 +72,18 @@ def calibrate(
     if out is not None:
         table.save(Path(out))
     return table
+
+
+def block_lengths(lm: LanguageModel, length: int) -> list[int]:
+    """Lengths of blocks, the shortest first, in which the exact sampler may write a text besides the model's own order.
+
+    A bidirectional network reads any; block diffusion those that it learned.
+    """
+    if not lm.is_causal:
+        return sorted({1, windows.longest_block(length, max(1, length // 16))})
+    learned = lm.config.training.get("block_lengths")
+    own = lm.network.config.block_length
+    return sorted({n for n in learned if isinstance(n, int) and 0 < n < own and own % n == 0}) if isinstance(learned, list) else []
 
 
 def _prepare(out: Path) -> None:

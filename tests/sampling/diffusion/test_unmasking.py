@@ -57,6 +57,15 @@ def test_first_hitting_draws_the_law_of_a_network_that_contradicts_itself() -> N
     assert chi_square_p(unmask(TINY, Threshold(1e-9), 1, denoiser=noted), any_order_law(TINY, noted), TINY) < 1e-6
 
 
+@pytest.mark.parametrize(("block_length", "given"), [(1, ()), (2, ()), (2, (None, 1, None, None))], ids=str)
+def test_blocks_have_the_law_of_their_own_order(block_length: int, given: Given) -> None:
+    noted = Noted(TINY.vocab, TINY.length)
+    samples = unmask(TINY, FirstHitting(), 1, given=given, denoiser=noted, block_length=block_length)
+    assert len(noted.seen) == TINY.length - sum(x is not None for x in given)
+    assert chi_square_p(samples, any_order_law(TINY, noted, given, block_length=block_length), TINY) > 1e-3
+    assert chi_square_p(samples, any_order_law(TINY, noted, given), TINY) < 1e-6
+
+
 @pytest.mark.parametrize("word", ["linear", "cosine", "log-linear:0.2"])
 def test_first_hitting_gives_the_network_the_time_at_which_a_position_is_reached(word: str) -> None:
     """alpha at the n-th call is the n-th of uniforms in order, whose distribution is a binomial tail; the order is any, equally often."""
