@@ -49,7 +49,7 @@ def measure(
     """Cost of its texts, and the texts. block_length: None is the model's own."""
     sampler = args.sampler if model.config.noise["process"] == "masked" else "ancestral"
     chosen = {"block_length": block_length, "steps": args.steps}
-    how = {"sampler": sampler} | {name: value for name, value in chosen.items() if value is not None}
+    how: dict[str, Any] = {"sampler": sampler} | {name: value for name, value in chosen.items() if value is not None}
     begun = time.perf_counter()
     made = model.generate([""] * args.samples, length=model.window, seed=args.seed, temperature=temperature, **how)
     seconds = time.perf_counter() - begun

@@ -93,7 +93,7 @@ def main() -> None:
 
 def _measured(model: dlm.LanguageModel, twin: dlm.LanguageModel, options: Options, args: argparse.Namespace) -> Row:
     generate, judge = writing(model, args.samples, model.window, temperature=1.0), judging(judge_figures(twin, model))
-    return next(iter(measure.measure(generate, judge, [options], seed=args.seed)))
+    return measure.measure(generate, judge, options, seed=args.seed)
 
 
 def _points(found: Calibration) -> list[dict[str, Any]]:

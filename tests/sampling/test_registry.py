@@ -175,6 +175,7 @@ def test_calibration_measures_what_it_did() -> None:
     assert len(told) == len(found)
     words = [f"ancestral/{n}//" for n in (4, 8, 16, 32, 64)]
     words += [f"{name}/{n}//" for name in ("topk", "margin", "entropy") for n in (4, 8, 16)]
+    words += [f"{name}/64//" for name in ("margin", "entropy")]
     adaptive = ("confidence:0.5", "confidence:0.9", "factor:1", "factor:4", "klass:0.6", "entropy-bound:8", "entropy-bound:32")
     words += [f"{name}/32//" for name in adaptive] + ["confidence:0.9/64//", "first-hitting///"]
     later = ("predictor-corrector:1", "remdm-cap:0.04", "remdm-rescale:0.1", "remdm-conf:0.5", "remdm-loop:0.04", "revoke:0.6", "planner:1")

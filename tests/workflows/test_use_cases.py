@@ -118,6 +118,53 @@ def test_calibrate(dlm: Dlm, autoregressive_dir: Path, tmp_path: Path) -> None:
         library.calibrate("masked", str(autoregressive_dir), out="a_file")
 
 
+def test_a_calibration_that_is_stopped_goes_on(autoregressive_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, judge, out = tmp_path / "model", str(autoregressive_dir), tmp_path / "out"
+    make_model().save_pretrained(model)
+    written: list[str] = []
+    generate = library.LanguageModel.generate
+
+    def counting(lm: library.LanguageModel, *args: Any, **options: Any) -> Any:
+        written.append(options["sampler"])
+        return generate(lm, *args, **options)
+
+    monkeypatch.setattr(library.LanguageModel, "generate", counting)
+
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    def run(**options: Any) -> list[str]:
+        """The settings that it measures."""
+        written.clear()
+        library.calibrate(str(model), judge, quick=True, samples=2, out=out, **options)
+        return written.copy()
+
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=stop)
+    (kept,) = out.iterdir()
+    stopped = kept.read_text()
+    assert len(stopped.splitlines()) == 3
+    assert not (out / "calibration.json").exists()
+    kept.write_text(stopped[:-9])  # killed in the middle of a line
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=stop)
+    assert len(run()) == 1
+    assert [path.name for path in out.iterdir()] == ["calibration.json"]
+    rows = json.loads((out / "calibration.json").read_text())["rows"]
+    assert run() == [row["options"]["sampler"] for row in rows]  # a finished one is measured anew
+    again = json.loads((out / "calibration.json").read_text())["rows"]
+    assert [one | {"seconds": 0} for one in rows] == [one | {"seconds": 0} for one in again]
+    kept.write_text(stopped)
+    assert len(run(seed=1)) == 3  # of another seed, and of a model that was trained again
+    kept.write_text(stopped)
+    make_model(context=4).save_pretrained(model)
+    assert len(run()) == 1
+    make_model(layers=3).save_pretrained(model)
+    kept.write_text(stopped)
+    assert len(run()) == 3
+
+
 BLOCKS: dict[str, Any] = {"attention": "block_causal", "block_length": 4}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -49,21 +49,20 @@ def is_exact(options: Options) -> bool:
     return registry.is_exact(options["sampler"], "masked", steps=options.get("steps"), cache=options.get("cache", True))
 
 
-def measure(generate: Generate, judge: Judge, options: list[Options], *, seed: int = 0) -> Iterator[Row]:
-    """A row for each setting, as it comes; all with the same seeds."""
-    for setting in options:
-        samples_NT, calls, seconds = generate(setting, seed)
-        bits = judge(samples_NT)
-        yield Row(
-            options=setting,
-            calls=calls,
-            seconds=seconds / len(samples_NT),
-            bits=bits.value,
-            bits_stderr=bits.stderr,
-            entropy=generative.unigram_entropy(samples_NT),
-            distinct_4=generative.distinct(samples_NT, 4),
-            exact=is_exact(setting),
-        )
+def measure(generate: Generate, judge: Judge, options: Options, *, seed: int = 0) -> Row:
+    """The row of a setting."""
+    samples_NT, calls, seconds = generate(options, seed)
+    bits = judge(samples_NT)
+    return Row(
+        options=options,
+        calls=calls,
+        seconds=seconds / len(samples_NT),
+        bits=bits.value,
+        bits_stderr=bits.stderr,
+        entropy=generative.unigram_entropy(samples_NT),
+        distinct_4=generative.distinct(samples_NT, 4),
+        exact=is_exact(options),
+    )
 
 
 Pace = Callable[[Options, int], float]

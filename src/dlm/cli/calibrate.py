@@ -35,7 +35,7 @@ def calibrate(
 ) -> None:
     """Measure every sampler of a model, for --sampler auto.
 
-    Forward passes, seconds, bits under a judge and diversity; the table is kept beside the checkpoint.
+    Forward passes, seconds, bits under a judge and diversity, kept beside the checkpoint. After Ctrl-C the same command goes on.
     """
     check_names([model, judge])
     from dlm.calibration.table import FILE

@@ -261,14 +261,14 @@ BUILT_IN: tuple[SamplerInfo, ...] = (
         "masked",
         _top_score("margin"),
         "Largest margin over the second choice first, an equal share in each step.",
-        trials=(("", _SHARES),),
+        trials=(("", (*_SHARES, 1)),),
     ),
     SamplerInfo(
         "entropy",
         "masked",
         _top_score("entropy"),
         "Lowest entropy first, an equal share of the masks in each step.",
-        trials=(("", _SHARES),),
+        trials=(("", (*_SHARES, 1)),),
     ),
     SamplerInfo(
         "confidence",

@@ -6,11 +6,13 @@ import itertools
 import os
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from dlm.calibration import measure
+from dlm.calibration.partial import Partial
 from dlm.calibration.table import Calibration, Options
 from dlm.errors import InputError
 from dlm.evaluation.card import device_name
@@ -18,7 +20,7 @@ from dlm.evaluation.statistics import Mean
 from dlm.language_model import LanguageModel
 from dlm.model_scheduling.trial import Figures
 from dlm.sampling import windows
-from dlm.workflows.inputs import Counter, Model, Progress, judge_figures, language_model, masked_noise, silent, told
+from dlm.workflows.inputs import Counter, Model, Progress, judge_figures, language_model, masked_noise, silent, told, weights
 
 FOREIGN_LENGTH = 128  # tokens of a text of a model that was not trained on full windows, which may be very long
 
@@ -43,8 +45,8 @@ def calibrate(
     judge: an autoregressive model, of the same vocabulary or one that reads the text; samples: texts for each setting. length: of a text,
     0: a window, of another project's model at most 128 tokens. quick: three settings only.
     retime: measure only the seconds of the table that is there already, in turns. out: directory that the table is written to; for
-    `--sampler auto` that of the checkpoint. progress counts settings. InputError for other noise, a judge that cannot read the texts, or
-    one text.
+    `--sampler auto` that of the checkpoint. A measurement into `out` that was stopped goes on there. progress counts settings.
+    InputError for other noise, a judge that cannot read the texts, or one text.
     """
     if samples < 2:
         raise InputError(f"--samples must be at least 2, to have an error, got {samples}")
@@ -61,16 +63,19 @@ def calibrate(
         rows = measure.retime(pace(lm, samples, length, temperature, seed), found.rows, progress=count.add)
         made = found.made | where
     else:
-        settings = measure.candidates(window=length, causal=lm.is_causal, blocks=block_lengths(lm, length), quick=quick)
-        count, rows = Counter(progress, len(settings)), []
-        for row in measure.measure(writing(lm, samples, length, temperature), judging(figures), settings, seed=seed):
-            rows.append(row)
-            count.add()
         made = {"model": lm.name, "judge": named, "texts": samples, "length": length, "temperature": temperature, "seed": seed}
         made |= where
+        settings = measure.candidates(window=length, causal=lm.is_causal, blocks=block_lengths(lm, length), quick=quick)
+        kept = None if out is None else Partial(Path(out), {**made, "weights": [weights(lm), weights(judge)]})
+        one = partial(measure.measure, writing(lm, samples, length, temperature), judging(figures), seed=seed)
+        count, rows = Counter(progress, len(settings)), []
+        for setting in settings:
+            rows.append(one(setting) if kept is None else kept.row(setting, one))
+            count.add()
     table = Calibration(rows, made)
     if out is not None:
         table.save(Path(out))
+        Partial.delete(Path(out))
     return table
 
 

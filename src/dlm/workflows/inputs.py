@@ -18,6 +18,7 @@ from dlm.evaluation import generative, judge
 from dlm.files import check_there
 from dlm.formats import native
 from dlm.language_model import LanguageModel, load
+from dlm.model_scheduling.plan import HEAVY
 from dlm.model_scheduling.trial import Figures
 from dlm.noise import loss
 from dlm.noise.masked import MaskedNoise
@@ -131,6 +132,13 @@ def judge_figures(model: Model, lm: LanguageModel, given: int = 0) -> Figures:
         return judge.figures(bits, lm.tokenizer.decode)
     twin = judge_beside(twin, lm)
     return generative.figures(twin.noise, twin.predict, given=given)
+
+
+def weights(model: Model) -> str:
+    """Fingerprint of a model's weights; of a judge that dlm does not read, its name."""
+    if isinstance(model, LanguageModel):
+        return model.fingerprints({})[HEAVY] if model.path is None else native.digest(model.path)
+    return native.digest(native.find(str(model))) if _is_ours(model) else str(model)
 
 
 def _bits_of_text(twin: LanguageModel) -> judge.TextBits:

@@ -10,18 +10,17 @@ from torch import Tensor
 
 from dlm.errors import InputError
 from dlm.evaluation import order_cost
-from dlm.formats import native
 from dlm.language_model import LanguageModel
 from dlm.model_scheduling.cost import CallCost, call_costs
 from dlm.model_scheduling.ledger import Ledger
-from dlm.model_scheduling.plan import HEAVY, LIGHT
+from dlm.model_scheduling.plan import LIGHT
 from dlm.model_scheduling.search import Price
 from dlm.model_scheduling.sensitivity import on_text, predictors
 from dlm.model_scheduling.trial import Figures, Trial
 from dlm.models.transformer import Transformer
 from dlm.noise.masked import MaskedNoise
 from dlm.sampling.diffusion.loop import DiffusionSampler
-from dlm.workflows.inputs import Counter, Model, judge_figures, language_model, masked_noise
+from dlm.workflows.inputs import Counter, Model, judge_figures, language_model, masked_noise, weights
 
 Light = Model | Mapping[str, Model]
 """The model L, or several by capital letters."""
@@ -104,7 +103,7 @@ class Trials:
             "prompts": len(prompts),
         }
         if ledger is not None:  # a model that was trained again keeps its name
-            self.settings["weights"] = pair.lm.fingerprints(pair.light) | {"judge": _weights(judge)}
+            self.settings["weights"] = pair.lm.fingerprints(pair.light) | {"judge": weights(judge)}
         self._made: dict[int, Trial] = {}
 
     def __call__(self, steps: int) -> Trial:
@@ -130,10 +129,3 @@ class Trials:
             prompts=self.prompts,
             ledger=self.ledger,
         )
-
-
-def _weights(judge: Model) -> str:
-    """Fingerprint of a judge's weights."""
-    if not isinstance(judge, LanguageModel):
-        return native.digest(native.find(str(judge)))
-    return judge.fingerprints({})[HEAVY] if judge.path is None else native.digest(judge.path)
