@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+import torch
 
 import dlm as library
 from conftest import Dlm, make_model
@@ -92,6 +93,36 @@ def test_evaluate_an_autoregressive_model(dlm: Dlm, autoregressive_dir: Path, ma
         library.evaluate(str(masked_dir), text_file, estimator="magic")
     with pytest.raises(library.InputError, match="no device 'abacus'"):
         library.evaluate(str(masked_dir), text_file, device="abacus")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [make_model(), make_model(attention="block_causal", block_length=8), make_model("autoregressive")],
+    ids=["masked", "block diffusion", "autoregressive"],
+)
+def test_evaluate_at_a_temperature(dlm: Dlm, model: library.LanguageModel, text_file: Path, tmp_path: Path) -> None:
+    """As the network whose last layer is divided by it."""
+    model.save_pretrained(tmp_path / "model")
+    words = ("--data", str(text_file), "--split", "all", "--max-windows", "4", "--passes", "2")
+    plainly = printed(dlm, "eval", "model", *words)
+    shown = printed(dlm, "eval", "model", *words, "--temperature", "1.25")
+    assert shown.pop("temperature") == 1.25
+    assert Path(str(shown.pop("card"))).name == "model-all-temperature1.25.json"
+    cold = library.load("model")
+    with torch.no_grad():
+        cold.network.head.weight /= 1.25
+    cold.save_pretrained("cold")
+    expected = printed(dlm, "eval", "cold", *words)
+    assert shown["nats_per_token"] == pytest.approx(expected["nats_per_token"], abs=1e-6)
+    assert shown["stderr"] == pytest.approx(expected["stderr"], abs=1e-6)
+    assert abs(plainly["nats_per_token"] - shown["nats_per_token"]) > 1e-3
+    assert "must be above 0" in dlm.told("eval", "model", *words, "--temperature", "0")
+
+
+def test_a_bound_of_other_noise_has_no_temperature(dlm: Dlm, text_file: Path) -> None:
+    make_model(noise={"process": "uniform", "schedule": "linear"}).save_pretrained("uniform")
+    told = dlm.told("eval", "uniform", "--data", str(text_file), "--temperature", "0.9")
+    assert "uniform is neither a masked model nor an autoregressive one" in told
 
 
 def test_calibrate(dlm: Dlm, autoregressive_dir: Path, tmp_path: Path) -> None:

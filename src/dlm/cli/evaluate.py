@@ -46,6 +46,7 @@ def evaluate(
         int | None,
         typer.Option(help="Of autoregressive models: cut the text into pieces of so many tokens, each read from its beginning."),
     ] = None,
+    temperature: Annotated[float, typer.Option(callback=between(0), help="Divides the logits of masked and autoregressive models.")] = 1.0,
     passes: Annotated[int, typer.Option(callback=between(1), help="Monte-Carlo passes over the text.")] = 4,
     steps: Annotated[int, typer.Option(callback=between(1), help="Steps of the discrete estimator.")] = 256,
     max_windows: Annotated[
@@ -107,7 +108,8 @@ def evaluate(
 
     def one(name: str, length: int | None, own: bool) -> Evaluation:
         lm = load(name, device, family=family if own else "")
-        usual = Path("runs/eval") / f"{lm.name}-{split}{f'-blocks{length}' if length else ''}.json"
+        marks = (f"-blocks{length}" if length else "") + (f"-temperature{temperature:g}" if temperature != 1 else "")
+        usual = Path("runs/eval") / f"{lm.name}-{split}{marks}.json"
         place = is_card(card if card and own else usual)
         with showing(f"measuring {lm.name}") as progress:
             return measure(
@@ -118,6 +120,7 @@ def evaluate(
                 estimator=estimator,
                 block_length=length,
                 window=window,
+                temperature=temperature,
                 passes=passes,
                 steps=steps,
                 max_windows=max_windows,
@@ -198,6 +201,7 @@ def _table(found: Sequence[Evaluation]) -> Table:
     for one in found:
         sign = "<= " if one.is_bound else ""
         label = f"{one.model}, blocks of {one.block_length}" if one.block_length else one.model
+        label += f", temperature {one.temperature:g}" if one.temperature != 1 else ""
         values = (one.nats_per_token, one.bits_per_char, one.bits_per_byte)[: 1 + len(named)]
         figures = [f"{sign}{value:.4f}" for value in values]
         made.add_row(label, *figures, f"{one.stderr:.4f}", str(one.samples), one.estimator)

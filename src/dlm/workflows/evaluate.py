@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ParamSpec
 
-from dlm.errors import InputError
+from torch import Tensor
+
+from dlm.errors import InputError, in_range
 from dlm.evaluation import card as cards
 from dlm.evaluation import likelihood
 from dlm.language_model import LanguageModel
+from dlm.noise.masked import MaskedNoise
+from dlm.noise.score import ScoreNoise
 from dlm.workflows.inputs import FORMAT, Counter, Model, Progress, Text, language_model, silent, told
 
 CALL_LOGITS = 1 << 27  # logits of one forward pass at most: with a large vocabulary fewer windows are read at once
 CALL_WINDOWS = 32
+Inputs = ParamSpec("Inputs")
 
 
 @dataclass(frozen=True)
 class Evaluation(likelihood.Likelihood):
     """The figures of `Likelihood`, and how they came about. block_length: of block diffusion, else 0; steps: of the discrete estimator.
+    temperature: that the logits were divided by.
 
     bits_per_byte: of UTF-8, which compares models of any tokenizer. source, split, fingerprint, windows, window: the text, its tokens and
     how it was cut. unit: what a character of it stands for. card: the file with all of it.
@@ -42,6 +49,7 @@ class Evaluation(likelihood.Likelihood):
     steps: int | None = None
     card: Path | None = None
     nats_per_predicted_token: float | None = None
+    temperature: float = 1.0
 
     def figures(self) -> dict[str, object]:
         """Nats per token, bits per character and per byte and their errors, with the name of the model."""
@@ -52,6 +60,7 @@ class Evaluation(likelihood.Likelihood):
             "unit",
             "model",
             *(["block_length"] if self.block_length else []),
+            *(["temperature"] if self.temperature != 1 else []),
         ]
         names += ["nats_per_predicted_token"] if self.nats_per_predicted_token is not None else []
         return {name: every[name] for name in names if (name, every[name]) != ("parts", None)}
@@ -64,6 +73,7 @@ class Evaluation(likelihood.Likelihood):
         """Write the evaluation card, which repeats the number."""
         names = ("estimator", "steps", "window")
         settings = {name: getattr(self, name) for name in names} | {"passes": self.samples, "block_length": self.block_length or None}
+        settings |= {"temperature": self.temperature}
         data = {"source": self.source, "split": self.split, "fingerprint": self.fingerprint, "windows": self.windows}
         made = cards.make(self.figures(), device=self.device, dtype=self.dtype, seed=self.seed, settings=settings, data=data)
         cards.write(made, path)
@@ -92,6 +102,7 @@ def evaluate(
     estimator: str = "auto",
     block_length: int | None = None,
     window: int | None = None,
+    temperature: float = 1.0,
     passes: int = 4,
     steps: int = 256,
     max_windows: int | None = None,
@@ -106,25 +117,27 @@ def evaluate(
     estimator: any-order (masks), counted (replacement noise), two-clocks (classes), continuous, score-entropy (SEDD) or discrete; auto: the
     first that applies.
     block_length: of block diffusion, by default the model's own; window: of autoregressive models, tokens that are read together.
+    temperature: of masked and autoregressive models, the likelihood under the distributions that are drawn from at this temperature.
     passes: Monte-Carlo passes over the text; steps: of the discrete estimator; max_windows: at most so many, spread over the text.
     card: a file for the evaluation card. progress counts windows times passes. InputError for options that the model does not have.
     """
     lm = language_model(model, device)
     length = _block_length(lm, block_length)
     _check_window(lm, window)
+    _check_temperature(lm, temperature)
     if lm.is_diffusion and estimator not in likelihood.ESTIMATORS:
         raise InputError(f"unknown estimator {estimator!r}; known: {', '.join(likelihood.ESTIMATORS)}")
     text = Text.read(lm, data, split=split, val_fraction=val_fraction, window=window, max_windows=max_windows)
     found = likelihood.evaluate(
         lm.noise,
-        lm.predict,
+        _at(temperature, lm.predict),
         text.windows_WT,
         characters=text.characters,
         estimator=estimator if lm.is_diffusion else "autoregressive",
         passes=passes,
         steps=steps,
         seed=seed,
-        beside=lm.predict_beside if length else None,
+        beside=_at(temperature, lm.predict_beside) if length else None,
         block_length=length,
         reads_time=lm.config.network.time_conditioning,
         progress=Counter(progress, len(text.windows_WT) * (passes if lm.is_diffusion else 1)).add,
@@ -147,6 +160,7 @@ def evaluate(
         steps=steps if found.estimator == "discrete" else None,
         card=None if card is None else Path(card),
         nats_per_predicted_token=_predicted(lm, found, len(text.windows_WT)),
+        temperature=temperature,
     )
     if made.card is not None:
         made.save(made.card)
@@ -166,6 +180,21 @@ def _block_length(lm: LanguageModel, asked: int | None) -> int:
     if asked and not lm.is_causal:
         raise InputError(f"{lm.name} is no model of block diffusion: it has no block length to choose")
     return asked or (lm.config.network.block_length if lm.is_causal else 0)
+
+
+def _at(temperature: float, predict: Callable[Inputs, Tensor]) -> Callable[Inputs, Tensor]:
+    """The logits divided by a temperature."""
+
+    def cooled(*args: Inputs.args, **options: Inputs.kwargs) -> Tensor:
+        return predict(*args, **options) / temperature
+
+    return predict if temperature == 1 else cooled
+
+
+def _check_temperature(lm: LanguageModel, temperature: float) -> None:
+    in_range(temperature, 0, 100, "the temperature", above=True)
+    if temperature != 1 and lm.is_diffusion and (isinstance(lm.noise, ScoreNoise) or not isinstance(lm.noise, MaskedNoise)):
+        raise InputError(f"{lm.name} is neither a masked model nor an autoregressive one: its bound is measured at temperature 1")
 
 
 def _check_window(lm: LanguageModel, window: int | None) -> None:
