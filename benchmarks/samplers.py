@@ -29,7 +29,7 @@ from dlm.formats import native
 from dlm.workflows.calibrate import judging, writing
 from dlm.workflows.inputs import judge_figures
 
-BUDGETS = ("calls:16", "calls:32", "calls:64", "seconds:1", "bits:0.1")
+BUDGETS = ("calls:16", "calls:32", "calls:64", "calls:256", "seconds:1", "bits:0.1")
 USUAL: dict[str, dict[str, Any]] = {
     "ancestral, a step a token": {"sampler": "ancestral", "steps": 256},
     "ancestral, 64 steps": {"sampler": "ancestral", "steps": 64},
