@@ -171,7 +171,7 @@ def test_a_calibration_that_is_stopped_goes_on(autoregressive_dir: Path, tmp_pat
         library.calibrate(str(model), judge, quick=True, samples=2, out=out, **options)
         return written.copy()
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stopped, 2 of 3 settings are kept; the same command goes on"):
         run(progress=stop)
     (kept,) = out.iterdir()
     stopped = kept.read_text()

@@ -69,9 +69,14 @@ def calibrate(
         kept = None if out is None else Partial(Path(out), {**made, "weights": [weights(lm), weights(judge)]})
         one = partial(measure.measure, writing(lm, samples, length, temperature), judging(figures), seed=seed)
         count, rows = Counter(progress, len(settings)), []
-        for setting in settings:
-            rows.append(one(setting) if kept is None else kept.row(setting, one))
-            count.add()
+        try:
+            for setting in settings:
+                rows.append(one(setting) if kept is None else kept.row(setting, one))
+                count.add()
+        except KeyboardInterrupt:
+            if kept is None:
+                raise
+            raise KeyboardInterrupt(f"stopped, {len(rows)} of {len(settings)} settings are kept; the same command goes on") from None
     table = Calibration(rows, made)
     if out is not None:
         table.save(Path(out))
