@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--judge", default="shakespeare-ar", help="an autoregressive model of its characters, or none")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--sampler", default="first-hitting", help="of masks; other noises take their ancestral sampler")
-    parser.add_argument("--steps", type=int, help="of a window; default: a token a forward pass")
+    parser.add_argument("--steps", type=int, help="of a window; default: the model's own; first-hitting takes one a token")
     parser.add_argument("--temperature", type=float, nargs="+", default=[1.0])
     parser.add_argument("--block-lengths", type=int, nargs="+", default=[None], help="of masked models; default: the model's own order")
     parser.add_argument("--seed", type=int, default=0)

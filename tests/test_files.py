@@ -21,6 +21,8 @@ from dlm.adapters import lora, medusa
 from dlm.calibration.table import Calibration, Row
 from dlm.errors import InputError
 from dlm.formats import native
+from dlm.model_scheduling.ledger import Ledger
+from dlm.model_scheduling.outcome import Outcome
 from dlm.model_scheduling.plan import ModelSchedule
 from dlm.model_scheduling.saved import SavedSchedule
 from dlm.train import state
@@ -284,3 +286,27 @@ def rewrite(path: Path, **changes: object) -> None:
         metadata = file.metadata()
     header = {key: value for key, value in (json.loads(metadata["header"]) | changes).items() if value is not None}
     save_file(load_file(path), path, metadata=metadata | {"header": json.dumps(header)})
+
+
+def test_a_line_after_one_that_was_cut_short_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert list(files.json_lines(path)) == []
+    for value in ({"a": 1}, [2, "\u00fc"]):
+        files.append_json(path, value)
+    assert list(files.json_lines(path)) == [(1, {"a": 1}), (2, [2, "\u00fc"])]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    files.append_json(path, 3)
+    assert list(files.json_lines(path)) == [(1, {"a": 1}), (3, 3)]
+    path.write_bytes(whole[:-1])  # only the line break is missing
+    files.append_json(path, 3)
+    assert path.read_bytes() == whole + b"3\n"
+
+
+def test_a_ledger_keeps_the_trial_after_a_kill(tmp_path: Path) -> None:
+    first, second = (Outcome(name, (0, 2), {"bits": [1.0, 2.0]}, 1.0, 1.0, 1.0, {"H": 1.0}) for name in "HL")
+    path = tmp_path / "ledger.jsonl"
+    Ledger(path).add({}, first)
+    path.write_text(path.read_text() + '{"format": 1, "sched')
+    Ledger(path).add({}, second)
+    assert [Ledger(path).find({}, name, (0, 2)) for name in "HL"] == [first, second]

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -189,6 +189,26 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{path} is damaged (it holds a {type(data).__name__})")
     return data
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of a file that has one on each line, with the numbers of the lines; none where there is no file.
+
+    A line that was cut short by a kill is passed over.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        with suppress(InputError):
+            yield number, parse_json(line, path)
+
+
+def append_json(path: Path, value: object) -> None:
+    """Add a line to such a file at once; the line before it, if it was cut short, is ended."""
+    with path.open("ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            file.write(b"" if file.read() == b"\n" else b"\n")
+        file.write(json.dumps(value).encode() + b"\n")
 
 
 def check_types(kind: type, data: Mapping[str, Any], where: str | Path, fault: str = "is damaged") -> None:

@@ -18,6 +18,7 @@ import torch
 
 import dlm as library
 from conftest import Dlm, make_model
+from dlm.calibration import measure
 from dlm.errors import InputError
 from dlm.evaluation.card import dumps
 
@@ -194,6 +195,26 @@ def test_a_calibration_that_is_stopped_goes_on(autoregressive_dir: Path, tmp_pat
     make_model(layers=3).save_pretrained(model)
     kept.write_text(stopped)
     assert len(run()) == 3
+
+
+def test_ctrl_c_of_a_calibration_says_how_to_go_on(dlm: Dlm, autoregressive_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model().save_pretrained("masked")
+    measured: list[object] = []
+    real = measure.measure
+
+    def stopping(*args: Any, **options: Any) -> Any:
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(args)
+        return real(*args, **options)
+
+    monkeypatch.setattr(measure, "measure", stopping)
+    words = ("calibrate", "masked", "--judge", str(autoregressive_dir), "--quick", "-n", "2")
+    code, out, err = dlm(*words)
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == "dlm: stopped, 1 of 3 settings are kept; the same command goes on"
+    monkeypatch.setattr(measure, "measure", real)
+    assert dlm(*words)[0] == 0
 
 
 BLOCKS: dict[str, Any] = {"attention": "block_causal", "block_length": 4}

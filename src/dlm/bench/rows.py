@@ -7,14 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dlm.files import append_json, json_lines
+
 
 class Rows:
     """The runs measured so far, by the settings that they have."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text().splitlines() if path.is_file() else []
-        self.found: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
+        self.found: dict[str, dict[str, Any]] = {row["key"]: row for _, row in json_lines(path)}
 
     def row(
         self,
@@ -28,10 +29,9 @@ class Rows:
         """The run of this kind, or the one that `measure` makes now. more: settings of the measurement. told: in words, for a new one."""
         key = json.dumps([kind, settings, seed, *more])
         if key not in self.found:
-            line = json.dumps({"key": key, "kind": kind, "seed": seed} | measure())
-            self.found[key] = json.loads(line)
+            row = {"key": key, "kind": kind, "seed": seed} | measure()
+            self.found[key] = json.loads(json.dumps(row))  # as it is read again
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(line + "\n")
+            append_json(self.path, row)
             print(f"{kind}, seed {seed}: {told(self.found[key])}", flush=True)
         return self.found[key]

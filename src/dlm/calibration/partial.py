@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from dlm.calibration.table import FORMAT, Options, Row
 from dlm.errors import InputError
-from dlm.files import check_types, parse_json, stamp
+from dlm.files import append_json, json_lines, stamp, write_text
 
 FILE = "calibration.partial.jsonl"
 
@@ -22,31 +23,30 @@ class Partial:
 
     def __init__(self, directory: Path, settings: Mapping[str, object]) -> None:
         """settings: of the measurement, fingerprints of all weights among them."""
-        self.path, self.head = directory / FILE, json.dumps(stamp(FORMAT) | dict(settings))
+        self.path, self.head = directory / FILE, stamp(FORMAT) | dict(settings)
         self._known: dict[str, Row] = {}
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
-        if not lines or lines[0] != self.head:
-            return
-        for line in lines[1:]:
-            try:
-                data = parse_json(line, self.path)
-                check_types(Row, data, self.path)
-                row = Row(**data)
-            except (InputError, TypeError, AttributeError):
-                continue
-            self._known[json.dumps(row.options, sort_keys=True)] = row
+        head, *rows = [value for _, value in json_lines(self.path)] or [None]
+        for data in rows if head == self.head else []:
+            with suppress(InputError, TypeError, AttributeError):
+                row = Row.of(data, self.path)
+                self._known[_key(row.options)] = row
 
     def row(self, options: Options, measure: Callable[[Options], Row]) -> Row:
         """The row of this setting, measured unless it is there."""
-        if (key := json.dumps(options, sort_keys=True)) not in self._known:
+        key = _key(options)
+        if key not in self._known:
+            row = measure(options)
             if not self._known:  # a new file, or one of other settings
-                self.path.write_text(self.head, encoding="utf-8")
-            self._known[key] = measure(options)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n" + json.dumps(asdict(self._known[key])))  # ends a line that was cut short
+                write_text(self.path, json.dumps(self.head) + "\n")
+            append_json(self.path, asdict(row))
+            self._known[key] = row
         return self._known[key]
 
     @staticmethod
     def delete(directory: Path) -> None:
         """For a calibration that is complete."""
         (directory / FILE).unlink(missing_ok=True)
+
+
+def _key(options: Options) -> str:
+    return json.dumps(options, sort_keys=True)

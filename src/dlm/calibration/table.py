@@ -38,6 +38,12 @@ class Row:
     distinct_4: float
     exact: bool = False
 
+    @classmethod
+    def of(cls, data: dict[str, Any], where: Path) -> Row:
+        """From its JSON, whose other keys are left aside. InputError for values of other types, TypeError for missing ones."""
+        check_types(cls, data, where)
+        return cls(**{field.name: data[field.name] for field in fields(cls) if field.name in data})
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -98,12 +104,10 @@ class Calibration:
         path = directory / FILE
         if not path.is_file():
             raise InputError(f"--sampler auto needs a measurement of this model: run dlm calibrate {directory}")
-        data, names = read_json(path), {f.name for f in fields(Row)}
+        data = read_json(path)
         try:
             check_stamp(data, FORMAT, path)
-            for row in data["rows"]:
-                check_types(Row, row, path)
-            found = cls([Row(**{k: v for k, v in row.items() if k in names}) for row in data["rows"]], dict(data["made"]))
+            found = cls([Row.of(row, path) for row in data["rows"]], dict(data["made"]))
             found.reference()
         except InputError:
             raise

@@ -484,6 +484,15 @@ def interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Ctrl-C in this work ends in the line that the work itself gives, if it gives one; elsewhere it ends in a plain one."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        fail(str(stopped) or "stopped", INTERRUPTED)
+
+
 INTERRUPTED = 128 + 2
 """The exit code after Ctrl-C, as a shell reports SIGINT."""
 READER_GONE = 128 + 13

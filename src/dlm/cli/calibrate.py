@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlm.cli.app import INTERRUPTED, Device, Json, Seed, app, between, check_names, err, fail, load
+from dlm.cli.app import Device, Json, Seed, app, between, check_names, err, load
 from dlm.cli.tables import console, table
 
 if TYPE_CHECKING:
@@ -46,23 +46,20 @@ def calibrate(
 
     lm = load(model, device)
     place = out or find(model)
-    try:
-        with showing(f"measuring {lm.name}") as progress:
-            found = measure(
-                lm,
-                judge,
-                samples=samples,
-                length=length,
-                temperature=temperature,
-                quick=quick,
-                retime=retime,
-                out=place,
-                seed=seed,
-                device=device,
-                progress=progress,
-            )
-    except KeyboardInterrupt as stopped:
-        fail(str(stopped) or "stopped", INTERRUPTED)
+    with showing(f"measuring {lm.name}") as progress:
+        found = measure(
+            lm,
+            judge,
+            samples=samples,
+            length=length,
+            temperature=temperature,
+            quick=quick,
+            retime=retime,
+            out=place,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
     console(as_json).print(_table(found))
     hint = f"dlm generate --model {model} --sampler auto --budget calls:32"
     err.print(f"wrote {place / FILE}; try: {hint}", highlight=False, soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dlm.cli.app import INTERRUPTED, Device, Json, Seed, app, between, check_names, err, fail, is_text, load, prompt_lines
+from dlm.cli.app import Device, Json, Seed, app, between, check_names, err, is_text, load, prompt_lines, stoppable
 from dlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -87,11 +87,8 @@ def convert(
         save_every=save_every,
     )
     lm = load(base, device, dtype)
-    try:
-        with Display(err, unit="nats per mask") as display:
-            result = run(lm, texts, out or Path("runs") / "convert" / lm.name, config=config, resume=resume, progress=display)
-    except KeyboardInterrupt as stopped:
-        fail(str(stopped) or "stopped", INTERRUPTED)
+    with stoppable(), Display(err, unit="nats per mask") as display:
+        result = run(lm, texts, out or Path("runs") / "convert" / lm.name, config=config, resume=resume, progress=display)
     if as_json:
         print(json.dumps(result.record()))
     else:

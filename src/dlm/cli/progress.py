@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dlm.cli.app import INTERRUPTED, err, fail, interrupts
+from dlm.cli.app import INTERRUPTED, err, fail, interrupts, stoppable
 
 if TYPE_CHECKING:
     from dlm.language_model.generation import Stepping
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def showing(label: str) -> Iterator[Callable[[int, int], None]]:
     """A callback (done, total) that moves a bar on the error stream; in a pipe or a file nothing is drawn."""
     columns = TextColumn(label), BarColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
+    with stoppable(), Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dlm.cli.app import INTERRUPTED, AllThreads, Json, app, err, fail, is_text, set_threads
+from dlm.cli.app import AllThreads, Json, app, err, is_text, set_threads, stoppable
 from dlm.errors import InputError
 from dlm.train import data_kinds
 
@@ -58,11 +58,8 @@ def train(
     words = {"noise": noise, "noise_schedule": noise_schedule}
     config = config.with_settings([f"{key}={word}" for key, word in words.items() if word is not None] + (settings or []))
     out = out or Path("runs") / (recipe or Path(data or "").stem.replace(":", "-") or "model")
-    try:
-        with Display(err) as display:
-            result = fit(config, out, resume=resume, preview=sample, progress=display)
-    except KeyboardInterrupt as stopped:
-        fail(str(stopped) or "stopped", INTERRUPTED)
+    with stoppable(), Display(err) as display:
+        result = fit(config, out, resume=resume, preview=sample, progress=display)
     if int(os.environ.get("RANK", "0")) == 0:
         arc = config.data.partition(":")[0] in data_kinds.KINDS["arc"].words
         verb = f"solve {config.data}" if arc else "solve PUZZLE" if kinds.find(config.data) is not None else "generate"

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from dlm.errors import InputError
-from dlm.files import check_stamp, check_types, parse_json, stamp
+from dlm.files import append_json, check_stamp, check_types, json_lines, stamp
 from dlm.model_scheduling.outcome import Outcome
 
 FORMAT = 1
@@ -25,12 +25,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._known: dict[Key, Outcome] = {}
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                data = parse_json(line, path)
-            except InputError:
-                continue
+        for number, data in json_lines(path):
             where = f"{path}, line {number},"
             if not isinstance(data, dict):
                 raise InputError(f"{where} is damaged (it holds a {type(data).__name__}): delete it")
@@ -52,5 +47,4 @@ class Ledger:
 
     def add(self, settings: Mapping[str, object], outcome: Outcome) -> None:
         self._known[self._key(settings, outcome.schedule, outcome.seeds)] = outcome
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(stamp(FORMAT) | {"settings": dict(settings)} | asdict(outcome)) + "\n")
+        append_json(self.path, stamp(FORMAT) | {"settings": dict(settings)} | asdict(outcome))

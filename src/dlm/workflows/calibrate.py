@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from dlm.calibration import measure
 from dlm.calibration.partial import Partial
-from dlm.calibration.table import Calibration, Options
+from dlm.calibration.table import Calibration, Options, Row
 from dlm.errors import InputError
 from dlm.evaluation.card import device_name
 from dlm.evaluation.statistics import Mean
@@ -68,20 +69,26 @@ def calibrate(
         settings = measure.candidates(window=length, causal=lm.is_causal, blocks=block_lengths(lm, length), quick=quick)
         kept = None if out is None else Partial(Path(out), {**made, "weights": [weights(lm), weights(judge)]})
         one = partial(measure.measure, writing(lm, samples, length, temperature), judging(figures), seed=seed)
-        count, rows = Counter(progress, len(settings)), []
-        try:
-            for setting in settings:
-                rows.append(one(setting) if kept is None else kept.row(setting, one))
-                count.add()
-        except KeyboardInterrupt:
-            if kept is None:
-                raise
-            raise KeyboardInterrupt(f"stopped, {len(rows)} of {len(settings)} settings are kept; the same command goes on") from None
+        rows = _rows(settings, one, kept, Counter(progress, len(settings)))
     table = Calibration(rows, made)
     if out is not None:
         table.save(Path(out))
         Partial.delete(Path(out))
     return table
+
+
+def _rows(settings: list[Options], one: Callable[[Options], Row], kept: Partial | None, count: Counter) -> list[Row]:
+    """Those that `one` makes, and those that a stopped measurement left."""
+    rows: list[Row] = []
+    try:
+        for setting in settings:
+            rows.append(one(setting) if kept is None else kept.row(setting, one))
+            count.add()
+    except KeyboardInterrupt:
+        if kept is None:
+            raise
+        raise KeyboardInterrupt(f"stopped, {len(rows)} of {len(settings)} settings are kept; the same command goes on") from None
+    return rows
 
 
 def block_lengths(lm: LanguageModel, length: int) -> list[int]:

@@ -71,9 +71,8 @@ class Evaluation(likelihood.Likelihood):
 
     def save(self, path: Path) -> None:
         """Write the evaluation card, which repeats the number."""
-        names = ("estimator", "steps", "window")
+        names = ("estimator", "steps", "window", "temperature")
         settings = {name: getattr(self, name) for name in names} | {"passes": self.samples, "block_length": self.block_length or None}
-        settings |= {"temperature": self.temperature}
         data = {"source": self.source, "split": self.split, "fingerprint": self.fingerprint, "windows": self.windows}
         made = cards.make(self.figures(), device=self.device, dtype=self.dtype, seed=self.seed, settings=settings, data=data)
         cards.write(made, path)
